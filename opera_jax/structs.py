@@ -1,0 +1,87 @@
+"""What crosses a stage: frozen records, shape and dtype beside every field.
+
+Shape key: B prompts, N samples a prompt, R = B * N rows, T tokens of a row,
+S branches of a row, G tokens of a branch, J steps of a thought.
+Ragged things live on the host as numpy; what is padded lives on the device.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """One task of a data set, as text."""
+
+  id: str
+  task: str  # "open_ended" or "math"
+  prompt: str
+  reference: str  # the reference answer, or the true final answer of maths
+  columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One completion as it was sampled; tokens include the stop token."""
+
+  tokens: np.ndarray  # [T] int32
+  logprob: np.ndarray  # [T] float32, untruncated, at sampling temperature
+  finished: bool  # ended by a stop token or string, not by the length limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """Tokens to be priced as the continuation of a prefix of a trunk.
+
+  Context is `trunk[:fork]`; `tokens[:skip]` is context too (a bridge such as
+  "</think>"), `tokens[skip:]` is priced.
+  """
+
+  trunk: int  # index into the list of trunks
+  fork: int  # number of trunk tokens seen, 1 <= fork <= len(trunk)
+  tokens: np.ndarray  # [G] int32
+  skip: int = 0  # 0 <= skip < G
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+  """Token prices of trunks and branches; float32, natural log."""
+
+  trunk_logprob: list[np.ndarray]  # [T_i]; entry 0 of each is 0 (no context)
+  trunk_entropy: list[np.ndarray]  # [T_i]
+  branch_logprob: list[np.ndarray]  # [G_b - skip_b]
+  trunk_tokens: int  # tokens pushed through the model as trunk
+  branch_tokens: int  # tokens pushed through the model as branches
+
+
+@struct.dataclass
+class Thoughts:
+  """Where the steps of each completion lie, in completion token positions.
+
+  Position p of a completion means "after p of its tokens". Slots past
+  `count` hold zeros.
+  """
+
+  closed: jax.Array  # [R] bool, a <think> ... </think> pair exists
+  start: jax.Array  # [R] int32, position just after the <think> token
+  end: jax.Array  # [R] int32, position just before the </think> token
+  count: jax.Array  # [R] int32, number of steps, 0 when not closed
+  step_end: jax.Array  # [R, J] int32, position where step j is complete
+  reflective: jax.Array  # [R, J] bool, step j holds a reflection keyword
+
+
+@struct.dataclass
+class Batch:
+  """Rows of an RL or SFT update, right-padded; a row is prompt + completion."""
+
+  tokens: jax.Array  # [R, T] int32
+  positions: jax.Array  # [R, T] int32, restart at 0 with each segment
+  segments: jax.Array  # [R, T] int32, 0 is padding
+  loss_mask: jax.Array  # [R, T] float32, 1 where token t is a target
+  advantage: jax.Array  # [R, T] float32, zeros in SFT
+  old_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
+  ref_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
