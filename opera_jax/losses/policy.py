@@ -1,0 +1,74 @@
+"""The clipped policy-gradient surrogate, per token.
+
+Shape key: R rows, T tokens of a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def clipped_surrogate(
+  logprob_RT: jax.Array,
+  old_logprob_RT: jax.Array,
+  advantage_RT: jax.Array,
+  *,
+  clip_low: float = 0.2,
+  clip_high: float = 0.2,
+  dual_clip: float | None = 3.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """PPO's clipped objective with separate bounds and a dual clip.
+
+  With `r = exp(logprob - old_logprob)` and advantage `A`,
+
+      loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+      loss = min(loss, -A dual_clip)                      where A < 0
+
+  The first line is PPO (arXiv 1707.06347) with DAPO's two bounds (arXiv
+  2503.14476); the second bounds the loss of a bad token that the policy has
+  come to like (arXiv 1912.09729). At `r = 1` the gradient is REINFORCE's,
+  `-A grad logprob`.
+
+  Args:
+    logprob_RT: float32, log-probability of each token under the live policy.
+    old_logprob_RT: float32, the same under the policy that sampled.
+    advantage_RT: float32, in units of the credit rule.
+    clip_low: the ratio is clipped below at `1 - clip_low`, 0 < clip_low <= 1.
+    clip_high: the ratio is clipped above at `1 + clip_high`, positive.
+    dual_clip: bound in units of |A|, above `1 + clip_high`; None turns it off.
+
+  Returns:
+    The loss of each token, float32 [R, T], and per-token diagnostics of the
+    same shape without gradient: `ratio`, and 0/1 flags `clip_low`,
+    `clip_high`, `clip_dual` for tokens whose gradient the bound removed.
+
+  Raises:
+    ValueError: a bound is out of its range.
+  """
+  if not 0 < clip_low <= 1 or clip_high <= 0:
+    raise ValueError(
+      f"The ratio is clipped to [1 - clip_low, 1 + clip_high]; got "
+      f"clip_low={clip_low}, clip_high={clip_high}. Use 0 < clip_low <= 1 "
+      "and clip_high > 0."
+    )
+  if dual_clip is not None and dual_clip <= 1 + clip_high:
+    raise ValueError(
+      f"dual_clip must exceed 1 + clip_high = {1 + clip_high}, got "
+      f"{dual_clip}. Raise it (3.0 is usual) or pass None."
+    )
+  ratio_RT = jnp.exp(logprob_RT - jax.lax.stop_gradient(old_logprob_RT))
+  advantage_RT = jax.lax.stop_gradient(advantage_RT)
+  clipped_RT = jnp.clip(ratio_RT, 1 - clip_low, 1 + clip_high)
+  loss_RT = jnp.maximum(-advantage_RT * ratio_RT, -advantage_RT * clipped_RT)
+  bad_RT = advantage_RT < 0
+  over_RT = jnp.zeros_like(bad_RT)
+  if dual_clip is not None:
+    over_RT = bad_RT & (ratio_RT > dual_clip)
+    loss_RT = jnp.where(over_RT, -advantage_RT * dual_clip, loss_RT)
+  flags = {
+    "clip_low": bad_RT & (ratio_RT < 1 - clip_low),
+    "clip_high": (advantage_RT > 0) & (ratio_RT > 1 + clip_high),
+    "clip_dual": over_RT,
+  }
+  aux = {name: flag.astype(jnp.float32) for name, flag in flags.items()}
+  aux["ratio"] = jax.lax.stop_gradient(ratio_RT)
+  return loss_RT, aux
