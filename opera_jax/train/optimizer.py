@@ -1,0 +1,95 @@
+"""AdamW with a warm-up and a bound on the global gradient norm."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def schedule(
+  learning_rate: float,
+  total_steps: int,
+  *,
+  warmup_fraction: float = 0.0,
+  decay: str = "constant",
+  final_fraction: float = 0.1,
+) -> optax.Schedule:
+  """Linear warm-up, then constant or a half cosine.
+
+  Update i (from 0) of a warm-up of w updates runs at
+  `learning_rate * (i + 1) / w`, so the first update is not wasted at 0.
+
+  Args:
+    learning_rate: the peak.
+    total_steps: updates in the run, at least 1.
+    warmup_fraction: share of the updates spent warming up, 0 to 1.
+    decay: "constant", or "cosine" down to `final_fraction * learning_rate`.
+    final_fraction: where the cosine ends, as a share of the peak.
+
+  Returns:
+    A function from the update's number to its learning rate.
+
+  Raises:
+    ValueError: an argument out of its range.
+  """
+  if total_steps < 1 or not 0 <= warmup_fraction <= 1:
+    raise ValueError(
+      "A schedule needs total_steps >= 1 and 0 <= warmup_fraction <= 1, got "
+      f"{total_steps} and {warmup_fraction}."
+    )
+  if decay not in ("constant", "cosine"):
+    raise ValueError(f'Unknown decay {decay!r}. Use "constant" or "cosine".')
+  warmup = round(total_steps * warmup_fraction)
+  cooling = max(total_steps - warmup, 1)
+
+  def rate(step: jax.Array | int) -> jax.Array:
+    step = jnp.asarray(step, jnp.float32)
+    rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+    if decay == "constant":
+      return learning_rate * rise
+    progress = jnp.clip((step - warmup) / cooling, 0.0, 1.0)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    fall = final_fraction + (1 - final_fraction) * cosine
+    return learning_rate * rise * fall
+
+  return rate
+
+
+def adamw(
+  learning_rate: optax.Schedule | float,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.01,
+  max_grad_norm: float | None = 1.0,
+  decay_matrices_only: bool = False,
+) -> optax.GradientTransformation:
+  """AdamW (arXiv 1711.05101) after clipping the global gradient norm.
+
+  By default weight decay reaches every parameter, norms included, as in
+  torch's AdamW with one parameter group, which the paper trains with.
+
+  Args:
+    learning_rate: a schedule of the update's number, or a constant.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, multiplied by the learning rate.
+    max_grad_norm: gradients are scaled down to this norm; None: never.
+    decay_matrices_only: spare leaves of fewer than 2 axes. Layers stacked on
+      a leading axis give their norms 2 axes: those would decay still.
+
+  Returns:
+    An optax transformation whose updates are to be added to the parameters.
+  """
+  mask = _has_two_axes if decay_matrices_only else None
+  adam = optax.adamw(
+    learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+  )
+  if max_grad_norm is None:
+    return adam
+  return optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
+
+
+def _has_two_axes(params: optax.Params) -> optax.Params:
+  return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)

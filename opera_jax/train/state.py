@@ -1,0 +1,34 @@
+"""What an update changes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+  """Parameters and optimizer after `step` updates; `key` never changes.
+
+  A random key of update i is `jax.random.fold_in(state.key, i)`, so a resumed
+  run draws what a straight one draws.
+  """
+
+  step: jax.Array  # [] int32, updates made so far
+  params: Any  # tree of arrays
+  opt_state: optax.OptState
+  key: jax.Array  # [] typed PRNG key
+
+
+def create(
+  params: Any, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """The state before the first update; `params` are held, not copied."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    key=key,
+  )

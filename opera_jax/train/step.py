@@ -1,0 +1,268 @@
+"""One optimizer update on one mini-batch, for SFT and for the policy.
+
+The model comes as `logprob_fn(params, batch) -> (logprob_RT, entropy_RT)`:
+float32, entry t for token t given the tokens before it in its segment.
+
+Micro-batches are rows r, r + M, r + 2M, ... of the mini-batch, so that each
+still covers every device that holds rows. Token weights are made on the whole
+mini-batch first, so losses and gradients of the micro-batches only add.
+
+Shape key: R rows, T tokens of a row, M micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from opera_jax import structs
+from opera_jax.losses import cross_entropy, kl, policy, reduce
+from opera_jax.train import state as train_state
+
+LogprobFn = Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]]
+Metrics = dict[str, jax.Array]
+Update = Callable[
+  [train_state.TrainState, structs.Batch],
+  tuple[train_state.TrainState, Metrics],
+]
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss or a gradient became infinite or NaN."""
+
+
+def make_sft_update(
+  logprob_fn: LogprobFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  name: str = "sft",
+  reduction: str = "token_mean",
+  constant: float | None = None,
+  micro_batches: int = 1,
+  state_sharding: Any = None,
+) -> Update:
+  """An update that lowers cross entropy on the tokens `loss_mask` marks.
+
+  Args:
+    logprob_fn: see the module; its entropies are logged.
+    optimizer: an optax transformation.
+    name: prefix of the metrics, "sft" or "pretrain".
+    reduction: one of `reduce.NAMES`.
+    constant: the divisor of reduction "constant".
+    micro_batches: parts the rows are split in, one after the other.
+    state_sharding: tree of shardings that the new state must keep; None lets
+      the compiler carry over those of the old.
+
+  Returns:
+    A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
+    of `state` for itself. Metrics, scalars: `<name>/loss` (nats),
+    `<name>/entropy`, `<name>/tokens`, `optim/grad_norm` (before clipping),
+    `optim/update_norm`, `optim/param_norm`.
+
+  Raises:
+    ValueError: when traced, rows that do not divide into micro-batches.
+  """
+
+  def objective(
+    params: Any, batch: structs.Batch, weight_RT: jax.Array, mean_RT: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    logprob_RT, entropy_RT = logprob_fn(params, batch)
+    loss_RT = cross_entropy.cross_entropy(logprob_RT)
+    loss = reduce.weighted_sum(weight_RT, loss_RT)
+    return loss, {
+      f"{name}/loss": loss,
+      f"{name}/entropy": reduce.weighted_sum(mean_RT, entropy_RT),
+      f"{name}/tokens": jnp.sum(mean_RT > 0),
+    }
+
+  return _make_update(
+    objective, optimizer, reduction, constant, micro_batches, state_sharding
+  )
+
+
+def make_policy_update(
+  logprob_fn: LogprobFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  clip_low: float = 0.2,
+  clip_high: float = 0.2,
+  dual_clip: float | None = 3.0,
+  kl_coef: float = 0.001,
+  kl_estimator: str = "k3",
+  reduction: str = "sequence_mean",
+  constant: float | None = None,
+  micro_batches: int = 1,
+  state_sharding: Any = None,
+) -> Update:
+  """An update of `clipped_surrogate + kl_coef * KL(policy || reference)`.
+
+  Args:
+    logprob_fn: see the module; its entropies are logged.
+    optimizer: an optax transformation.
+    clip_low: see `policy.clipped_surrogate`.
+    clip_high: see `policy.clipped_surrogate`.
+    dual_clip: see `policy.clipped_surrogate`.
+    kl_coef: weight of the KL term; 0 leaves it out, and `ref_logprob` unread.
+    kl_estimator: "k1", "k2" or "k3".
+    reduction: one of `reduce.NAMES`.
+    constant: the divisor of reduction "constant".
+    micro_batches: parts the rows are split in, one after the other.
+    state_sharding: tree of shardings that the new state must keep; None lets
+      the compiler carry over those of the old.
+
+  Returns:
+    A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
+    of `state` for itself. Metrics, scalars, token means unless said: `policy/`
+    `loss` (the reduced total), `surrogate` (reduced), `kl`, `ratio_mean`,
+    `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`
+    (share of tokens), `entropy`, `tokens` (a count), and `optim/grad_norm`
+    (before clipping), `optim/update_norm`, `optim/param_norm`.
+
+  Raises:
+    ValueError: an unknown estimator; when traced, an unknown reduction, a bad
+      clip bound, or rows that do not divide into micro-batches.
+  """
+  divergence = kl.estimator(kl_estimator)
+
+  def objective(
+    params: Any, batch: structs.Batch, weight_RT: jax.Array, mean_RT: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    target_RT = weight_RT > 0
+    logprob_RT, entropy_RT = logprob_fn(params, batch)
+    # What is no target may hold anything; exp of it must not overflow.
+    logprob_RT = jnp.where(target_RT, logprob_RT, 0.0)
+    old_RT = jnp.where(target_RT, batch.old_logprob, 0.0)
+    loss_RT, aux = policy.clipped_surrogate(
+      logprob_RT,
+      old_RT,
+      batch.advantage,
+      clip_low=clip_low,
+      clip_high=clip_high,
+      dual_clip=dual_clip,
+    )
+    loss = surrogate = reduce.weighted_sum(weight_RT, loss_RT)
+    per_token = {
+      "ratio_mean": aux["ratio"],
+      "clip_low": aux["clip_low"],
+      "clip_high": aux["clip_high"],
+      "clip_dual": aux["clip_dual"],
+      "old_gap": jnp.abs(logprob_RT - old_RT),
+      "entropy": entropy_RT,
+    }
+    if kl_coef:
+      ref_RT = jnp.where(target_RT, batch.ref_logprob, 0.0)
+      kl_RT = divergence(logprob_RT, ref_RT)
+      loss = loss + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
+      per_token["kl"] = kl_RT
+    metrics = {
+      f"policy/{name}": reduce.weighted_sum(mean_RT, value_RT)
+      for name, value_RT in per_token.items()
+    }
+    metrics["policy/loss"] = loss
+    metrics["policy/surrogate"] = surrogate
+    metrics["policy/tokens"] = jnp.sum(target_RT)
+    return loss, metrics
+
+  return _make_update(
+    objective, optimizer, reduction, constant, micro_batches, state_sharding
+  )
+
+
+def check_finite(metrics: Metrics, step: int) -> None:
+  """Stops a run whose loss or gradient is no number; waits for `metrics`.
+
+  Args:
+    metrics: what an update returned.
+    step: the step to name in the message.
+
+  Raises:
+    NonFiniteError: a loss or norm is infinite or NaN.
+  """
+  wrong = {
+    name: float(value)
+    for name, value in metrics.items()
+    if name.endswith(("/loss", "_norm")) and not np.isfinite(value)
+  }
+  if wrong:
+    listed = ", ".join(f"{name} = {value}" for name, value in wrong.items())
+    raise NonFiniteError(
+      f"Step {step}: {listed}; a loss and its gradient must be finite. The "
+      "last checkpoint holds the state before it: resume from there with a "
+      "lower learning rate or max_grad_norm, and look at that step's rewards "
+      "and log-probabilities in the metrics."
+    )
+
+
+def _make_update(
+  objective: Callable[..., tuple[jax.Array, Metrics]],
+  optimizer: optax.GradientTransformation,
+  reduction: str,
+  constant: float | None,
+  micro_batches: int,
+  state_sharding: Any,
+) -> Update:
+  """Jits: weights, gradients over micro-batches, optimizer."""
+
+  def update(
+    state: train_state.TrainState, batch: structs.Batch
+  ) -> tuple[train_state.TrainState, Metrics]:
+    weight_RT = reduce.token_weight(
+      reduction, batch.loss_mask, batch.segments, constant=constant
+    )
+    mean_RT = reduce.token_weight("token_mean", batch.loss_mask, batch.segments)
+    with jax.named_scope("gradients"):
+      grads, metrics = _accumulate(
+        jax.grad(objective, has_aux=True),
+        state.params,
+        (batch, weight_RT, mean_RT),
+        micro_batches,
+      )
+    with jax.named_scope("optimizer"):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+    metrics["optim/grad_norm"] = optax.global_norm(grads)
+    metrics["optim/update_norm"] = optax.global_norm(updates)
+    metrics["optim/param_norm"] = optax.global_norm(params)
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    return state, metrics
+
+  out_shardings = None if state_sharding is None else (state_sharding, None)
+  return jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
+
+
+def _accumulate(
+  grad_fn: Callable[..., tuple[Any, Metrics]],
+  params: Any,
+  rows: Any,
+  micro_batches: int,
+) -> tuple[Any, Metrics]:
+  """Sum of gradients and metrics over the micro-batches of `rows`."""
+  count = jax.tree.leaves(rows)[0].shape[0]
+  if micro_batches < 1 or count % micro_batches:
+    raise ValueError(
+      f"{count} rows do not divide into {micro_batches} micro-batches. Choose "
+      "a number of micro-batches that divides the rows of a mini-batch."
+    )
+  if micro_batches == 1:
+    return grad_fn(params, *rows)
+
+  def split(leaf: jax.Array) -> jax.Array:
+    shape = (count // micro_batches, micro_batches, *leaf.shape[1:])
+    return jnp.swapaxes(leaf.reshape(shape), 0, 1)
+
+  def add(total: Any, part: Any) -> tuple[Any, None]:
+    return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+  parts = jax.tree.map(split, rows)
+  first = jax.tree.map(lambda leaf: leaf[0], parts)
+  shapes = jax.eval_shape(grad_fn, params, *first)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return total
