@@ -1,0 +1,321 @@
+"""OPERA's reward (arXiv 2606.25757): the policy's own price of the reference.
+
+With `lp(a | c)` the mean log-probability per token of `a` after `c`,
+
+    P_0   = lp(y_ref | x, <think>)    P_j = lp(y_ref | x, <think>, s_1 .. s_j)
+    R_raw = #{ j : step j is reflective and P_j > P_{j-1} }
+    R_self = tanh(R_raw / tau)
+    L_i   = lp(y_ref | x, z_i, y_i)
+    R_ppl_i = #{ k != i : L_k < L_i } / (N - 1)
+    R     = alpha R_ppl + (1 - alpha) R_self
+
+`queries` declares the branches that need a price, `rewards` turns the prices
+into numbers, `step_deltas` into what each step did; no model in here.
+
+Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), J
+steps of a thought, S slots of a row (its distinct branches), Q branches in
+all, M priced tokens of a row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.perplexity_reward import api as perplexity_reward
+from opera_jax import structs
+
+MODES = ("both", "r_self", "r_ppl", "one_hot")
+_NONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which branch answers which question; host arrays, -1 is "none"."""
+
+  row: np.ndarray  # [Q] int32, row of branch q
+  slot: np.ndarray  # [Q] int32, slot of branch q in its row
+  previous: np.ndarray  # [R, S] int32, slot that slot s must beat to count
+  last: np.ndarray  # [R] int32, slot priced after the whole completion
+  before: np.ndarray  # [R, J] int32, slot where step j begins
+  after: np.ndarray  # [R, J] int32, slot where step j ends
+
+
+def queries(
+  thoughts: structs.Thoughts,
+  prompt_length_R: np.ndarray,
+  completion_length_R: np.ndarray,
+  reference_ids: Sequence[np.ndarray],
+  *,
+  bridge_ids: Sequence[int] = (),
+  all_steps: bool = False,
+  trunks: Sequence[int] | None = None,
+) -> tuple[list[structs.Branch], Layout]:
+  """The branches whose prices the reward needs, each position once.
+
+  A trunk is prompt + completion. A row asks at the ends of its reflective
+  steps and of their predecessors (the start of the thought is the first
+  step's), and once after the whole completion: thought, answer, and the
+  end-of-turn token where one was sampled. A row without a closed thought asks
+  only the last.
+
+  Args:
+    thoughts: where the steps lie, host arrays, in completion positions.
+    prompt_length_R: int, tokens of the prompt, generation prefix included.
+    completion_length_R: int, tokens of the completion, stop token included.
+    reference_ids: int32 arrays, tokens of y_ref for each row, tokenised apart.
+    bridge_ids: tokens put between a partial thought and the reference, seen
+      and not priced; never after the whole completion.
+    all_steps: ask at the end of every step, for pictures; the reward is the
+      same.
+    trunks: index of each row's trunk in the scorer's list; default 0 .. R - 1.
+
+  Returns:
+    The branches, and the layout that `rewards` needs to read their prices.
+
+  Raises:
+    ValueError: rows that do not match, an empty reference, or a step outside
+      its completion.
+  """
+  rows = len(prompt_length_R)
+  trunks = range(rows) if trunks is None else trunks
+  lengths = {
+    "thoughts": len(thoughts.count),
+    "completion_length_R": len(completion_length_R),
+    "reference_ids": len(reference_ids),
+    "trunks": len(trunks),
+  }
+  for name, length in lengths.items():
+    if length != rows:
+      raise ValueError(
+        f"{name} has {length} rows, prompt_length_R has {rows}; give one "
+        "entry a completion."
+      )
+  steps = thoughts.step_end.shape[1]
+  before_RJ = np.full((rows, steps), _NONE, np.int32)
+  after_RJ = np.full((rows, steps), _NONE, np.int32)
+  last_R = np.zeros(rows, np.int32)
+  branches: list[structs.Branch] = []
+  row_of, slot_of = [], []
+  previous: list[list[int]] = []
+  for r in range(rows):
+    reference = np.asarray(reference_ids[r], np.int32)
+    if not reference.size:
+      raise ValueError(
+        f"The reference of row {r} has no tokens; a reward needs at least 1. "
+        "Drop that prompt, or check the tokenizer."
+      )
+    bridged = np.concatenate([np.asarray(bridge_ids, np.int32), reference])
+    slots: dict[int, int] = {}
+    end_J, reflective_J = _steps_of_row(thoughts, r, completion_length_R[r])
+    begin = int(thoughts.start[r])
+    compared = {}
+    for j, end in enumerate(end_J):
+      if reflective_J[j] or all_steps:
+        before_RJ[r, j] = slots.setdefault(begin, len(slots))
+        after_RJ[r, j] = slots.setdefault(end, len(slots))
+      if reflective_J[j] and end != begin:
+        compared[int(after_RJ[r, j])] = int(before_RJ[r, j])
+      begin = end
+    for position in slots:
+      branches.append(
+        structs.Branch(
+          trunk=int(trunks[r]),
+          fork=int(prompt_length_R[r]) + position,
+          tokens=bridged,
+          skip=len(bridge_ids),
+        )
+      )
+    last_R[r] = len(slots)
+    branches.append(
+      structs.Branch(
+        trunk=int(trunks[r]),
+        fork=int(prompt_length_R[r]) + int(completion_length_R[r]),
+        tokens=reference,
+      )
+    )
+    row_of += [r] * (len(slots) + 1)
+    slot_of += range(len(slots) + 1)
+    previous.append([compared.get(s, _NONE) for s in range(len(slots) + 1)])
+  slots_max = _bucket(max(map(len, previous), default=1))
+  previous_RS = np.full((rows, slots_max), _NONE, np.int32)
+  for r, compared_S in enumerate(previous):
+    previous_RS[r, : len(compared_S)] = compared_S
+  return branches, Layout(
+    row=np.asarray(row_of, np.int32),
+    slot=np.asarray(slot_of, np.int32),
+    previous=previous_RS,
+    last=last_R,
+    before=before_RJ,
+    after=after_RJ,
+  )
+
+
+def rewards(
+  branch_logprob: Sequence[np.ndarray],
+  layout: Layout,
+  *,
+  samples: int,
+  alpha: float = 0.3,
+  tau: float = 2.0,
+  mode: str = "both",
+) -> dict[str, np.ndarray]:
+  """Rewards and their parts from the prices of `queries`' branches.
+
+  Args:
+    branch_logprob: float32, the log-probabilities of each branch's priced
+      tokens, in the order of `queries`' branches, nats.
+    layout: what `queries` returned.
+    samples: N, rows a prompt; rows are prompt-major.
+    alpha: weight of R_ppl.
+    tau: improving reflections that bring R_self to tanh(1).
+    mode: "both" is the formula above; "r_self" and "r_ppl" are one part
+      alone; "one_hot" puts 1 for the group's strict best and 0 for the rest
+      in the place of R_ppl.
+
+  Returns:
+    float32 [B, N] each: `total`, `r_ppl` (as used in the total), `r_self`,
+    `count` (R_raw) and `score` (L, nats a token).
+
+  Raises:
+    ValueError: an unknown mode, alpha outside 0..1, fewer than 2 samples,
+      rows that do not divide, a count of branches that is not `queries`', or
+      a price that is not finite.
+  """
+  rows = len(layout.last)
+  if mode not in MODES:
+    raise ValueError(f"Unknown reward mode {mode!r}. Use one of {MODES}.")
+  if not 0 <= alpha <= 1 or tau <= 0:
+    raise ValueError(
+      f"The reward needs 0 <= alpha <= 1 and tau > 0, got {alpha} and {tau}."
+    )
+  if samples < 2 or rows % samples:
+    raise ValueError(
+      f"R_ppl ranks a group of at least 2 samples, got {rows} rows in groups "
+      f"of {samples}. Raise config.rollout.samples, and give every prompt "
+      "all of its samples."
+    )
+  logprob_RM, branch_RM = _pack(branch_logprob, layout)
+  mean_RS, _, count_R, self_R = perplexity_reward.perplexity_reward(
+    jnp.asarray(logprob_RM),
+    jnp.asarray(branch_RM),
+    jnp.asarray(layout.previous),
+    tau=tau,
+  )
+  score_R = np.asarray(mean_RS)[np.arange(rows), layout.last]
+  score_BN = score_R.reshape(-1, samples)
+  rank_BN = np.asarray(perplexity_reward.group_rank(jnp.asarray(score_BN)))
+  if mode == "one_hot":
+    rank_BN = (rank_BN == 1.0).astype(np.float32)
+  self_BN = np.asarray(self_R).reshape(score_BN.shape)
+  total_BN = {
+    "r_self": self_BN,
+    "r_ppl": rank_BN,
+    "both": alpha * rank_BN + (1 - alpha) * self_BN,
+    "one_hot": alpha * rank_BN + (1 - alpha) * self_BN,
+  }[mode]
+  parts = {
+    "total": total_BN,
+    "r_ppl": rank_BN,
+    "r_self": self_BN,
+    "count": np.asarray(count_R).reshape(score_BN.shape),
+    "score": score_BN,
+  }
+  return {name: part.astype(np.float32) for name, part in parts.items()}
+
+
+def step_deltas(
+  branch_logprob: Sequence[np.ndarray], layout: Layout
+) -> np.ndarray:
+  """`P_j - P_{j-1}` of each step, float32 [R, J], nats a token.
+
+  NaN where the step's ends were not priced: every step is priced with
+  `all_steps=True`, only reflective ones without.
+  """
+  mean_RS = np.full(layout.previous.shape, np.nan, np.float32)
+  for q, logprob_G in enumerate(branch_logprob):
+    mean_RS[layout.row[q], layout.slot[q]] = np.mean(logprob_G)
+  row_R1 = np.arange(len(layout.last))[:, None]
+  delta_RJ = mean_RS[row_R1, layout.after] - mean_RS[row_R1, layout.before]
+  return np.where(layout.after == _NONE, np.float32(np.nan), delta_RJ)
+
+
+def update_ema(
+  ema: float | None, score_BN: np.ndarray, *, rate: float = 0.1
+) -> float:
+  """The released code's moving mean of L, kept as a metric alone.
+
+  The release feeds `0.8 L + 0.2 ema` to the reward. That is one increasing
+  affine map for the whole batch, so it cannot change a rank or the sign of a
+  difference, and the reward here takes L itself.
+
+  Args:
+    ema: the value so far, nats a token; None before the first batch.
+    score_BN: L of the batch.
+    rate: weight of the batch's mean.
+
+  Returns:
+    The new value, nats a token.
+  """
+  mean = float(np.mean(score_BN))
+  return mean if ema is None else (1 - rate) * ema + rate * mean
+
+
+def smoothed(
+  score_BN: np.ndarray, ema: float, *, weight: float = 0.2
+) -> np.ndarray:
+  """`(1 - weight) L + weight ema`, the release's smoothed score; a metric."""
+  return (1 - weight) * score_BN + weight * ema
+
+
+def _steps_of_row(
+  thoughts: structs.Thoughts, row: int, completion_length: int
+) -> tuple[list[int], np.ndarray]:
+  """Ends and reflective flags of one row's steps; none if not closed."""
+  count = int(thoughts.count[row]) if thoughts.closed[row] else 0
+  end_J = [int(end) for end in thoughts.step_end[row, :count]]
+  bounds = [int(thoughts.start[row]), *end_J, int(completion_length)]
+  if count and (bounds[0] < 0 or bounds != sorted(bounds)):
+    raise ValueError(
+      f"Row {row}: its thought starts at {bounds[0]} and its steps end at "
+      f"{end_J}, of {completion_length} tokens; steps must rise within the "
+      "completion. Mark the steps on the sampled tokens themselves."
+    )
+  return end_J, np.asarray(thoughts.reflective[row, :count])
+
+
+def _bucket(size: int) -> int:
+  """The next power of two, at least 8: few shapes, few compilations."""
+  return 1 << max(3, (size - 1).bit_length())
+
+
+def _pack(
+  branch_logprob: Sequence[np.ndarray], layout: Layout
+) -> tuple[np.ndarray, np.ndarray]:
+  """All priced tokens of a row side by side, and the slot of each."""
+  if len(branch_logprob) != len(layout.row):
+    raise ValueError(
+      f"Got prices of {len(branch_logprob)} branches, the layout has "
+      f"{len(layout.row)}. Pass the slice that this reward's queries became."
+    )
+  rows = len(layout.last)
+  used_R = np.zeros(rows, np.int64)
+  for q, logprob_G in enumerate(branch_logprob):
+    if not np.all(np.isfinite(logprob_G)):
+      raise ValueError(
+        f"The price of branch {q} (row {layout.row[q]}) holds "
+        f"{logprob_G[~np.isfinite(logprob_G)][0]}; log-probabilities must be "
+        "finite. Check the policy's parameters for NaN."
+      )
+    used_R[layout.row[q]] += len(logprob_G)
+  width = _bucket(int(used_R.max(initial=1)))
+  logprob_RM = np.zeros((rows, width), np.float32)
+  branch_RM = np.full((rows, width), _NONE, np.int32)
+  used_R[:] = 0
+  for q, logprob_G in enumerate(branch_logprob):
+    r, begin = layout.row[q], used_R[layout.row[q]]
+    logprob_RM[r, begin : begin + len(logprob_G)] = logprob_G
+    branch_RM[r, begin : begin + len(logprob_G)] = layout.slot[q]
+    used_R[r] += len(logprob_G)
+  return logprob_RM, branch_RM
