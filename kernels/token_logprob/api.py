@@ -1,0 +1,131 @@
+"""Log-probability and entropy of given tokens under an output head.
+
+  l = hidden @ head / temperature           float32, never whole
+  logprob_m = l[m, target_m] - logsumexp_v l[m, v]
+  entropy_m = -sum_v p[m, v] log p[m, v],   p = softmax(l)
+
+Shape key: M tokens, D features, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.token_logprob import reference, xla
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def token_logprob(
+  hidden_MD: jax.Array,
+  head: jax.Array,
+  target_M: jax.Array,
+  *,
+  temperature: float = 1.0,
+  transposed: bool = False,
+  axis_name: str | None = None,
+  implementation: str | None = None,
+  block_tokens: int = 1024,
+  block_vocab: int = 8192,
+) -> tuple[jax.Array, jax.Array]:
+  """Prices `target_M` after `hidden_MD`; differentiable in hidden and head.
+
+  Targets must lie in [0, V): inside jit nothing can raise, so callers check.
+  In a jitted program over a mesh, tokens may be sharded as they are; for a
+  head sharded over its vocabulary call this inside `jax.shard_map` (with its
+  default check_vma=True) and name the mesh axis.
+
+  Args:
+    hidden_MD: [M, D] floating, the last hidden states.
+    head: [D, V] floating, or [V, D] where `transposed` (a tied embedding);
+      inside shard_map with `axis_name`, this device's V / devices columns.
+    target_M: [M] integer, token ids in the whole vocabulary.
+    temperature: what divides the logits, above 0.
+    transposed: whether the head is [V, D].
+    axis_name: mesh axis that the vocabulary is sharded over, or None.
+    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    block_tokens: tokens of one block of "xla".
+    block_vocab: columns of one tile of "xla".
+
+  Returns:
+    logprob [M] float32 and entropy [M] float32, both in nats.
+
+  Raises:
+    ValueError: on shapes that do not match, an integer hidden state or head,
+      a float target, a temperature or block of 0 or less, an unknown
+      implementation.
+  """
+  _check(hidden_MD, head, target_M, transposed)
+  _check_settings(temperature, block_tokens, block_vocab, implementation)
+  if implementation == "reference":
+    if axis_name is not None:
+      raise ValueError(
+        f"The reference holds the whole vocabulary, got axis_name="
+        f"{axis_name!r}. Pass implementation='xla' or axis_name=None."
+      )
+    return reference.token_logprob(
+      hidden_MD,
+      head,
+      target_M,
+      temperature=temperature,
+      transposed=transposed,
+    )
+  return xla.token_logprob(
+    hidden_MD,
+    head,
+    target_M,
+    temperature=float(temperature),
+    transposed=transposed,
+    axis_name=axis_name,
+    block_tokens=block_tokens,
+    block_vocab=block_vocab,
+  )
+
+
+def _check(hidden_MD, head, target_M, transposed):
+  if hidden_MD.ndim != 2 or head.ndim != 2 or target_M.ndim != 1:
+    raise ValueError(
+      "Token log-probability takes hidden [M, D], head [D, V] (or [V, D]) and "
+      f"target [M], got {hidden_MD.shape}, {head.shape} and {target_M.shape}. "
+      "Flatten the leading axes."
+    )
+  features = head.shape[1 if transposed else 0]
+  if hidden_MD.shape[1] != features:
+    raise ValueError(
+      f"Hidden states have {hidden_MD.shape[1]} features and the head "
+      f"{features} (transposed={transposed}); they must be equal. A head of "
+      "shape [V, D] takes transposed=True."
+    )
+  if hidden_MD.shape[0] != target_M.shape[0] or not target_M.shape[0]:
+    raise ValueError(
+      f"Each of at least 1 hidden states needs one target, got "
+      f"{hidden_MD.shape[0]} and {target_M.shape[0]}. Shift the tokens and "
+      "the hidden states alike."
+    )
+  if not jnp.issubdtype(target_M.dtype, jnp.integer):
+    raise ValueError(
+      f"Targets are token ids, got {target_M.dtype}. Pass an integer array."
+    )
+  for name, x in (("Hidden states", hidden_MD), ("The head", head)):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f"{name} must be floating, got {x.dtype}. Convert to float32 or "
+        "bfloat16."
+      )
+
+
+def _check_settings(temperature, block_tokens, block_vocab, implementation):
+  if temperature <= 0:
+    raise ValueError(
+      f"Temperature divides the logits and must be above 0, got "
+      f"{temperature}. Greedy choice needs no log-probability."
+    )
+  if block_tokens < 1 or block_vocab < 1:
+    raise ValueError(
+      f"Blocks hold at least 1 token and 1 column, got block_tokens="
+      f"{block_tokens} and block_vocab={block_vocab}. Raise them."
+    )
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"Token log-probability has the implementations {IMPLEMENTATIONS}, got "
+      f"{implementation!r}. Name one of them, or None."
+    )
