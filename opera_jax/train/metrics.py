@@ -1,0 +1,186 @@
+"""Numbers of a run: JSONL, TensorBoard and a progress bar.
+
+A metric is named like "reward/mean". What depends on the clock is named
+"time/...": without those, a killed and resumed run writes the very lines of a
+straight one.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import tensorboardX
+import tqdm
+
+
+class Metrics:
+  """One stage's metrics: `<workdir>/<name>.jsonl`, one object a step."""
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    name: str,
+    *,
+    last_step: int | None = None,
+  ):
+    """Opens the files for appending.
+
+    Args:
+      workdir: folder of the run; TensorBoard's files go to
+        `<workdir>/tensorboard/<name>`.
+      name: the stage.
+      last_step: the step that was restored. Lines of later steps, and a line
+        cut short by a kill, are dropped, for those steps run again. None
+        drops all lines: the stage starts over.
+    """
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.path = workdir / f"{name}.jsonl"
+    _truncate(self.path, last_step)
+    self._file = self.path.open("a", encoding="utf-8")
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard" / name),
+      purge_step=0 if last_step is None else last_step + 1,
+    )
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends one line; arrays of one element are waited for.
+
+    Args:
+      step: number of the step, steps finished so far.
+      values: scalars by name; one that is not finite is written as null.
+
+    Raises:
+      ValueError: a value that is no scalar.
+    """
+    scalars = {name: _scalar(name, value) for name, value in values.items()}
+    line = {"step": int(step)} | {
+      name: value if math.isfinite(value) else None
+      for name, value in scalars.items()
+    }
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for name, value in scalars.items():
+      self._board.add_scalar(name, value, int(step))
+
+  def close(self) -> None:
+    """Flushes and closes both files."""
+    self._file.close()
+    self._board.close()
+
+
+class Progress:
+  """Tokens a second and time left: a bar on a terminal, lines elsewhere."""
+
+  def __init__(
+    self,
+    total: int,
+    description: str,
+    *,
+    unit: str = "step",
+    done: int = 0,
+    seconds_between_lines: float = 10.0,
+    file: TextIO | None = None,
+  ):
+    """Starts the clock.
+
+    Args:
+      total: how many units there are.
+      description: what is being done.
+      unit: what is counted.
+      done: units finished before, by a run that this one resumes.
+      seconds_between_lines: how often to print where there is no terminal.
+      file: where to; default standard error.
+    """
+    self._file = file or sys.stderr
+    self._bar = tqdm.tqdm(
+      total=total,
+      initial=done,
+      desc=description,
+      unit=unit,
+      file=self._file,
+      disable=not self._file.isatty(),
+      dynamic_ncols=True,
+    )
+    self._description, self._unit = description, unit
+    self._total, self._first, self._done = total, done, done
+    self._tokens = 0
+    self._start = self._printed = time.monotonic()
+    self._every = seconds_between_lines
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def update(self, count: int = 1, *, tokens: int = 0) -> None:
+    """Counts `count` units more, in which `tokens` tokens were worked."""
+    self._done += count
+    self._tokens += tokens
+    if not self._bar.disable:
+      if self._tokens:
+        self._bar.set_postfix_str(f"{self._speed():,.0f} tokens/s", False)
+      self._bar.update(count)
+    elif time.monotonic() - self._printed >= self._every:
+      self._print()
+
+  def close(self) -> None:
+    """Ends the bar, or prints the last line."""
+    self._bar.close()
+    if self._bar.disable:
+      self._print()
+
+  def _speed(self) -> float:
+    return self._tokens / max(time.monotonic() - self._start, 1e-9)
+
+  def _print(self) -> None:
+    self._printed = time.monotonic()
+    spent = self._printed - self._start
+    fresh = self._done - self._first
+    words = [f"{self._description}: {self._done}/{self._total} {self._unit}s"]
+    if self._tokens:
+      words.append(f"{self._speed():,.0f} tokens/s")
+    words.append(f"{spent:.0f} s")
+    if fresh > 0 and self._done < self._total:
+      left = spent / fresh * (self._total - self._done)
+      words.append(f"{left:.0f} s left")
+    print(", ".join(words), file=self._file, flush=True)
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a metrics file, oldest first; [] if there is no file."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  with path.open(encoding="utf-8") as file:
+    return [json.loads(line) for line in file]
+
+
+def _scalar(name: str, value: Any) -> float:
+  if getattr(value, "size", 1) != 1:
+    raise ValueError(
+      f"Metric {name!r} has shape {value.shape}; a metric is one number. Take "
+      "its mean first."
+    )
+  return float(value)
+
+
+def _truncate(path: pathlib.Path, last_step: int | None) -> None:
+  """Keeps whole lines up to `last_step`, by an atomic replace."""
+  if not path.exists():
+    return
+  kept = []
+  if last_step is not None:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+      if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+        break
+      kept.append(line)
+  partial = path.with_suffix(".jsonl.tmp")
+  partial.write_text("".join(kept), encoding="utf-8")
+  partial.replace(path)
