@@ -1,0 +1,224 @@
+"""The embedded task: short stories with stated facts, made from a seed.
+
+A prompt states five facts (who, where, which object, what twist, how it
+ends). A thought plans the story step by step and errs: a plain step may state
+a wrong fact, a reflective step ("Wait, ...") may recover a stated fact, wander
+off, or break one. The story that follows tells what the thought believed last,
+and half-remembers what it never mentioned. So thinking well pays, and by
+construction the reward has something to find.
+
+`facts_kept` is the outside measure: it looks at the story alone, and no reward
+ever calls it.
+"""
+
+import dataclasses
+import random
+
+from opera_jax import structs
+
+NAMES = (
+    "Mira Tomas Anya Felix Nora Jonas Lena Oscar Ruth Pavel Ida Hugo".split()
+)
+ROLES = "baker sailor tailor farmer painter nurse miller singer".split()
+FACTS = {
+    "where": (
+        "the old mill", "the quiet harbor", "the snowy pass", "the night market",
+        "the stone bridge", "the empty library", "the apple orchard",
+        "the ruined tower", "the river ferry", "the village school",
+        "the salt mine", "the glass house",
+    ),
+    "object": (
+        "a brass key", "a red lantern", "a broken watch", "a silver flute",
+        "a torn map", "a wooden box", "a blue scarf", "a rusty knife",
+        "a clay bowl", "a paper crown", "a black stone", "a small mirror",
+    ),
+    "twist": (
+        "the letter was forged", "the stranger was a brother",
+        "the guard was asleep", "the gold was painted lead",
+        "the storm was a signal", "the child knew the way",
+        "the door was never locked", "the captain had lied",
+        "the song was a code", "the dog had found it first",
+        "the debt was long paid", "the twin had come instead",
+    ),
+    "ending": (
+        "they share warm bread", "they plant a young tree",
+        "they ring the great bell", "they burn the old papers",
+        "they sail home at dawn", "they dance in the square",
+        "they mend the broken gate", "they bury the past",
+        "they open a little shop", "they write it all down",
+        "they forgive each other", "they walk on alone",
+    ),
+}  # fmt: skip
+SLOTS = ("who", *FACTS)
+
+PROMPTS = (
+    "Write a short story. Who: {who}. Where: {where}. Object: {object}. "
+    "Twist: {twist}. Ending: {ending}.",
+    "Tell a short story about {who} at {where} with {object}. "
+    "Twist: {twist}. Ending: {ending}.",
+    "I want a short story. Ending: {ending}. Twist: {twist}. "
+    "Object: {object}. Where: {where}. Who: {who}.",
+)
+STORIES = {
+    "open": (
+        "{Who} came to {where} one morning, carrying {object}.",
+        "One evening {who} reached {where} and held {object}.",
+    ),
+    "twist": (
+        "Nobody knew yet that {twist}.",
+        "Then it came out that {twist}.",
+    ),
+    "end": ("In the end {ending}.", "So, at last, {ending}."),
+}
+PLAIN = {
+    "who": ("The story is about {}.", "I will write about {}."),
+    "where": ("It takes place at {}.", "The scene is {}."),
+    "object": ("The object is {}.", "There will be {}."),
+    "twist": ("The twist is that {}.", "Later we learn that {}."),
+    "ending": ("It ends when {}.", "At the end {}."),
+}
+RECALL = {
+    "who": ("the story is about {}.", "it should be about {}."),
+    "where": ("it should take place at {}.", "the scene is {}."),
+    "object": ("the object should be {}.", "there must be {}."),
+    "twist": ("the twist should be that {}.", "we must learn that {}."),
+    "ending": ("it should end when {}.", "at the end {}."),
+}
+OPENERS = ("Wait,", "But", "Hmm,", "However,")
+IDLE = (
+    "maybe it could rain a little.",
+    "a longer opening would be nice.",
+    "the tone should stay warm.",
+    "the words should be simple.",
+    "I wonder how it feels.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """How badly a written thought thinks; probabilities."""
+
+  mention: float = 0.5  # a fact gets a plain step
+  wrong: float = 0.4  # a plain step states a wrong value
+  recover: float = 0.4  # a reflective step restates a broken or missed fact
+  harm: float = 0.2  # a reflective step states a wrong value; else it idles
+  reflections: tuple[float, ...] = (0.2, 0.3, 0.3, 0.2)  # of 0, 1, 2, 3
+  remember: float = 0.4  # a fact never mentioned is told right all the same
+  unclosed: float = 0.1  # the story follows the thought without </think>
+
+
+def _draw(rng: random.Random, slot: str) -> str:
+  if slot == "who":
+    return f"{rng.choice(NAMES)} the {rng.choice(ROLES)}"
+  return rng.choice(FACTS[slot])
+
+
+def _other(rng: random.Random, slot: str, value: str) -> str:
+  while True:
+    other = _draw(rng, slot)
+    if other != value:
+      return other
+
+
+def tell(facts: dict[str, str], rng: random.Random) -> str:
+  """A story that tells `facts`, in one of a few wordings."""
+  parts = [rng.choice(STORIES[part]) for part in ("open", "twist", "end")]
+  return " ".join(parts).format(Who=facts["who"], **facts)
+
+
+def prompts(count: int, seed: int) -> list[structs.Prompt]:
+  """`count` tasks with references; the facts are in `columns["facts"]`.
+
+  Tasks of different seeds share values, not whole tasks, up to chance: there
+  are 96 x 12^4 combinations.
+  """
+  out = []
+  for i in range(count):
+    rng = random.Random(f"prompt/{seed}/{i}")
+    facts = {slot: _draw(rng, slot) for slot in SLOTS}
+    out.append(
+        structs.Prompt(
+            id=f"story-{seed}-{i}",
+            task="open_ended",
+            prompt=rng.choice(PROMPTS).format(**facts),
+            reference=tell(facts, rng),
+            columns={"facts": facts},
+        )
+    )
+  return out
+
+
+def think(
+    facts: dict[str, str], noise: Noise, rng: random.Random
+) -> tuple[list[str], dict[str, str]]:
+  """A noisy thought: its steps, and what it believes in the end."""
+  steps, belief = [], {}
+  for slot in SLOTS:
+    if rng.random() < noise.mention:
+      wrong = rng.random() < noise.wrong
+      belief[slot] = _other(rng, slot, facts[slot]) if wrong else facts[slot]
+      steps.append(rng.choice(PLAIN[slot]).format(belief[slot]))
+  if not steps:
+    belief["who"] = facts["who"]
+    steps.append(rng.choice(PLAIN["who"]).format(facts["who"]))
+  reflections = rng.choices(
+      range(len(noise.reflections)), noise.reflections
+  )[0]
+  for _ in range(reflections):
+    opener, draw = rng.choice(OPENERS), rng.random()
+    broken = [s for s in SLOTS if belief.get(s) != facts[s]]
+    if draw < noise.recover and broken:
+      slot = rng.choice(broken)
+      belief[slot] = facts[slot]
+      text = rng.choice(RECALL[slot]).format(facts[slot])
+    elif draw < noise.recover + noise.harm:
+      slot = rng.choice(SLOTS)
+      belief[slot] = _other(rng, slot, facts[slot])
+      text = rng.choice(RECALL[slot]).format(belief[slot])
+    else:
+      text = rng.choice(IDLE)
+    steps.append(f"{opener} {text}")
+  for slot in SLOTS:
+    if slot not in belief:
+      kept = rng.random() < noise.remember
+      belief[slot] = facts[slot] if kept else _draw(rng, slot)
+  return steps, belief
+
+
+def completion(
+    prompt: structs.Prompt, noise: Noise, rng: random.Random
+) -> str:
+  """One noisy completion, with literal think tags, without the end of turn."""
+  steps, belief = think(prompt.columns["facts"], noise, rng)
+  thought = "<think>\n" + "\n\n".join(steps)
+  close = "\n\n" if rng.random() < noise.unclosed else "\n</think>\n\n"
+  return thought + close + tell(belief, rng)
+
+
+def corpus(
+    count: int, seed: int, noise: Noise | None = None
+) -> list[tuple[structs.Prompt, str]]:
+  """Pretraining documents: tasks, each with a noisy completion."""
+  noise = noise or Noise()
+  return [
+      (task, completion(task, noise, random.Random(f"doc/{seed}/{i}")))
+      for i, task in enumerate(prompts(count, seed))
+  ]
+
+
+def facts_kept(story: str, facts: dict[str, str]) -> dict[str, bool]:
+  """Which facts a story keeps: the stated value is told, no rival is.
+
+  A rival is another value of the same fact, so a story that lists every
+  value keeps nothing.
+  """
+  text = story.lower()
+  kept = {}
+  for slot in SLOTS:
+    if slot == "who":
+      values = [f"{n} the {r}" for n in NAMES for r in ROLES]
+    else:
+      values = list(FACTS[slot])
+    told = {value for value in values if value.lower() in text}
+    kept[slot] = told == {facts[slot]}
+  return kept

@@ -1,0 +1,117 @@
+"""Who sees whom: the `attend` arguments of the model.
+
+Each function here returns `attend(cache, layer, q, k, v) -> (out, cache)`.
+
+Shape key: B rows, T trunk tokens, S branches a row, G tokens a branch,
+N query heads, K key/value heads, H head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.branch_attention import api as branch_attention
+from opera_jax.models import kv_cache
+
+
+def _self_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="xla"
+  )
+
+
+def causal(segment_BT: jax.Array):
+  """Causal attention within segments; segment 0 is padding.
+
+  A padding token sees padding only, so its row stays finite and reaches
+  no real token.
+  """
+  T = segment_BT.shape[1]
+  same = segment_BT[:, :, None] == segment_BT[:, None, :]
+  mask_BTT = same & jnp.tri(T, dtype=bool)[None]
+
+  def attend(cache, layer, q, k, v):
+    del layer
+    return _self_attention(q, k, v, mask_BTT), cache
+
+  return attend
+
+
+def trunk_and_branches(
+    trunk_segment_BT: jax.Array, limit_BS: jax.Array, branch_tokens: int
+):
+  """A trunk of T tokens followed, on the token axis, by S branches of G.
+
+  The trunk is causal; branch s of row b sees trunk positions below
+  `limit[b, s]` and its own tokens causally. Nothing sees a branch but itself.
+  """
+  B, T = trunk_segment_BT.shape
+  S, G = limit_BS.shape[1], branch_tokens
+  trunk = causal(trunk_segment_BT)
+
+  def attend(cache, layer, q, k, v):
+    out_BTNH, cache = trunk(cache, layer, q[:, :T], k[:, :T], v[:, :T])
+
+    def branches(x):
+      return x[:, T:].reshape(B, S, G, *x.shape[2:])
+
+    out_BSGNH = branch_attention.branch_attention(
+        branches(q),
+        k[:, :T],
+        v[:, :T],
+        branches(k),
+        branches(v),
+        limit_BS,
+        scale=q.shape[-1] ** -0.5,
+    )
+    out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
+    return jnp.concatenate([out_BTNH, out], axis=1), cache
+
+  return attend
+
+
+def prefill(segment_BT: jax.Array):
+  """Causal attention that also fills `kv_cache.Trunk` layer by layer."""
+  inner = causal(segment_BT)
+
+  def attend(cache, layer, q, k, v):
+    cache = kv_cache.Trunk(
+        k=cache.k.at[layer].set(k.astype(cache.k.dtype)),
+        v=cache.v.at[layer].set(v.astype(cache.v.dtype)),
+    )
+    return inner(None, layer, q, k, v)[0], cache
+
+  return attend
+
+
+def decode(trunk: kv_cache.Trunk, limit_B: jax.Array, step: jax.Array):
+  """One new token of each of S samples of every row, all at depth `step`.
+
+  Queries come as [B, S, N, H] (the token axis holds the samples). The new
+  key is written into the samples' own cache, then each sample sees its row's
+  trunk below `limit` and its own keys up to `step`.
+  """
+
+  def attend(cache, layer, q, k, v):
+    start = (layer, 0, 0, step, 0, 0)
+    cache = kv_cache.Samples(
+        k=jax.lax.dynamic_update_slice(
+            cache.k, k[None, :, :, None].astype(cache.k.dtype), start
+        ),
+        v=jax.lax.dynamic_update_slice(
+            cache.v, v[None, :, :, None].astype(cache.v.dtype), start
+        ),
+    )
+    B, S = q.shape[:2]
+    out_BSGNH = branch_attention.branch_attention(
+        q[:, :, None],
+        trunk.k[layer],
+        trunk.v[layer],
+        cache.k[layer],
+        cache.v[layer],
+        jnp.broadcast_to(limit_B[:, None], (B, S)),
+        offset_BS=jnp.full((B, S), step, jnp.int32),
+        scale=q.shape[-1] ** -0.5,
+    )
+    return out_BSGNH[:, :, 0], cache
+
+  return attend

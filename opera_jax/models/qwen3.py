@@ -1,0 +1,290 @@
+"""Qwen3, the dense decoder, in one file (Flax NNX, layers stacked and scanned).
+
+The model maps tokens to final hidden states and never builds logits: the head
+is a matrix that `kernels.token_logprob` (pricing) and the sampler multiply by.
+How a token sees others is an argument (`opera_jax.models.attention`), so that
+training, trunks with branches, prefill and decode are one set of layers.
+
+Shape key: B rows, T tokens, D hidden, N query heads, K key/value heads,
+H head dimension, F feed-forward, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opera_jax.sharding import rules
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The published fields of a Qwen3 `config.json`, under our names."""
+
+  vocab_size: int
+  hidden: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  intermediate: int
+  rope_theta: float = 1_000_000.0
+  norm_epsilon: float = 1e-6
+  tied: bool = True
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self):
+    if self.heads % self.kv_heads:
+      raise ValueError(
+          f"Grouped-query attention shares each key head evenly, got heads="
+          f"{self.heads}, kv_heads={self.kv_heads}. Make model.heads a "
+          "multiple of model.kv_heads."
+      )
+    if self.head_dim % 2:
+      raise ValueError(
+          f"Rotary embedding turns pairs of channels, got head_dim="
+          f"{self.head_dim}. Make model.head_dim even."
+      )
+    if self.remat not in REMAT:
+      raise ValueError(
+          f"Unknown model.remat {self.remat!r}; use one of {sorted(REMAT)}."
+      )
+
+
+# Logical axes of every parameter; layers carry a leading "layers" axis.
+AXES = {
+    "embed": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "final_norm": ("norm",),
+    "layers/input_norm": ("layers", "norm"),
+    "layers/post_norm": ("layers", "norm"),
+    "layers/attention/q": ("layers", "embed", "heads", "head_dim"),
+    "layers/attention/k": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers/attention/v": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers/attention/o": ("layers", "heads", "head_dim", "embed"),
+    "layers/attention/q_norm": ("layers", "head_dim"),
+    "layers/attention/k_norm": ("layers", "head_dim"),
+    "layers/mlp/gate": ("layers", "embed", "mlp"),
+    "layers/mlp/up": ("layers", "embed", "mlp"),
+    "layers/mlp/down": ("layers", "mlp", "embed"),
+}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+  """x / rms(x) * scale over the last axis, statistics in float32."""
+  x32 = x.astype(jnp.float32)
+  mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normed = (x32 * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
+  scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+  return normed * scale
+
+
+def rope_tables(
+    position_BT: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines [B, T, 1, H / 2] of rotary embedding, float32."""
+  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+  frequency = 1.0 / theta**exponent
+  angle = position_BT[..., None, None].astype(jnp.float32) * frequency.reshape(
+      1, 1, 1, -1
+  )
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates channel i with channel i + H / 2 (the Hugging Face layout)."""
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+      [a * cos - b * sin, b * cos + a * sin], axis=-1
+  ).astype(x_BTNH.dtype)
+
+
+def _normal(key, shape, fan_in):
+  return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with normed queries and keys."""
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    D, N, K, H = config.hidden, config.heads, config.kv_heads, config.head_dim
+    self.config = config
+    self.q = _normal(rngs.params(), (D, N, H), D)
+    self.k = _normal(rngs.params(), (D, K, H), D)
+    self.v = _normal(rngs.params(), (D, K, H), D)
+    self.o = _normal(rngs.params(), (N, H, D), N * H * 2 * config.layers)
+    self.q_norm = nnx.Param(jnp.ones((H,)))
+    self.k_norm = nnx.Param(jnp.ones((H,)))
+
+  def __call__(self, x_BTD, cos, sin, attend: Attend):
+    epsilon, dtype = self.config.norm_epsilon, x_BTD.dtype
+    q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...].astype(dtype))
+    k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...].astype(dtype))
+    v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...].astype(dtype))
+    q_BTNH = apply_rope(
+        rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin
+    )
+    k_BTKH = apply_rope(
+        rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin
+    )
+    q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
+    out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
+    o = self.o[...].astype(dtype)
+    return jnp.einsum("btnh,nhd->btd", out_BTNH, o), cache
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    D, F = config.hidden, config.intermediate
+    self.gate = _normal(rngs.params(), (D, F), D)
+    self.up = _normal(rngs.params(), (D, F), D)
+    self.down = _normal(rngs.params(), (F, D), F * 2 * config.layers)
+
+  def __call__(self, x_BTD):
+    dtype = x_BTD.dtype
+    gate_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype))
+    hidden_BTF = gate_BTF * (x_BTD @ self.up[...].astype(dtype))
+    hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
+    return hidden_BTF @ self.down[...].astype(dtype)
+
+
+class Block(nnx.Module):
+  """Pre-norm decoder layer."""
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    self.config = config
+    self.input_norm = nnx.Param(jnp.ones((config.hidden,)))
+    self.attention = Attention(config, rngs=rngs)
+    self.post_norm = nnx.Param(jnp.ones((config.hidden,)))
+    self.mlp = MLP(config, rngs=rngs)
+
+  def __call__(self, x_BTD, cos, sin, attend: Attend):
+    epsilon = self.config.norm_epsilon
+    normed = rms_norm(x_BTD, self.input_norm[...], epsilon)
+    mixed, cache = self.attention(normed, cos, sin, attend)
+    x_BTD = x_BTD + mixed
+    normed = rms_norm(x_BTD, self.post_norm[...], epsilon)
+    return x_BTD + self.mlp(normed), cache
+
+
+class Qwen3(nnx.Module):
+  """Tokens to final hidden states; see `head_matrix` for the output head."""
+
+  def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = nnx.Param(
+        jax.random.normal(
+            rngs.params(), (config.vocab_size, config.hidden), jnp.float32
+        )
+        * 0.02
+    )
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(key):
+      return Block(config, rngs=nnx.Rngs(params=key))
+
+    self.layers = create(jax.random.split(rngs.params(), config.layers))
+    self.final_norm = nnx.Param(jnp.ones((config.hidden,)))
+    if not config.tied:
+      self.head = _normal(
+          rngs.params(), (config.hidden, config.vocab_size), config.hidden
+      )
+
+  def __call__(
+      self,
+      token_BT: jax.Array,
+      position_BT: jax.Array,
+      attend: Attend,
+      cache: Any = None,
+  ) -> tuple[jax.Array, Any]:
+    """Runs all layers.
+
+    Args:
+      token_BT: int32 token ids.
+      position_BT: int32 rotary positions.
+      attend: `attend(cache, layer, q, k, v) -> (out, cache)`, one of
+        `opera_jax.models.attention`.
+      cache: what `attend` carries from layer to layer; None for none.
+
+    Returns:
+      Normed hidden states [B, T, D] in the compute dtype, and the cache.
+    """
+    config = self.config
+    x_BTD = self.embed[...][token_BT].astype(config.dtype)
+    x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
+    cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
+    graphdef, stacked = nnx.split(self.layers)
+
+    def layer(carry, inputs):
+      x_BTD, cache = carry
+      index, params = inputs
+      block = nnx.merge(graphdef, params)
+      x_BTD, cache = block(
+          x_BTD, cos, sin, functools.partial(attend, cache, index)
+      )
+      return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
+
+    if REMAT[config.remat] is not None:
+      layer = jax.checkpoint(
+          layer, policy=REMAT[config.remat], prevent_cse=False
+      )
+    (x_BTD, cache), _ = jax.lax.scan(
+        layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
+    )
+    x_BTD = rms_norm(x_BTD, self.final_norm[...], config.norm_epsilon)
+    return x_BTD, cache
+
+  def head_matrix(self) -> tuple[jax.Array, bool]:
+    """The output head, and whether it is [V, D] (tied) rather than [D, V]."""
+    if self.config.tied:
+      return self.embed[...], True
+    return self.head[...], False
+
+
+def create(config: Config, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+  """A randomly initialised model, split once: (graphdef, params)."""
+  return nnx.split(Qwen3(config, rngs=nnx.Rngs(params=seed)))
+
+
+def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
+  """Like `create` without allocating: params are ShapeDtypeStructs."""
+  return nnx.split(
+      nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(params=0)))
+  )
+
+
+def parameter_count(params: Any) -> int:
+  """Number of scalars in a tree."""
+  return sum(x.size for x in jax.tree.leaves(params))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """The AXES key of a tree path, e.g. `layers/attention/q`."""
+  keys = []
+  for entry in path:
+    key = getattr(entry, "key", getattr(entry, "name", None))
+    if key is not None and key not in ("value", "raw_value"):
+      keys.append(str(key))
+  return "/".join(keys)
+
+
+def logical_axes(params: Any) -> Any:
+  """A tree like `params` whose leaves are tuples of logical axis names."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: AXES[path_name(path)], params
+  )

@@ -1,0 +1,219 @@
+"""Log-probabilities and entropies: of rows, and of trunks with branches.
+
+Shape key: R or B rows, T tokens of a row, S branches, G tokens of a branch,
+D hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kernels.token_logprob import api as token_logprob
+from opera_jax import structs
+from opera_jax.models import attention
+from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.sharding import layout
+
+
+def _token_prices(model, hidden_BTD, target_BT, temperature):
+  head, transposed = model.head_matrix()
+  B, T, D = hidden_BTD.shape
+  logprob_M, entropy_M = token_logprob.token_logprob(
+      hidden_BTD.reshape(B * T, D),
+      head.astype(hidden_BTD.dtype),
+      target_BT.reshape(B * T),
+      temperature=temperature,
+      transposed=transposed,
+  )
+  return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
+
+
+def _shifted(x_BT: jax.Array) -> jax.Array:
+  """Prices of tokens 1..T-1 put at their own places; token 0 has none."""
+  return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+
+
+def row_logprob(
+    graphdef: nnx.GraphDef, *, temperature: float = 1.0
+) -> Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]]:
+  """The update's view of the model.
+
+  Returns:
+    `f(params, batch) -> (logprob_RT, entropy_RT)`, float32: entry t is the
+    log-probability of token t after the tokens before it in its segment
+    (entry 0 is 0), and the entropy of the distribution it was drawn from.
+  """
+
+  def fn(params, batch: structs.Batch):
+    model = nnx.merge(graphdef, params)
+    hidden_RTD, _ = model(
+        batch.tokens, batch.positions, attention.causal(batch.segments)
+    )
+    logprob_RT, entropy_RT = _token_prices(
+        model, hidden_RTD, jnp.roll(batch.tokens, -1, axis=1), temperature
+    )
+    return _shifted(logprob_RT), _shifted(entropy_RT)
+
+  return fn
+
+
+class Pricer:
+  """Prices trunks and branches: one pass over each trunk and its branches."""
+
+  def __init__(
+      self,
+      graphdef: nnx.GraphDef,
+      *,
+      vocab_size: int,
+      mesh: jax.sharding.Mesh,
+      rows: int = 16,
+      length_buckets: Sequence[int] = (128, 256, 512, 1024),
+      slot_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
+      branch_buckets: Sequence[int] = (32, 64, 128, 256, 512),
+      temperature: float = 1.0,
+  ):
+    """Compiles nothing yet; one program a shape is compiled on first use.
+
+    Args:
+      graphdef: of the model; parameters come with every call.
+      vocab_size: rows of the head; ids at or above it are refused.
+      mesh: rows are split over its data axes.
+      rows: trunks a call; a multiple of the mesh's data axes.
+      length_buckets: allowed padded trunk lengths.
+      slot_buckets: allowed numbers of branches a trunk.
+      branch_buckets: allowed padded branch lengths.
+      temperature: divides the logits.
+
+    Raises:
+      ValueError: rows do not divide over the mesh.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+      raise ValueError(
+          f"A call prices {rows} rows over {ways} data shards, which does not "
+          "divide. Make config.price.rows a multiple."
+      )
+    self._vocab_size = vocab_size
+    self._mesh = mesh
+    self._pack = {
+        "rows": rows,
+        "length_buckets": tuple(length_buckets),
+        "slot_buckets": tuple(slot_buckets),
+        "branch_buckets": tuple(branch_buckets),
+    }
+
+    def run(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
+      model = nnx.merge(graphdef, params)
+      B, T = token_BT.shape
+      S, G = input_BSG.shape[1:]
+      position_T = jnp.arange(T, dtype=jnp.int32)
+      segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
+      position_BSG = limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[
+          None, None
+      ]
+      flat = (B, S * G)
+      hidden_BXD, _ = model(
+          jnp.concatenate([token_BT, input_BSG.reshape(flat)], axis=1),
+          jnp.concatenate(
+              [
+                  jnp.broadcast_to(position_T[None], (B, T)),
+                  position_BSG.reshape(flat),
+              ],
+              axis=1,
+          ),
+          attention.trunk_and_branches(segment_BT, limit_BS, G),
+      )
+      target_BX = jnp.concatenate(
+          [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
+      )
+      logprob_BX, entropy_BX = _token_prices(
+          model, hidden_BXD, target_BX, temperature
+      )
+      return (
+          _shifted(logprob_BX[:, :T]),
+          _shifted(entropy_BX[:, :T]),
+          logprob_BX[:, T:].reshape(B, S, G),
+      )
+
+    self._run = jax.jit(run)
+
+  def price(
+      self,
+      params: Any,
+      trunks: Sequence[np.ndarray],
+      branches: Sequence[structs.Branch] = (),
+      *,
+      advance: Callable[[int], None] | None = None,
+  ) -> structs.Prices:
+    """Prices every token of every trunk and branch.
+
+    Args:
+      params: the policy's parameters.
+      trunks: int32 tokens [T_i] each, T_i >= 1.
+      branches: continuations of prefixes of trunks.
+      advance: called with the tokens done after each microbatch.
+
+    Returns:
+      Prices in the order given.
+
+    Raises:
+      ValueError: see `trunks.check`; a price that is not finite.
+    """
+    trunks_lib.check(trunks, branches, self._vocab_size)
+    trunk_logprob = [None] * len(trunks)
+    trunk_entropy = [None] * len(trunks)
+    branch_logprob = [None] * len(branches)
+    sharding = layout.rows(self._mesh)
+
+    def finish(batch, results):
+      logprob_BT, entropy_BT, logprob_BSG = jax.device_get(results)
+      for row, trunk in enumerate(batch.trunk_of):
+        size = len(trunks[trunk])
+        trunk_logprob[trunk] = logprob_BT[row, :size]
+        trunk_entropy[trunk] = entropy_BT[row, :size]
+      for row, slot, index in batch.branch_of:
+        branch = branches[index]
+        branch_logprob[index] = logprob_BSG[
+            row, slot, branch.skip : len(branch.tokens)
+        ]
+      if advance is not None:
+        advance(int(batch.length_B.sum()))
+
+    waiting = None
+    with jax.set_mesh(self._mesh):
+      for batch in trunks_lib.pack(trunks, branches, **self._pack):
+        arrays = jax.device_put(
+            (
+                batch.token_BT,
+                batch.length_B,
+                batch.input_BSG,
+                batch.target_BSG,
+                batch.limit_BS,
+            ),
+            sharding,
+        )
+        results = self._run(params, *arrays)
+        if waiting is not None:
+          finish(*waiting)
+        waiting = (batch, results)
+    if waiting is not None:
+      finish(*waiting)
+    for name, prices in (("trunk", trunk_logprob), ("branch", branch_logprob)):
+      for index, price in enumerate(prices):
+        if not np.isfinite(price).all():
+          raise FloatingPointError(
+              f"The log-probability of {name} {index} is not finite. The "
+              "parameters have diverged; lower the learning rate or resume "
+              "from an earlier checkpoint."
+          )
+    return structs.Prices(
+        trunk_logprob=trunk_logprob,
+        trunk_entropy=trunk_entropy,
+        branch_logprob=branch_logprob,
+        trunk_tokens=sum(len(t) for t in trunks),
+        branch_tokens=sum(len(b.tokens) for b in branches),
+    )

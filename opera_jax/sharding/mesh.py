@@ -1,0 +1,48 @@
+"""The device mesh, and the start of jax.distributed on several hosts."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from opera_jax.sharding import rules
+
+
+def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
+  """Lays the devices out on the axes (data, fsdp, tensor).
+
+  Args:
+    shape: size of each axis; -1 for one of them takes what is left. None
+      puts every device on `fsdp`.
+    devices: defaults to all of `jax.devices()`.
+
+  Raises:
+    ValueError: unknown axis, or sizes that do not multiply to the devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = dict(shape or {"fsdp": -1})
+  unknown = set(shape) - set(rules.MESH_AXES)
+  if unknown:
+    raise ValueError(
+        f"Unknown mesh axis {sorted(unknown)}; axes are {rules.MESH_AXES}."
+    )
+  sizes = [shape.get(axis, 1) for axis in rules.MESH_AXES]
+  if sizes.count(-1) > 1:
+    raise ValueError(f"At most one mesh axis may be -1, got {shape}.")
+  known = int(np.prod([s for s in sizes if s != -1]))
+  if -1 in sizes and known and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
+    raise ValueError(
+        f"The mesh {shape} needs the product of its axes to be the number of "
+        f"devices, {len(devices)}. Change config.mesh."
+    )
+  return Mesh(
+      np.asarray(devices).reshape(sizes),
+      rules.MESH_AXES,
+      axis_types=(AxisType.Auto,) * len(rules.MESH_AXES),
+  )
+
+
+def data_ways(mesh: Mesh) -> int:
+  """Over how many shards a batch is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
