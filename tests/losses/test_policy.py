@@ -1,0 +1,112 @@
+"""The clipped surrogate against REINFORCE, numpy and finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.losses import policy
+
+
+def _rows(seed=0, shape=(3, 5), spread=1.0):
+  generator = np.random.default_rng(seed)
+  logprob = -generator.uniform(0.1, 3.0, shape).astype(np.float32)
+  old = logprob + spread * generator.normal(size=shape).astype(np.float32)
+  advantage = generator.normal(size=shape).astype(np.float32)
+  return logprob, old, advantage
+
+
+def _slow(logprob, old, advantage, low, high, dual):
+  loss = np.zeros_like(logprob)
+  for i in np.ndindex(loss.shape):
+    ratio, a = np.exp(logprob[i] - old[i]), advantage[i]
+    loss[i] = -min(a * ratio, a * min(max(ratio, 1 - low), 1 + high))
+    if a < 0 and dual is not None:
+      loss[i] = min(loss[i], -a * dual)
+  return loss
+
+
+def test_on_policy_gradient_is_reinforce():
+  table = jnp.asarray(np.random.default_rng(0).normal(size=(4, 7)), jnp.float32)
+  token = jnp.asarray([1, 0, 6, 3])
+  advantage = jnp.asarray([1.5, -2.0, 0.3, -0.1])
+
+  def logprob_fn(table):
+    return jax.nn.log_softmax(table)[jnp.arange(4), token]
+
+  old = logprob_fn(table)
+
+  def surrogate(table):
+    return policy.clipped_surrogate(logprob_fn(table), old, advantage)[0].sum()
+
+  def reinforce(table):
+    return -(advantage * logprob_fn(table)).sum()
+
+  np.testing.assert_allclose(
+    jax.grad(surrogate)(table), jax.grad(reinforce)(table), atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("dual", [None, 3.0, 1.5])
+def test_values_are_the_definition(dual):
+  logprob, old, advantage = _rows()
+  loss, aux = policy.clipped_surrogate(
+    logprob, old, advantage, clip_low=0.2, clip_high=0.28, dual_clip=dual
+  )
+  want = _slow(logprob, old, advantage, 0.2, 0.28, dual)
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  np.testing.assert_allclose(aux["ratio"], np.exp(logprob - old), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+def test_gradient_is_the_finite_difference(dual):
+  logprob, old, advantage = _rows(seed=3)
+
+  def total(logprob):
+    loss, _ = policy.clipped_surrogate(logprob, old, advantage, dual_clip=dual)
+    return loss.sum()
+
+  gradient = jax.grad(total)(jnp.asarray(logprob))
+  wide = [x.astype(np.float64) for x in (logprob, old, advantage)]
+  for i in np.ndindex(logprob.shape):
+    step = np.zeros(logprob.shape)
+    step[i] = 1e-6
+    up = _slow(wide[0] + step, *wide[1:], 0.2, 0.2, dual).sum()
+    down = _slow(wide[0] - step, *wide[1:], 0.2, 0.2, dual).sum()
+    np.testing.assert_allclose(gradient[i], (up - down) / 2e-6, atol=1e-4)
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token_and_stops_its_gradient():
+  def total(logprob):
+    return policy.clipped_surrogate(
+      logprob, jnp.asarray([-5.0]), jnp.asarray([-2.0]), dual_clip=3.0
+    )[0].sum()
+
+  assert total(jnp.asarray([-0.1])) == 6.0
+  assert jax.grad(total)(jnp.asarray([-0.1])) == 0.0
+  assert jax.grad(total)(jnp.asarray([-4.5])) > 0.0
+
+
+def test_flags_mark_the_tokens_that_lost_their_gradient():
+  old = jnp.zeros(6)
+  logprob = jnp.log(jnp.asarray([1.5, 0.5, 1.5, 0.5, 4.0, 1.0]))
+  advantage = jnp.asarray([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
+
+  def total(logprob):
+    loss, aux = policy.clipped_surrogate(logprob, old, advantage)
+    return loss.sum(), aux
+
+  gradient, aux = jax.grad(total, has_aux=True)(logprob)
+  assert aux["clip_high"].tolist() == [1, 0, 0, 0, 0, 0]
+  assert aux["clip_low"].tolist() == [0, 0, 0, 1, 0, 0]
+  assert aux["clip_dual"].tolist() == [0, 0, 0, 0, 1, 0]
+  flagged = aux["clip_high"] + aux["clip_low"] + aux["clip_dual"]
+  np.testing.assert_array_equal(gradient == 0, flagged == 1)
+
+
+@pytest.mark.parametrize(
+  "bounds", [{"clip_low": 0.0}, {"clip_high": -0.1}, {"dual_clip": 1.1}]
+)
+def test_bounds_out_of_range_are_refused(bounds):
+  with pytest.raises(ValueError, match="clip"):
+    policy.clipped_surrogate(*_rows(), **bounds)
