@@ -206,7 +206,7 @@ class Tokenizer:
       special_tokens=[],
       show_progress=False,
     )
-    backend.train_from_iterable(texts, trainer)
+    backend.train_from_iterator(texts, trainer)
     tags = (THINK_OPEN, THINK_CLOSE)
     _add_tokens(backend, [(name, name not in tags) for name in REQUIRED])
     return cls(backend)
