@@ -13,6 +13,7 @@ import signal
 import types
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +41,10 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
-    """Opens a directory, making it if need be.
+    """Opens a directory, making it if need be, and checks what is in it.
+
+    What a kill left half written is removed, and the newest checkpoints that
+    do not match their lists are set aside, each with a RuntimeWarning.
 
     Args:
       directory: local path or gs:// address; of this stage alone.
@@ -57,19 +61,17 @@ class Checkpoints:
     self._directory = epath.Path(directory).resolve()
     self._directory.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
-      for child in self._directory.iterdir():
-        if _TEMPORARY in child.name:
-          warnings.warn(
-            f"Ignoring half-written checkpoint {child}; removing it.",
-            RuntimeWarning,
-            stacklevel=2,
-          )
-          child.rmtree()
+      self._clean()
+    _barrier("checkpoints clean")
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=False
       ),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "host": ocp.JsonCheckpointHandler(),
+      },
     )
 
   def save(self, step: int, state: Any, host: dict[str, Any]) -> bool:
@@ -81,9 +83,9 @@ class Checkpoints:
       host: what JSON can hold; floats come back bit for bit.
 
     Returns:
-      False if an intact checkpoint of that step was there already.
+      False if that step was the newest already.
     """
-    if (self._directory / str(step)).exists() and self.latest() == step:
+    if self.latest() == step:
       return False
     self._manager.save(
       step,
@@ -102,19 +104,8 @@ class Checkpoints:
     return True
 
   def latest(self) -> int | None:
-    """The newest intact step; sets damaged ones aside with a warning."""
-    chosen = -1
-    if jax.process_index() == 0:
-      for step in sorted(self._steps(), reverse=True):
-        fault = _fault(self._directory / str(step))
-        if fault is None:
-          chosen = step
-          break
-        self._set_aside(step, fault)
-    if jax.process_count() > 1:
-      chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-    self._manager.reload()
-    return None if chosen < 0 else chosen
+    """The newest checkpoint's step, or None."""
+    return self._manager.latest_step()
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest intact checkpoint.
@@ -152,21 +143,27 @@ class Checkpoints:
     """Lets go of the directory."""
     self._manager.close()
 
-  def _steps(self) -> list[int]:
+  def _clean(self) -> None:
+    """Removes what was half written, sets aside what is damaged."""
     names = [child.name for child in self._directory.iterdir()]
-    return [int(name) for name in names if name.isdigit()]
-
-  def _set_aside(self, step: int, fault: str) -> None:
-    aside = self._directory / _DAMAGED
-    aside.mkdir(exist_ok=True)
-    target = aside / f"{step}-{len(list(aside.iterdir()))}"
-    (self._directory / str(step)).rename(target)
-    warnings.warn(
-      f"Ignoring damaged checkpoint {step} in {self._directory}: {fault}. It "
-      f"is now {target}; the newest intact one before it is used.",
-      RuntimeWarning,
-      stacklevel=3,
-    )
+    for name in names:
+      if _TEMPORARY in name:
+        _warn(f"Ignoring half-written checkpoint {name}; removing it.")
+        half = self._directory / name
+        half.rmtree() if half.is_dir() else half.unlink()
+    steps = [int(name) for name in names if name.isdigit()]
+    for step in sorted(steps, reverse=True):
+      fault = _fault(self._directory / str(step))
+      if fault is None:
+        break
+      aside = self._directory / _DAMAGED
+      aside.mkdir(exist_ok=True)
+      target = aside / f"{step}-{len(list(aside.iterdir()))}"
+      (self._directory / str(step)).rename(target)
+      _warn(
+        f"Ignoring damaged checkpoint {step} in {self._directory}: {fault}. "
+        f"It is now {target}; the intact one before it is used."
+      )
 
   def _check_same_arrays(self, step: int, like: Any) -> None:
     saved = _shapes(self._manager.item_metadata(step).state.tree)
@@ -232,6 +229,10 @@ class Preemption:
     signal.signal(signal.SIGTERM, self._before)
 
 
+def _warn(message: str) -> None:
+  warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
 def _barrier(name: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
@@ -241,9 +242,17 @@ def _listing(folder: epath.Path) -> dict[str, list[int]]:
   """Size and checksum of every file of a checkpoint but the list itself."""
   return {
     str(path.relative_to(folder)): [path.stat().length, _checksum(path)]
-    for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name != _FILES
+    for path in _walk(folder)
+    if path.name != _FILES
   }
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+  for child in sorted(folder.iterdir()):
+    if child.is_dir():
+      yield from _walk(child)
+    else:
+      yield child
 
 
 def _checksum(path: epath.Path) -> int:

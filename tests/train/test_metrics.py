@@ -1,0 +1,96 @@
+"""A killed and resumed run writes the lines of a straight one."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.train import metrics as run_metrics
+
+
+def _write(metrics, steps):
+  for i in steps:
+    metrics.write(i, {"reward/mean": jnp.float32(0.1) * i, "loss": 1 / i})
+
+
+def test_resumed_lines_equal_straight_ones(tmp_path):
+  straight = run_metrics.Metrics(tmp_path / "a", "rl")
+  _write(straight, range(1, 11))
+  straight.close()
+
+  killed = run_metrics.Metrics(tmp_path / "b", "rl")
+  _write(killed, range(1, 8))
+  killed.close()
+  with killed.path.open("a") as file:
+    file.write('{"step": 8, "rewar')
+  resumed = run_metrics.Metrics(tmp_path / "b", "rl", last_step=5)
+  _write(resumed, range(6, 11))
+  resumed.close()
+
+  assert resumed.path.read_bytes() == straight.path.read_bytes()
+  steps = [line["step"] for line in run_metrics.read(resumed.path)]
+  assert steps == list(range(1, 11))
+
+
+def test_a_stage_that_starts_over_starts_an_empty_file(tmp_path):
+  first = run_metrics.Metrics(tmp_path, "sft")
+  _write(first, [1, 2])
+  first.close()
+  again = run_metrics.Metrics(tmp_path, "sft")
+  again.close()
+  assert run_metrics.read(again.path) == []
+  assert run_metrics.read(tmp_path / "none.jsonl") == []
+
+
+def test_every_line_is_strict_json(tmp_path):
+  metrics = run_metrics.Metrics(tmp_path, "rl")
+  metrics.write(3, {"a": float("nan"), "b": np.float32(2), "c": 4})
+  metrics.close()
+  text = metrics.path.read_text()
+  assert json.loads(text, parse_constant=pytest.fail) == {
+    "step": 3,
+    "a": None,
+    "b": 2.0,
+    "c": 4.0,
+  }
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+  metrics = run_metrics.Metrics(tmp_path, "rl")
+  _write(metrics, [1])
+  metrics.close()
+  files = list((tmp_path / "tensorboard" / "rl").iterdir())
+  assert len(files) == 1
+  assert b"reward/mean" in files[0].read_bytes()
+
+
+def test_an_array_is_no_metric(tmp_path):
+  metrics = run_metrics.Metrics(tmp_path, "rl")
+  with pytest.raises(ValueError, match="'x' has shape"):
+    metrics.write(1, {"x": np.zeros(2)})
+
+
+def test_progress_without_a_terminal_prints_lines():
+  file = io.StringIO()
+  with run_metrics.Progress(
+    4, "RL", done=1, seconds_between_lines=0.0, file=file
+  ) as progress:
+    progress.update(tokens=100)
+    progress.update(2, tokens=100)
+  lines = file.getvalue().splitlines()
+  assert lines[0].startswith("RL: 2/4 steps, ")
+  assert "tokens/s" in lines[0] and "s left" in lines[0]
+  assert lines[-1].startswith("RL: 4/4 steps") and "left" not in lines[-1]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  file = Terminal()
+  with run_metrics.Progress(2, "SFT", file=file) as progress:
+    progress.update(2, tokens=10)
+  assert "SFT: 100%" in file.getvalue() and "tokens/s" in file.getvalue()

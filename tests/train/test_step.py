@@ -1,0 +1,182 @@
+"""Updates: identities, and what must not change them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from opera_jax import structs
+from opera_jax.train import optimizer as optimizers
+from opera_jax.train import state as train_state
+from opera_jax.train import step
+
+VOCABULARY = 11
+
+
+def _logprob_fn(params, batch):
+  """A bigram model: token t given token t - 1."""
+  logits_RTV = params["table"][jnp.roll(batch.tokens, 1, axis=1)]
+  logprob_RTV = jax.nn.log_softmax(logits_RTV)
+  entropy_RT = -jnp.sum(jnp.exp(logprob_RTV) * logprob_RTV, axis=-1)
+  picked = jnp.take_along_axis(logprob_RTV, batch.tokens[..., None], axis=-1)
+  return picked[..., 0], entropy_RT
+
+
+def _params(seed=0):
+  table = np.random.default_rng(seed).normal(size=(VOCABULARY, VOCABULARY))
+  return {"table": jnp.asarray(table, jnp.float32)}
+
+
+def _batch(rows=8, width=6, seed=0):
+  generator = np.random.default_rng(seed)
+  length_R = generator.integers(3, width + 1, rows)
+  column_T = np.arange(width)
+  real_RT = column_T < length_R[:, None]
+  batch = structs.Batch(
+    tokens=jnp.asarray(generator.integers(0, VOCABULARY, (rows, width))),
+    positions=jnp.broadcast_to(jnp.arange(width), (rows, width)),
+    segments=jnp.asarray(real_RT.astype(np.int32)),
+    loss_mask=jnp.asarray((real_RT & (column_T > 0)).astype(np.float32)),
+    advantage=jnp.asarray(
+      np.repeat(generator.normal(size=(rows, 1)), width, 1), jnp.float32
+    ),
+    old_logprob=jnp.zeros((rows, width)),
+    ref_logprob=jnp.zeros((rows, width)),
+  )
+  old, _ = _logprob_fn(_params(1), batch)
+  ref, _ = _logprob_fn(_params(2), batch)
+  return batch.replace(old_logprob=old, ref_logprob=ref)
+
+
+def _sgd_step(make, batch, **settings):
+  """Parameters' change under plain descent is minus the gradient."""
+  optimizer = optax.sgd(1.0)
+  params = _params()
+  state = train_state.create(params, optimizer, jax.random.key(0))
+  before = np.asarray(params["table"])
+  after, metrics = make(_logprob_fn, optimizer, **settings)(state, batch)
+  return before - np.asarray(after.params["table"]), after, metrics
+
+
+def test_first_update_is_reinforce():
+  batch = _batch()
+  old, _ = _logprob_fn(_params(), batch)
+  batch = batch.replace(old_logprob=old)
+  gradient, state, metrics = _sgd_step(
+    step.make_policy_update, batch, kl_coef=0.0, reduction="token_mean"
+  )
+
+  def reinforce(params):
+    logprob, _ = _logprob_fn(params, batch)
+    total = jnp.sum(batch.loss_mask * batch.advantage * logprob)
+    return -total / jnp.sum(batch.loss_mask)
+
+  want = jax.grad(reinforce)(_params())["table"]
+  np.testing.assert_allclose(gradient, want, atol=1e-6)
+  assert state.step == 1
+  assert metrics["policy/ratio_mean"] == 1.0
+  assert metrics["policy/old_gap"] == 0.0
+  np.testing.assert_allclose(
+    metrics["optim/grad_norm"], np.linalg.norm(want), rtol=1e-5
+  )
+
+
+def test_policy_loss_is_the_slow_sum():
+  batch = _batch()
+  _, _, metrics = _sgd_step(
+    step.make_policy_update, batch, kl_coef=0.5, clip_high=0.3
+  )
+  logprob, _ = map(np.asarray, _logprob_fn(_params(), batch))
+  rows = []
+  for r in range(8):
+    token_losses = []
+    for t in np.flatnonzero(np.asarray(batch.loss_mask[r])):
+      ratio = np.exp(logprob[r, t] - batch.old_logprob[r, t])
+      a, d = batch.advantage[r, t], batch.ref_logprob[r, t] - logprob[r, t]
+      loss = max(-a * ratio, -a * np.clip(ratio, 0.8, 1.3))
+      loss = min(loss, -3 * a) if a < 0 else loss
+      token_losses.append(loss + 0.5 * (np.exp(d) - d - 1))
+    rows.append(np.mean(token_losses))
+  np.testing.assert_allclose(metrics["policy/loss"], np.mean(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "reduction,constant",
+  [("token_mean", None), ("sequence_mean", None), ("constant", 40.0)],
+)
+def test_micro_batches_do_not_matter(reduction, constant):
+  settings = {"reduction": reduction, "constant": constant}
+  whole, _, want = _sgd_step(step.make_policy_update, _batch(), **settings)
+  for parts in (2, 8):
+    split, _, got = _sgd_step(
+      step.make_policy_update, _batch(), micro_batches=parts, **settings
+    )
+    np.testing.assert_allclose(split, whole, atol=1e-6)
+    assert got.keys() == want.keys()
+    for name in want:
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+
+
+def test_eight_devices_do_not_matter():
+  whole, _, want = _sgd_step(step.make_policy_update, _batch(16))
+  mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  optimizer = optax.sgd(1.0)
+  state = train_state.create(_params(), optimizer, jax.random.key(0))
+  state = jax.device_put(state, everywhere)
+  update = step.make_policy_update(
+    _logprob_fn, optimizer, micro_batches=2, state_sharding=everywhere
+  )
+  after, got = update(state, jax.device_put(_batch(16), rows))
+  change = np.asarray(_params()["table"]) - np.asarray(after.params["table"])
+  np.testing.assert_allclose(change, whole, atol=1e-6)
+  for name in want:
+    np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
+
+
+def test_what_is_no_target_may_hold_anything():
+  batch = _batch()
+  want, _, _ = _sgd_step(step.make_policy_update, batch)
+  hole = jnp.where(batch.loss_mask > 0, 0.0, jnp.nan)
+  dirty = batch.replace(
+    advantage=batch.advantage + hole,
+    old_logprob=batch.old_logprob + hole,
+    ref_logprob=batch.ref_logprob + hole,
+  )
+  got, _, metrics = _sgd_step(step.make_policy_update, dirty)
+  np.testing.assert_array_equal(got, want)
+  step.check_finite(metrics, 1)
+
+
+def test_sft_learns_the_sequence():
+  batch = _batch(4)
+  optimizer = optimizers.adamw(0.1, weight_decay=0.0)
+  state = train_state.create(_params(), optimizer, jax.random.key(0))
+  update = step.make_sft_update(_logprob_fn, optimizer, micro_batches=2)
+  losses = []
+  for _ in range(20):
+    state, metrics = update(state, batch)
+    losses.append(float(metrics["sft/loss"]))
+  logprob, _ = _logprob_fn(_params(), batch)
+  want = -jnp.sum(logprob * batch.loss_mask) / jnp.sum(batch.loss_mask)
+  np.testing.assert_allclose(losses[0], want, rtol=1e-5)
+  assert metrics["sft/tokens"] == batch.loss_mask.sum()
+  assert losses[-1] < losses[0] - 0.5
+  assert state.step == 20
+
+
+def test_rows_that_do_not_divide_are_refused():
+  with pytest.raises(ValueError, match="8 rows do not divide into 3"):
+    _sgd_step(step.make_policy_update, _batch(), micro_batches=3)
+
+
+def test_non_finite_numbers_stop_the_run():
+  batch = _batch()
+  batch = batch.replace(old_logprob=batch.old_logprob - jnp.inf)
+  _, _, metrics = _sgd_step(step.make_policy_update, batch)
+  with pytest.raises(
+    step.NonFiniteError, match="Step 7: optim/grad_norm = nan"
+  ):
+    step.check_finite(metrics, 7)
