@@ -22,6 +22,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels import manual_axes
+
 
 def token_logprob(
   hidden_MD: jax.Array,
@@ -98,7 +100,7 @@ def _backward_rule(settings, residuals, cotangents):
       return d_head, d_hidden_bD
 
     shape = (size, D) if transposed else (D, size)
-    zero = varying_like(
+    zero = manual_axes.varying_like(
       jnp.zeros(shape, jnp.float32), hidden_MD, head, target_M, *cotangents
     )
     d_head, d_hidden_nbD = jax.lax.scan(block, zero, jnp.arange(n))
@@ -116,7 +118,9 @@ def _backward_rule(settings, residuals, cotangents):
 
     whole = V // block_vocab
     zero = jnp.zeros((n, b, D), jnp.float32)
-    zero = varying_like(zero, hidden_MD, head, target_M, *cotangents)
+    zero = manual_axes.varying_like(
+      zero, hidden_MD, head, target_M, *cotangents
+    )
     d_hidden_nbD, tiles = jax.lax.scan(whole_tile, zero, jnp.arange(whole))
     tiles = jnp.moveaxis(tiles, 0, axis)
     pieces = [
@@ -131,8 +135,8 @@ def _backward_rule(settings, residuals, cotangents):
 
   d_hidden_MD = join(d_hidden_nbD, M)
   return (
-    reduce_like(d_hidden_MD, hidden_MD).astype(hidden_MD.dtype),
-    reduce_like(d_head, head),
+    manual_axes.reduce_like(d_hidden_MD, hidden_MD).astype(hidden_MD.dtype),
+    manual_axes.reduce_like(d_head, head),
     None,
   )
 
@@ -214,23 +218,6 @@ def join(x_nb, M):
   """Undoes `split` for what a loop over the blocks has stacked."""
   x_bn = jnp.swapaxes(x_nb, 0, 1)
   return x_bn.reshape(-1, *x_nb.shape[2:])[:M]
-
-
-def varying_like(x, *like):
-  """Marks x as varying over every mesh axis that one of `like` varies over."""
-  axes = frozenset().union(*(_varying(y) for y in like))
-  missing = tuple(sorted(axes - _varying(x)))
-  return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def reduce_like(cotangent, primal):
-  """Sums a cotangent over the mesh axes that its primal is replicated over."""
-  axes = tuple(sorted(_varying(cotangent) - _varying(primal)))
-  return jax.lax.psum(cotangent, axes) if axes else cotangent
-
-
-def _varying(x):
-  return jax.typeof(x).manual_axis_type.varying
 
 
 def _over_tiles(tile, merge_two, V, block_vocab):

@@ -1,0 +1,145 @@
+"""Attention of branches over the trunk they fork from, and over themselves.
+
+Query g of branch s of row b sees the trunk's positions t < limit[b, s] and
+its own branch's keys c <= offset[b, s] + g:
+
+  out = softmax_visible(scale q [trunk_k; branch_k]^T) [trunk_v; branch_v]
+
+Pricing: C == G, offset 0. Decoding: G == 1, C the cache's length, offset the
+number of tokens before the current one, S the samples of one prompt.
+
+Shape key: B rows, S branches, G queries of a branch, N query heads, K
+key-value heads, H head features, T trunk length, C branch length.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.branch_attention import reference, xla
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def branch_attention(
+  q_BSGNH: jax.Array,
+  trunk_k_BTKH: jax.Array,
+  trunk_v_BTKH: jax.Array,
+  branch_k_BSCKH: jax.Array,
+  branch_v_BSCKH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array | None = None,
+  *,
+  scale: float,
+  implementation: str | None = None,
+  block_keys: int = 512,
+  block_scores: int = 1 << 22,
+) -> jax.Array:
+  """Attends; differentiable in queries, keys and values.
+
+  Softmax and sums are float32 whatever the inputs. Query head n reads
+  key-value head n // (N / K). A limit beyond T counts as T and one of 0 or
+  less leaves the branch alone with itself; an offset below 0 counts as 0, so
+  every query sees at least one key.
+
+  Args:
+    q_BSGNH: [B, S, G, N, H] floating.
+    trunk_k_BTKH: [B, T, K, H] floating.
+    trunk_v_BTKH: like the trunk's keys.
+    branch_k_BSCKH: [B, S, C, K, H] floating.
+    branch_v_BSCKH: like the branches' keys.
+    limit_BS: [B, S] integer, how much of the trunk a branch sees.
+    offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
+    scale: what multiplies q.k, usually H ** -0.5.
+    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    block_keys: keys of one block of "xla".
+    block_scores: scores of one row of the batch that "xla" holds at once,
+      over all heads; more queries than that go chunk by chunk.
+
+  Returns:
+    [B, S, G, N, H], of q's dtype.
+
+  Raises:
+    ValueError: on shapes that do not match, N not a multiple of K, more than
+      C queries, a float limit or offset, a block of 0 or less, an unknown
+      implementation.
+  """
+  arrays = (
+    q_BSGNH,
+    trunk_k_BTKH,
+    trunk_v_BTKH,
+    branch_k_BSCKH,
+    branch_v_BSCKH,
+  )
+  _check(*arrays)
+  if offset_BS is None:
+    offset_BS = jnp.zeros_like(limit_BS)
+  _check_bounds(q_BSGNH, limit_BS, offset_BS)
+  if block_keys < 1 or block_scores < 1:
+    raise ValueError(
+      f"Blocks hold at least 1 key and 1 score, got block_keys={block_keys} "
+      f"and block_scores={block_scores}. Raise them."
+    )
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"Branch attention has the implementations {IMPLEMENTATIONS}, got "
+      f"{implementation!r}. Name one of them, or None."
+    )
+  bounds = (limit_BS, jnp.maximum(offset_BS, 0))
+  if implementation == "reference":
+    return reference.branch_attention(*arrays, *bounds, scale=scale)
+  return xla.branch_attention(
+    *arrays,
+    *bounds,
+    scale=float(scale),
+    block_keys=block_keys,
+    block_scores=block_scores,
+  )
+
+
+def _check(q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH):
+  ranks = (q_BSGNH.ndim, trunk_k_BTKH.ndim, branch_k_BSCKH.ndim)
+  if ranks != (5, 4, 5):
+    raise ValueError(
+      "Branch attention takes q [B, S, G, N, H], trunk [B, T, K, H] and "
+      f"branch [B, S, C, K, H], got {q_BSGNH.shape}, {trunk_k_BTKH.shape} and "
+      f"{branch_k_BSCKH.shape}. Add the missing axes with size 1."
+    )
+  B, S, G, N, H = q_BSGNH.shape
+  T, K = trunk_k_BTKH.shape[1:3]
+  C = branch_k_BSCKH.shape[2]
+  if min(B, S, G, N, H, T, K, C) < 1:
+    raise ValueError(
+      f"Every axis needs at least 1 entry, got q {q_BSGNH.shape}, trunk "
+      f"{trunk_k_BTKH.shape}, branch {branch_k_BSCKH.shape}. Pad an empty "
+      "trunk to 1 position and set its limit to 0."
+    )
+  for name, x, shape in (
+    ("Trunk keys", trunk_k_BTKH, (B, T, K, H)),
+    ("Trunk values", trunk_v_BTKH, (B, T, K, H)),
+    ("Branch keys", branch_k_BSCKH, (B, S, C, K, H)),
+    ("Branch values", branch_v_BSCKH, (B, S, C, K, H)),
+  ):
+    if x.shape != shape:
+      raise ValueError(
+        f"{name} have shape {x.shape} where the other arrays ask for {shape}. "
+        "Rows, branches, heads and features must agree."
+      )
+  if N % K:
+    raise ValueError(
+      f"Query heads are shared out over key-value heads: {N} is no multiple "
+      f"of {K}. Repeat or drop heads."
+    )
+  if G > C:
+    raise ValueError(
+      f"Each query has a key of its own in the branch, got {G} queries and "
+      f"{C} keys. Lengthen the branch's cache."
+    )
+
+
+def _check_bounds(q_BSGNH, limit_BS, offset_BS):
+  for name, x in (("limit", limit_BS), ("offset", offset_BS)):
+    if x.shape != q_BSGNH.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(
+        f"The {name} is one integer a branch, {q_BSGNH.shape[:2]}, got "
+        f"{x.dtype} {x.shape}. Broadcast it to [B, S] as int32."
+      )

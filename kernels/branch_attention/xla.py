@@ -1,0 +1,298 @@
+"""Branch attention by online softmax over blocks of keys.
+
+All branches of a row meet a block of the trunk in one matmul; blocks beyond
+the furthest limit are not visited. The backward pass forms each block of
+probabilities again from the saved logsumexp. Where a row's queries would give
+too many scores at once, branches (and then their queries) go chunk by chunk.
+
+Shape key: B rows, S branches, G queries of a branch, N query heads, K
+key-value heads, R = N / K query heads a key-value head, Q = G * R, H head
+features, T trunk length, C branch length, x keys of one block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import manual_axes
+
+MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
+TRUNK = "bxkh"  # axes of the trunk's keys and values
+BRANCH = "bsxkh"
+
+
+def branch_attention(
+  q_BSGNH: jax.Array,
+  trunk_k_BTKH: jax.Array,
+  trunk_v_BTKH: jax.Array,
+  branch_k_BSCKH: jax.Array,
+  branch_v_BSCKH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array,
+  *,
+  scale: float,
+  block_keys: int,
+  block_scores: int,
+) -> jax.Array:
+  """Streams `api.branch_attention`; `block_scores` scores of a row at once."""
+  B, S, G, N, H = q_BSGNH.shape
+  K = trunk_k_BTKH.shape[2]
+  chunk = _chunk(S, G, max(1, block_scores // (N * block_keys)))
+  pad = -G % chunk[1]
+  q_BSGNH = jnp.pad(q_BSGNH, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
+  out_BSGKRH = _attention(
+    (scale, block_keys, chunk),
+    q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
+    trunk_k_BTKH,
+    trunk_v_BTKH,
+    branch_k_BSCKH,
+    branch_v_BSCKH,
+    limit_BS,
+    offset_BS,
+  )
+  return out_BSGKRH.reshape(B, S, G + pad, N, H)[:, :, :G]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings, q_BSGKRH, *keys):
+  return _forward_rule(settings, q_BSGKRH, *keys)[0]
+
+
+def _forward_rule(settings, q_BSGKRH, *keys):
+  scale, block_keys, chunk = settings
+
+  def attend(part):
+    q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
+    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
+    zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
+    total = (zero[..., 0] + MASKED, zero[..., 0], zero)
+    total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
+
+    def step(total, k, v, axes, visible, _):
+      m, l, o = total
+      score = jnp.where(visible, scale * _scores(q_BKSQH, k, axes), MASKED)
+      m_new = jnp.maximum(m, jnp.max(score, axis=-1))
+      p = jnp.exp(score - m_new[..., None])
+      keep = jnp.exp(m - m_new)
+      o = o * keep[..., None] + _weigh(p.astype(v.dtype), v, axes)
+      return m_new, l * keep + jnp.sum(p, axis=-1), o
+
+    total = _visit(step, total, BRANCH, *own[:2], _seen(own, part), block_keys)
+    total = _visit(step, total, TRUNK, *keys[:2], own[2][..., None], block_keys)
+    m, l, o = total
+    out = (o / l[..., None]).astype(q_BSGKRH.dtype)
+    normaliser = (m + jnp.log(l))[..., None]
+    return _unrows(out, chunk[1]), _unrows(normaliser, chunk[1])
+
+  def _seen(own, part):
+    return _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
+
+  parts = _parts(q_BSGKRH, chunk)
+  if len(parts) == 1:
+    out, normaliser = attend(parts[0])
+  else:
+    out, normaliser = (
+      _put_together(x, q_BSGKRH.shape)
+      for x in jax.lax.map(attend, jnp.asarray(parts))
+    )
+  return out, (q_BSGKRH, *keys, out, normaliser)
+
+
+def _backward_rule(settings, residuals, d_out_BSGKRH):
+  q_BSGKRH, *keys, out_BSGKRH, normaliser_BSGKR1 = residuals
+  scale, block_keys, chunk = settings
+  delta_BSGKR1 = jnp.sum(
+    d_out_BSGKRH.astype(jnp.float32) * out_BSGKRH.astype(jnp.float32),
+    axis=-1,
+    keepdims=True,
+  )
+  per_query = (q_BSGKRH, d_out_BSGKRH, normaliser_BSGKR1, delta_BSGKR1)
+
+  def zeros(shape):
+    zero = jnp.zeros(shape, jnp.float32)
+    return manual_axes.varying_like(zero, d_out_BSGKRH, q_BSGKRH, *keys)
+
+  def attend(d_keys, part):
+    q, d_out, normaliser, delta = (
+      _rows(_take(x, part, chunk)) for x in per_query
+    )
+    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
+    d_own = [_take(x, part, chunk[:1]) for x in d_keys[2:]]
+
+    def step(total, k, v, axes, visible, start):
+      d_q, d_k, d_v = total
+      score = jnp.where(visible, scale * _scores(q, k, axes), MASKED)
+      p = jnp.exp(score - normaliser)
+      d_score = scale * p * (_scores(d_out, v, axes) - delta)
+      d_score = d_score.astype(q.dtype)
+      d_q = d_q + _weigh(d_score, k, axes)
+      d_k = _add(d_k, _spread(d_score, q, axes), axes, start)
+      d_v = _add(d_v, _spread(p.astype(d_out.dtype), d_out, axes), axes, start)
+      return d_q, d_k, d_v
+
+    seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
+    total = (zeros(q.shape), *d_own)
+    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
+    total = (d_q, *d_keys[:2])
+    limit = own[2][..., None]
+    d_q, *d_trunk = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
+    d_own = [_put(x, d, part, chunk) for x, d in zip(d_keys[2:], d_own)]
+    return (*d_trunk, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)
+
+  d_keys = tuple(zeros(x.shape) for x in keys[:4])
+  parts = _parts(q_BSGKRH, chunk)
+  if len(parts) == 1:
+    d_keys, d_q = attend(d_keys, parts[0])
+  else:
+    d_keys, d_q = jax.lax.scan(attend, d_keys, jnp.asarray(parts))
+    d_q = _put_together(d_q, q_BSGKRH.shape)
+  gradients = (
+    manual_axes.reduce_like(d_x, x).astype(x.dtype)
+    for d_x, x in zip((d_q, *d_keys), (q_BSGKRH, *keys[:4]))
+  )
+  return (*gradients, None, None)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _visit(step, total, axes, k, v, seen_BSQ, block_keys):
+  """Folds `step` over the blocks of keys that some query sees.
+
+  `seen_BSQ` (or [B, S, 1]) counts the visible keys. The last block ends at
+  the last key; what it shares with the block before is masked.
+  """
+  axis = axes.index("x")
+  length = k.shape[axis]
+  size = min(block_keys, length)
+  seen_B1SQ1 = seen_BSQ[:, None, :, :, None]
+
+  def block(i, total):
+    start = jnp.minimum(i * size, length - size)
+    position = (start + jnp.arange(size))[None, None, None, None]
+    visible = (position >= i * size) & (position < seen_B1SQ1)
+    k_block, v_block = (
+      jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (k, v)
+    )
+    return step(total, k_block, v_block, axes, visible, start)
+
+  if size == length:
+    visible = jnp.arange(size)[None, None, None, None] < seen_B1SQ1
+    return step(total, k, v, axes, visible, 0)
+  count = -(-jnp.minimum(jnp.max(seen_BSQ), length) // size)
+  return jax.lax.fori_loop(0, count, block, total)
+
+
+def _scores(q_BKSQH, k, axes):
+  """Every query against every key of a block, [B, K, S, Q, x] float32."""
+  K, Q = q_BKSQH.shape[1], q_BKSQH.shape[3]
+  if axes == BRANCH and Q * K <= 32:
+    wide = _heads_apart(q_BKSQH)
+    flat = k.reshape(*k.shape[:3], -1)
+    score = _einsum("bsnf,bsxf->bsnx", wide, flat)
+    B, S, _, x = score.shape
+    return score.reshape(B, S, K, Q, x).transpose(0, 2, 1, 3, 4)
+  return _einsum(f"bksqh,{axes}->bksqx", q_BKSQH, k)
+
+
+def _weigh(p_BKSQx, v, axes):
+  """Probabilities times values, [B, K, S, Q, H] float32."""
+  B, K, S, Q, x = p_BKSQx.shape
+  if axes == BRANCH and Q * K <= 32:
+    p_BSNx = p_BKSQx.transpose(0, 2, 1, 3, 4).reshape(B, S, K * Q, x)
+    wide = _einsum("bsnx,bsxf->bsnf", p_BSNx, v.reshape(B, S, x, -1))
+    wide = wide.reshape(B, S, K, Q, K, -1)
+    same = jnp.eye(K, dtype=wide.dtype)
+    return jnp.einsum("bskqjh,kj->bksqh", wide, same)
+  return _einsum(f"bksqx,{axes}->bksqh", p_BKSQx, v)
+
+
+def _spread(p_BKSQx, q_BKSQH, axes):
+  """Transposed: what each key receives, shaped like the keys, float32."""
+  return _einsum(f"bksqx,bksqh->{axes}", p_BKSQx, q_BKSQH)
+
+
+def _heads_apart(q_BKSQH):
+  """[B, S, K * Q, K * H]: each head in its own columns, zeros elsewhere.
+
+  A few queries of one branch then meet its cache in one matmul over K * H
+  features, which reads the cache as it lies; heads as a batch axis would have
+  it copied at every step of decoding.
+  """
+  B, K, S, Q, H = q_BKSQH.shape
+  same = jnp.eye(K, dtype=q_BKSQH.dtype)
+  wide = jnp.einsum("bksqh,kj->bskqjh", q_BKSQH, same)
+  return wide.reshape(B, S, K * Q, K * H)
+
+
+def _einsum(equation, x, y):
+  dtype = jnp.result_type(x, y)
+  return jnp.einsum(
+    equation,
+    x.astype(dtype),
+    y.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _own_keys_seen(offset_BS, part, queries, repeats):
+  """How many keys of its own branch each row of scores sees, [B, S, Q]."""
+  query = part[1] + jnp.arange(queries * repeats) // repeats
+  return offset_BS[..., None] + query[None, None] + 1
+
+
+def _chunk(S, G, rows):
+  """(branches, queries) of one chunk: at most `rows` queries, S first."""
+  if rows < G:
+    return 1, -(-G // -(-G // rows))
+  return max(s for s in range(1, S + 1) if S % s == 0 and s * G <= rows), G
+
+
+def _parts(q_BSGKRH, chunk):
+  """First branch and first query of every chunk."""
+  S, G = q_BSGKRH.shape[1:3]
+  return [(s, g) for s in range(0, S, chunk[0]) for g in range(0, G, chunk[1])]
+
+
+def _take(x, part, chunk):
+  """Cuts a chunk out of axis 1 (branches) and, if sized, axis 2 (queries)."""
+  for axis, (start, size) in enumerate(zip(part, chunk), 1):
+    if size != x.shape[axis]:
+      x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+  return x
+
+
+def _put(x, piece, part, chunk):
+  if chunk[0] == x.shape[1]:
+    return piece
+  return jax.lax.dynamic_update_slice_in_dim(x, piece, part[0], 1)
+
+
+def _add(x, piece, axes, start):
+  axis = axes.index("x")
+  if x.shape == piece.shape:
+    return x + piece
+  old = jax.lax.dynamic_slice_in_dim(x, start, piece.shape[axis], axis)
+  return jax.lax.dynamic_update_slice_in_dim(x, old + piece, start, axis)
+
+
+def _rows(x_BSGKRH):
+  """[B, K, S, Q, ...]: the queries that share keys, side by side."""
+  B, S, G, K, R, H = x_BSGKRH.shape
+  return x_BSGKRH.transpose(0, 3, 1, 2, 4, 5).reshape(B, K, S, G * R, H)
+
+
+def _unrows(x_BKSQH, G):
+  B, K, S, Q, H = x_BKSQH.shape
+  x_BKSGRH = x_BKSQH.reshape(B, K, S, G, Q // G, H)
+  return x_BKSGRH.transpose(0, 2, 3, 1, 4, 5)
+
+
+def _put_together(x, shape):
+  """Chunks [n, B, s, g, ...] back to [B, S, G, ...]."""
+  _, B, s, g = x.shape[:4]
+  S, G = shape[1:3]
+  x = x.reshape(S // s, G // g, B, s, g, *x.shape[4:])
+  x = jnp.moveaxis(x, (2, 0, 3, 1), (0, 1, 2, 3))
+  return x.reshape(B, S, G, *x.shape[5:])

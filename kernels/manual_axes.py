@@ -1,0 +1,27 @@
+"""Which mesh axes a value varies over, inside `jax.shard_map`.
+
+A loop's carry must start with the type it ends with, and a custom backward
+pass must return cotangents of the type of its primals. Outside of shard_map,
+or with check_vma=False, nothing varies and both functions do nothing.
+"""
+
+import jax
+
+
+def varying_like(x: jax.Array, *like: jax.Array) -> jax.Array:
+  """Marks x as varying over every mesh axis that one of `like` varies over."""
+  missing = tuple(sorted(varying(*like) - varying(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def reduce_like(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
+  """Sums a cotangent over the mesh axes that its primal is replicated over."""
+  axes = tuple(sorted(varying(cotangent) - varying(primal)))
+  return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def varying(*arrays: jax.Array) -> frozenset[str]:
+  """The mesh axes that at least one of the arrays varies over."""
+  return frozenset().union(
+    *(jax.typeof(x).manual_axis_type.varying for x in arrays)
+  )

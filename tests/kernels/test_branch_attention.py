@@ -1,0 +1,155 @@
+"""Trunk and branches attend as the separate rows they stand for.
+
+Shape key: B rows, S branches, G queries of a branch, N query heads, K
+key-value heads, H head features, T trunk length, C branch length.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from kernels.branch_attention import api
+
+SCALE = 0.3
+
+
+def _inputs(B=2, S=3, G=5, N=4, K=2, H=8, T=13, C=5, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, C, K, H)] * 2]
+  arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+  limit_BS = rng.integers(0, T + 1, size=(B, S))
+  limit_BS[0, :3] = (0, T, 1)[:S]
+  return arrays, jnp.asarray(limit_BS, jnp.int32)
+
+
+def _run(implementation, arrays, limit_BS, offset_BS=None, **blocks):
+  """Output and all five gradients of a scalar that weighs every entry."""
+
+  def loss(*arrays):
+    out = api.branch_attention(
+      *arrays,
+      limit_BS,
+      offset_BS,
+      scale=SCALE,
+      implementation=implementation,
+      **blocks,
+    )
+    weight = jnp.cos(jnp.arange(out.size, dtype=jnp.float32))
+    return jnp.sum(weight * out.ravel().astype(jnp.float32)), out
+
+  (_, out), gradients = jax.jit(
+    jax.value_and_grad(loss, argnums=range(5), has_aux=True)
+  )(*arrays)
+  return [out, *gradients]
+
+
+def _close(got, want, tolerance):
+  for x, y in zip(got, want, strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(
+      x, y, rtol=tolerance, atol=tolerance * max(1.0, np.abs(y).max())
+    )
+
+
+def test_reference_is_torch_attention_over_separate_rows():
+  arrays, limit_BS = _inputs(C=9)
+  offset_BS = jnp.asarray([[0, 4, 2], [1, 0, 3]], jnp.int32)
+  got = _run("reference", arrays, limit_BS, offset_BS)
+  q, tk, tv, bk, bv = tensors = [
+    torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)
+    for x in arrays
+  ]
+  B, S, G, N, H = q.shape
+  rows = []
+  for b in range(B):
+    for s in range(S):
+      limit, offset = int(limit_BS[b, s]), int(offset_BS[b, s])
+      k = torch.cat([tk[b, :limit], bk[b, s]]).transpose(0, 1)
+      v = torch.cat([tv[b, :limit], bv[b, s]]).transpose(0, 1)
+      own = torch.ones(G, bk.shape[2], dtype=torch.bool).tril(offset)
+      mask = torch.cat([torch.ones(G, limit, dtype=torch.bool), own], 1)
+      out = torch.nn.functional.scaled_dot_product_attention(
+        q[b, s].transpose(0, 1), k, v, mask, scale=SCALE, enable_gqa=True
+      )
+      rows.append(out.transpose(0, 1))
+  out = torch.stack(rows).reshape(B, S, G, N, H)
+  weight = torch.cos(torch.arange(out.numel(), dtype=torch.float64))
+  (weight @ out.flatten()).backward()
+  _close(got, [out.detach(), *[x.grad for x in tensors]], 1e-5)
+
+
+@pytest.mark.parametrize(
+  "shape,blocks",
+  [
+    ({}, {}),
+    ({"T": 13, "C": 11}, {"block_keys": 4}),
+    ({"S": 4, "G": 5}, {"block_keys": 8, "block_scores": 320}),
+    ({"S": 3, "G": 5}, {"block_keys": 4, "block_scores": 32}),
+    ({"K": 4}, {"block_keys": 3}),
+  ],
+  ids=["whole", "key-blocks", "branch-chunks", "query-chunks", "ungrouped"],
+)
+def test_streaming_equals_the_reference(shape, blocks):
+  arrays, limit_BS = _inputs(**shape)
+  got = _run("xla", arrays, limit_BS, **blocks)
+  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+
+
+@pytest.mark.parametrize("block_keys", [512, 4])
+def test_decoding_over_a_part_filled_cache(block_keys):
+  arrays, limit_BS = _inputs(G=1, C=11)
+  offset_BS = jnp.asarray([[0, 4, 10], [7, 1, 2]], jnp.int32)
+  got = _run("xla", arrays, limit_BS, offset_BS, block_keys=block_keys)
+  _close(got, _run("reference", arrays, limit_BS, offset_BS), 1e-5)
+
+
+def test_bfloat16_inputs_keep_float32_sums():
+  arrays, limit_BS = _inputs(dtype=jnp.bfloat16)
+  got = _run("xla", arrays, limit_BS, block_keys=4)
+  exact = [x.astype(jnp.float32) for x in arrays]
+  assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+  _close(got, _run("reference", exact, limit_BS), 2e-2)
+
+
+def test_nothing_beyond_the_limit_or_the_query_is_read():
+  arrays, limit_BS = _inputs(C=9)
+  q, tk, tv, bk, bv = arrays
+  poison_BT = jnp.arange(13)[None] >= jnp.max(limit_BS, axis=1)[:, None]
+  poison_BT11 = poison_BT[:, :, None, None]
+  limit_BS = limit_BS.at[0].set(3)
+  poison_BT11 = poison_BT11.at[0].set((jnp.arange(13) >= 3)[:, None, None])
+  dirty = [
+    q,
+    jnp.where(poison_BT11, 1e6, tk),
+    jnp.where(poison_BT11, 1e6, tv),
+    bk.at[:, :, 5:].set(1e6),
+    bv.at[:, :, 5:].set(1e6),
+  ]
+  for blocks in ({}, {"block_keys": 4}):
+    got = _run("xla", dirty, limit_BS, **blocks)
+    clean = _run("xla", arrays, limit_BS, **blocks)
+    np.testing.assert_array_equal(got[0], clean[0])
+    assert not np.any(np.where(poison_BT11, got[2], 0.0))
+    assert not np.any(got[4][:, :, 5:])
+
+
+@pytest.mark.parametrize(
+  "change,message",
+  [
+    ({"heads": 3}, "4 is no multiple of 3"),
+    ({"C": 4}, "5 queries and 4 keys"),
+    ({"limit": jnp.zeros((2, 3))}, "limit .* float32"),
+    ({"offset": jnp.zeros((2, 2), jnp.int32)}, r"offset .* int32 \(2, 2\)"),
+    ({"implementation": "cuda"}, "got 'cuda'"),
+    ({"block_keys": 0}, "block_keys=0"),
+  ],
+)
+def test_bad_input_names_the_value(change, message):
+  change = dict(change)
+  arrays, limit_BS = _inputs(K=change.pop("heads", 2), C=change.pop("C", 5))
+  limit_BS = change.pop("limit", limit_BS)
+  offset_BS = change.pop("offset", None)
+  with pytest.raises(ValueError, match=message):
+    api.branch_attention(*arrays, limit_BS, offset_BS, scale=SCALE, **change)
