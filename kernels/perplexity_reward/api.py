@@ -1,0 +1,136 @@
+"""The perplexity-reduction reward, from token log-probabilities to numbers.
+
+  mean_s = mean log-probability of the tokens of slot s
+  gain_s = mean_s - mean_previous(s)         at reflective states, else 0
+  r_self = tanh(#{s : gain_s > 0} / tau)
+  r_ppl_i = #{k != i : score_k < score_i} / (N - 1)        within a group
+
+(OPERA, arXiv 2606.25757.) Rewards are constants of the update: no gradient
+passes. Shape key: R rows, M tokens of a row, S slots (one priced branch each),
+B prompts, N samples a prompt.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.perplexity_reward import reference, xla
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+class PerplexityReward(NamedTuple):
+  """What a row's reflective states were worth."""
+
+  mean_RS: jax.Array  # [R, S] float32 nats a token, 0 for an empty slot
+  gain_RS: jax.Array  # [R, S] float32 nats a token, 0 where not compared
+  count_R: jax.Array  # [R] int32, gains above 0
+  r_self_R: jax.Array  # [R] float32 in [0, 1)
+
+
+def perplexity_reward(
+  logprob_RM: jax.Array,
+  branch_RM: jax.Array,
+  previous_RS: jax.Array,
+  *,
+  tau: float = 2.0,
+  implementation: str | None = None,
+) -> PerplexityReward:
+  """Counts the reflective states that made the reference more likely.
+
+  A comparison needs tokens in both of its slots; one with an empty slot, or
+  with a previous slot outside of [0, S), gives no gain and never counts.
+
+  Args:
+    logprob_RM: [R, M] floating, log-probability of each token; read as
+      float32, ignored where `branch_RM` is -1.
+    branch_RM: [R, M] integer, the slot that a token belongs to, -1 for none.
+    previous_RS: [R, S] integer, the slot that slot s is compared with, -1
+      where s is no reflective state.
+    tau: how many gains make tanh(1), above 0.
+    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+
+  Returns:
+    A `PerplexityReward`.
+
+  Raises:
+    ValueError: on shapes that do not match, floating slots, a tau of 0 or
+      less, an unknown implementation.
+  """
+  _check(logprob_RM, branch_RM, previous_RS, tau)
+  module = _choose(implementation)
+  logprob_RM = jax.lax.stop_gradient(logprob_RM.astype(jnp.float32))
+  return PerplexityReward(
+    *module.perplexity_reward(
+      logprob_RM, branch_RM, previous_RS, tau=float(tau)
+    )
+  )
+
+
+def group_rank(
+  score_BN: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+  """The share of the group's other samples that a sample strictly beats.
+
+  Args:
+    score_BN: [B, N] floating, comparable within a row; NaN beats nothing and
+      is beaten by nothing.
+    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+
+  Returns:
+    r_ppl [B, N] float32 in [0, 1]; tied samples share the lower rank.
+
+  Raises:
+    ValueError: on a score that is not [B, N] floating, a group of one, an
+      unknown implementation.
+  """
+  if score_BN.ndim != 2 or not jnp.issubdtype(score_BN.dtype, jnp.floating):
+    raise ValueError(
+      f"Ranks are taken within rows of a floating [B, N], got "
+      f"{score_BN.dtype} {score_BN.shape}. Reshape the scores by group."
+    )
+  if score_BN.shape[1] < 2:
+    raise ValueError(
+      f"A rank needs at least 2 samples a prompt, got {score_BN.shape[1]}. "
+      "Raise config.rollout.samples."
+    )
+  module = _choose(implementation)
+  return module.group_rank(jax.lax.stop_gradient(score_BN))
+
+
+def _choose(implementation):
+  if implementation is not None and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"The perplexity reward has the implementations {IMPLEMENTATIONS}, got "
+      f"{implementation!r}. Name one of them, or None."
+    )
+  return reference if implementation == "reference" else xla
+
+
+def _check(logprob_RM, branch_RM, previous_RS, tau):
+  if logprob_RM.ndim != 2 or branch_RM.shape != logprob_RM.shape:
+    raise ValueError(
+      "Each token [R, M] has one log-probability and one slot, got "
+      f"{logprob_RM.shape} and {branch_RM.shape}. Pad with slot -1."
+    )
+  if previous_RS.ndim != 2 or previous_RS.shape[0] != logprob_RM.shape[0]:
+    raise ValueError(
+      f"Slots to compare with are [R, S] for {logprob_RM.shape[0]} rows, got "
+      f"{previous_RS.shape}. Pad with -1."
+    )
+  if not jnp.issubdtype(logprob_RM.dtype, jnp.floating):
+    raise ValueError(
+      f"Log-probabilities must be floating, got {logprob_RM.dtype}. Swap the "
+      "arguments or convert to float32."
+    )
+  for name, x in (("branch", branch_RM), ("previous", previous_RS)):
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(
+        f"Slots are integers, got {name} of {x.dtype}. Convert to int32."
+      )
+  if tau <= 0:
+    raise ValueError(
+      f"tau scales the count of gains and must be above 0, got {tau}. The "
+      "paper takes 2."
+    )
