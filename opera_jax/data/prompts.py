@@ -1,0 +1,342 @@
+"""Prompts and their references, from JSONL or Parquet, checked line by line."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from opera_jax import structs
+from opera_jax.text import tokenizer as tokenizer_lib
+
+TASKS = ("open_ended", "math")
+FIELDS = {
+  "prompt": "prompt",
+  "reference": "reference",
+  "task": "task",
+  "id": "id",
+}
+# The final number of a GSM8K answer.
+GSM8K_ANSWER = r"####\s*(.+?)\s*$"
+_OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+
+
+def load(
+  path: str | pathlib.Path,
+  fields: Mapping[str, str | None] = FIELDS,
+  task_map: Mapping[str, str] | None = None,
+  default_task: str | None = None,
+  limit: int | None = None,
+  answer_pattern: str | None = None,
+) -> list[structs.Prompt]:
+  r"""Reads a data set; the first bad row stops it with its place named.
+
+  Args:
+    path: a file .jsonl, .jsonl.gz, .jsonl.xz or .parquet.
+    fields: our field ("prompt", "reference", "task", "id") to the file's
+      column. A task or id may be None or left out; an id then reads "line-N".
+      Columns that are not named are kept in `Prompt.columns`.
+    task_map: the file's task to ours; "*" stands for every other one. None
+      means that the file already says "open_ended" or "math".
+    default_task: our task of rows without one.
+    limit: read only so many rows.
+    answer_pattern: regular expression whose first group, found in the
+      reference, is the true answer of a maths task, such as `GSM8K_ANSWER`.
+
+  Returns:
+    The prompts, in the file's order.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a malformed row, a missing or empty field, an unknown task, an
+      id given twice, no row at all, an unknown suffix or field name.
+  """
+  path = pathlib.Path(path)
+  unknown = set(fields) - set(FIELDS)
+  if unknown or not fields.get("prompt") or not fields.get("reference"):
+    raise ValueError(
+      f"fields is {dict(fields)}; its keys must be among {list(FIELDS)}, with"
+      " prompt and reference each naming a column."
+    )
+  prompts: list[structs.Prompt] = []
+  line_of_id: dict[str, int] = {}
+  for line, row in _rows(path):
+    if limit is not None and len(prompts) >= limit:
+      break
+    place = f"{path}:{line}:"
+    prompt = _prompt(
+      place, line, row, fields, task_map, default_task, answer_pattern
+    )
+    if prompt.id in line_of_id:
+      raise ValueError(
+        f"{place} id {prompt.id!r} was given on line {line_of_id[prompt.id]}"
+        " already; ids must be distinct. Rename one, or set the id field to"
+        " None to number the lines."
+      )
+    line_of_id[prompt.id] = line
+    prompts.append(prompt)
+  if not prompts:
+    raise ValueError(
+      f"{path}:1: no rows read (limit is {limit}); a data set needs at least"
+      " one. Check the path and the limit."
+    )
+  return prompts
+
+
+def _prompt(
+  place: str,
+  line: int,
+  row: Mapping[str, Any],
+  fields: Mapping[str, str | None],
+  task_map: Mapping[str, str] | None,
+  default_task: str | None,
+  answer_pattern: str | None,
+) -> structs.Prompt:
+  prompt = _text(place, row, "prompt", fields["prompt"])
+  reference = _text(place, row, "reference", fields["reference"])
+  task = _task(place, row, fields.get("task"), task_map, default_task)
+  if task == "math" and answer_pattern is not None:
+    hit = re.search(answer_pattern, reference)
+    if hit is None or not hit.group(1).strip():
+      raise ValueError(
+        f"{place} reference {_short(reference)} holds no answer that matches"
+        f" {answer_pattern!r}. Mend the row or change answer_pattern."
+      )
+    reference = hit.group(1).strip()
+  column = fields.get("id")
+  identity = row.get(column) if column is not None else None
+  if isinstance(identity, bool) or not isinstance(
+    identity, str | int | type(None)
+  ):
+    raise ValueError(
+      f"{place} id is {_short(identity)}; an id is text or a whole number."
+      " Mend the row, or set the id field to None to number the lines."
+    )
+  used = {name for name in fields.values() if name is not None}
+  return structs.Prompt(
+    id=f"line-{line}" if identity in (None, "") else str(identity),
+    task=task,
+    prompt=prompt,
+    reference=reference,
+    columns={name: value for name, value in row.items() if name not in used},
+  )
+
+
+def _text(
+  place: str, row: Mapping[str, Any], field: str, column: str | None
+) -> str:
+  if column not in row:
+    raise ValueError(
+      f"{place} no column {column!r} for the {field}; the row has"
+      f" {sorted(row)}. Add it, or name the right column in fields."
+    )
+  value = row[column]
+  if not isinstance(value, str):
+    raise ValueError(
+      f"{place} {column!r} is {_short(value)}; the {field} must be text. Quote"
+      " it, or name another column in fields."
+    )
+  if not value.strip():
+    raise ValueError(
+      f"{place} {column!r} is empty; the {field} must hold text. Fill it in or"
+      " drop the row."
+    )
+  return value
+
+
+def _task(
+  place: str,
+  row: Mapping[str, Any],
+  column: str | None,
+  task_map: Mapping[str, str] | None,
+  default_task: str | None,
+) -> str:
+  given = row.get(column) if column is not None else None
+  if given is None:
+    task = default_task
+  elif task_map is None:
+    task = given
+  else:
+    task = task_map.get(str(given), task_map.get("*", given))
+  if task not in TASKS:
+    raise ValueError(
+      f"{place} task is {_short(given)}; it must become one of"
+      f" {', '.join(TASKS)}. Map it in task_map (now {task_map}), or set"
+      f" default_task (now {default_task!r}) for rows without one."
+    )
+  return task
+
+
+def _short(value: Any) -> str:
+  shown = repr(value)
+  return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields (line, counted from 1, row)."""
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path}: no such file. Give the path of a .jsonl (.gz, .xz) or .parquet"
+      " file."
+    )
+  if path.suffix == ".parquet":
+    return _parquet_rows(path)
+  packed = path.suffix in (".gz", ".xz")
+  inner = path.with_suffix("").suffix if packed else path.suffix
+  if inner != ".jsonl":
+    raise ValueError(
+      f"{path}: unknown kind of file; it must end in .jsonl, .jsonl.gz,"
+      " .jsonl.xz or .parquet. Convert or rename it."
+    )
+  return _jsonl_rows(path)
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  line = 0
+  with _OPENERS[path.suffix](path, "rb") as file:
+    while True:
+      line += 1
+      try:
+        raw = file.readline()
+      except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(
+          f"{path}:{line}: the compressed file breaks off ({error}). Fetch or"
+          " write it again."
+        ) from error
+      if not raw:
+        return
+      if raw.strip():
+        yield line, _json_row(f"{path}:{line}:", raw)
+
+
+def _json_row(place: str, raw: bytes) -> dict[str, Any]:
+  try:
+    row = json.loads(raw.decode("utf-8-sig"))
+  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(
+      f"{place} {_short(raw)} is not a line of JSON in UTF-8 ({error}). Mend"
+      " or drop the line."
+    ) from error
+  if not isinstance(row, dict):
+    raise ValueError(
+      f"{place} {_short(row)} is no JSON object; each line must read"
+      ' {"prompt": ..., "reference": ...}.'
+    )
+  return row
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(path)
+  except (pyarrow.ArrowInvalid, OSError) as error:
+    raise ValueError(
+      f"{path}: cannot be read as Parquet ({error}). Fetch or write it again."
+    ) from error
+  line = 0
+  for batch in file.iter_batches(batch_size=1024):
+    for row in batch.to_pylist():
+      line += 1
+      yield line, row
+
+
+def filter_by_length(
+  prompts: Sequence[structs.Prompt],
+  tokenizer: tokenizer_lib.Tokenizer,
+  max_prompt_tokens: int,
+  max_reference_tokens: int,
+) -> tuple[list[structs.Prompt], dict[str, int]]:
+  """Drops prompts that do not fit, and counts them.
+
+  Args:
+    prompts: the prompts.
+    tokenizer: the tokenizer.
+    max_prompt_tokens: most tokens of the prompt in its chat layout.
+    max_reference_tokens: most tokens of the reference.
+
+  Returns:
+    (kept prompts, counts: "kept", "prompt_too_long", "reference_too_long"). A
+    prompt that breaks both limits counts as "prompt_too_long".
+
+  Raises:
+    ValueError: a reference of zero tokens, or nothing is left.
+  """
+  kept = []
+  counts = {"kept": 0, "prompt_too_long": 0, "reference_too_long": 0}
+  references = tokenizer.encode_many([prompt.reference for prompt in prompts])
+  shortest = None
+  for prompt, reference in zip(prompts, references):
+    if not len(reference):
+      raise ValueError(
+        f"Prompt {prompt.id!r}: its reference {_short(prompt.reference)} has"
+        " zero tokens, so it has no probability. Fill it in or drop the row."
+      )
+    length = len(tokenizer.chat_prompt(prompt.prompt))
+    shortest = length if shortest is None else min(shortest, length)
+    if length > max_prompt_tokens:
+      counts["prompt_too_long"] += 1
+    elif len(reference) > max_reference_tokens:
+      counts["reference_too_long"] += 1
+    else:
+      counts["kept"] += 1
+      kept.append(prompt)
+  if not kept:
+    raise ValueError(
+      f"No prompt of {len(prompts)} fits in {max_prompt_tokens} prompt tokens"
+      f" and {max_reference_tokens} reference tokens ({counts}; the shortest"
+      f" prompt has {shortest} tokens). Raise the limits."
+    )
+  return kept, counts
+
+
+def split(
+  prompts: Sequence[structs.Prompt], held_out: int, seed: int
+) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
+  """Sets prompts aside by a hash of their text.
+
+  A prompt's rank depends on its text and the seed alone, so the order of the
+  file does not matter, and prompts of one text fall on one side.
+
+  Args:
+    prompts: the prompts.
+    held_out: how many to set aside.
+    seed: any int.
+
+  Returns:
+    (training prompts, `held_out` prompts), each in the given order.
+
+  Raises:
+    ValueError: held_out is negative or leaves nothing to train on, or texts
+      that occur twice make that number impossible.
+  """
+  if not 0 <= held_out < len(prompts):
+    raise ValueError(
+      f"held_out is {held_out} of {len(prompts)} prompts; it must be at least"
+      " 0 and leave one to train on. Lower it."
+    )
+  count: dict[str, int] = {}
+  for prompt in prompts:
+    count[prompt.prompt] = count.get(prompt.prompt, 0) + 1
+
+  def rank(text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+
+  aside, left = set(), held_out
+  for text in sorted(count, key=rank):
+    if count[text] <= left:
+      aside.add(text)
+      left -= count[text]
+  if left:
+    raise ValueError(
+      f"{held_out} prompts cannot be held out whole: prompts with the same"
+      f" text stay together and {left} places remain. Choose another number."
+    )
+  train = [prompt for prompt in prompts if prompt.prompt not in aside]
+  test = [prompt for prompt in prompts if prompt.prompt in aside]
+  return train, test

@@ -1,0 +1,174 @@
+"""Data sets are read whole or refused with the place named."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+
+from opera_jax import structs
+from opera_jax.data import prompts
+from opera_jax.text import tokenizer
+
+GOOD = {"id": "a", "task": "math", "prompt": "1 + 1?", "reference": "2"}
+
+
+def write(path, rows):
+  lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+  data = ("\n".join(lines) + "\n").encode()
+  opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+  with opener(path, "wb") as file:
+    file.write(data)
+  return path
+
+
+@pytest.fixture(scope="module")
+def small():
+  return tokenizer.Tokenizer.train_bpe(["some text"], 261)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz"])
+def test_jsonl(tmp_path, suffix):
+  second = {"prompt": "Héllo", "reference": "x", "task": "chat", "score": 0.5}
+  path = write(tmp_path / f"a{suffix}", [GOOD, "", second])
+  loaded = prompts.load(
+    path, task_map={"math": "math", "*": "open_ended"}, default_task=None
+  )
+  assert loaded == [
+    structs.Prompt("a", "math", "1 + 1?", "2"),
+    structs.Prompt("line-3", "open_ended", "Héllo", "x", {"score": 0.5}),
+  ]
+  assert len(prompts.load(path, limit=1)) == 1
+
+
+def test_parquet(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  table = pyarrow.table({"q": ["1?", "2?"], "a": ["1", "2"], "n": [7, 8]})
+  parquet.write_table(table, tmp_path / "a.parquet")
+  loaded = prompts.load(
+    tmp_path / "a.parquet",
+    fields={"prompt": "q", "reference": "a", "id": "n"},
+    default_task="math",
+  )
+  assert loaded[1] == structs.Prompt("8", "math", "2?", "2")
+
+
+def test_parquet_that_is_none(tmp_path):
+  path = write(tmp_path / "a.parquet", [GOOD])
+  with pytest.raises(ValueError, match="cannot be read as Parquet"):
+    prompts.load(path)
+
+
+def test_the_open_ended_tasks(shared_data):
+  loaded = prompts.load(
+    shared_data / "open_ended" / "train.jsonl",
+    task_map={"*": "open_ended"},
+  )
+  assert len(loaded) == 438
+  assert {prompt.task for prompt in loaded} == {"open_ended"}
+  assert set(loaded[0].columns) == {"category", "reference_model"}
+
+
+def test_gsm8k(shared_data):
+  loaded = prompts.load(
+    shared_data / "gsm8k" / "train.jsonl",
+    fields={"prompt": "question", "reference": "answer"},
+    default_task="math",
+    answer_pattern=prompts.GSM8K_ANSWER,
+  )
+  assert len(loaded) == 7_473
+  assert loaded[0].id == "line-1" and loaded[0].reference == "72"
+  assert all("#" not in prompt.reference for prompt in loaded)
+
+
+@pytest.mark.parametrize(
+  "row,rule",
+  [
+    ("{nonsense", r"a.jsonl:2: .*not a line of JSON"),
+    ('{"prompt": "\\ud8"}', r"a.jsonl:2: "),
+    ("[1]", r"a.jsonl:2: .*no JSON object"),
+    ({"prompt": "x", "task": "math"}, r":2: no column 'reference'"),
+    (GOOD | {"reference": " \n"}, r":2: 'reference' is empty"),
+    (GOOD | {"prompt": None}, r":2: 'prompt' is None; .* must be text"),
+    (GOOD | {"reference": 2}, r":2: 'reference' is 2; .* must be text"),
+    (GOOD | {"id": "b", "task": "poem"}, r":2: task is 'poem'.*task_map"),
+    (GOOD | {"id": "b", "task": None}, r":2: task is None.*default_task"),
+    (GOOD | {"id": True}, r":2: id is True"),
+    (GOOD, r":2: id 'a' was given on line 1"),
+  ],
+)
+def test_bad_rows(tmp_path, row, rule):
+  path = write(tmp_path / "a.jsonl", [GOOD, row])
+  with pytest.raises(ValueError, match=rule):
+    prompts.load(path)
+
+
+def test_bad_bytes(tmp_path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n")
+  with pytest.raises(ValueError, match="a.jsonl:2: .* UTF-8"):
+    prompts.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz"])
+def test_a_file_that_breaks_off(tmp_path, suffix):
+  path = write(tmp_path / f"a{suffix}", [GOOD])
+  path.write_bytes(path.read_bytes()[:-12])
+  with pytest.raises(ValueError, match="breaks off"):
+    prompts.load(path)
+
+
+def test_answer_pattern(tmp_path):
+  path = write(tmp_path / "a.jsonl", [GOOD])
+  with pytest.raises(ValueError, match=":1: reference '2' holds no answer"):
+    prompts.load(path, answer_pattern=prompts.GSM8K_ANSWER)
+
+
+def test_bad_files(tmp_path):
+  with pytest.raises(FileNotFoundError, match="no such file"):
+    prompts.load(tmp_path / "none.jsonl")
+  with pytest.raises(ValueError, match="unknown kind of file"):
+    prompts.load(write(tmp_path / "a.csv", [GOOD]))
+  with pytest.raises(ValueError, match="no rows read"):
+    prompts.load(write(tmp_path / "b.jsonl", [""]))
+  path = write(tmp_path / "c.jsonl", [GOOD])
+  with pytest.raises(ValueError, match="keys must be among"):
+    prompts.load(path, fields={"prompt": "prompt", "answer": "reference"})
+
+
+def test_what_is_too_long_is_counted(small):
+  made = [
+    structs.Prompt(str(i), "open_ended", "x" * n, "y" * m)
+    for i, (n, m) in enumerate([(1, 1), (50, 1), (1, 50), (50, 50), (2, 2)])
+  ]
+  limit = len(small.chat_prompt("xx"))
+  kept, counts = prompts.filter_by_length(made, small, limit, 2)
+  assert [prompt.id for prompt in kept] == ["0", "4"]
+  assert counts == {"kept": 2, "prompt_too_long": 2, "reference_too_long": 1}
+  with pytest.raises(ValueError, match="Raise the limits"):
+    prompts.filter_by_length(made, small, 3, 2)
+  empty = [structs.Prompt("e", "open_ended", "x", "")]
+  with pytest.raises(ValueError, match="'e': .* zero tokens"):
+    prompts.filter_by_length(empty, small, limit, 2)
+
+
+def test_split_is_disjoint_and_knows_only_the_text():
+  made = [
+    structs.Prompt(str(i), "math", f"text {i % 40}", "r") for i in range(60)
+  ]
+  train, held = prompts.split(made, 13, seed=0)
+  assert len(held) == 13 and len(train) == 47
+  texts = {prompt.prompt for prompt in train}
+  assert texts.isdisjoint(prompt.prompt for prompt in held)
+  again = prompts.split(made[::-1], 13, seed=0)[1]
+  assert {p.id for p in again} == {p.id for p in held}
+  assert {p.id for p in prompts.split(made, 13, seed=1)[1]} != {
+    p.id for p in held
+  }
+  with pytest.raises(ValueError, match="leave one to train on"):
+    prompts.split(made, 60, seed=0)
+  twins = [structs.Prompt(str(i), "math", "same", "r") for i in range(3)]
+  with pytest.raises(ValueError, match="cannot be held out whole"):
+    prompts.split(twins, 2, seed=0)
