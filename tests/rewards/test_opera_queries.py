@@ -1,0 +1,143 @@
+"""Which prefixes OPERA prices: exactly those the reward reads."""
+
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.rewards import opera
+
+REFERENCE = np.asarray([7, 8, 9], np.int32)
+
+
+def _thoughts(rows, steps=5):
+  """Rows of (start, ends, reflective), or None for a thought not closed."""
+  count = len(rows)
+  thoughts = structs.Thoughts(
+    closed=np.asarray([row is not None for row in rows]),
+    start=np.zeros(count, np.int32),
+    end=np.zeros(count, np.int32),
+    count=np.zeros(count, np.int32),
+    step_end=np.zeros((count, steps), np.int32),
+    reflective=np.zeros((count, steps), bool),
+  )
+  for r, row in enumerate(rows):
+    if row is None:
+      continue
+    start, ends, reflective = row
+    thoughts.start[r], thoughts.end[r] = start, ends[-1] if ends else start
+    thoughts.count[r] = len(ends)
+    thoughts.step_end[r, : len(ends)] = ends
+    thoughts.reflective[r, : len(ends)] = reflective
+  return thoughts
+
+
+def _queries(rows, **settings):
+  count = len(rows)
+  return opera.queries(
+    _thoughts(rows),
+    np.full(count, 10),
+    np.full(count, 50),
+    [REFERENCE] * count,
+    **settings,
+  )
+
+
+def _forks(branches):
+  """Completion positions priced, by trunk, in order."""
+  return [
+    [branch.fork - 10 for branch in branches if branch.trunk == trunk]
+    for trunk in sorted({branch.trunk for branch in branches})
+  ]
+
+
+@pytest.mark.parametrize(
+  "row,forks",
+  [
+    (None, [50]),
+    ((1, [], []), [50]),
+    ((1, [5, 9, 20], [0, 0, 0]), [50]),
+    ((1, [5, 9, 20], [1, 0, 0]), [1, 5, 50]),
+    ((1, [5, 9, 20], [0, 0, 1]), [9, 20, 50]),
+    ((1, [5, 9, 20], [0, 1, 1]), [5, 9, 20, 50]),
+    ((1, [5, 9, 20], [1, 0, 1]), [1, 5, 9, 20, 50]),
+    ((1, [5, 9, 20], [1, 1, 1]), [1, 5, 9, 20, 50]),
+  ],
+  ids=[
+    "truncated",
+    "empty thought",
+    "no reflection",
+    "first step",
+    "last step",
+    "consecutive",
+    "apart",
+    "all",
+  ],
+)
+def test_forks_are_reflective_ends_their_predecessors_and_the_end(row, forks):
+  branches, _ = _queries([row])
+  assert _forks(branches) == [forks]
+  for branch in branches:
+    np.testing.assert_array_equal(branch.tokens, REFERENCE)
+    assert branch.skip == 0
+
+
+def test_a_thought_cut_off_is_read_as_none_whatever_its_slots_hold():
+  thoughts = _thoughts([(1, [5, 9], [1, 1])])
+  thoughts = thoughts.replace(closed=np.asarray([False]))
+  branches, _ = opera.queries(
+    thoughts, np.asarray([10]), np.asarray([50]), [REFERENCE]
+  )
+  assert _forks(branches) == [[50]]
+
+
+def test_all_steps_prices_every_step_once_and_keeps_the_comparisons():
+  rows = [(1, [5, 9, 20, 30], [0, 0, 1, 0]), (2, [6], [0])]
+  branches, layout = _queries(rows, all_steps=True)
+  assert _forks(branches) == [[1, 5, 9, 20, 30, 50], [2, 6, 50]]
+  assert (layout.previous >= 0).sum() == 1
+  assert layout.previous[0, 3] == 2
+  np.testing.assert_array_equal(layout.before[0], [0, 1, 2, 3, -1])
+  np.testing.assert_array_equal(layout.after[0], [1, 2, 3, 4, -1])
+
+
+def test_layout_reads_back_the_positions():
+  rows = [(1, [5, 9, 20], [1, 0, 1]), None, (3, [4, 8], [0, 1])]
+  branches, layout = _queries(rows)
+  position = {
+    (row, slot): branch.fork - 10
+    for row, slot, branch in zip(layout.row, layout.slot, branches)
+  }
+  compared = {
+    (row, position[row, slot], position[row, layout.previous[row, slot]])
+    for row, slot in zip(*np.nonzero(layout.previous >= 0))
+  }
+  assert compared == {(0, 5, 1), (0, 20, 9), (2, 8, 4)}
+  assert [position[r, layout.last[r]] for r in range(3)] == [50, 50, 50]
+
+
+def test_the_bridge_is_context_of_partial_thoughts_alone():
+  branches, _ = _queries([(1, [5], [1])], bridge_ids=(3, 4))
+  assert [branch.skip for branch in branches] == [2, 2, 0]
+  assert [list(branch.tokens) for branch in branches] == [
+    [3, 4, 7, 8, 9],
+    [3, 4, 7, 8, 9],
+    [7, 8, 9],
+  ]
+
+
+def test_rows_name_the_trunks_they_are_given():
+  branches, _ = _queries([None, None], trunks=[4, 2])
+  assert [branch.trunk for branch in branches] == [4, 2]
+
+
+def test_bad_input_is_refused():
+  with pytest.raises(ValueError, match="reference of row 0 has no tokens"):
+    opera.queries(
+      _thoughts([None]), np.asarray([10]), np.asarray([50]), [REFERENCE[:0]]
+    )
+  with pytest.raises(ValueError, match="reference_ids has 2 rows"):
+    opera.queries(
+      _thoughts([None]), np.asarray([10]), np.asarray([50]), [REFERENCE] * 2
+    )
+  with pytest.raises(ValueError, match="steps must rise within"):
+    _queries([(1, [5, 60], [0, 1])])
