@@ -20,6 +20,7 @@ all, M priced tokens of a row.
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,7 +62,7 @@ def queries(
   only the last.
 
   Args:
-    thoughts: where the steps lie, host arrays, in completion positions.
+    thoughts: where the steps lie, in completion positions.
     prompt_length_R: int, tokens of the prompt, generation prefix included.
     completion_length_R: int, tokens of the completion, stop token included.
     reference_ids: int32 arrays, tokens of y_ref for each row, tokenised apart.
@@ -78,6 +79,7 @@ def queries(
     ValueError: rows that do not match, an empty reference, or a step outside
       its completion.
   """
+  thoughts = jax.tree.map(np.asarray, thoughts)  # one fetch, not one an entry
   rows = len(prompt_length_R)
   trunks = range(rows) if trunks is None else trunks
   lengths = {
