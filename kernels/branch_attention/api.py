@@ -32,7 +32,7 @@ def branch_attention(
   scale: float,
   implementation: str | None = None,
   block_keys: int = 512,
-  block_scores: int = 1 << 22,
+  block_scores: int | None = None,
 ) -> jax.Array:
   """Attends; differentiable in queries, keys and values.
 
@@ -53,7 +53,8 @@ def branch_attention(
     implementation: "reference", "xla" or "pallas_tpu"; None picks.
     block_keys: keys of one block of "xla".
     block_scores: scores of one row of the batch that "xla" holds at once,
-      over all heads; more queries than that go chunk by chunk.
+      over all heads; more queries than that go chunk by chunk. None is what
+      a CPU's caches hold, or 16 MiB on an accelerator.
 
   Returns:
     [B, S, G, N, H], of q's dtype.
@@ -74,6 +75,8 @@ def branch_attention(
   if offset_BS is None:
     offset_BS = jnp.zeros_like(limit_BS)
   _check_bounds(q_BSGNH, limit_BS, offset_BS)
+  if block_scores is None:
+    block_scores = _score_budget(q_BSGNH.shape[3], block_keys)
   if block_keys < 1 or block_scores < 1:
     raise ValueError(
       f"Blocks hold at least 1 key and 1 score, got block_keys={block_keys} "
@@ -94,6 +97,12 @@ def branch_attention(
     block_keys=block_keys,
     block_scores=block_scores,
   )
+
+
+def _score_budget(N, block_keys):
+  if jax.default_backend() == "cpu":
+    return max(1 << 17, 64 * N * block_keys)
+  return 1 << 22
 
 
 def _check(q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH):

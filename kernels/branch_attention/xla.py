@@ -37,12 +37,16 @@ def branch_attention(
 ) -> jax.Array:
   """Streams `api.branch_attention`; `block_scores` scores of a row at once."""
   B, S, G, N, H = q_BSGNH.shape
-  K = trunk_k_BTKH.shape[2]
+  T, K = trunk_k_BTKH.shape[1:3]
+  C = branch_k_BSCKH.shape[2]
+  block_keys = min(block_keys, max(T, C))
   chunk = _chunk(S, G, max(1, block_scores // (N * block_keys)))
+  # Decoding mostly finds its cache part-filled: an eighth of it at a time.
+  block_own = block_keys if G > 1 else min(block_keys, max(64, -(-C // 8)))
   pad = -G % chunk[1]
   q_BSGNH = jnp.pad(q_BSGNH, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
   out_BSGKRH = _attention(
-    (scale, block_keys, chunk),
+    (scale, block_keys, block_own, chunk),
     q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
     trunk_k_BTKH,
     trunk_v_BTKH,
@@ -60,7 +64,7 @@ def _attention(settings, q_BSGKRH, *keys):
 
 
 def _forward_rule(settings, q_BSGKRH, *keys):
-  scale, block_keys, chunk = settings
+  scale, block_keys, block_own, chunk = settings
 
   def attend(part):
     q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
@@ -78,15 +82,13 @@ def _forward_rule(settings, q_BSGKRH, *keys):
       o = o * keep[..., None] + _weigh(p.astype(v.dtype), v, axes)
       return m_new, l * keep + jnp.sum(p, axis=-1), o
 
-    total = _visit(step, total, BRANCH, *own[:2], _seen(own, part), block_keys)
+    seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
+    total = _visit(step, total, BRANCH, *own[:2], seen, block_own)
     total = _visit(step, total, TRUNK, *keys[:2], own[2][..., None], block_keys)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
     return _unrows(out, chunk[1]), _unrows(normaliser, chunk[1])
-
-  def _seen(own, part):
-    return _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
 
   parts = _parts(q_BSGKRH, chunk)
   if len(parts) == 1:
@@ -101,7 +103,7 @@ def _forward_rule(settings, q_BSGKRH, *keys):
 
 def _backward_rule(settings, residuals, d_out_BSGKRH):
   q_BSGKRH, *keys, out_BSGKRH, normaliser_BSGKR1 = residuals
-  scale, block_keys, chunk = settings
+  scale, block_keys, block_own, chunk = settings
   delta_BSGKR1 = jnp.sum(
     d_out_BSGKRH.astype(jnp.float32) * out_BSGKRH.astype(jnp.float32),
     axis=-1,
@@ -133,7 +135,7 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     total = (zeros(q.shape), *d_own)
-    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
+    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_own)
     total = (d_q, *d_keys[:2])
     limit = own[2][..., None]
     d_q, *d_trunk = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
@@ -203,8 +205,7 @@ def _weigh(p_BKSQx, v, axes):
     p_BSNx = p_BKSQx.transpose(0, 2, 1, 3, 4).reshape(B, S, K * Q, x)
     wide = _einsum("bsnx,bsxf->bsnf", p_BSNx, v.reshape(B, S, x, -1))
     wide = wide.reshape(B, S, K, Q, K, -1)
-    same = jnp.eye(K, dtype=wide.dtype)
-    return jnp.einsum("bskqjh,kj->bksqh", wide, same)
+    return jnp.stack([wide[:, :, k, :, k] for k in range(K)], axis=1)
   return _einsum(f"bksqx,{axes}->bksqh", p_BKSQx, v)
 
 
@@ -221,9 +222,9 @@ def _heads_apart(q_BKSQH):
   it copied at every step of decoding.
   """
   B, K, S, Q, H = q_BKSQH.shape
-  same = jnp.eye(K, dtype=q_BKSQH.dtype)
-  wide = jnp.einsum("bksqh,kj->bskqjh", q_BKSQH, same)
-  return wide.reshape(B, S, K * Q, K * H)
+  same = jnp.eye(K, dtype=bool)[None, None, :, None, :, None]
+  q_BSKQ1H = q_BKSQH.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
+  return jnp.where(same, q_BSKQ1H, 0).reshape(B, S, K * Q, K * H)
 
 
 def _einsum(equation, x, y):
