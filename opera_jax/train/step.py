@@ -132,12 +132,11 @@ def make_policy_update(
   ) -> tuple[jax.Array, Metrics]:
     target_RT = weight_RT > 0
     logprob_RT, entropy_RT = logprob_fn(params, batch)
-    # What is no target may hold anything; exp of it must not overflow.
+    # Elsewhere a row may hold anything, NaN too; no gradient comes from it.
     logprob_RT = jnp.where(target_RT, logprob_RT, 0.0)
-    old_RT = jnp.where(target_RT, batch.old_logprob, 0.0)
     loss_RT, aux = policy.clipped_surrogate(
       logprob_RT,
-      old_RT,
+      batch.old_logprob,
       batch.advantage,
       clip_low=clip_low,
       clip_high=clip_high,
@@ -149,12 +148,11 @@ def make_policy_update(
       "clip_low": aux["clip_low"],
       "clip_high": aux["clip_high"],
       "clip_dual": aux["clip_dual"],
-      "old_gap": jnp.abs(logprob_RT - old_RT),
+      "old_gap": jnp.abs(logprob_RT - batch.old_logprob),
       "entropy": entropy_RT,
     }
     if kl_coef:
-      ref_RT = jnp.where(target_RT, batch.ref_logprob, 0.0)
-      kl_RT = divergence(logprob_RT, ref_RT)
+      kl_RT = divergence(logprob_RT, batch.ref_logprob)
       loss = loss + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
       per_token["kl"] = kl_RT
     metrics = {
