@@ -1,0 +1,97 @@
+"""Next-token training on prepared batches: pretraining and SFT."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from opera_jax import structs
+from opera_jax.sharding import layout
+from opera_jax.stages import workdir as workdir_lib
+from opera_jax.train import checkpoint, metrics, step as step_lib
+from opera_jax.train import state as train_state
+
+
+def place(state: train_state.TrainState, mesh: jax.sharding.Mesh):
+  """Puts what has no layout yet (counters, keys) whole on every device."""
+  whole = layout.replicated(mesh)
+  return jax.tree.map(
+      lambda x: x
+      if isinstance(x.sharding, jax.sharding.NamedSharding)
+      else jax.device_put(x, whole),
+      state,
+  )
+
+
+def fit(
+    stage: workdir_lib.Stage,
+    state: train_state.TrainState,
+    update: step_lib.Update,
+    batches: Callable[[int], structs.Batch],
+    *,
+    mesh: jax.sharding.Mesh,
+    steps: int,
+    checkpoint_every: int,
+    preemption: checkpoint.Preemption,
+) -> Any:
+  """Runs `steps` updates, from the newest checkpoint if there is one.
+
+  The next step is dispatched before the last one's metrics are fetched, so
+  the device never waits for the host.
+
+  Args:
+    stage: its folder takes checkpoints and metrics.
+    state: the state before the first update.
+    update: from `train.step.make_sft_update`.
+    batches: the host batch of each step, a pure function of the step.
+    mesh: rows are split over its data axes.
+    steps: updates in all.
+    checkpoint_every: updates between checkpoints.
+    preemption: asked after every step; saves and exits when it says so.
+
+  Returns:
+    The parameters after the last update.
+
+  Raises:
+    NonFiniteError: a loss or gradient is no number.
+  """
+  saves = checkpoint.Checkpoints(stage.path / "checkpoints")
+  state = place(state, mesh)
+  start = 0
+  restored = saves.restore(state)
+  if restored is not None:
+    start, state, _ = restored
+    print(f"{stage.name}: goes on after step {start}", flush=True)
+  log = metrics.Metrics(
+      stage.path, "metrics", last_step=None if restored is None else start
+  )
+  rows = layout.rows(mesh)
+
+  def record(at, values):
+    values = jax.device_get(values)
+    step_lib.check_finite(values, at)
+    log.write(at, values)
+
+  waiting = None
+  with (
+      jax.set_mesh(mesh),
+      metrics.Progress(steps, stage.name, done=start) as progress,
+  ):
+    for i in range(start, steps):
+      batch = batches(i)
+      tokens = int((batch.segments > 0).sum())
+      state, values = update(state, jax.device_put(batch, rows))
+      if waiting is not None:
+        record(*waiting)
+      waiting = (i + 1, values)
+      progress.update(tokens=tokens)
+      leave = preemption.requested()
+      if leave or (i + 1) % checkpoint_every == 0 or i + 1 == steps:
+        record(*waiting)
+        waiting = None
+        saves.save(i + 1, state, {})
+      if leave:
+        raise SystemExit(preemption.EXIT_CODE)
+  log.close()
+  saves.close()
+  return state.params

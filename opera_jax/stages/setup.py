@@ -1,0 +1,182 @@
+"""What every stage of a run shares: mesh, tokenizer, model, tasks, machines."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from opera_jax import structs
+from opera_jax.data import prompts as prompts_lib
+from opera_jax.models import qwen3
+from opera_jax.rollout import engine as engine_lib
+from opera_jax.scoring import price as price_lib
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.stages import score as score_lib
+from opera_jax.stages import tasks as tasks_lib
+from opera_jax.text import tokenizer as tokenizer_lib
+from opera_jax.train import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The shared parts of a run; parameters are passed beside it."""
+
+  workdir: pathlib.Path
+  seed: int
+  mesh: jax.sharding.Mesh
+  tokenizer: tokenizer_lib.Tokenizer
+  model: qwen3.Config
+  graphdef: nnx.GraphDef
+  axes: Any
+  tasks: tasks_lib.Tasks
+  dropped: dict[str, int]
+  engine: engine_lib.Engine
+  pricer: price_lib.Pricer  # at temperature 1, for rewards
+  policy_pricer: price_lib.Pricer  # at the policy's; the same where equal
+  scorer: score_lib.Scorer
+
+  def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
+    """The chat prompt of each task, as tokens."""
+    return [self.tokenizer.chat_prompt(p.prompt) for p in prompts]
+
+  def for_rollout(self, params: Any) -> Any:
+    """The parameters in the layout that decoding wants."""
+    return layout.move(params, self.axes, self.mesh, rules.ROLLOUT)
+
+  def initial(self) -> Any:
+    """Random parameters in the TRAIN layout."""
+    params = qwen3.create(self.model, self.seed)[1]
+    return layout.move(params, self.axes, self.mesh, rules.TRAIN)
+
+  def save(self, stage: str, params: Any) -> None:
+    """Keeps a stage's final parameters."""
+    saves = checkpoint.Checkpoints(self.workdir / stage / "model")
+    saves.save(0, params, {})
+    saves.close()
+
+  def load(self, stage: str) -> Any:
+    """A stage's final parameters, in the TRAIN layout.
+
+    Raises:
+      FileNotFoundError: the stage has not finished.
+    """
+    shapes = qwen3.abstract(self.model)[1]
+    shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+    saves = checkpoint.Checkpoints(self.workdir / stage / "model")
+    restored = saves.restore(like)
+    saves.close()
+    if restored is None:
+      raise FileNotFoundError(
+          f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "
+          f"it first: add {stage} to config.stages."
+      )
+    return restored[1]
+
+
+def setup(
+    workdir: str | os.PathLike,
+    *,
+    seed: int,
+    mesh: Mapping[str, int],
+    tokenizer: Mapping[str, Any],
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    max_prompt_tokens: int,
+    max_reference_tokens: int,
+    engine: Mapping[str, Any],
+    price: Mapping[str, Any],
+    reward: Mapping[str, Any],
+    temperature: float,
+) -> Run:
+  """Loads or makes everything that the stages share; trains only the BPE.
+
+  Args:
+    workdir: folder of the run.
+    seed: of everything random in the run.
+    mesh: axis sizes, see `sharding.mesh.create`.
+    tokenizer: `path`, a directory or hub id, or "" to train a BPE of
+      `bpe_size` ids on the documents.
+    model: fields of `qwen3.Config` but the vocabulary, which is the
+      tokenizer's unless `vocab_size` is positive.
+    data: arguments of `tasks.load` but the seed.
+    max_prompt_tokens: a longer chat prompt is dropped and counted.
+    max_reference_tokens: a longer reference is dropped and counted.
+    engine: arguments of `rollout.engine.Engine`.
+    price: arguments of `scoring.price.Pricer`.
+    reward: arguments of `score.Scorer`.
+    temperature: at which the policy is sampled and updated.
+
+  Raises:
+    ValueError: whatever of this does not fit together.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  device_mesh = mesh_lib.create(dict(mesh))
+  tasks = tasks_lib.load(seed=seed, **data)
+  words = _tokenizer(workdir, tasks, **tokenizer)
+  sizes = dict(model)
+  if sizes["vocab_size"] <= 0:
+    sizes["vocab_size"] = words.vocab_size
+  if sizes["vocab_size"] < words.vocab_size:
+    raise ValueError(
+        f"The tokenizer has {words.vocab_size} ids and config.model.vocab_size "
+        f"is {sizes['vocab_size']}; every id needs a row. Raise it, or set 0 "
+        "to take the tokenizer's."
+    )
+  config = qwen3.Config(**sizes)
+  graphdef, shapes = qwen3.abstract(config)
+  axes = qwen3.logical_axes(shapes)
+  layout.check(shapes, axes, device_mesh, rules.TRAIN)
+  kept, dropped = {}, {}
+  for name in ("synthesis", "rl", "held_out"):
+    kept[name], counts = prompts_lib.filter_by_length(
+        getattr(tasks, name), words, max_prompt_tokens, max_reference_tokens
+    )
+    dropped |= {f"{name}/{key}": count for key, count in counts.items()}
+  sizes = {"vocab_size": config.vocab_size, "mesh": device_mesh, **price}
+  pricer = price_lib.Pricer(graphdef, **sizes)
+  return Run(
+      workdir=workdir,
+      seed=seed,
+      mesh=device_mesh,
+      tokenizer=words,
+      model=config,
+      graphdef=graphdef,
+      axes=axes,
+      tasks=dataclasses.replace(tasks, **kept),
+      dropped=dropped,
+      engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
+      pricer=pricer,
+      policy_pricer=pricer
+      if temperature == 1
+      else price_lib.Pricer(graphdef, temperature=temperature, **sizes),
+      scorer=score_lib.Scorer(
+          pricer, words, cache_dir=str(workdir / "automata"), **reward
+      ),
+  )
+
+
+def _tokenizer(
+    workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
+) -> tokenizer_lib.Tokenizer:
+  folder = workdir / "tokenizer"
+  if (folder / "tokenizer.json").exists():
+    return tokenizer_lib.Tokenizer.load(folder)
+  if path:
+    made = tokenizer_lib.Tokenizer.load(path)
+  else:
+    texts = [t for document in tasks.documents[:20_000] for t in document]
+    made = tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)
+  made.save(folder)
+  return made

@@ -1,0 +1,65 @@
+"""One RL step in numbers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.rewards import opera
+from opera_jax.stages import score as score_lib
+
+
+def rl_step(
+    scored: score_lib.Scored,
+    samples: Sequence[Sequence[structs.Sample]],
+    old: structs.Prices,
+    ema: float,
+    updates: Sequence[Mapping[str, Any]],
+    clock: Mapping[str, float],
+) -> dict[str, float]:
+  """The metrics of a step.
+
+  Args:
+    scored: rewards of its samples.
+    samples: [B][N] completions.
+    old: the trainer's prices of their rows at the sampling temperature.
+    ema: moving mean of L, nats a token; a metric alone.
+    updates: metrics of each mini-batch.
+    clock: monotonic seconds at the end of each part, in order.
+
+  Returns:
+    Scalars by name.
+  """
+  flat = [s for group in samples for s in group]
+  length_R = np.asarray([len(s.tokens) for s in flat])
+  gap = np.concatenate(
+      [
+          np.abs(s.logprob - price[len(price) - len(s.tokens) :])
+          for s, price in zip(flat, old.trunk_logprob)
+      ]
+  )
+  total_BN = scored.total_BN
+  out = {
+      "reward/mean": total_BN.mean(),
+      "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
+      "reward/groups_without_spread": (np.ptp(total_BN, axis=1) == 0).mean(),
+      "reward/score_ema": ema,
+      "reward/score_smoothed": opera.smoothed(scored.parts["score"], ema).mean(),
+      "completion/tokens": length_R.mean(),
+      "completion/finished": np.mean([s.finished for s in flat]),
+      "agreement/mean_abs_delta": gap.mean(),
+      "agreement/max_abs_delta": gap.max(),
+      "price/trunk_tokens": scored.prices.trunk_tokens,
+      "price/branch_tokens": scored.prices.branch_tokens,
+  }
+  for name, part_BN in scored.parts.items():
+    out[f"reward/{name}"] = part_BN.mean()
+  for name in updates[0]:
+    out[name] = np.mean([values[name] for values in updates])
+  names = list(clock)
+  for before, name in zip(names, names[1:]):
+    out[name] = clock[name] - clock[before]
+  out["time/step"] = clock[names[-1]] - clock[names[0]]
+  out["time/tokens_per_second"] = length_R.sum() / out["time/step"]
+  return {name: float(value) for name, value in out.items()}

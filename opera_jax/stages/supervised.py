@@ -1,0 +1,130 @@
+"""The two supervised stages: the base model, and SFT on selected traces."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from opera_jax.data import sft as sft_data
+from opera_jax.data import traces
+from opera_jax.models import qwen3
+from opera_jax.scoring import price as price_lib
+from opera_jax.stages import fit as fit_lib
+from opera_jax.stages import setup as setup_lib
+from opera_jax.stages import workdir as workdir_lib
+from opera_jax.train import checkpoint, optimizer
+from opera_jax.train import state as train_state
+from opera_jax.train import step as step_lib
+
+Pair = tuple[np.ndarray, np.ndarray]  # prompt tokens, completion tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How to train on (prompt, completion) pairs, loss on completions only."""
+
+  epochs: int
+  batch_size: int  # rows an update
+  row_tokens: int  # length of a row; a longer pair is dropped and counted
+  packed: bool  # several pairs a row, kept apart by segment ids
+  learning_rate: float
+  warmup: float  # share of the updates
+  decay: str  # "constant" or "cosine"
+  b2: float
+  weight_decay: float
+  max_grad_norm: float
+  reduction: str  # see `losses.reduce`
+  micro_batches: int
+  checkpoint_every: int  # updates
+
+
+def base(
+    run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
+) -> None:
+  """Pretrains the base model on the tasks' documents."""
+  stage = workdir_lib.Stage(run.workdir, "base", dataclasses.asdict(recipe))
+  if stage.finished() is not None:
+    return
+  words, documents = run.tokenizer, run.tasks.documents
+  count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
+  print(
+      f"base: {count:,} parameters, vocabulary {words.vocab_size}, "
+      f"{len(documents):,} documents",
+      flush=True,
+  )
+  end = np.asarray([words.end_id], np.int32)
+  pairs = [
+      (
+          words.chat_prompt(prompt),
+          np.concatenate([words.encode_template(completion), end]),
+      )
+      for prompt, completion in documents
+  ]
+  _train(run, stage, run.initial(), pairs, recipe, preemption)
+
+
+def sft(
+    run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
+) -> None:
+  """Fine-tunes the base model on the selected traces."""
+  stage = workdir_lib.Stage(run.workdir, "sft", dataclasses.asdict(recipe))
+  if stage.finished() is not None:
+    return
+  pairs = [
+      (run.tokenizer.chat_prompt(t.prompt), t.completion)
+      for t in traces.read(run.workdir / "select" / "traces")
+  ]
+  _train(run, stage, run.load("base"), pairs, recipe, preemption)
+
+
+def _train(
+    run: setup_lib.Run,
+    stage: workdir_lib.Stage,
+    params: Any,
+    pairs: list[Pair],
+    recipe: Recipe,
+    preemption: checkpoint.Preemption,
+) -> None:
+  data = sft_data.build(
+      pairs,
+      batch_size=recipe.batch_size,
+      row_length=recipe.row_tokens,
+      packed=recipe.packed,
+      epochs=recipe.epochs,
+      seed=run.seed,
+      pad_id=run.tokenizer.pad_id,
+  )
+  rate = optimizer.schedule(
+      recipe.learning_rate,
+      len(data),
+      warmup_fraction=recipe.warmup,
+      decay=recipe.decay,
+  )
+  adamw = optimizer.adamw(
+      rate,
+      b2=recipe.b2,
+      weight_decay=recipe.weight_decay,
+      max_grad_norm=recipe.max_grad_norm,
+  )
+  update = step_lib.make_sft_update(
+      price_lib.row_logprob(run.graphdef),
+      adamw,
+      name=stage.name,
+      reduction=recipe.reduction,
+      micro_batches=recipe.micro_batches,
+  )
+  params = fit_lib.fit(
+      stage,
+      train_state.create(params, adamw, jax.random.key(run.seed)),
+      update,
+      data.__getitem__,
+      mesh=run.mesh,
+      steps=len(data),
+      checkpoint_every=recipe.checkpoint_every,
+      preemption=preemption,
+  )
+  run.save(stage.name, params)
+  stage.finish(
+      {"updates": len(data), **data.counts}
+  )

@@ -1,0 +1,93 @@
+"""The run's folder: which stages are finished, and with which settings."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+class Stage:
+  """One stage's folder `<workdir>/<name>`, with a mark when it is finished.
+
+  The mark holds the settings that the stage ran with. A finished stage is not
+  repeated, and a changed setting is an error rather than a silent mixture.
+  """
+
+  def __init__(
+      self, workdir: str | os.PathLike, name: str, settings: Mapping[str, Any]
+  ):
+    """Opens the folder, making it if need be.
+
+    Args:
+      workdir: folder of the run.
+      name: of the stage.
+      settings: what the stage's outcome depends on; JSON values.
+
+    Raises:
+      ValueError: the stage was begun with other settings.
+    """
+    self.name = name
+    self.path = pathlib.Path(workdir) / name
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._settings = _flat(json.loads(json.dumps(settings)))
+    begun = self.path / "SETTINGS.json"
+    if begun.exists():
+      before = json.loads(begun.read_text())
+      names = sorted(before.keys() | self._settings.keys())
+      changed = [
+          f"{n}: {before.get(n, 'none')!r} then, "
+          f"{self._settings.get(n, 'none')!r} now"
+          for n in names
+          if before.get(n) != self._settings.get(n)
+      ]
+      if changed:
+        raise ValueError(
+            f"Stage {name} in {self.path} was begun with other settings: "
+            f"{'; '.join(changed)}. Use a new --workdir, or delete that "
+            "folder and those of the stages after it."
+        )
+    else:
+      self._write("SETTINGS.json", self._settings)
+
+  def finished(self) -> dict[str, Any] | None:
+    """What `finish` was given, or None while the stage is not finished."""
+    mark = self.path / "DONE.json"
+    return json.loads(mark.read_text()) if mark.exists() else None
+
+  def finish(self, result: Mapping[str, Any]) -> None:
+    """Marks the stage finished."""
+    self._write("DONE.json", dict(result))
+
+  def _write(self, name: str, value: Any) -> None:
+    if jax.process_index() == 0:
+      partial = self.path / f"{name}.tmp"
+      partial.write_text(json.dumps(value, indent=1))
+      partial.replace(self.path / name)
+
+
+def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:
+  """The stages that a comma-separated list names.
+
+  Raises:
+    ValueError: an unknown stage, or none.
+  """
+  chosen = {name.strip() for name in text.split(",") if name.strip()}
+  unknown = sorted(chosen - set(known))
+  if unknown or not chosen:
+    raise ValueError(
+        f"config.stages={text!r} names {unknown or 'no stage'}; choose among "
+        f"{','.join(known)}."
+    )
+  return chosen
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  out = {}
+  for name, value in tree.items():
+    out |= _flat(value, f"{prefix}.{name}" if prefix else name)
+  return out
