@@ -145,6 +145,13 @@ def _text(
       f"{place} {column!r} is empty; the {field} must hold text. Fill it in or"
       " drop the row."
     )
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{place} {column!r} is {_short(value)}; the {field} must be text that"
+      f" UTF-8 can write ({error.reason}). Mend or drop the row."
+    ) from error
   return value
 
 

@@ -88,6 +88,7 @@ def test_gsm8k(shared_data):
   [
     ("{nonsense", r"a.jsonl:2: .*not a line of JSON"),
     ('{"prompt": "\\ud8"}', r"a.jsonl:2: "),
+    (GOOD | {"prompt": "\ud83d"}, r":2: 'prompt' .* UTF-8 can write"),
     ("[1]", r"a.jsonl:2: .*no JSON object"),
     ({"prompt": "x", "task": "math"}, r":2: no column 'reference'"),
     (GOOD | {"reference": " \n"}, r":2: 'reference' is empty"),

@@ -1,0 +1,119 @@
+"""SFT batches: loss on the completion, none on the prompt."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.data import batching
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Batches by step: `batches[step]` depends on the data and the seed alone.
+
+  Attributes:
+    counts: "kept" pairs, those "too_long" for a row and so dropped, "rows" of
+      an epoch, "tokens" and "target_tokens" of what was kept.
+  """
+
+  counts: dict[str, int]
+  _rows: list[list[int]]
+  _order: Sequence[np.ndarray]
+  _sequences: list[np.ndarray]
+  _loss_masks: list[np.ndarray]
+  _row_length: int
+  _pad_id: int
+
+  def __len__(self) -> int:
+    return len(self._order)
+
+  def __getitem__(self, step: int) -> structs.Batch:
+    """The host batch [batch_size, row_length] of a step.
+
+    Raises:
+      IndexError: step outside [0, len).
+    """
+    if not 0 <= step < len(self):
+      raise IndexError(f"Step {step} is outside the {len(self)} steps.")
+    return batching.assemble(
+      [self._rows[row] for row in self._order[step]],
+      self._sequences,
+      self._loss_masks,
+      self._row_length,
+      self._pad_id,
+    )
+
+  def start_at(self, step: int) -> Iterator[structs.Batch]:
+    """Batches from a step on; a checkpoint's data position is that int."""
+    for later in range(step, len(self)):
+      yield self[later]
+
+
+def build(
+  pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+  *,
+  row_length: int,
+  batch_size: int,
+  epochs: int,
+  seed: int,
+  pad_id: int,
+  packed: bool,
+) -> Batches:
+  """Makes SFT batches of (prompt, completion) pairs.
+
+  Args:
+    pairs: int32 ids of prompt and completion, neither empty; the completion
+      ends with its stop token.
+    row_length: tokens of a row; a longer pair is dropped and counted.
+    batch_size: rows of a batch.
+    epochs: passes over the rows.
+    seed: of the order.
+    pad_id: fills rows.
+    packed: several pairs a row, told apart by segment ids, or one a row.
+
+  Returns:
+    The batches.
+
+  Raises:
+    ValueError: an empty prompt or completion, fewer rows than a batch, or no
+      epoch.
+  """
+  sequences, masks = [], []
+  for index, (prompt, completion) in enumerate(pairs):
+    if not len(prompt) or not len(completion):
+      raise ValueError(
+        f"Pair {index} has {len(prompt)} prompt and {len(completion)}"
+        " completion tokens; both need at least 1. Drop the pair."
+      )
+    if len(prompt) + len(completion) <= row_length:
+      tokens = np.concatenate([prompt, completion]).astype(np.int32)
+      sequences.append(tokens)
+      masks.append(np.arange(len(tokens)) >= len(prompt))
+  too_long = len(pairs) - len(sequences)
+  lengths = [len(tokens) for tokens in sequences]
+  one_each = [[index] for index in range(len(sequences))]
+  rows = batching.first_fit(lengths, row_length) if packed else one_each
+  if len(rows) < batch_size:
+    raise ValueError(
+      f"{len(pairs)} pairs, of which {too_long} are longer than {row_length}"
+      f" tokens, fill {len(rows)} rows, less than one batch of {batch_size}."
+      " Add data, raise the row length, or lower the batch size."
+    )
+  counts = {
+    "kept": len(sequences),
+    "too_long": too_long,
+    "rows": len(rows),
+    "tokens": sum(lengths),
+    "target_tokens": int(sum(mask.sum() for mask in masks)),
+  }
+  return Batches(
+    counts=counts,
+    _rows=rows,
+    _order=batching.batch_order(len(rows), batch_size, epochs, seed),
+    _sequences=sequences,
+    _loss_masks=masks,
+    _row_length=row_length,
+    _pad_id=pad_id,
+  )

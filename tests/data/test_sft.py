@@ -1,0 +1,88 @@
+"""SFT learns completions only, and knows what it left out."""
+
+import numpy as np
+import pytest
+
+from opera_jax.data import sft
+
+
+def pairs(count=12, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    (
+      np.full(rng.integers(1, 5), 100 + i, np.int32),
+      np.full(rng.integers(1, 5), 200 + i, np.int32),
+    )
+    for i in range(count)
+  ]
+
+
+def data(made, **change):
+  arguments = {
+    "batch_size": 2,
+    "row_length": 16,
+    "packed": False,
+    "epochs": 3,
+    "seed": 0,
+    "pad_id": 7,
+  }
+  return sft.build(made, **(arguments | change))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_targets_are_the_completions(packed):
+  made = data(pairs(), packed=packed)
+  seen = {}
+  for batch in made.start_at(0):
+    assert batch.tokens.shape == (2, 16)
+    real = batch.segments > 0
+    assert ((batch.tokens >= 200) == (batch.loss_mask > 0)).all()
+    assert (batch.tokens[~real] == 7).all()
+    assert not batch.advantage.any() and not batch.old_logprob.any()
+    for token in np.unique(batch.tokens[real]):
+      seen[token] = seen.get(token, 0) + 1
+  assert len(seen) == 24
+  assert len(made) == made.counts["rows"] * 3 // 2
+  if not packed:
+    assert made.counts["rows"] == 12 and set(seen.values()) == {3}
+  else:
+    assert made.counts["rows"] < 12
+
+
+def test_batches_are_found_by_step():
+  made = data(pairs(), packed=True)
+  later = list(made.start_at(2))
+  assert len(later) == len(made) - 2
+  for step, batch in enumerate(later, start=2):
+    assert np.array_equal(batch.tokens, made[step].tokens)
+  with pytest.raises(IndexError):
+    made[len(made)]
+
+
+def test_what_is_too_long_is_dropped_and_counted():
+  made = pairs(5)
+  made.append((np.zeros(9, np.int32), np.zeros(8, np.int32)))
+  made.append((np.zeros(8, np.int32), np.full(8, 200, np.int32)))
+  counted = data(made)
+  counts = counted.counts
+  assert (counts["kept"], counts["too_long"], counts["rows"]) == (6, 1, 6)
+  assert counts["tokens"] == sum(
+    len(a) + len(b) for a, b in made if len(a) + len(b) <= 16
+  )
+  assert counts["target_tokens"] == sum(
+    len(b) for a, b in made if len(a) + len(b) <= 16
+  )
+
+
+def test_bad_pairs():
+  empty = np.zeros(0, np.int32)
+  with pytest.raises(ValueError, match="Pair 1 has 0 prompt and 1 completion"):
+    data([*pairs(1), (empty, np.ones(1, np.int32))])
+  with pytest.raises(ValueError, match="Pair 0 has 1 prompt and 0 completion"):
+    data([(np.ones(1, np.int32), empty)])
+  with pytest.raises(ValueError, match="5 are longer than 1 tokens"):
+    data(pairs(5), row_length=1)
+  with pytest.raises(ValueError, match="batch of 9"):
+    data(pairs(5), batch_size=9)
+  with pytest.raises(ValueError, match="0 epochs"):
+    data(pairs(5), epochs=0)
