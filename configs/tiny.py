@@ -71,6 +71,7 @@ def get_config(arg: str = ""):
     config.synthesis.batch = 24
     config.synthesis.budget = 3
     config.select.min_reflections = 0
+    config.sft.batch_size = 4
     config.rl.steps = 3
     config.rl.prompts = 4
     config.rl.samples = 4

@@ -14,7 +14,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.credit import group
@@ -44,6 +44,7 @@ STAGES = ("synthesize", "select", "sft", "rl", "evaluate", "report")
 
 
 def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
   stages = workdir.parse_stages(config.stages, STAGES)
   run = setup.setup(
@@ -79,7 +80,12 @@ def main(_) -> None:
       reinforce(run, config.rl, config.rollout, preemption)
     # 5. Was it real? Held-out prompts, all three models, an outside measure.
     if "evaluate" in stages:
-      evaluate.evaluate(run, evaluate.Settings(**config.evaluate))
+      evaluate.evaluate(
+          run,
+          evaluate.Settings(
+              max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+          ),
+      )
     if "report" in stages:
       reporting.write(run, config.to_dict())
 
