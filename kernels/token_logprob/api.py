@@ -10,9 +10,9 @@ Shape key: M tokens, D features, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from kernels.token_logprob import reference, xla
+from kernels.token_logprob import pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def token_logprob(
@@ -53,6 +53,7 @@ def token_logprob(
     ValueError: on shapes that do not match, an integer hidden state or head,
       a float target, a temperature or block of 0 or less, an unknown
       implementation.
+    NotImplementedError: where "pallas_tpu" is named and does not apply.
   """
   _check(hidden_MD, head, target_M, transposed)
   _check_settings(temperature, block_tokens, block_vocab, implementation)
@@ -69,13 +70,21 @@ def token_logprob(
       temperature=temperature,
       transposed=transposed,
     )
+  settings = {
+    "temperature": float(temperature),
+    "transposed": transposed,
+    "axis_name": axis_name,
+  }
+  if implementation is None and jax.default_backend() == "tpu":
+    applies = pallas_tpu.unsupported(hidden_MD, head) is None
+    implementation = "pallas_tpu" if applies else "xla"
+  if implementation == "pallas_tpu":
+    return pallas_tpu.token_logprob(hidden_MD, head, target_M, **settings)
   return xla.token_logprob(
     hidden_MD,
     head,
     target_M,
-    temperature=float(temperature),
-    transposed=transposed,
-    axis_name=axis_name,
+    **settings,
     block_tokens=block_tokens,
     block_vocab=block_vocab,
   )
