@@ -17,6 +17,7 @@ class Interval:
   low: float
   high: float
   count: int  # prompts
+  level: float = 0.95  # coverage
 
   def excludes_zero(self) -> bool:
     """Whether 0 lies outside the interval."""
@@ -40,7 +41,7 @@ def mean_interval(
     seed: of the draws; the same seed and length draw the same prompts.
 
   Returns:
-    The interval; with one prompt it is as wide as nothing is known: NaN.
+    The interval; its bounds are NaN where there is only one prompt.
 
   Raises:
     ValueError: no values, more than one axis, a value that is not finite, or
@@ -65,7 +66,7 @@ def mean_interval(
     )
   mean, count = float(values.mean()), values.size
   if count == 1:
-    return Interval(mean, math.nan, math.nan, 1)
+    return Interval(mean, math.nan, math.nan, 1, level)
   generator = np.random.default_rng(seed)
   means = np.empty(resamples)
   rows = max(1, _BLOCK // count)
@@ -74,7 +75,7 @@ def mean_interval(
     block[:] = values[generator.integers(0, count, (block.size, count))].mean(1)
   tail = (1 - level) / 2
   low, high = np.quantile(means, [tail, 1 - tail])
-  return Interval(mean, float(low), float(high), count)
+  return Interval(mean, float(low), float(high), count, level)
 
 
 def paired_difference(

@@ -1,0 +1,246 @@
+"""Inline SVG: line charts, interval strips, the picture of the chain.
+
+Colours are classes of the page's style sheet, so that a picture follows the
+reader's light or dark theme. All labels are escaped.
+"""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+from opera_jax.evals import table
+from opera_jax.report import views
+
+_WIDTH, _HEIGHT = 380, 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
+COLOURS = 6  # classes c0 .. c5 of the style sheet
+
+
+def line_chart(chart: views.Chart) -> str:
+  """A chart with its title, legend, axes and lines.
+
+  A missing value breaks its line; a lone point is a dot.
+  """
+  known = [
+    (x, y)
+    for series in chart.series
+    for x, y in zip(series.x, series.y)
+    if y is not None
+  ]
+  if not known:
+    return ""
+  x_ticks = ticks(min(x for x, _ in known), max(x for x, _ in known), 5)
+  y_ticks = ticks(min(y for _, y in known), max(y for _, y in known), 4)
+  # The x axis ends with the data, the y axis with its ticks.
+  x_range = (min(x for x, _ in known), max(x for x, _ in known))
+  y_range = (y_ticks[0], y_ticks[-1])
+
+  def to_x(x: float) -> float:
+    return _place(x, *x_range, _LEFT, _WIDTH - _RIGHT)
+
+  def to_y(y: float) -> float:
+    return _place(y, *y_range, _HEIGHT - _BOTTOM, _TOP)
+
+  parts = [
+    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+    f'aria-label="{html.escape(chart.title)}">'
+  ]
+  for tick in y_ticks:
+    y = to_y(tick)
+    parts.append(
+      f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
+      f'y2="{y:.1f}"/><text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" '
+      f'text-anchor="end">{_number(tick, y_ticks)}</text>'
+    )
+  for tick in x_ticks:
+    if x_range[0] <= tick <= x_range[1]:
+      parts.append(
+        f'<text class="tick" x="{to_x(tick):.1f}" '
+        f'y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
+        f"{_number(tick, x_ticks)}</text>"
+      )
+  parts.append(
+    f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" '
+    f'y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(chart.x_label)}'
+    "</text>"
+  )
+  for index, series in enumerate(chart.series):
+    parts.append(_line(series, index % COLOURS, to_x, to_y))
+  parts.append("</svg>")
+  unit = f" <small>{html.escape(chart.unit)}</small>" if chart.unit else ""
+  legend = "".join(
+    f'<span><i class="swatch b{index % COLOURS}"></i>'
+    f"{html.escape(series.label)}</span>"
+    for index, series in enumerate(chart.series)
+  )
+  return (
+    f'<figure class="chart"><figcaption>{html.escape(chart.title)}{unit}'
+    f"</figcaption>{''.join(parts)}"
+    f'<div class="legend">{legend}</div></figure>'
+  )
+
+
+def interval_strip(cells: Sequence[table.Cell]) -> str:
+  """A dot and a whisker a stage, top to bottom, on one scale."""
+  bounds = [
+    bound
+    for cell in cells
+    for bound in (cell.value.low, cell.value.mean, cell.value.high)
+    if math.isfinite(bound)
+  ]
+  low, high = min(bounds), max(bounds)
+  height = 12 * len(cells) + 4
+  parts = [f'<svg class="strip" viewBox="0 0 120 {height}" aria-hidden="true">']
+  for index, cell in enumerate(cells):
+    y = 8 + 12 * index
+    colour = index % COLOURS
+    if math.isfinite(cell.value.low):
+      left = _place(cell.value.low, low, high, 6, 114)
+      right = _place(cell.value.high, low, high, 6, 114)
+      parts.append(
+        f'<line class="line c{colour}" x1="{left:.1f}" x2="{right:.1f}" '
+        f'y1="{y}" y2="{y}"/>'
+      )
+    middle = _place(cell.value.mean, low, high, 6, 114)
+    parts.append(
+      f'<circle class="dot f{colour}" cx="{middle:.1f}" cy="{y}" r="3.5">'
+      f"<title>{html.escape(cell.stage)}</title></circle>"
+    )
+  return "".join([*parts, "</svg>"])
+
+
+# Name, column, row; arrows run along each row and from one to the next.
+_CHAIN = (
+  ("prompts", 0, 0),
+  ("base model", 1, 0),
+  ("synthesis", 2, 0),
+  ("selection", 3, 0),
+  ("SFT", 4, 0),
+  ("rollouts", 0, 1),
+  ("OPERA reward", 1, 1),
+  ("group advantage", 2, 1),
+  ("policy update", 3, 1),
+  ("evaluation", 4, 1),
+)
+
+
+def chain(captions: Mapping[str, str]) -> str:
+  """The stages as boxes, the RL loop as a loop.
+
+  Args:
+    captions: a short line under a stage's name, by name; names are those of
+      the boxes: "prompts", "base model", "synthesis", "selection", "SFT",
+      "rollouts", "OPERA reward", "group advantage", "policy update",
+      "evaluation".
+
+  Raises:
+    ValueError: a caption for no box.
+  """
+  unknown = sorted(set(captions) - {name for name, _, _ in _CHAIN})
+  if unknown:
+    raise ValueError(
+      f"No stage of the chain is called {unknown[0]!r}. Use one of "
+      f"{[name for name, _, _ in _CHAIN]}."
+    )
+  wide, gap, tall, lead = 150, 28, 46, 96
+  parts = [
+    '<svg class="chain" viewBox="0 0 870 196" role="img" '
+    'aria-label="The chain of stages"><defs><marker id="tip" markerWidth="7" '
+    'markerHeight="7" refX="6" refY="3.5" orient="auto">'
+    '<path class="tip" d="M0,0 L7,3.5 L0,7 z"/></marker></defs>'
+  ]
+  for name, column, row in _CHAIN:
+    loop = " loop" if row == 1 and column < 4 else ""
+    x, y = 4 + column * (wide + gap), 4 + row * lead
+    parts.append(
+      f'<rect class="box{loop}" x="{x}" y="{y}" width="{wide}" '
+      f'height="{tall}" rx="8"/>'
+    )
+    caption = captions.get(name, "")
+    middle = x + wide / 2
+    parts.append(
+      f'<text class="name" x="{middle}" y="{y + (20 if caption else 28)}">'
+      f"{html.escape(name)}</text>"
+    )
+    if caption:
+      parts.append(
+        f'<text class="note" x="{middle}" y="{y + 37}">{html.escape(caption)}'
+        "</text>"
+      )
+    if column < 4:
+      start, level = x + wide + 2, y + tall / 2
+      parts.append(_arrow(f"M{start},{level} H{start + gap - 5}"))
+  last = 4 + 4 * (wide + gap) + wide / 2
+  first = 4 + wide / 2
+  parts.append(_arrow(f"M{last},{tall + 6} V{tall + 27} H{first} V{lead + 2}"))
+  update, below = 4 + 3 * (wide + gap) + wide / 2, lead + tall + 6
+  parts.append(_arrow(f"M{update},{below} V{below + 20} H{first} V{below + 2}"))
+  parts.append(
+    f'<text class="note" x="{(first + update) / 2}" y="{below + 36}">'
+    "every step: sample, price, compare, update</text></svg>"
+  )
+  return "".join(parts)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+  """About `count` round numbers that span [low, high]; never fewer than 2."""
+  if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
+    pad = abs(low) * 0.1 or 1.0
+    low, high = low - pad, high + pad
+  raw = (high - low) / count
+  power = 10.0 ** math.floor(math.log10(raw))
+  step = min(
+    (power * nice for nice in (1, 2, 2.5, 5, 10)),
+    key=lambda size: abs(size - raw),
+  )
+  first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+  return [index * step for index in range(first, last + 1)]
+
+
+def _line(series: views.Series, colour: int, to_x, to_y) -> str:
+  """The unbroken runs of one series."""
+  runs, run = [], []
+  for x, y in [*zip(series.x, series.y), (0.0, None)]:
+    if y is not None:
+      run.append((to_x(x), to_y(y)))
+    elif run:
+      runs.append(run)
+      run = []
+  parts = []
+  for run in runs:
+    if len(run) == 1:
+      (x, y) = run[0]
+      parts.append(
+        f'<circle class="dot f{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+      )
+    else:
+      points = " ".join(f"{x:.1f},{y:.1f}" for x, y in run)
+      parts.append(f'<polyline class="line c{colour}" points="{points}"/>')
+  return "".join(parts)
+
+
+def _place(
+  value: float, low: float, high: float, start: float, stop: float
+) -> float:
+  share = 0.5 if high <= low else (value - low) / (high - low)
+  return start + share * (stop - start)
+
+
+def _arrow(path: str) -> str:
+  return f'<path class="arrow" d="{path}" marker-end="url(#tip)"/>'
+
+
+def _number(value: float, all_ticks: Sequence[float]) -> str:
+  """As many decimals as tell neighbouring ticks apart."""
+  step = all_ticks[1] - all_ticks[0]
+  largest = max(abs(all_ticks[0]), abs(all_ticks[-1]))
+  if largest >= 1e5 or largest < 1e-3:
+    return f"{value:.1e}" if value else "0"
+  decimals = 0
+  while decimals < 6 and abs(round(step, decimals) - step) > 1e-9 * step:
+    decimals += 1
+  return (
+    f"{value:.{decimals}f}".replace("-0.0", "0.0")
+    if value == 0
+    else (f"{value:.{decimals}f}")
+  )

@@ -1,0 +1,159 @@
+"""The page shows what models wrote as text, and needs nothing but itself."""
+
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from opera_jax.evals import table
+from opera_jax.report import page, views
+
+ATTACK = '<script>alert(1)</script>"onmouseover="alert(2)\'&<img src=x>'
+
+
+class _Reader(html.parser.HTMLParser):
+  """Collects tags, attributes, and text outside of the style sheet."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.attributes, self.open = [], [], []
+    self.text = ""
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag not in ("meta", "br", "hr"):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+  def handle_data(self, data):
+    if "style" not in self.open:
+      self.text += data
+
+
+def _page(text="words"):
+  values = np.random.default_rng(0).normal(2, 1, 50)
+  rows = table.assemble(
+    {text: {"facts": values}, "rl": {"facts": values + 1}},
+    [table.Measure("facts", text, unit=text)],
+  )
+  steps = [
+    views.StepView(text, 0.5, True),
+    views.StepView(text, -0.25, True),
+    views.StepView(text, 0.1, False),
+    views.StepView(text, None, False),
+    views.StepView(text, float("nan"), True),
+    views.StepView(text, 0.0, True),
+  ]
+  thought = views.ThoughtView(
+    text, text, text, steps, text, {text: 0.5}, note=text
+  )
+  answer = views.AnswerView(text, text, text, {text: 1.0})
+  series = views.Series(text, [1, 2, 3], [0.1, None, 0.3])
+  return views.Page(
+    title=text,
+    summary=text,
+    config={text: text},
+    captions={"prompts": text},
+    charts={text: [views.Chart(text, [series], x_label=text, unit=text)]},
+    rows=rows,
+    samples=[views.SampleView(text, text, [answer])],
+    thoughts=[thought],
+  )
+
+
+def test_model_text_is_shown_and_never_obeyed():
+  plain = _Reader(page.render(_page("words")))
+  attacked = _Reader(page.render(_page(ATTACK)))
+  assert attacked.tags == plain.tags
+  assert "script" not in attacked.tags and "img" not in attacked.tags
+  names = {name for name, _ in attacked.attributes}
+  assert not [name for name in names if name.startswith("on")]
+  assert attacked.text.count(ATTACK) == plain.text.count("words") > 20
+
+
+def test_every_element_is_closed():
+  reader = _Reader(page.render(_page()))
+  assert reader.open == []
+
+
+def test_the_page_is_self_contained():
+  text = page.render(_page())
+  assert not re.search(r"https?://|//|@import|<link|<script|src=|href=", text)
+  assert set(re.findall(r"url\((.*?)\)", text)) == {"#tip"}
+  assert "default-src 'none'" in text
+
+
+def test_steps_carry_sign_strength_number_and_mark():
+  text = page.render(_page())
+  steps = re.findall(
+    r'<li class="step (\w+)"(?: style="--a:([\d.]+)")?>(.*?)</li>', text
+  )
+  assert [kind for kind, _, _ in steps] == [
+    "up",
+    "down",
+    "up",
+    "unpriced",
+    "unpriced",
+    "flat",
+  ]
+  strengths = [float(strength) for _, strength, _ in steps if strength]
+  assert strengths[0] == 1.0 and strengths[0] > strengths[1] > strengths[2] > 0
+  assert strengths[3] == 0
+  assert "+0.500" in steps[0][2] and "-0.250" in steps[1][2]
+  badges = ["reflective" in content for _, _, content in steps]
+  assert badges == [True, True, False, False, True, True]
+  counted = ["counts" in content for _, _, content in steps]
+  assert counted == [True, False, False, False, False, False]
+
+
+def test_one_outlier_does_not_pale_the_rest():
+  steps = [views.StepView("s", 0.1 * (-1) ** i, False) for i in range(99)]
+  steps.append(views.StepView("s", 50.0, False))
+  thought = views.ThoughtView("rl", "p", "r", steps, "a")
+  assert page.colour_scale([thought]) == pytest.approx(0.1)
+  assert page.colour_scale([]) == 0.01
+
+
+def test_verdicts_and_intervals_are_on_the_page():
+  text = page.render(_page("facts kept"))
+  assert "facts kept rose" in text
+  assert "95%" in text and "50 held-out prompts" in text
+  assert "change +1.00 [+1.00, +1.00]" in text
+
+
+def test_an_empty_page_is_a_page():
+  text = page.render(views.Page(title="nothing yet"))
+  reader = _Reader(text)
+  assert reader.open == [] and "nothing yet" in reader.text
+  assert "section" not in reader.tags
+
+
+def test_truncated_thoughts_say_so():
+  thought = views.ThoughtView("rl", "p", "r", [], "cut")
+  text = page.render(views.Page(title="t", thoughts=[thought]))
+  assert "No closed thought, so no steps." in text
+
+
+def test_write_replaces_whole_and_takes_any_text(tmp_path):
+  path = tmp_path / "deep" / "report.html"
+  page.write(path, _page("half a pair \ud800 and Zoë 詩"))
+  first = path.read_text("utf-8")
+  assert "half a pair ? and Zoë 詩" in first
+  page.write(path, _page())
+  assert path.read_text("utf-8") != first
+  assert [child.name for child in path.parent.iterdir()] == ["report.html"]
+
+
+def test_a_caption_for_no_stage_is_refused():
+  with pytest.raises(ValueError, match="No stage of the chain is called 'rl'"):
+    page.render(views.Page(title="t", captions={"rl": "x"}))
