@@ -36,7 +36,7 @@ MAX_MIDDLE = 16
 
 @struct.dataclass
 class Automaton:
-  """Tables over tokens. State 0 is the start."""
+  """Tables over tokens, in numpy as built; state 0 is the start."""
 
   token_class: jax.Array  # [V + 1] uint16 or int32; the last: ids beyond V
   next_state: jax.Array  # [S, C] smallest unsigned int that holds S

