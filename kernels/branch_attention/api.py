@@ -15,9 +15,9 @@ key-value heads, H head features, T trunk length, C branch length.
 import jax
 import jax.numpy as jnp
 
-from kernels.branch_attention import reference, xla
+from kernels.branch_attention import pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def branch_attention(
@@ -90,6 +90,11 @@ def branch_attention(
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     return reference.branch_attention(*arrays, *bounds, scale=scale)
+  if implementation is None and jax.default_backend() == "tpu":
+    applies = pallas_tpu.unsupported(*arrays) is None
+    implementation = "pallas_tpu" if applies else "xla"
+  if implementation == "pallas_tpu":
+    return pallas_tpu.branch_attention(*arrays, *bounds, scale=float(scale))
   return xla.branch_attention(
     *arrays,
     *bounds,

@@ -1,0 +1,162 @@
+"""Branch attention as TPU kernels.
+
+Both halves are one operation, attention in which each query sees a prefix of
+its keys: the trunk's limit, or its own branch's offset + g + 1. `prefix` has
+the kernels; here the two halves meet by their logsumexps,
+
+  out = sum_i exp(lse_i - lse) out_i,      lse = log sum_i exp(lse_i)
+
+and the backward pass runs each half with the common lse. Against the trunk
+all queries of a row stand in one long block, so that decoding reads a
+prompt's cache once for all of its samples. Caches are read as they lie.
+
+Shape key: B rows, S branches, G queries of a branch, N query heads, K
+key-value heads, R = N / K, Q = G * R, H head features, T trunk length, C
+branch length.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import manual_axes
+from kernels.branch_attention import prefix
+
+
+def unsupported(
+  q_BSGNH: jax.Array,
+  trunk_k_BTKH: jax.Array,
+  trunk_v_BTKH: jax.Array,
+  branch_k_BSCKH: jax.Array,
+  branch_v_BSCKH: jax.Array,
+) -> str | None:
+  """Why these kernels do not apply, or None where they do."""
+  arrays = (q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH)
+  dtypes = {str(x.dtype) for x in arrays}
+  if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
+    return f"the arrays are {sorted(dtypes)}, not all float32 or all bfloat16"
+  if q_BSGNH.shape[-1] % 128:
+    return f"a head has {q_BSGNH.shape[-1]} features, not a multiple of 128"
+  return None
+
+
+def branch_attention(
+  q_BSGNH: jax.Array,
+  trunk_k_BTKH: jax.Array,
+  trunk_v_BTKH: jax.Array,
+  branch_k_BSCKH: jax.Array,
+  branch_v_BSCKH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array,
+  *,
+  scale: float,
+) -> jax.Array:
+  """Computes `api.branch_attention`.
+
+  Raises:
+    NotImplementedError: with the reason, where `unsupported` gives one.
+  """
+  arrays = (q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH)
+  reason = unsupported(*arrays)
+  if reason is not None:
+    raise NotImplementedError(
+      f"The TPU kernel does not apply: {reason}. Pass implementation='xla'."
+    )
+  return _attention(scale, *arrays, limit_BS, offset_BS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, *arrays):
+  return _forward_rule(scale, *arrays)[0]
+
+
+def _forward_rule(scale, q_BSGNH, *keys):
+  K = keys[0].shape[2]
+  R = q_BSGNH.shape[3] // K
+  q_BKSQH = _rows(q_BSGNH, K)
+  parts = [
+    [x.reshape(q_BKSQH.shape[:4] + (-1,)) for x in prefix.forward(scale, *half)]
+    for half in _halves(q_BKSQH, R, keys)
+  ]
+  lse_BKSQ1 = jnp.logaddexp(parts[0][1], parts[1][1])
+  out_BKSQH = sum(jnp.exp(lse - lse_BKSQ1) * out for out, lse in parts)
+  out_BSGNH = _unrows(out_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape)
+  return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
+
+
+def _backward_rule(scale, residuals, d_out_BSGNH):
+  q_BSGNH, keys, out_BSGNH, lse_BKSQ1 = residuals
+  K = keys[0].shape[2]
+  R = q_BSGNH.shape[3] // K
+  q_BKSQH, d_out_BKSQH, out_BKSQH = (
+    _rows(x, K) for x in (q_BSGNH, d_out_BSGNH, out_BSGNH)
+  )
+  delta_BKSQ1 = jnp.sum(
+    d_out_BKSQH.astype(jnp.float32) * out_BKSQH.astype(jnp.float32),
+    axis=-1,
+    keepdims=True,
+  )
+  d_q_BKSQH = 0.0
+  d_keys = []
+  for half in _halves(q_BKSQH, R, keys):
+    d_q, d_k, d_v = prefix.backward(
+      scale,
+      *half,
+      *(
+        x.reshape(half[0].shape[:4] + (-1,))
+        for x in (d_out_BKSQH, lse_BKSQ1, delta_BKSQ1)
+      ),
+    )
+    d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)
+    d_keys += [d_k, d_v]
+  d_q_BSGNH = _unrows(d_q_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape)
+  gradients = (
+    manual_axes.reduce_like(d_x.reshape(x.shape), x)
+    for d_x, x in zip((d_q_BSGNH, *d_keys), (q_BSGNH, *keys[:4]))
+  )
+  return (*gradients, None, None)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _halves(q_BKSQH, R, keys):
+  """Operands of `prefix` for the trunk (one long branch) and for the branches.
+
+  Keys and values keep their layout: [B, S, length, K * H] is a view.
+  """
+  trunk_k, trunk_v, branch_k, branch_v, limit_BS, offset_BS = keys
+  B, K, S, Q, H = q_BKSQH.shape
+  T, C = trunk_k.shape[1], branch_k.shape[2]
+  query_Q = jnp.arange(Q, dtype=jnp.int32) // R
+  own_BSQ = jnp.minimum(offset_BS[..., None] + query_Q[None, None] + 1, C)
+  limit_BSQ = jnp.broadcast_to(jnp.minimum(limit_BS, T)[..., None], (B, S, Q))
+  return (
+    (
+      q_BKSQH.reshape(B, K, 1, S * Q, H),
+      trunk_k.reshape(B, 1, T, K * H),
+      trunk_v.reshape(B, 1, T, K * H),
+      limit_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
+    ),
+    (
+      q_BKSQH,
+      branch_k.reshape(B, S, C, K * H),
+      branch_v.reshape(B, S, C, K * H),
+      own_BSQ.astype(jnp.int32),
+    ),
+  )
+
+
+def _rows(x_BSGNH, K):
+  """[B, K, S, Q, H]: the queries that share keys, side by side."""
+  B, S, G, N, H = x_BSGNH.shape
+  x_BSGKRH = x_BSGNH.reshape(B, S, G, K, N // K, H)
+  return x_BSGKRH.transpose(0, 3, 1, 2, 4, 5).reshape(B, K, S, -1, H)
+
+
+def _unrows(x_BKSQH, shape):
+  B, S, G, N, H = shape
+  K = x_BKSQH.shape[1]
+  x_BKSGRH = x_BKSQH.reshape(B, K, S, G, N // K, H)
+  return x_BKSGRH.transpose(0, 2, 3, 1, 4, 5).reshape(shape)

@@ -1,0 +1,407 @@
+"""TPU kernels of attention in which each query sees a prefix of the keys.
+
+  out_q = sum_{t < seen_q} p_qt v_t,      p_qt = exp(scale q.k_t - lse_q)
+
+Query blocks meet key blocks with an online softmax in scratch. How many key
+blocks a query block needs is prefetched to scalar memory: what lies beyond is
+neither computed (`pl.when`) nor fetched (the index map stays on a block that
+is there already).
+
+VMEM: at most 512 keys of `heads` heads twice for keys and for values, 256
+queries and their float32 sums, five tiles of float32 scores: under 12 MiB at
+8 heads of 128 features in bfloat16.
+
+Shape key: B rows, S branches (1 for a trunk), K key-value heads, Q queries a
+key-value head, H head features, T keys, F = K * H, q queries and t keys of
+one block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import manual_axes
+
+BLOCK_QUERIES = 256
+BLOCK_KEYS = 512
+FEW_QUERIES = 64  # up to here a step takes all heads, to save steps
+VMEM_LIMIT = 32 << 20
+MASKED = -1e30
+
+
+def forward(
+  scale: float,
+  q_BKSQH: jax.Array,
+  k_BSTF: jax.Array,
+  v_BSTF: jax.Array,
+  seen_BSQ: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Attends to prefixes.
+
+  Args:
+    scale: what multiplies q.k.
+    q_BKSQH: [B, K, S, Q, H] float32 or bfloat16, H a multiple of 128.
+    k_BSTF: [B, S, T, K * H], of q's dtype.
+    v_BSTF: like the keys.
+    seen_BSQ: [B, S, Q] int32 in [0, T], how many keys a query sees.
+
+  Returns:
+    out [B, K, S, Q, H] float32 and logsumexp [B, K, S, Q, 1] float32; a query
+    that sees nothing has out 0 and a logsumexp of about -1e30.
+  """
+  plan = _Plan(q_BKSQH, k_BSTF)
+  operands = (plan.needed(seen_BSQ), seen_BSQ[..., None], q_BKSQH)
+  shape = q_BKSQH.shape
+  return pl.pallas_call(
+    functools.partial(_forward_kernel, plan=plan, scale=scale),
+    out_shape=(
+      _like(shape, jnp.float32, *operands, k_BSTF, v_BSTF),
+      _like(shape[:4] + (1,), jnp.float32, *operands, k_BSTF, v_BSTF),
+    ),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=plan.grid_over_keys,
+      in_specs=[
+        plan.seen_spec(_query_of),
+        plan.query_spec(shape[4], _query_of),
+        *[plan.key_spec(plan.key_needed)] * 2,
+      ],
+      out_specs=(
+        plan.query_spec(shape[4], _query_of),
+        plan.query_spec(1, _query_of),
+      ),
+      scratch_shapes=[
+        pltpu.VMEM((plan.heads, plan.q, 1), jnp.float32),
+        pltpu.VMEM((plan.heads, plan.q, 1), jnp.float32),
+        pltpu.VMEM((plan.heads, plan.q, shape[4]), jnp.float32),
+      ],
+    ),
+    compiler_params=_compiler_params(),
+    name="prefix_attention_forward",
+  )(*operands, k_BSTF, v_BSTF)
+
+
+def backward(
+  scale: float,
+  q_BKSQH: jax.Array,
+  k_BSTF: jax.Array,
+  v_BSTF: jax.Array,
+  seen_BSQ: jax.Array,
+  d_out_BKSQH: jax.Array,
+  lse_BKSQ1: jax.Array,
+  delta_BKSQ1: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of `forward`'s share of a softmax whose logsumexp is `lse`.
+
+  Args:
+    scale: as in `forward`, like the next four.
+    q_BKSQH: queries.
+    k_BSTF: keys.
+    v_BSTF: values.
+    seen_BSQ: how many keys a query sees.
+    d_out_BKSQH: cotangent of the whole output, of q's dtype.
+    lse_BKSQ1: [B, K, S, Q, 1] float32, over all keys of the softmax.
+    delta_BKSQ1: [B, K, S, Q, 1] float32, d_out . out of the whole output.
+
+  Returns:
+    d_q float32, d_k and d_v of the keys' dtype.
+  """
+  plan = _Plan(q_BKSQH, k_BSTF)
+  H = q_BKSQH.shape[4]
+  needed = plan.needed(seen_BSQ)
+  operands = (
+    seen_BSQ[..., None],
+    q_BKSQH,
+    d_out_BKSQH,
+    lse_BKSQ1,
+    delta_BKSQ1,
+    k_BSTF,
+    v_BSTF,
+  )
+
+  def specs(query, key):
+    return [
+      plan.seen_spec(query),
+      *[plan.query_spec(H, query)] * 2,
+      *[plan.query_spec(1, query)] * 2,
+      *[plan.key_spec(key)] * 2,
+    ]
+
+  d_q = pl.pallas_call(
+    functools.partial(_d_query_kernel, plan=plan, scale=scale),
+    out_shape=_like(q_BKSQH.shape, jnp.float32, *operands),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=plan.grid_over_keys,
+      in_specs=specs(_query_of, plan.key_needed),
+      out_specs=plan.query_spec(H, _query_of),
+      scratch_shapes=[pltpu.VMEM((plan.heads, plan.q, H), jnp.float32)],
+    ),
+    compiler_params=_compiler_params(),
+    name="prefix_attention_d_query",
+  )(needed, *operands)
+  block = pltpu.VMEM((plan.t, plan.heads * H), jnp.float32)
+  d_k, d_v = pl.pallas_call(
+    functools.partial(_d_key_kernel, plan=plan, scale=scale),
+    out_shape=(_like(k_BSTF.shape, k_BSTF.dtype, *operands),) * 2,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=plan.grid_over_queries,
+      in_specs=specs(plan.query_needed, _key_of),
+      out_specs=(plan.key_spec(_key_of),) * 2,
+      scratch_shapes=[block, block],
+    ),
+    compiler_params=_compiler_params(),
+    name="prefix_attention_d_key",
+  )(needed, plan.first(needed), *operands)
+  return d_q, d_k, d_v
+
+
+class _Plan:
+  """Block sizes, grids and index maps of one call.
+
+  The grid is (b, s, head group, outer block, inner block).
+  """
+
+  def __init__(self, q_BKSQH, k_BSTF):
+    B, K, S, Q, self.H = q_BKSQH.shape
+    self.T, self.Q, self.S = k_BSTF.shape[2], Q, S
+    self.q = min(Q, BLOCK_QUERIES)
+    self.t = min(self.T, BLOCK_KEYS)
+    self.heads = K if Q <= FEW_QUERIES else 1
+    self.query_blocks = pl.cdiv(Q, self.q)
+    self.key_blocks = pl.cdiv(self.T, self.t)
+    outer = (B, S, K // self.heads)
+    self.grid_over_keys = (*outer, self.query_blocks, self.key_blocks)
+    self.grid_over_queries = (*outer, self.key_blocks, self.query_blocks)
+
+  def needed(self, seen_BSQ):
+    """How many key blocks each query block sees, flat [B * S * blocks]."""
+    pad = self.query_blocks * self.q - self.Q
+    padded = jnp.pad(seen_BSQ, ((0, 0), (0, 0), (0, pad)))
+    most = jnp.max(padded.reshape(-1, self.q), axis=1)
+    return pl.cdiv(most, self.t)
+
+  def first(self, needed):
+    """The first query block that sees a key block, flat [B * S * blocks]."""
+    key_block = jnp.arange(self.key_blocks)[None, :, None]
+    sees = needed.reshape(-1, 1, self.query_blocks) > key_block
+    return jnp.argmax(sees, axis=2).astype(jnp.int32).ravel()
+
+  def blocks_for(self, b, s, query_block, needed_ref):
+    return needed_ref[(b * self.S + s) * self.query_blocks + query_block]
+
+  def key_needed(self, b, s, i, j, needed_ref):
+    """Key block j, or the last one that query block i needs."""
+    last = self.blocks_for(b, s, i, needed_ref) - 1
+    return jnp.minimum(j, jnp.maximum(last, 0))
+
+  def query_needed(self, b, s, j, i, needed_ref, first_ref):
+    """Query block i, or the first one that sees key block j."""
+    sees = self.blocks_for(b, s, i, needed_ref) > j
+    return jnp.where(sees, i, first_ref[(b * self.S + s) * self.key_blocks + j])
+
+  def query_spec(self, width, query):
+    return pl.BlockSpec(
+      (1, self.heads, 1, self.q, width),
+      lambda b, s, k, *rest: (b, k, s, query(b, s, *rest), 0),
+    )
+
+  def seen_spec(self, query):
+    return pl.BlockSpec(
+      (1, 1, self.q, 1), lambda b, s, k, *rest: (b, s, query(b, s, *rest), 0)
+    )
+
+  def key_spec(self, key):
+    return pl.BlockSpec(
+      (1, 1, self.t, self.heads * self.H),
+      lambda b, s, k, *rest: (b, s, key(b, s, *rest), k),
+    )
+
+  def head(self, n):
+    return slice(n * self.H, (n + 1) * self.H)
+
+
+def _query_of(b, s, outer, *_):
+  return outer
+
+
+def _key_of(b, s, outer, *_):
+  return outer
+
+
+def _forward_kernel(
+  needed_ref,
+  seen_ref,
+  q_ref,
+  k_ref,
+  v_ref,
+  out_ref,
+  lse_ref,
+  m_ref,
+  l_ref,
+  sum_ref,
+  *,
+  plan,
+  scale,
+):
+  b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
+
+  @pl.when(j == 0)
+  def _():
+    m_ref[...] = jnp.full_like(m_ref, MASKED)
+    l_ref[...] = jnp.zeros_like(l_ref)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
+  def _():
+    visible = _visible(seen_ref, j, plan)
+    for n in range(plan.heads):
+      k = k_ref[0, 0, :, plan.head(n)]
+      v = _zero_beyond(v_ref[0, 0, :, plan.head(n)], j, plan.t, plan.T)
+      score = jnp.where(visible, scale * _dot(q_ref[0, n, 0], k, 1, 1), MASKED)
+      m_old = m_ref[n]
+      m_new = jnp.maximum(m_old, jnp.max(score, axis=1, keepdims=True))
+      p = jnp.where(visible, jnp.exp(score - m_new), 0.0)
+      keep = jnp.exp(m_old - m_new)
+      m_ref[n] = m_new
+      l_ref[n] = keep * l_ref[n] + jnp.sum(p, axis=1, keepdims=True)
+      sum_ref[n] = keep * sum_ref[n] + _dot(p.astype(v.dtype), v, 1, 0)
+
+  @pl.when(j == plan.key_blocks - 1)
+  def _():
+    for n in range(plan.heads):
+      total = jnp.maximum(l_ref[n], 1e-30)
+      out_ref[0, n, 0] = sum_ref[n] / total
+      lse_ref[0, n, 0] = m_ref[n] + jnp.log(total)
+
+
+def _d_query_kernel(
+  needed_ref,
+  seen_ref,
+  q_ref,
+  d_out_ref,
+  lse_ref,
+  delta_ref,
+  k_ref,
+  v_ref,
+  d_q_ref,
+  sum_ref,
+  *,
+  plan,
+  scale,
+):
+  b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
+
+  @pl.when(j == 0)
+  def _():
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
+  def _():
+    visible = _visible(seen_ref, j, plan)
+    for n in range(plan.heads):
+      k = _zero_beyond(k_ref[0, 0, :, plan.head(n)], j, plan.t, plan.T)
+      v = v_ref[0, 0, :, plan.head(n)]
+      p = _probability(visible, q_ref[0, n, 0], k, lse_ref[0, n, 0], scale)
+      slope = _dot(d_out_ref[0, n, 0], v, 1, 1) - delta_ref[0, n, 0]
+      d_score = jnp.where(visible, scale * p * slope, 0.0)
+      sum_ref[n] += _dot(d_score.astype(k.dtype), k, 1, 0)
+
+  @pl.when(j == plan.key_blocks - 1)
+  def _():
+    d_q_ref[0, :, 0] = sum_ref[...]
+
+
+def _d_key_kernel(
+  needed_ref,
+  first_ref,
+  seen_ref,
+  q_ref,
+  d_out_ref,
+  lse_ref,
+  delta_ref,
+  k_ref,
+  v_ref,
+  d_k_ref,
+  d_v_ref,
+  k_sum_ref,
+  v_sum_ref,
+  *,
+  plan,
+  scale,
+):
+  b, s, j, i = (pl.program_id(axis) for axis in (0, 1, 3, 4))
+
+  @pl.when(i == 0)
+  def _():
+    k_sum_ref[...] = jnp.zeros_like(k_sum_ref)
+    v_sum_ref[...] = jnp.zeros_like(v_sum_ref)
+
+  @pl.when(plan.blocks_for(b, s, i, needed_ref) > j)
+  def _():
+    visible = _visible(seen_ref, j, plan)
+    visible = visible & _within(visible.shape, i, plan.q, plan.Q)
+    for n in range(plan.heads):
+      q = _zero_beyond(q_ref[0, n, 0], i, plan.q, plan.Q)
+      d_out = _zero_beyond(d_out_ref[0, n, 0], i, plan.q, plan.Q)
+      k, v = (x[0, 0, :, plan.head(n)] for x in (k_ref, v_ref))
+      p = _probability(visible, q, k, lse_ref[0, n, 0], scale)
+      slope = _dot(d_out, v, 1, 1) - delta_ref[0, n, 0]
+      d_score = jnp.where(visible, scale * p * slope, 0.0)
+      k_sum_ref[:, plan.head(n)] += _dot(d_score.astype(q.dtype), q, 0, 0)
+      v_sum_ref[:, plan.head(n)] += _dot(p.astype(q.dtype), d_out, 0, 0)
+
+  @pl.when(i == plan.query_blocks - 1)
+  def _():
+    d_k_ref[0, 0] = k_sum_ref[...].astype(d_k_ref.dtype)
+    d_v_ref[0, 0] = v_sum_ref[...].astype(d_v_ref.dtype)
+
+
+def _probability(visible, q, k, lse_q1, scale):
+  return jnp.where(visible, jnp.exp(scale * _dot(q, k, 1, 1) - lse_q1), 0.0)
+
+
+def _visible(seen_ref, key_block, plan):
+  """[q, t]: whether a query sees a key; never beyond the last one."""
+  seen_q1 = seen_ref[0, 0] - key_block * plan.t
+  key_qt = jax.lax.broadcasted_iota(jnp.int32, (plan.q, plan.t), 1)
+  return key_qt < seen_q1
+
+
+def _within(shape, block, size, length):
+  if length % size == 0:
+    return True
+  row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  return row < length - block * size
+
+
+def _zero_beyond(x, block, size, length):
+  """Clears the rows that a block holds beyond the array's end."""
+  if length % size == 0:
+    return x
+  return jnp.where(_within(x.shape, block, size, length), x, jnp.zeros_like(x))
+
+
+def _dot(x, y, x_axis, y_axis):
+  return jax.lax.dot_general(
+    x,
+    y,
+    (((x_axis,), (y_axis,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _like(shape, dtype, *operands):
+  kind = jax.sharding.ManualAxisType(varying=manual_axes.varying(*operands))
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def _compiler_params():
+  return pltpu.CompilerParams(
+    dimension_semantics=("parallel",) * 4 + ("arbitrary",),
+    vmem_limit_bytes=VMEM_LIMIT,
+  )
