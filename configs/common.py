@@ -12,19 +12,19 @@ STAGES = "synthesize,select,sft,rl,evaluate,report"
 def supervised() -> dict:
   """Fields of `opera_jax.stages.supervised.Recipe`."""
   return {
-      "epochs": 1,
-      "batch_size": 16,
-      "row_tokens": 4096,
-      "packed": False,
-      "learning_rate": 1e-5,
-      "warmup": 0.05,
-      "decay": "constant",
-      "b2": 0.999,
-      "weight_decay": 0.01,
-      "max_grad_norm": 1.0,
-      "reduction": "token_mean",
-      "micro_batches": 1,
-      "checkpoint_every": 100,
+    "epochs": 1,
+    "batch_size": 16,
+    "row_tokens": 4096,
+    "packed": False,
+    "learning_rate": 1e-5,
+    "warmup": 0.05,
+    "decay": "constant",
+    "b2": 0.999,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "reduction": "token_mean",
+    "micro_batches": 1,
+    "checkpoint_every": 100,
   }
 
 
@@ -35,25 +35,25 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
   config.tokenizer = {
-      "path": "",  # directory or hub id; "" trains a BPE on the documents
-      "bpe_size": 8192,
+    "path": "",  # directory or hub id; "" trains a BPE on the documents
+    "bpe_size": 8192,
   }
   config.max_prompt_tokens = 6_144  # [C]; longer: dropped and counted
   config.max_reference_tokens = 4_096
 
   config.model = {
-      "vocab_size": 0,  # 0 takes the tokenizer's
-      "hidden": 128,
-      "layers": 2,
-      "heads": 4,
-      "kv_heads": 2,
-      "head_dim": 32,
-      "intermediate": 384,
-      "rope_theta": 1_000_000.0,
-      "norm_epsilon": 1e-6,
-      "tied": True,
-      "dtype": "float32",
-      "remat": "none",
+    "vocab_size": 0,  # 0 takes the tokenizer's
+    "hidden": 128,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 32,
+    "intermediate": 384,
+    "rope_theta": 1_000_000.0,
+    "norm_epsilon": 1e-6,
+    "tied": True,
+    "dtype": "float32",
+    "remat": "none",
   }
   config.data = {
       "kind": "storyworld",
@@ -75,79 +75,79 @@ def get_config() -> ml_collections.ConfigDict:
   config.base.decay = "cosine"
   config.base.b2 = 0.95
   config.engine = {
-      "rows": 16,  # prompts a call
-      "prompt_buckets": (512, 1024, 2048, 4096, 6144),
-      "cache_dtype": "float32",
+    "rows": 16,  # prompts a call
+    "prompt_buckets": (512, 1024, 2048, 4096, 6144),
+    "cache_dtype": "float32",
   }
   config.rollout = {
-      "max_new_tokens": 10_240,  # [C]
-      "temperature": 1.0,  # [P]
-      "top_k": 0,
-      "top_p": 1.0,  # [P]
+    "max_new_tokens": 10_240,  # [C]
+    "temperature": 1.0,  # [P]
+    "top_k": 0,
+    "top_p": 1.0,  # [P]
   }
   config.price = {
-      "rows": 16,  # trunks a call
-      "length_buckets": (1024, 2048, 4096, 8192, 16_384),
-      "slot_buckets": (1, 4, 8, 16, 32),
-      "branch_buckets": (256, 512, 1024, 2048, 4096),
+    "rows": 16,  # trunks a call
+    "length_buckets": (1024, 2048, 4096, 8192, 16_384),
+    "slot_buckets": (1, 4, 8, 16, 32),
+    "branch_buckets": (256, 512, 1024, 2048, 4096),
   }
   config.reward = {
-      "alpha": 0.3,  # [P]
-      "tau": 2.0,  # [P]
-      "mode": "both",  # or r_self, r_ppl, one_hot: the paper's ablations
-      "keywords": ("But", "Wait", "Hmm", "However", "Let me think"),
-      "match": "word",  # "substring" as the release does
-      "separator": "\n\n",  # [C]
-      "bridge": "",  # [C]; "\n</think>\n\n" closes the thought first
-      "max_steps": 64,
-      "math_check": "exact",
+    "alpha": 0.3,  # [P]
+    "tau": 2.0,  # [P]
+    "mode": "both",  # or r_self, r_ppl, one_hot: the paper's ablations
+    "keywords": ("But", "Wait", "Hmm", "However", "Let me think"),
+    "match": "word",  # "substring" as the release does
+    "separator": "\n\n",  # [C]
+    "bridge": "",  # [C]; "\n</think>\n\n" closes the thought first
+    "max_steps": 64,
+    "math_check": "exact",
   }
   config.synthesis = {
-      "batch": 256,
-      "candidates": 4,  # [P]
-      "budget": 20,  # [C]
-      "price": "sequence",  # [P]; or "candidate"
-      "temperature": 0.6,  # [C]
-      "top_k": 20,  # [C]
-      "top_p": 0.95,  # [C]
-      "max_step_tokens": 1024,
-      "max_thought_tokens": 8192,
-      "max_answer_tokens": 4096,
-      "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),  # [C]
-      "template": "{prompt}",
+    "batch": 256,
+    "candidates": 4,  # [P]
+    "budget": 20,  # [C]
+    "price": "sequence",  # [P]; or "candidate"
+    "temperature": 0.6,  # [C]
+    "top_k": 20,  # [C]
+    "top_p": 0.95,  # [C]
+    "max_step_tokens": 1024,
+    "max_thought_tokens": 8192,
+    "max_answer_tokens": 4096,
+    "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),  # [C]
+    "template": "{prompt}",
   }
   config.select = {
-      "min_reflections": 1,
-      "max_repeat": 0.2,
-      "keep_share": 1.0,
+    "min_reflections": 1,
+    "max_repeat": 0.2,
+    "keep_share": 1.0,
   }
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
   config.rl = {
-      "steps": 26,  # [P]
-      "prompts": 64,  # [C] a step
-      "samples": 16,  # [C] a prompt
-      "mini_batch": 8,  # prompts an update [C]
-      "micro_batches": 1,
-      "row_buckets": (2048, 4096, 8192, 16_384),
-      "learning_rate": 1e-6,  # [P]
-      "warmup": 0.4,  # [C] share of the updates
-      "weight_decay": 0.01,  # [C]
-      "max_grad_norm": 1.0,  # [C]
-      "clip_low": 0.2,  # [C]
-      "clip_high": 0.2,  # [C]
-      "dual_clip": 3.0,  # [C]
-      "kl_coef": 0.001,  # [C]
-      "kl_estimator": "k3",  # [C]
-      "reduction": "sequence_mean",  # [C]
-      "scale_by_std": True,  # [P]; False is Dr.GRPO's advantage
-      "checkpoint_every": 1,
+    "steps": 26,  # [P]
+    "prompts": 64,  # [C] a step
+    "samples": 16,  # [C] a prompt
+    "mini_batch": 8,  # prompts an update [C]
+    "micro_batches": 1,
+    "row_buckets": (2048, 4096, 8192, 16_384),
+    "learning_rate": 1e-6,  # [P]
+    "warmup": 0.4,  # [C] share of the updates
+    "weight_decay": 0.01,  # [C]
+    "max_grad_norm": 1.0,  # [C]
+    "clip_low": 0.2,  # [C]
+    "clip_high": 0.2,  # [C]
+    "dual_clip": 3.0,  # [C]
+    "kl_coef": 0.001,  # [C]
+    "kl_estimator": "k3",  # [C]
+    "reduction": "sequence_mean",  # [C]
+    "scale_by_std": True,  # [P]; False is Dr.GRPO's advantage
+    "checkpoint_every": 1,
   }
   config.evaluate = {
-      "samples": 2,  # a held-out prompt and model
-      "temperature": 1.0,
-      "top_p": 1.0,
-      "thoughts": 4,  # shown step by step in the report
-      "resamples": 2_000,  # of the bootstrap
+    "samples": 2,  # a held-out prompt and model
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "thoughts": 4,  # shown step by step in the report
+    "resamples": 2_000,  # of the bootstrap
   }
   return config

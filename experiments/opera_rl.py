@@ -25,14 +25,14 @@ from opera_jax.rollout import engine
 from opera_jax.scoring import price
 from opera_jax.sharding import layout
 from opera_jax.stages import (
-    cold_start,
-    evaluate,
-    fit,
-    reporting,
-    setup,
-    summary,
-    supervised,
-    workdir,
+  cold_start,
+  evaluate,
+  fit,
+  reporting,
+  setup,
+  summary,
+  supervised,
+  workdir,
 )
 from opera_jax.train import checkpoint, metrics, optimizer
 from opera_jax.train import state as train_state
@@ -48,18 +48,18 @@ def main(_) -> None:
   config = _CONFIG.value
   stages = workdir.parse_stages(config.stages, STAGES)
   run = setup.setup(
-      _WORKDIR.value,
-      seed=config.seed,
-      mesh=config.mesh,
-      tokenizer=config.tokenizer,
-      model=config.model,
-      data=config.data,
-      max_prompt_tokens=config.max_prompt_tokens,
-      max_reference_tokens=config.max_reference_tokens,
-      engine=config.engine,
-      price=config.price,
-      reward=config.reward,
-      temperature=config.rollout.temperature,
+    _WORKDIR.value,
+    seed=config.seed,
+    mesh=config.mesh,
+    tokenizer=config.tokenizer,
+    model=config.model,
+    data=config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    max_reference_tokens=config.max_reference_tokens,
+    engine=config.engine,
+    price=config.price,
+    reward=config.reward,
+    temperature=config.rollout.temperature,
   )
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
@@ -70,7 +70,7 @@ def main(_) -> None:
       cold_start.synthesize(run, cold_start.Search(**config.synthesis))
     if "select" in stages:
       cold_start.select(
-          run, cold_start.Select(**config.select), config.reward.keywords
+        run, cold_start.Select(**config.select), config.reward.keywords
       )
     # 3. SFT on what was selected.
     if "sft" in stages:
@@ -81,10 +81,10 @@ def main(_) -> None:
     # 5. Was it real? Held-out prompts, all three models, an outside measure.
     if "evaluate" in stages:
       evaluate.evaluate(
-          run,
-          evaluate.Settings(
-              max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
-          ),
+        run,
+        evaluate.Settings(
+          max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+        ),
       )
     if "report" in stages:
       reporting.write(run, config.to_dict())
@@ -93,14 +93,14 @@ def main(_) -> None:
 def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   """GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths)."""
   stage = workdir.Stage(
-      run.workdir, "rl", {"rl": rl.to_dict(), "rollout": rollout.to_dict()}
+    run.workdir, "rl", {"rl": rl.to_dict(), "rollout": rollout.to_dict()}
   )
-  if stage.finished() is not None:
+  if stage.finished():
     return
   if rl.prompts % rl.mini_batch:
     raise ValueError(
-        f"A step's {rl.prompts} prompts do not divide into mini-batches of "
-        f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
+      f"A step's {rl.prompts} prompts do not divide into mini-batches of "
+      f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
     )
 
   # The SFT model is where the policy starts, and what KL holds it to.
@@ -110,37 +110,37 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   order = batching.batch_order(len(prompts), rl.prompts, epochs, run.seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
-      optimizer.schedule(
-          rl.learning_rate,
-          rl.steps * updates_a_step,
-          warmup_fraction=rl.warmup,
-      ),
-      weight_decay=rl.weight_decay,
-      max_grad_norm=rl.max_grad_norm,
+    optimizer.schedule(
+      rl.learning_rate,
+      rl.steps * updates_a_step,
+      warmup_fraction=rl.warmup,
+    ),
+    weight_decay=rl.weight_decay,
+    max_grad_norm=rl.max_grad_norm,
   )
   update = train_step.make_policy_update(
-      price.row_logprob(run.graphdef, temperature=rollout.temperature),
-      adamw,
-      clip_low=rl.clip_low,
-      clip_high=rl.clip_high,
-      dual_clip=rl.dual_clip,
-      kl_coef=rl.kl_coef,
-      kl_estimator=rl.kl_estimator,
-      reduction=rl.reduction,
-      micro_batches=rl.micro_batches,
+    price.row_logprob(run.graphdef, temperature=rollout.temperature),
+    adamw,
+    clip_low=rl.clip_low,
+    clip_high=rl.clip_high,
+    dual_clip=rl.dual_clip,
+    kl_coef=rl.kl_coef,
+    kl_estimator=rl.kl_estimator,
+    reduction=rl.reduction,
+    micro_batches=rl.micro_batches,
   )
   settings = engine.Sampling(
-      max_new_tokens=rollout.max_new_tokens,
-      temperature=rollout.temperature,
-      top_k=rollout.top_k,
-      top_p=rollout.top_p,
-      stop_ids=(run.tokenizer.end_id,),
+    max_new_tokens=rollout.max_new_tokens,
+    temperature=rollout.temperature,
+    top_k=rollout.top_k,
+    top_p=rollout.top_p,
+    stop_ids=(run.tokenizer.end_id,),
   )
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
   state = fit.place(
-      train_state.create(run.load("sft"), adamw, jax.random.key(run.seed + 2)),
-      run.mesh,
+    train_state.create(run.load("sft"), adamw, jax.random.key(run.seed + 2)),
+    run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
   start, ema = 0, None
@@ -150,12 +150,12 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     ema = host["reward_ema"]
     print(f"rl: goes on after step {start}", flush=True)
   log = metrics.Metrics(
-      stage.path, "metrics", last_step=None if restored is None else start
+    stage.path, "metrics", last_step=None if restored is None else start
   )
 
   with (
-      jax.set_mesh(run.mesh),
-      metrics.Progress(rl.steps, "rl", done=start) as progress,
+    jax.set_mesh(run.mesh),
+    metrics.Progress(rl.steps, "rl", done=start) as progress,
   ):
     for step in range(start, rl.steps):
       seconds = {"time/start": time.monotonic()}
@@ -165,12 +165,12 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # Rollout: N samples of each prompt.
       samples = run.engine.sample(
-          run.for_rollout(state.params),
-          ids,
-          settings,
-          jax.random.fold_in(state.key, step),
-          samples=rl.samples,
-          ids=[p.id for p in batch],
+        run.for_rollout(state.params),
+        ids,
+        settings,
+        jax.random.fold_in(state.key, step),
+        samples=rl.samples,
+        ids=[p.id for p in batch],
       )
       seconds["time/rollout"] = time.monotonic()
 
@@ -183,7 +183,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # Credit: how much better than its group.
       advantage_BN = np.asarray(
-          group.grpo(scored.total_BN, scale_by_std=rl.scale_by_std)
+        group.grpo(scored.total_BN, scale_by_std=rl.scale_by_std)
       )
 
       # The policy that the updates start from, and the one KL holds it to.
@@ -195,17 +195,17 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # Update: one epoch over the samples, in mini-batches of prompts.
       rows = rl_data.rows(
-          scored.trunks,
-          [len(i) for i in ids for _ in range(rl.samples)],
-          advantage_BN.reshape(-1),
-          old.trunk_logprob,
-          ref.trunk_logprob,
-          buckets=rl.row_buckets,
+        scored.trunks,
+        [len(i) for i in ids for _ in range(rl.samples)],
+        advantage_BN.reshape(-1),
+        old.trunk_logprob,
+        ref.trunk_logprob,
+        buckets=rl.row_buckets,
       )
       updates = []
       for part in rl_data.mini_batches(rows, updates_a_step):
         state, values = update(
-            state, jax.device_put(part, layout.rows(run.mesh))
+          state, jax.device_put(part, layout.rows(run.mesh))
         )
         updates.append(values)
       updates = jax.device_get(updates)
@@ -215,8 +215,8 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # One line of metrics, one checkpoint.
       log.write(
-          step + 1,
-          summary.rl_step(scored, samples, old, ema, updates, seconds),
+        step + 1,
+        summary.rl_step(scored, samples, old, ema, updates, seconds),
       )
       progress.update(tokens=sum(len(s.tokens) for g in samples for s in g))
       leave = preemption.requested()

@@ -6,14 +6,13 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -30,3 +29,64 @@ def shared_data() -> pathlib.Path:
   if not SHARED_DATA.exists():
     pytest.skip("no ../shared/data beside this checkout")
   return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+  """A random two-layer Qwen3 with odd sizes: (config, graphdef, params)."""
+  from opera_jax.models import qwen3
+
+  config = qwen3.Config(
+    vocab_size=300,
+    hidden=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=64,
+    rope_theta=10_000.0,
+    tied=False,
+  )
+  graphdef, params = qwen3.create(config, seed=3)
+  # Larger weights than at initialisation, so that positions matter.
+  params = jax.tree.map(lambda x: x * 1.5, params)
+  return config, graphdef, params
+
+
+@pytest.fixture(scope="session")
+def one_device():
+  """A mesh of one device."""
+  from opera_jax.sharding import mesh
+
+  return mesh.create(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def slow_logprob(tiny_model):
+  """log p of every token of one row by the plain definition, no sharing."""
+  import jax.numpy as jnp
+  import numpy as np
+  from flax import nnx
+
+  from opera_jax.models import attention
+
+  _, graphdef, params = tiny_model
+
+  @jax.jit
+  def logits(tokens):
+    model = nnx.merge(graphdef, params)
+    size = tokens.shape[0]
+    hidden, _ = model(
+      tokens[None],
+      jnp.arange(size)[None],
+      attention.causal(jnp.ones((1, size), jnp.int32)),
+    )
+    head, transposed = model.head_matrix()
+    return hidden[0] @ (head.T if transposed else head)
+
+  def logprob(tokens) -> np.ndarray:
+    table = jax.nn.log_softmax(logits(jnp.asarray(tokens, jnp.int32)))
+    steps = np.arange(1, len(tokens))
+    return np.asarray(table)[steps - 1, np.asarray(tokens)[1:]]
+
+  return logprob

@@ -10,13 +10,13 @@ from opera_jax.data import batching
 
 
 def rows(
-    trunks: Sequence[np.ndarray],
-    prompt_lengths: Sequence[int],
-    advantages: Sequence[float],
-    old_logprob: Sequence[np.ndarray],
-    ref_logprob: Sequence[np.ndarray],
-    *,
-    buckets: Sequence[int],
+  trunks: Sequence[np.ndarray],
+  prompt_lengths: Sequence[int],
+  advantages: Sequence[float],
+  old_logprob: Sequence[np.ndarray],
+  ref_logprob: Sequence[np.ndarray],
+  *,
+  buckets: Sequence[int],
 ) -> structs.Batch:
   """Pads rows to one length; completion tokens are the targets.
 
@@ -53,13 +53,13 @@ def rows(
     ref_RT[r, :size] = ref_logprob[r]
   positions_RT = np.broadcast_to(np.arange(length, dtype=np.int32), (R, length))
   return structs.Batch(
-      tokens=tokens_RT,
-      positions=positions_RT,
-      segments=segments_RT,
-      loss_mask=mask_RT,
-      advantage=advantage_RT,
-      old_logprob=old_RT,
-      ref_logprob=ref_RT,
+    tokens=tokens_RT,
+    positions=positions_RT,
+    segments=segments_RT,
+    loss_mask=mask_RT,
+    advantage=advantage_RT,
+    old_logprob=old_RT,
+    ref_logprob=ref_RT,
   )
 
 
@@ -72,16 +72,16 @@ def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
   rows = batch.tokens.shape[0]
   if rows % count:
     raise ValueError(
-        f"{rows} rows do not divide into {count} mini-batches. Change "
-        "config.rl.prompts, samples or mini_batch."
+      f"{rows} rows do not divide into {count} mini-batches. Change "
+      "config.rl.prompts, samples or mini_batch."
     )
   size = rows // count
   return [
-      structs.Batch(
-          **{
-              field.name: getattr(batch, field.name)[i * size : (i + 1) * size]
-              for field in dataclasses.fields(batch)
-          }
-      )
-      for i in range(count)
+    structs.Batch(
+      **{
+        field.name: getattr(batch, field.name)[i * size : (i + 1) * size]
+        for field in dataclasses.fields(batch)
+      }
+    )
+    for i in range(count)
   ]

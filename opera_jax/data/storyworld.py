@@ -17,15 +17,19 @@ import random
 from opera_jax import structs
 
 NAMES = (
-    "Mira Tomas Anya Felix Nora Jonas Lena Oscar Ruth Pavel Ida Hugo".split()
-)
-ROLES = "baker sailor tailor farmer painter nurse miller singer".split()
+    "Mira", "Tomas", "Anya", "Felix", "Nora", "Jonas", "Lena", "Oscar", "Ruth",
+    "Pavel", "Ida", "Hugo",
+)  # fmt: skip
+ROLES = (
+    "baker", "sailor", "tailor", "farmer", "painter", "nurse", "miller",
+    "singer",
+)  # fmt: skip
 FACTS = {
     "where": (
-        "the old mill", "the quiet harbor", "the snowy pass", "the night market",
-        "the stone bridge", "the empty library", "the apple orchard",
-        "the ruined tower", "the river ferry", "the village school",
-        "the salt mine", "the glass house",
+        "the old mill", "the quiet harbor", "the snowy pass",
+        "the night market", "the stone bridge", "the empty library",
+        "the apple orchard", "the ruined tower", "the river ferry",
+        "the village school", "the salt mine", "the glass house",
     ),
     "object": (
         "a brass key", "a red lantern", "a broken watch", "a silver flute",
@@ -52,45 +56,45 @@ FACTS = {
 SLOTS = ("who", *FACTS)
 
 PROMPTS = (
-    "Write a short story. Who: {who}. Where: {where}. Object: {object}. "
-    "Twist: {twist}. Ending: {ending}.",
-    "Tell a short story about {who} at {where} with {object}. "
-    "Twist: {twist}. Ending: {ending}.",
-    "I want a short story. Ending: {ending}. Twist: {twist}. "
-    "Object: {object}. Where: {where}. Who: {who}.",
+  "Write a short story. Who: {who}. Where: {where}. Object: {object}. "
+  "Twist: {twist}. Ending: {ending}.",
+  "Tell a short story about {who} at {where} with {object}. "
+  "Twist: {twist}. Ending: {ending}.",
+  "I want a short story. Ending: {ending}. Twist: {twist}. "
+  "Object: {object}. Where: {where}. Who: {who}.",
 )
 STORIES = {
-    "open": (
-        "{Who} came to {where} one morning, carrying {object}.",
-        "One evening {who} reached {where} and held {object}.",
-    ),
-    "twist": (
-        "Nobody knew yet that {twist}.",
-        "Then it came out that {twist}.",
-    ),
-    "end": ("In the end {ending}.", "So, at last, {ending}."),
+  "open": (
+    "{Who} came to {where} one morning, carrying {object}.",
+    "One evening {who} reached {where} and held {object}.",
+  ),
+  "twist": (
+    "Nobody knew yet that {twist}.",
+    "Then it came out that {twist}.",
+  ),
+  "end": ("In the end {ending}.", "So, at last, {ending}."),
 }
 PLAIN = {
-    "who": ("The story is about {}.", "I will write about {}."),
-    "where": ("It takes place at {}.", "The scene is {}."),
-    "object": ("The object is {}.", "There will be {}."),
-    "twist": ("The twist is that {}.", "Later we learn that {}."),
-    "ending": ("It ends when {}.", "At the end {}."),
+  "who": ("The story is about {}.", "I will write about {}."),
+  "where": ("It takes place at {}.", "The scene is {}."),
+  "object": ("The object is {}.", "There will be {}."),
+  "twist": ("The twist is that {}.", "Later we learn that {}."),
+  "ending": ("It ends when {}.", "At the end {}."),
 }
 RECALL = {
-    "who": ("the story is about {}.", "it should be about {}."),
-    "where": ("it should take place at {}.", "the scene is {}."),
-    "object": ("the object should be {}.", "there must be {}."),
-    "twist": ("the twist should be that {}.", "we must learn that {}."),
-    "ending": ("it should end when {}.", "at the end {}."),
+  "who": ("the story is about {}.", "it should be about {}."),
+  "where": ("it should take place at {}.", "the scene is {}."),
+  "object": ("the object should be {}.", "there must be {}."),
+  "twist": ("the twist should be that {}.", "we must learn that {}."),
+  "ending": ("it should end when {}.", "at the end {}."),
 }
 OPENERS = ("Wait,", "But", "Hmm,", "However,")
 IDLE = (
-    "maybe it could rain a little.",
-    "a longer opening would be nice.",
-    "the tone should stay warm.",
-    "the words should be simple.",
-    "I wonder how it feels.",
+  "maybe it could rain a little.",
+  "a longer opening would be nice.",
+  "the tone should stay warm.",
+  "the words should be simple.",
+  "I wonder how it feels.",
 )
 
 
@@ -137,19 +141,19 @@ def prompts(count: int, seed: int) -> list[structs.Prompt]:
     rng = random.Random(f"prompt/{seed}/{i}")
     facts = {slot: _draw(rng, slot) for slot in SLOTS}
     out.append(
-        structs.Prompt(
-            id=f"story-{seed}-{i}",
-            task="open_ended",
-            prompt=rng.choice(PROMPTS).format(**facts),
-            reference=tell(facts, rng),
-            columns={"facts": facts},
-        )
+      structs.Prompt(
+        id=f"story-{seed}-{i}",
+        task="open_ended",
+        prompt=rng.choice(PROMPTS).format(**facts),
+        reference=tell(facts, rng),
+        columns={"facts": facts},
+      )
     )
   return out
 
 
 def think(
-    facts: dict[str, str], noise: Noise, rng: random.Random
+  facts: dict[str, str], noise: Noise, rng: random.Random
 ) -> tuple[list[str], dict[str, str]]:
   """A noisy thought: its steps, and what it believes in the end."""
   steps, belief = [], {}
@@ -161,9 +165,7 @@ def think(
   if not steps:
     belief["who"] = facts["who"]
     steps.append(rng.choice(PLAIN["who"]).format(facts["who"]))
-  reflections = rng.choices(
-      range(len(noise.reflections)), noise.reflections
-  )[0]
+  reflections = rng.choices(range(len(noise.reflections)), noise.reflections)[0]
   for _ in range(reflections):
     opener, draw = rng.choice(OPENERS), rng.random()
     broken = [s for s in SLOTS if belief.get(s) != facts[s]]
@@ -185,9 +187,7 @@ def think(
   return steps, belief
 
 
-def completion(
-    prompt: structs.Prompt, noise: Noise, rng: random.Random
-) -> str:
+def completion(prompt: structs.Prompt, noise: Noise, rng: random.Random) -> str:
   """One noisy completion, with literal think tags, without the end of turn."""
   steps, belief = think(prompt.columns["facts"], noise, rng)
   thought = "<think>\n" + "\n\n".join(steps)
@@ -196,13 +196,13 @@ def completion(
 
 
 def corpus(
-    count: int, seed: int, noise: Noise | None = None
+  count: int, seed: int, noise: Noise | None = None
 ) -> list[tuple[structs.Prompt, str]]:
   """Pretraining documents: tasks, each with a noisy completion."""
   noise = noise or Noise()
   return [
-      (task, completion(task, noise, random.Random(f"doc/{seed}/{i}")))
-      for i, task in enumerate(prompts(count, seed))
+    (task, completion(task, noise, random.Random(f"doc/{seed}/{i}")))
+    for i, task in enumerate(prompts(count, seed))
   ]
 
 

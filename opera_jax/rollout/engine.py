@@ -41,7 +41,7 @@ class Sampling:
   def __post_init__(self):
     if self.max_new_tokens < 1:
       raise ValueError(
-          f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
+        f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
       )
     if not self.stop_ids:
       raise ValueError("Sampling needs at least one stop id (end of turn).")
@@ -51,14 +51,14 @@ class Engine:
   """Samples from a policy whose parameters come with every call."""
 
   def __init__(
-      self,
-      graphdef: nnx.GraphDef,
-      config: qwen3.Config,
-      *,
-      mesh: jax.sharding.Mesh,
-      rows: int = 16,
-      prompt_buckets: Sequence[int] = (64, 128, 256, 512),
-      cache_dtype: str = "float32",
+    self,
+    graphdef: nnx.GraphDef,
+    config: qwen3.Config,
+    *,
+    mesh: jax.sharding.Mesh,
+    rows: int = 16,
+    prompt_buckets: Sequence[int] = (64, 128, 256, 512),
+    cache_dtype: str = "float32",
   ):
     """Compiles nothing yet; one program a (prompt bucket, settings).
 
@@ -76,29 +76,29 @@ class Engine:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
       raise ValueError(
-          f"A call samples {rows} prompts over {ways} data shards, which does "
-          "not divide. Make config.rollout.rows a multiple."
+        f"A call samples {rows} prompts over {ways} data shards, which does "
+        "not divide. Make config.rollout.rows a multiple."
       )
     self._config = config
     self._mesh = mesh
     self._rows = rows
     self._buckets = tuple(prompt_buckets)
     self._run = jax.jit(
-        functools.partial(_generate, graphdef, config, cache_dtype),
-        static_argnames=("settings", "samples"),
+      functools.partial(_generate, graphdef, config, cache_dtype),
+      static_argnames=("settings", "samples"),
     )
 
   def sample(
-      self,
-      params: Any,
-      prompts: Sequence[np.ndarray],
-      settings: Sampling,
-      key: jax.Array,
-      *,
-      samples: int = 1,
-      ids: Sequence[str] | None = None,
-      stops: automaton.Automaton | None = None,
-      advance: Callable[[int], None] | None = None,
+    self,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    settings: Sampling,
+    key: jax.Array,
+    *,
+    samples: int = 1,
+    ids: Sequence[str] | None = None,
+    stops: automaton.Automaton | None = None,
+    advance: Callable[[int], None] | None = None,
   ) -> list[list[structs.Sample]]:
     """Draws `samples` completions of each prompt.
 
@@ -128,31 +128,31 @@ class Engine:
         raise ValueError(f"Prompt {i} has no tokens; give it at least one.")
       if len(prompt) > self._buckets[-1]:
         raise ValueError(
-            f"Prompt {i} has {len(prompt)} tokens, the largest prompt bucket "
-            f"is {self._buckets[-1]}. Raise config.rollout.prompt_buckets or "
-            "drop the prompt (config.data.max_prompt_tokens)."
+          f"Prompt {i} has {len(prompt)} tokens, the largest prompt bucket "
+          f"is {self._buckets[-1]}. Raise config.rollout.prompt_buckets or "
+          "drop the prompt (config.data.max_prompt_tokens)."
         )
       if prompt.min() < 0 or prompt.max() >= vocab:
         raise ValueError(
-            f"Prompt {i} holds a token id outside [0, {vocab}). Check that "
-            "tokenizer and model agree."
+          f"Prompt {i} holds a token id outside [0, {vocab}). Check that "
+          "tokenizer and model agree."
         )
     ids = [str(i) for i in range(len(prompts))] if ids is None else ids
     order = sorted(
-        range(len(prompts)),
-        key=lambda i: (trunks_lib.bucket(len(prompts[i]), self._buckets), i),
+      range(len(prompts)),
+      key=lambda i: (trunks_lib.bucket(len(prompts[i]), self._buckets), i),
     )
     out: list[Any] = [None] * len(prompts)
     for start in range(0, len(order), self._rows):
       group = order[start : start + self._rows]
       results = self._batch(
-          params,
-          [prompts[i] for i in group],
-          [ids[i] for i in group],
-          settings,
-          key,
-          samples,
-          stops,
+        params,
+        [prompts[i] for i in group],
+        [ids[i] for i in group],
+        settings,
+        key,
+        samples,
+        stops,
       )
       for i, result in zip(group, results):
         out[i] = result
@@ -173,10 +173,10 @@ class Engine:
       name_B[row] = zlib.crc32(name.encode())
     with jax.set_mesh(self._mesh):
       arrays = jax.device_put(
-          (prompt_BP, length_B, live_B, name_B), layout.rows(self._mesh)
+        (prompt_BP, length_B, live_B, name_B), layout.rows(self._mesh)
       )
       results = self._run(
-          params, *arrays, key, stops, settings=settings, samples=samples
+        params, *arrays, key, stops, settings=settings, samples=samples
       )
     token_BSC, logprob_BSC, length_BS, finished_BS = jax.device_get(results)
     out = []
@@ -187,35 +187,35 @@ class Engine:
         logprob = logprob_BSC[row, s, :size]
         if not np.isfinite(logprob).all():
           raise FloatingPointError(
-              f"Sampling prompt {ids[row]!r} met logits that are not finite. "
-              "The parameters have diverged; lower the learning rate or "
-              "resume from an earlier checkpoint."
+            f"Sampling prompt {ids[row]!r} met logits that are not finite. "
+            "The parameters have diverged; lower the learning rate or "
+            "resume from an earlier checkpoint."
           )
         mine.append(
-            structs.Sample(
-                tokens=token_BSC[row, s, :size],
-                logprob=logprob,
-                finished=bool(finished_BS[row, s]),
-            )
+          structs.Sample(
+            tokens=token_BSC[row, s, :size],
+            logprob=logprob,
+            finished=bool(finished_BS[row, s]),
+          )
         )
       out.append(mine)
     return out
 
 
 def _generate(
-    graphdef,
-    config: qwen3.Config,
-    cache_dtype,
-    params,
-    prompt_BP,
-    length_B,
-    live_B,
-    name_B,
-    key,
-    stops,
-    *,
-    settings: Sampling,
-    samples: int,
+  graphdef,
+  config: qwen3.Config,
+  cache_dtype,
+  params,
+  prompt_BP,
+  length_B,
+  live_B,
+  name_B,
+  key,
+  stops,
+  *,
+  settings: Sampling,
+  samples: int,
 ):
   model = nnx.merge(graphdef, params)
   head, transposed = model.head_matrix()
@@ -226,10 +226,10 @@ def _generate(
   position_P = jnp.arange(P, dtype=jnp.int32)
   segment_BP = (position_P[None] < length_B[:, None]).astype(jnp.int32)
   hidden_BPD, trunk = model(
-      prompt_BP,
-      jnp.broadcast_to(position_P[None], (B, P)),
-      attention.prefill(segment_BP),
-      kv_cache.empty_trunk(config.layers, B, P, *sizes),
+    prompt_BP,
+    jnp.broadcast_to(position_P[None], (B, P)),
+    attention.prefill(segment_BP),
+    kv_cache.empty_trunk(config.layers, B, P, *sizes),
   )
   last_BD = hidden_BPD[jnp.arange(B), length_B - 1]
 
@@ -237,7 +237,7 @@ def _generate(
     return jax.random.fold_in(jax.random.fold_in(key, name), sample)
 
   key_R = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(
-      name_B, jnp.arange(S)
+    name_B, jnp.arange(S)
   ).reshape(B * S)
   stop_ids = jnp.asarray(settings.stop_ids, jnp.int32)
 
@@ -248,18 +248,18 @@ def _generate(
     step = carry["step"]
     hidden_RD = carry["hidden"].reshape(B * S, -1)
     logit_RV = jax.lax.dot_general(
-        hidden_RD,
-        head.astype(hidden_RD.dtype),
-        (((1,), (1 if transposed else 0,)), ((), ())),
-        preferred_element_type=jnp.float32,
+      hidden_RD,
+      head.astype(hidden_RD.dtype),
+      (((1,), (1 if transposed else 0,)), ((), ())),
+      preferred_element_type=jnp.float32,
     )
     draw_R = jax.vmap(jax.random.fold_in, (0, None))(key_R, step)
     token_R, logprob_R = sampling.sample(
-        logit_RV,
-        draw_R,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
+      logit_RV,
+      draw_R,
+      temperature=settings.temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
     )
     token_BS = token_R.reshape(B, S)
     live_BS = ~carry["done"]
@@ -273,42 +273,40 @@ def _generate(
     stop_BS = stop_BS & live_BS
     place = (0, 0, step)
     hidden_BSD, cache = model(
-        token_BS,
-        jnp.broadcast_to((length_B + step)[:, None], (B, S)),
-        attention.decode(trunk, length_B, step),
-        carry["cache"],
+      token_BS,
+      jnp.broadcast_to((length_B + step)[:, None], (B, S)),
+      attention.decode(trunk, length_B, step),
+      carry["cache"],
     )
     return {
-        "step": step + 1,
-        "hidden": hidden_BSD,
-        "cache": cache,
-        "state": state_BS,
-        "tokens": jax.lax.dynamic_update_slice(
-            carry["tokens"], token_BS[..., None], place
-        ),
-        "logprob": jax.lax.dynamic_update_slice(
-            carry["logprob"], logprob_BS[..., None], place
-        ),
-        "length": carry["length"] + live_BS,
-        "finished": carry["finished"] | stop_BS,
-        "done": carry["done"] | stop_BS,
+      "step": step + 1,
+      "hidden": hidden_BSD,
+      "cache": cache,
+      "state": state_BS,
+      "tokens": jax.lax.dynamic_update_slice(
+        carry["tokens"], token_BS[..., None], place
+      ),
+      "logprob": jax.lax.dynamic_update_slice(
+        carry["logprob"], logprob_BS[..., None], place
+      ),
+      "length": carry["length"] + live_BS,
+      "finished": carry["finished"] | stop_BS,
+      "done": carry["done"] | stop_BS,
     }
 
   final = jax.lax.while_loop(
-      cond,
-      body,
-      {
-          "step": jnp.int32(0),
-          "hidden": jnp.broadcast_to(
-              last_BD[:, None], (B, S, last_BD.shape[-1])
-          ),
-          "cache": kv_cache.empty_samples(config.layers, B, S, C, *sizes),
-          "state": jnp.zeros((B, S), jnp.int32),
-          "tokens": jnp.zeros((B, S, C), jnp.int32),
-          "logprob": jnp.zeros((B, S, C), jnp.float32),
-          "length": jnp.zeros((B, S), jnp.int32),
-          "finished": jnp.zeros((B, S), bool),
-          "done": jnp.broadcast_to(~live_B[:, None], (B, S)),
-      },
+    cond,
+    body,
+    {
+      "step": jnp.int32(0),
+      "hidden": jnp.broadcast_to(last_BD[:, None], (B, S, last_BD.shape[-1])),
+      "cache": kv_cache.empty_samples(config.layers, B, S, C, *sizes),
+      "state": jnp.zeros((B, S), jnp.int32),
+      "tokens": jnp.zeros((B, S, C), jnp.int32),
+      "logprob": jnp.zeros((B, S, C), jnp.float32),
+      "length": jnp.zeros((B, S), jnp.int32),
+      "finished": jnp.zeros((B, S), bool),
+      "done": jnp.broadcast_to(~live_B[:, None], (B, S)),
+    },
   )
   return final["tokens"], final["logprob"], final["length"], final["finished"]

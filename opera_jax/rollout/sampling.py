@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def truncate(
-    logit_RV: jax.Array, *, top_k: int = 0, top_p: float = 1.0
+  logit_RV: jax.Array, *, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
   """Sets logits outside the top k, then outside the nucleus, to -inf.
 
@@ -26,8 +26,8 @@ def truncate(
   """
   if top_k < 0 or not 0 < top_p <= 1:
     raise ValueError(
-        f"Sampling needs top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, "
-        f"top_p={top_p}."
+      f"Sampling needs top_k >= 0 and 0 < top_p <= 1, got top_k={top_k}, "
+      f"top_p={top_p}."
     )
   V = logit_RV.shape[-1]
   if 0 < top_k < V:
@@ -45,12 +45,12 @@ def truncate(
 
 
 def sample(
-    logit_RV: jax.Array,
-    key_R: jax.Array,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+  logit_RV: jax.Array,
+  key_R: jax.Array,
+  *,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token a row.
 
@@ -69,7 +69,7 @@ def sample(
   """
   if temperature < 0:
     raise ValueError(
-        f"The temperature must be >= 0, got {temperature}. Use 0 for greedy."
+      f"The temperature must be >= 0, got {temperature}. Use 0 for greedy."
     )
   scaled_RV = logit_RV if temperature == 0 else logit_RV / temperature
   if temperature == 0:
@@ -77,7 +77,7 @@ def sample(
   else:
     kept_RV = truncate(scaled_RV, top_k=top_k, top_p=top_p)
     noise_RV = jax.vmap(
-        lambda key: jax.random.gumbel(key, kept_RV.shape[-1:], jnp.float32)
+      lambda key: jax.random.gumbel(key, kept_RV.shape[-1:], jnp.float32)
     )(key_R)
     token_R = jnp.argmax(kept_RV + noise_RV, axis=-1)
   token_R = token_R.astype(jnp.int32)

@@ -23,11 +23,11 @@ def _token_prices(model, hidden_BTD, target_BT, temperature):
   head, transposed = model.head_matrix()
   B, T, D = hidden_BTD.shape
   logprob_M, entropy_M = token_logprob.token_logprob(
-      hidden_BTD.reshape(B * T, D),
-      head.astype(hidden_BTD.dtype),
-      target_BT.reshape(B * T),
-      temperature=temperature,
-      transposed=transposed,
+    hidden_BTD.reshape(B * T, D),
+    head.astype(hidden_BTD.dtype),
+    target_BT.reshape(B * T),
+    temperature=temperature,
+    transposed=transposed,
   )
   return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
 
@@ -38,7 +38,7 @@ def _shifted(x_BT: jax.Array) -> jax.Array:
 
 
 def row_logprob(
-    graphdef: nnx.GraphDef, *, temperature: float = 1.0
+  graphdef: nnx.GraphDef, *, temperature: float = 1.0
 ) -> Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]]:
   """The update's view of the model.
 
@@ -51,10 +51,10 @@ def row_logprob(
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
     hidden_RTD, _ = model(
-        batch.tokens, batch.positions, attention.causal(batch.segments)
+      batch.tokens, batch.positions, attention.causal(batch.segments)
     )
     logprob_RT, entropy_RT = _token_prices(
-        model, hidden_RTD, jnp.roll(batch.tokens, -1, axis=1), temperature
+      model, hidden_RTD, jnp.roll(batch.tokens, -1, axis=1), temperature
     )
     return _shifted(logprob_RT), _shifted(entropy_RT)
 
@@ -65,16 +65,16 @@ class Pricer:
   """Prices trunks and branches: one pass over each trunk and its branches."""
 
   def __init__(
-      self,
-      graphdef: nnx.GraphDef,
-      *,
-      vocab_size: int,
-      mesh: jax.sharding.Mesh,
-      rows: int = 16,
-      length_buckets: Sequence[int] = (128, 256, 512, 1024),
-      slot_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
-      branch_buckets: Sequence[int] = (32, 64, 128, 256, 512),
-      temperature: float = 1.0,
+    self,
+    graphdef: nnx.GraphDef,
+    *,
+    vocab_size: int,
+    mesh: jax.sharding.Mesh,
+    rows: int = 16,
+    length_buckets: Sequence[int] = (128, 256, 512, 1024),
+    slot_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    branch_buckets: Sequence[int] = (32, 64, 128, 256, 512),
+    temperature: float = 1.0,
   ):
     """Compiles nothing yet; one program a shape is compiled on first use.
 
@@ -94,16 +94,16 @@ class Pricer:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
       raise ValueError(
-          f"A call prices {rows} rows over {ways} data shards, which does not "
-          "divide. Make config.price.rows a multiple."
+        f"A call prices {rows} rows over {ways} data shards, which does not "
+        "divide. Make config.price.rows a multiple."
       )
     self._vocab_size = vocab_size
     self._mesh = mesh
     self._pack = {
-        "rows": rows,
-        "length_buckets": tuple(length_buckets),
-        "slot_buckets": tuple(slot_buckets),
-        "branch_buckets": tuple(branch_buckets),
+      "rows": rows,
+      "length_buckets": tuple(length_buckets),
+      "slot_buckets": tuple(slot_buckets),
+      "branch_buckets": tuple(branch_buckets),
     }
 
     def run(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
@@ -112,42 +112,42 @@ class Pricer:
       S, G = input_BSG.shape[1:]
       position_T = jnp.arange(T, dtype=jnp.int32)
       segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
-      position_BSG = limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[
-          None, None
-      ]
+      position_BSG = (
+        limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[None, None]
+      )
       flat = (B, S * G)
       hidden_BXD, _ = model(
-          jnp.concatenate([token_BT, input_BSG.reshape(flat)], axis=1),
-          jnp.concatenate(
-              [
-                  jnp.broadcast_to(position_T[None], (B, T)),
-                  position_BSG.reshape(flat),
-              ],
-              axis=1,
-          ),
-          attention.trunk_and_branches(segment_BT, limit_BS, G),
+        jnp.concatenate([token_BT, input_BSG.reshape(flat)], axis=1),
+        jnp.concatenate(
+          [
+            jnp.broadcast_to(position_T[None], (B, T)),
+            position_BSG.reshape(flat),
+          ],
+          axis=1,
+        ),
+        attention.trunk_and_branches(segment_BT, limit_BS, G),
       )
       target_BX = jnp.concatenate(
-          [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
+        [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
       )
       logprob_BX, entropy_BX = _token_prices(
-          model, hidden_BXD, target_BX, temperature
+        model, hidden_BXD, target_BX, temperature
       )
       return (
-          _shifted(logprob_BX[:, :T]),
-          _shifted(entropy_BX[:, :T]),
-          logprob_BX[:, T:].reshape(B, S, G),
+        _shifted(logprob_BX[:, :T]),
+        _shifted(entropy_BX[:, :T]),
+        logprob_BX[:, T:].reshape(B, S, G),
       )
 
     self._run = jax.jit(run)
 
   def price(
-      self,
-      params: Any,
-      trunks: Sequence[np.ndarray],
-      branches: Sequence[structs.Branch] = (),
-      *,
-      advance: Callable[[int], None] | None = None,
+    self,
+    params: Any,
+    trunks: Sequence[np.ndarray],
+    branches: Sequence[structs.Branch] = (),
+    *,
+    advance: Callable[[int], None] | None = None,
   ) -> structs.Prices:
     """Prices every token of every trunk and branch.
 
@@ -178,7 +178,7 @@ class Pricer:
       for row, slot, index in batch.branch_of:
         branch = branches[index]
         branch_logprob[index] = logprob_BSG[
-            row, slot, branch.skip : len(branch.tokens)
+          row, slot, branch.skip : len(branch.tokens)
         ]
       if advance is not None:
         advance(int(batch.length_B.sum()))
@@ -187,14 +187,14 @@ class Pricer:
     with jax.set_mesh(self._mesh):
       for batch in trunks_lib.pack(trunks, branches, **self._pack):
         arrays = jax.device_put(
-            (
-                batch.token_BT,
-                batch.length_B,
-                batch.input_BSG,
-                batch.target_BSG,
-                batch.limit_BS,
-            ),
-            sharding,
+          (
+            batch.token_BT,
+            batch.length_B,
+            batch.input_BSG,
+            batch.target_BSG,
+            batch.limit_BS,
+          ),
+          sharding,
         )
         results = self._run(params, *arrays)
         if waiting is not None:
@@ -206,14 +206,14 @@ class Pricer:
       for index, price in enumerate(prices):
         if not np.isfinite(price).all():
           raise FloatingPointError(
-              f"The log-probability of {name} {index} is not finite. The "
-              "parameters have diverged; lower the learning rate or resume "
-              "from an earlier checkpoint."
+            f"The log-probability of {name} {index} is not finite. The "
+            "parameters have diverged; lower the learning rate or resume "
+            "from an earlier checkpoint."
           )
     return structs.Prices(
-        trunk_logprob=trunk_logprob,
-        trunk_entropy=trunk_entropy,
-        branch_logprob=branch_logprob,
-        trunk_tokens=sum(len(t) for t in trunks),
-        branch_tokens=sum(len(b.tokens) for b in branches),
+      trunk_logprob=trunk_logprob,
+      trunk_entropy=trunk_entropy,
+      branch_logprob=branch_logprob,
+      trunk_tokens=sum(len(t) for t in trunks),
+      branch_tokens=sum(len(b.tokens) for b in branches),
     )

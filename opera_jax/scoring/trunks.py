@@ -38,9 +38,9 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def check(
-    trunks: Sequence[np.ndarray],
-    branches: Sequence[structs.Branch],
-    vocab_size: int,
+  trunks: Sequence[np.ndarray],
+  branches: Sequence[structs.Branch],
+  vocab_size: int,
 ) -> None:
   """Raises on anything that would be priced wrongly in silence.
 
@@ -53,39 +53,39 @@ def check(
       raise ValueError(f"Trunk {i} has no tokens; give it at least one.")
     if trunk.min() < 0 or trunk.max() >= vocab_size:
       raise ValueError(
-          f"Trunk {i} holds token id {trunk.max()} or {trunk.min()}; ids lie "
-          f"in [0, {vocab_size}). Check that tokenizer and model agree."
+        f"Trunk {i} holds token id {trunk.max()} or {trunk.min()}; ids lie "
+        f"in [0, {vocab_size}). Check that tokenizer and model agree."
       )
   for i, branch in enumerate(branches):
     if not 0 <= branch.trunk < len(trunks):
       raise ValueError(
-          f"Branch {i} names trunk {branch.trunk} of {len(trunks)}."
+        f"Branch {i} names trunk {branch.trunk} of {len(trunks)}."
       )
     size = len(trunks[branch.trunk])
     if not 1 <= branch.fork <= size:
       raise ValueError(
-          f"Branch {i} forks at {branch.fork}, but its trunk has {size} "
-          "tokens; a fork lies in [1, length]."
+        f"Branch {i} forks at {branch.fork}, but its trunk has {size} "
+        "tokens; a fork lies in [1, length]."
       )
     if not 0 <= branch.skip < len(branch.tokens):
       raise ValueError(
-          f"Branch {i} has {len(branch.tokens)} tokens of which the first "
-          f"{branch.skip} are context; at least one must be priced."
+        f"Branch {i} has {len(branch.tokens)} tokens of which the first "
+        f"{branch.skip} are context; at least one must be priced."
       )
     if branch.tokens.min() < 0 or branch.tokens.max() >= vocab_size:
       raise ValueError(
-          f"Branch {i} holds a token id outside [0, {vocab_size})."
+        f"Branch {i} holds a token id outside [0, {vocab_size})."
       )
 
 
 def pack(
-    trunks: Sequence[np.ndarray],
-    branches: Sequence[structs.Branch],
-    *,
-    rows: int,
-    length_buckets: Sequence[int],
-    slot_buckets: Sequence[int],
-    branch_buckets: Sequence[int],
+  trunks: Sequence[np.ndarray],
+  branches: Sequence[structs.Branch],
+  *,
+  rows: int,
+  length_buckets: Sequence[int],
+  slot_buckets: Sequence[int],
+  branch_buckets: Sequence[int],
 ) -> list[MicroBatch]:
   """Groups trunks of like length and number of branches into microbatches.
 
@@ -114,13 +114,13 @@ def pack(
       part = mine[start : start + most]
       longest = max((len(branches[i].tokens) for i in part), default=1)
       entries.append(
-          (
-              bucket(len(trunks[trunk]), length_buckets),
-              bucket(len(part), slot_buckets),
-              bucket(longest, branch_buckets),
-              trunk,
-              part,
-          )
+        (
+          bucket(len(trunks[trunk]), length_buckets),
+          bucket(len(part), slot_buckets),
+          bucket(longest, branch_buckets),
+          trunk,
+          part,
+        )
       )
   entries.sort(key=lambda e: (e[2], e[1], e[0], e[3]))
   batches = []
@@ -153,5 +153,5 @@ def _fill(group, shape, trunks, branches, rows) -> MicroBatch:
       limit_BS[row, slot] = branch.fork - 1
       branch_of.append((row, slot, index))
   return MicroBatch(
-      token_BT, length_B, input_BSG, target_BSG, limit_BS, trunk_of, branch_of
+    token_BT, length_B, input_BSG, target_BSG, limit_BS, trunk_of, branch_of
   )

@@ -45,27 +45,27 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
   loses one batch at the most.
   """
   stage = workdir_lib.Stage(
-      run.workdir, "synthesize", dataclasses.asdict(settings)
+    run.workdir, "synthesize", dataclasses.asdict(settings)
   )
-  if stage.finished() is not None:
+  if stage.finished():
     return
   params = run.load("base")
   rollout_params = run.for_rollout(params)
   searcher = search.Searcher(
-      run.engine,
-      run.pricer,
-      run.tokenizer,
-      brakes=settings.brakes,
-      candidates=settings.candidates,
-      budget=settings.budget,
-      price=settings.price,
-      temperature=settings.temperature,
-      top_k=settings.top_k,
-      top_p=settings.top_p,
-      max_step_tokens=settings.max_step_tokens,
-      max_thought_tokens=settings.max_thought_tokens,
-      max_answer_tokens=settings.max_answer_tokens,
-      template=settings.template,
+    run.engine,
+    run.pricer,
+    run.tokenizer,
+    brakes=settings.brakes,
+    candidates=settings.candidates,
+    budget=settings.budget,
+    price=settings.price,
+    temperature=settings.temperature,
+    top_k=settings.top_k,
+    top_p=settings.top_p,
+    max_step_tokens=settings.max_step_tokens,
+    max_thought_tokens=settings.max_thought_tokens,
+    max_answer_tokens=settings.max_answer_tokens,
+    template=settings.template,
   )
   prompts, key = run.tasks.synthesis, jax.random.key(run.seed + 1)
   done: list[traces.Trace] = []
@@ -76,11 +76,11 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
         batch = traces.read(part)
       else:
         batch = searcher.run(
-            rollout_params,
-            params,
-            prompts[start : start + settings.batch],
-            jax.random.fold_in(key, start),
-            advance=lambda tokens: progress.update(0, tokens=tokens),
+          rollout_params,
+          params,
+          prompts[start : start + settings.batch],
+          jax.random.fold_in(key, start),
+          advance=lambda tokens: progress.update(0, tokens=tokens),
         )
         traces.write(part, batch)
       done += batch
@@ -92,23 +92,21 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
 
 def select(run: setup_lib.Run, settings: Select, keywords: list[str]) -> None:
   """Writes `select/traces` and `select/rejected`, with counts by reason."""
-  stage = workdir_lib.Stage(
-      run.workdir, "select", dataclasses.asdict(settings)
-  )
-  if stage.finished() is not None:
+  stage = workdir_lib.Stage(run.workdir, "select", dataclasses.asdict(settings))
+  if stage.finished():
     return
   kept, rejected, counts = filters.select(
-      traces.read(run.workdir / "synthesize" / "traces"),
-      min_reflections=settings.min_reflections,
-      max_repeat=settings.max_repeat,
-      keep_share=settings.keep_share,
-      keywords=keywords,
+    traces.read(run.workdir / "synthesize" / "traces"),
+    min_reflections=settings.min_reflections,
+    max_repeat=settings.max_repeat,
+    keep_share=settings.keep_share,
+    keywords=keywords,
   )
   traces.write(stage.path / "traces", kept)
   if rejected:
     traces.write(
-        stage.path / "rejected",
-        [dataclasses.replace(t, status=why) for t, why in rejected],
+      stage.path / "rejected",
+      [dataclasses.replace(t, status=why) for t, why in rejected],
     )
   print(f"select: {counts}", flush=True)
   stage.finish(counts)

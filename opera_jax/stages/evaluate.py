@@ -4,7 +4,6 @@ Shape key: B prompts, N samples a prompt, M models.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,24 +22,24 @@ from opera_jax.train import metrics
 MODELS = ("base", "sft", "rl")
 
 OPEN_ENDED = (
-    table.Measure("r_self", "R_self"),
-    table.Measure("r_ppl", "R_ppl among all models' samples, priced by SFT"),
-    table.Measure("count", "productive reflections a thought"),
-    table.Measure(
-        "logp_direct", "log P(y_ref | x), empty thought", unit="nats/token"
-    ),
-    table.Measure(
-        "logp_thought", "log P(y_ref | x, own thought)", unit="nats/token"
-    ),
-    table.Measure(
-        "score", "L = log P(y_ref | x, own completion)", unit="nats/token"
-    ),
+  table.Measure("r_self", "R_self"),
+  table.Measure("r_ppl", "R_ppl among all models' samples, priced by SFT"),
+  table.Measure("count", "productive reflections a thought"),
+  table.Measure(
+    "logp_direct", "log P(y_ref | x), empty thought", unit="nats/token"
+  ),
+  table.Measure(
+    "logp_thought", "log P(y_ref | x, own thought)", unit="nats/token"
+  ),
+  table.Measure(
+    "score", "L = log P(y_ref | x, own completion)", unit="nats/token"
+  ),
 )
 GENERAL = (
-    table.Measure("thought_tokens", "thought length", "neither", "tokens"),
-    table.Measure("reflections", "reflections a thought", "neither"),
-    table.Measure("closed", "thoughts that close"),
-    table.Measure("finished", "completions that end"),
+  table.Measure("thought_tokens", "thought length", "neither", "tokens"),
+  table.Measure("reflections", "reflections a thought", "neither"),
+  table.Measure("closed", "thoughts that close"),
+  table.Measure("finished", "completions that end"),
 )
 FACTS = table.Measure("facts", "facts kept, of 5 (no reward sees it)")
 CORRECT = table.Measure("correct", "maths answers right")
@@ -65,9 +64,9 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
     FileNotFoundError: a model is missing.
   """
   stage = workdir_lib.Stage(
-      run.workdir, "evaluate", dataclasses.asdict(settings)
+    run.workdir, "evaluate", dataclasses.asdict(settings)
   )
-  if stage.finished() is not None:
+  if stage.finished():
     return
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
@@ -76,22 +75,22 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
     for model in MODELS:
       params = run.load(model)
       samples[model] = run.engine.sample(
-          run.for_rollout(params),
-          ids,
-          engine_lib.Sampling(
-              max_new_tokens=settings.max_new_tokens,
-              temperature=settings.temperature,
-              top_p=settings.top_p,
-              stop_ids=(run.tokenizer.end_id,),
-          ),
-          jax.random.key(run.seed + 3),
-          samples=settings.samples,
-          ids=[p.id for p in prompts],
-          advance=lambda tokens: progress.update(0, tokens=tokens),
+        run.for_rollout(params),
+        ids,
+        engine_lib.Sampling(
+          max_new_tokens=settings.max_new_tokens,
+          temperature=settings.temperature,
+          top_p=settings.top_p,
+          stop_ids=(run.tokenizer.end_id,),
+        ),
+        jax.random.key(run.seed + 3),
+        samples=settings.samples,
+        ids=[p.id for p in prompts],
+        advance=lambda tokens: progress.update(0, tokens=tokens),
       )
       scored[model] = run.scorer.score(params, prompts, ids, samples[model])
       values[model] = _measures(
-          run, params, prompts, ids, samples[model], scored[model]
+        run, params, prompts, ids, samples[model], scored[model]
       )
       progress.update()
   opened = np.asarray([p.task == "open_ended" for p in prompts])
@@ -103,17 +102,17 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
   print(table.as_markdown(rows), flush=True)
   shown = _shown(run, prompts, ids, samples, settings)
   stage.finish(
-      {
-          "prompts": len(prompts),
-          "samples": settings.samples,
-          "table": [dataclasses.asdict(row) for row in rows],
-          "markdown": table.as_markdown(rows),
-          "values": {
-              model: {k: v.tolist() for k, v in arrays.items()}
-              for model, arrays in values.items()
-          },
-          "shown": shown,
-      }
+    {
+      "prompts": len(prompts),
+      "samples": settings.samples,
+      "table": [dataclasses.asdict(row) for row in rows],
+      "markdown": table.as_markdown(rows),
+      "values": {
+        model: {k: v.tolist() for k, v in arrays.items()}
+        for model, arrays in values.items()
+      },
+      "shown": shown,
+    }
   )
 
 
@@ -125,32 +124,32 @@ def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
 
 
 def _measures(
-    run, params, prompts, ids, groups, scored: score_lib.Scored
+  run, params, prompts, ids, groups, scored: score_lib.Scored
 ) -> dict[str, np.ndarray]:
   """Per-prompt means over its samples, [B] each."""
   parts = {
-      name: part_BN.mean(axis=1)
-      for name, part_BN in scored.parts.items()
-      if name != "r_ppl"
+    name: part_BN.mean(axis=1)
+    for name, part_BN in scored.parts.items()
+    if name != "r_ppl"
   }
   parts["finished"] = np.asarray(
-      [np.mean([s.finished for s in group]) for group in groups]
+    [np.mean([s.finished for s in group]) for group in groups]
   )
   if all("facts" in p.columns for p in prompts):
     parts["facts"] = np.asarray(
-        [
-            np.mean(
-                [
-                    sum(
-                        storyworld.facts_kept(
-                            answer_text(run, s), p.columns["facts"]
-                        ).values()
-                    )
-                    for s in group
-                ]
+      [
+        np.mean(
+          [
+            sum(
+              storyworld.facts_kept(
+                answer_text(run, s), p.columns["facts"]
+              ).values()
             )
-            for p, group in zip(prompts, groups)
-        ]
+            for s in group
+          ]
+        )
+        for p, group in zip(prompts, groups)
+      ]
     )
   empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
   gap = run.tokenizer.encode("\n\n")
@@ -158,25 +157,25 @@ def _measures(
   for i, group, prompt in zip(ids, groups, prompts):
     reference = run.tokenizer.encode(prompt.reference)
     for context, tokens, skip in [
-        (np.concatenate([i, empty]), reference, 0),
-        *(
-            (
-                np.concatenate([i, _thought(run, s)]),
-                np.concatenate([gap, reference]),
-                len(gap),
-            )
-            for s in group
-        ),
+      (np.concatenate([i, empty]), reference, 0),
+      *(
+        (
+          np.concatenate([i, _thought(run, s)]),
+          np.concatenate([gap, reference]),
+          len(gap),
+        )
+        for s in group
+      ),
     ]:
       branches.append(
-          structs.Branch(
-              trunk=len(trunks), fork=len(context), tokens=tokens, skip=skip
-          )
+        structs.Branch(
+          trunk=len(trunks), fork=len(context), tokens=tokens, skip=skip
+        )
       )
       trunks.append(context)
   prices = run.pricer.price(params, trunks, branches)
   mean_BX = np.asarray([p.mean() for p in prices.branch_logprob]).reshape(
-      len(prompts), -1
+    len(prompts), -1
   )
   parts["logp_direct"] = mean_BX[:, 0]
   parts["logp_thought"] = mean_BX[:, 1:].mean(axis=1)
@@ -197,7 +196,7 @@ def _pooled_rank(run, prompts, ids, samples, opened) -> dict[str, np.ndarray]:
   chosen = [b for b in range(len(prompts)) if opened[b]]
   pooled = [[s for m in MODELS for s in samples[m][b]] for b in chosen]
   scored = run.scorer.score(
-      judge, [prompts[b] for b in chosen], [ids[b] for b in chosen], pooled
+    judge, [prompts[b] for b in chosen], [ids[b] for b in chosen], pooled
   )
   out = {}
   rank_BX = scored.parts["r_ppl"].reshape(len(chosen), len(MODELS), -1)
@@ -217,7 +216,7 @@ def _table(values, opened, prompts, settings) -> list[table.Row]:
   def rows(measures, keep):
     kept = {m: {k: v[keep] for k, v in a.items()} for m, a in values.items()}
     return table.assemble(
-        kept, measures, resamples=settings.resamples, seed=len(prompts)
+      kept, measures, resamples=settings.resamples, seed=len(prompts)
     )
 
   out = []
@@ -229,11 +228,11 @@ def _table(values, opened, prompts, settings) -> list[table.Row]:
 
 
 def _shown(
-    run: setup_lib.Run,
-    prompts: Sequence[structs.Prompt],
-    ids: Sequence[np.ndarray],
-    samples: dict[str, Any],
-    settings: Settings,
+  run: setup_lib.Run,
+  prompts: Sequence[structs.Prompt],
+  ids: Sequence[np.ndarray],
+  samples: dict[str, Any],
+  settings: Settings,
 ) -> list[dict[str, Any]]:
   """A few completions of every model, with each step's effect on y_ref."""
   chosen = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
@@ -242,29 +241,29 @@ def _shown(
   for model in MODELS if chosen else ():
     groups = [samples[model][b] for b in chosen]
     scored = run.scorer.score(
-        run.load(model),
-        [prompts[b] for b in chosen],
-        [ids[b] for b in chosen],
-        groups,
-        all_steps=True,
+      run.load(model),
+      [prompts[b] for b in chosen],
+      [ids[b] for b in chosen],
+      groups,
+      all_steps=True,
     )
     for place, b in enumerate(chosen):
       row = place * settings.samples
       out.append(
-          {
-              "model": model,
-              "prompt": prompts[b].prompt,
-              "reference": prompts[b].reference,
-              "text": run.tokenizer.decode(
-                  groups[place][0].tokens, skip_special=True
-              ),
-              "answer": answer_text(run, groups[place][0]),
-              "steps": _steps(run, scored, row, groups[place][0]),
-              "parts": {
-                  k: float(scored.parts[k][place, 0])
-                  for k in ("r_self", "r_ppl", "count", "score")
-              },
-          }
+        {
+          "model": model,
+          "prompt": prompts[b].prompt,
+          "reference": prompts[b].reference,
+          "text": run.tokenizer.decode(
+            groups[place][0].tokens, skip_special=True
+          ),
+          "answer": answer_text(run, groups[place][0]),
+          "steps": _steps(run, scored, row, groups[place][0]),
+          "parts": {
+            k: float(scored.parts[k][place, 0])
+            for k in ("r_self", "r_ppl", "count", "score")
+          },
+        }
       )
   return out
 
@@ -275,17 +274,11 @@ def _steps(run, scored, row, sample) -> list[dict[str, Any]]:
     end = int(thoughts.step_end[row, j])
     delta = float(scored.deltas_RJ[row, j])
     out.append(
-        {
-            "text": run.tokenizer.decode(sample.tokens[begin:end]).strip(),
-            "delta": delta,
-            "reflective": bool(thoughts.reflective[row, j]),
-        }
+      {
+        "text": run.tokenizer.decode(sample.tokens[begin:end]).strip(),
+        "delta": delta,
+        "reflective": bool(thoughts.reflective[row, j]),
+      }
     )
     begin = end
   return out
-
-
-def read(workdir) -> dict[str, Any]:
-  """What `evaluate` wrote, or {} before it ran."""
-  path = workdir / "evaluate" / "DONE.json"
-  return json.loads(path.read_text()) if path.exists() else {}

@@ -8,31 +8,34 @@ import jax
 from opera_jax import structs
 from opera_jax.sharding import layout
 from opera_jax.stages import workdir as workdir_lib
-from opera_jax.train import checkpoint, metrics, step as step_lib
+from opera_jax.train import checkpoint, metrics
 from opera_jax.train import state as train_state
+from opera_jax.train import step as step_lib
 
 
 def place(state: train_state.TrainState, mesh: jax.sharding.Mesh):
   """Puts what has no layout yet (counters, keys) whole on every device."""
   whole = layout.replicated(mesh)
   return jax.tree.map(
-      lambda x: x
+    lambda x: (
+      x
       if isinstance(x.sharding, jax.sharding.NamedSharding)
-      else jax.device_put(x, whole),
-      state,
+      else jax.device_put(x, whole)
+    ),
+    state,
   )
 
 
 def fit(
-    stage: workdir_lib.Stage,
-    state: train_state.TrainState,
-    update: step_lib.Update,
-    batches: Callable[[int], structs.Batch],
-    *,
-    mesh: jax.sharding.Mesh,
-    steps: int,
-    checkpoint_every: int,
-    preemption: checkpoint.Preemption,
+  stage: workdir_lib.Stage,
+  state: train_state.TrainState,
+  update: step_lib.Update,
+  batches: Callable[[int], structs.Batch],
+  *,
+  mesh: jax.sharding.Mesh,
+  steps: int,
+  checkpoint_every: int,
+  preemption: checkpoint.Preemption,
 ) -> Any:
   """Runs `steps` updates, from the newest checkpoint if there is one.
 
@@ -63,7 +66,7 @@ def fit(
     start, state, _ = restored
     print(f"{stage.name}: goes on after step {start}", flush=True)
   log = metrics.Metrics(
-      stage.path, "metrics", last_step=None if restored is None else start
+    stage.path, "metrics", last_step=None if restored is None else start
   )
   rows = layout.rows(mesh)
 
@@ -74,8 +77,8 @@ def fit(
 
   waiting = None
   with (
-      jax.set_mesh(mesh),
-      metrics.Progress(steps, stage.name, done=start) as progress,
+    jax.set_mesh(mesh),
+    metrics.Progress(steps, stage.name, done=start) as progress,
   ):
     for i in range(start, steps):
       batch = batches(i)

@@ -15,8 +15,7 @@ from opera_jax import structs
 from opera_jax.data import batching
 from opera_jax.rewards import compose, opera, verifiable
 from opera_jax.scoring import price as price_lib
-from opera_jax.text import automaton
-from opera_jax.text import thought
+from opera_jax.text import automaton, thought
 from opera_jax.text import tokenizer as tokenizer_lib
 
 
@@ -36,20 +35,20 @@ class Scorer:
   """Scores completions under the policy given at each call."""
 
   def __init__(
-      self,
-      pricer: price_lib.Pricer,
-      tokenizer: tokenizer_lib.Tokenizer,
-      *,
-      alpha: float = 0.3,
-      tau: float = 2.0,
-      mode: str = "both",
-      keywords: Sequence[str] = thought.KEYWORDS,
-      match: str = "word",
-      separator: str = thought.SEPARATOR,
-      bridge: str = "",
-      max_steps: int = 64,
-      math_check: str = "exact",
-      cache_dir: str | None = None,
+    self,
+    pricer: price_lib.Pricer,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    alpha: float = 0.3,
+    tau: float = 2.0,
+    mode: str = "both",
+    keywords: Sequence[str] = thought.KEYWORDS,
+    match: str = "word",
+    separator: str = thought.SEPARATOR,
+    bridge: str = "",
+    max_steps: int = 64,
+    math_check: str = "exact",
+    cache_dir: str | None = None,
   ):
     """Builds the automaton of the reflective states.
 
@@ -72,37 +71,37 @@ class Scorer:
     self._bridge = tokenizer.encode_template(bridge)
     self._max_steps, self._math_check = max_steps, math_check
     self._table = automaton.compile(
-        keywords,
-        separator,
-        match,
-        tokenizer.vocab_bytes,
-        tokenizer.think_open_id,
-        tokenizer.think_close_id,
-        cache_dir=cache_dir,
+      keywords,
+      separator,
+      match,
+      tokenizer.vocab_bytes,
+      tokenizer.think_open_id,
+      tokenizer.think_close_id,
+      cache_dir=cache_dir,
     )
 
   def thoughts(self, samples: Sequence[structs.Sample]):
     """Where the steps lie: host `Thoughts`, and each row's true count."""
     longest = max(len(s.tokens) for s in samples)
     tokens_RT, length_R = batching.pad_rows(
-        [s.tokens for s in samples],
-        length=-(-longest // 128) * 128,
-        pad_id=self._tokenizer.pad_id,
+      [s.tokens for s in samples],
+      length=-(-longest // 128) * 128,
+      pad_id=self._tokenizer.pad_id,
     )
     codes = automaton.run(self._table, tokens_RT, length_R)
     return jax.device_get(
-        (thought.from_codes(codes, self._max_steps), thought.total_steps(codes))
+      (thought.from_codes(codes, self._max_steps), thought.total_steps(codes))
     )
 
   def score(
-      self,
-      params: Any,
-      prompts: Sequence[structs.Prompt],
-      prompt_ids: Sequence[np.ndarray],
-      groups: Sequence[Sequence[structs.Sample]],
-      *,
-      all_steps: bool = False,
-      advance: Callable[[int], None] | None = None,
+    self,
+    params: Any,
+    prompts: Sequence[structs.Prompt],
+    prompt_ids: Sequence[np.ndarray],
+    groups: Sequence[Sequence[structs.Sample]],
+    *,
+    all_steps: bool = False,
+    advance: Callable[[int], None] | None = None,
   ) -> Scored:
     """Scores N samples of each of B prompts.
 
@@ -126,64 +125,64 @@ class Scorer:
     owner = [b for b, group in enumerate(groups) for _ in group]
     thoughts, total_R = self.thoughts(flat)
     trunks = [
-        np.concatenate([prompt_ids[b], s.tokens]) for b, s in zip(owner, flat)
+      np.concatenate([prompt_ids[b], s.tokens]) for b, s in zip(owner, flat)
     ]
     opened = [r for r, b in enumerate(owner) if prompts[b].task == "open_ended"]
     branches, layout = self._queries(
-        prompts, prompt_ids, owner, flat, thoughts, opened, all_steps
+      prompts, prompt_ids, owner, flat, thoughts, opened, all_steps
     )
     prices = self._pricer.price(params, trunks, branches, advance=advance)
     deltas_RJ = np.full(thoughts.step_end.shape, np.nan, np.float32)
     parts = None
     if opened:
       parts = opera.rewards(
-          prices.branch_logprob, layout, samples=count, **self._reward
+        prices.branch_logprob, layout, samples=count, **self._reward
       )
       deltas_RJ[opened] = opera.step_deltas(prices.branch_logprob, layout)
     correct = [
-        [
-            verifiable.correct(
-                self._tokenizer.decode(s.tokens, skip_special=True),
-                prompt.reference,
-                method=self._math_check,
-            )
-            for s in group
-        ]
-        for prompt, group in zip(prompts, groups)
-        if prompt.task == "math"
+      [
+        verifiable.correct(
+          self._tokenizer.decode(s.tokens, skip_special=True),
+          prompt.reference,
+          method=self._math_check,
+        )
+        for s in group
+      ]
+      for prompt, group in zip(prompts, groups)
+      if prompt.task == "math"
     ]
     total_BN, parts = compose.compose(
-        [p.task for p in prompts],
-        open_ended=parts,
-        correct_VN=np.asarray(correct) if correct else None,
+      [p.task for p in prompts],
+      open_ended=parts,
+      correct_VN=np.asarray(correct) if correct else None,
     )
     shape = (len(groups), count)
     parts |= {
-        "reflections": thoughts.reflective.sum(1).reshape(shape),
-        "steps": total_R.reshape(shape),
-        "closed": thoughts.closed.reshape(shape),
-        "thought_tokens": np.where(
-            thoughts.closed, thoughts.end - thoughts.start, 0
-        ).reshape(shape),
-        "steps_beyond_max": (total_R > self._max_steps).reshape(shape),
+      "reflections": thoughts.reflective.sum(1).reshape(shape),
+      "steps": total_R.reshape(shape),
+      "closed": thoughts.closed.reshape(shape),
+      "thought_tokens": np.where(
+        thoughts.closed, thoughts.end - thoughts.start, 0
+      ).reshape(shape),
+      "steps_beyond_max": (total_R > self._max_steps).reshape(shape),
     }
     return Scored(total_BN, parts, trunks, prices, thoughts, deltas_RJ)
 
   def _queries(
-      self, prompts, prompt_ids, owner, flat, thoughts, rows, all_steps
+    self, prompts, prompt_ids, owner, flat, thoughts, rows, all_steps
   ):
     if not rows:
       return [], None
     end = self._tokenizer.end_id
     return opera.queries(
-        jax.tree.map(lambda x: x[rows], thoughts),
-        np.asarray([len(prompt_ids[owner[r]]) for r in rows]),
-        # L comes after the answer itself, before the end-of-turn token.
-        np.asarray(
-            [len(flat[r].tokens) - (flat[r].tokens[-1] == end) for r in rows]
-        ),
-        [self._tokenizer.encode(prompts[owner[r]].reference) for r in rows],
-        bridge_ids=self._bridge,
-        all_steps=all_steps,
-        trunks=rows,
+      jax.tree.map(lambda x: x[rows], thoughts),
+      np.asarray([len(prompt_ids[owner[r]]) for r in rows]),
+      # L comes after the answer itself, before the end-of-turn token.
+      np.asarray(
+        [len(flat[r].tokens) - (flat[r].tokens[-1] == end) for r in rows]
+      ),
+      [self._tokenizer.encode(prompts[owner[r]].reference) for r in rows],
+      bridge_ids=self._bridge,
+      all_steps=all_steps,
+      trunks=rows,
     )

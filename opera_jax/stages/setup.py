@@ -69,35 +69,35 @@ class Run:
     shapes = qwen3.abstract(self.model)[1]
     shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
     like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        shardings,
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      shardings,
     )
     saves = checkpoint.Checkpoints(self.workdir / stage / "model")
     restored = saves.restore(like)
     saves.close()
     if restored is None:
       raise FileNotFoundError(
-          f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "
-          f"it first: add {stage} to config.stages."
+        f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "
+        f"it first: add {stage} to config.stages."
       )
     return restored[1]
 
 
 def setup(
-    workdir: str | os.PathLike,
-    *,
-    seed: int,
-    mesh: Mapping[str, int],
-    tokenizer: Mapping[str, Any],
-    model: Mapping[str, Any],
-    data: Mapping[str, Any],
-    max_prompt_tokens: int,
-    max_reference_tokens: int,
-    engine: Mapping[str, Any],
-    price: Mapping[str, Any],
-    reward: Mapping[str, Any],
-    temperature: float,
+  workdir: str | os.PathLike,
+  *,
+  seed: int,
+  mesh: Mapping[str, int],
+  tokenizer: Mapping[str, Any],
+  model: Mapping[str, Any],
+  data: Mapping[str, Any],
+  max_prompt_tokens: int,
+  max_reference_tokens: int,
+  engine: Mapping[str, Any],
+  price: Mapping[str, Any],
+  reward: Mapping[str, Any],
+  temperature: float,
 ) -> Run:
   """Loads or makes everything that the stages share; trains only the BPE.
 
@@ -130,9 +130,9 @@ def setup(
     sizes["vocab_size"] = words.vocab_size
   if sizes["vocab_size"] < words.vocab_size:
     raise ValueError(
-        f"The tokenizer has {words.vocab_size} ids and config.model.vocab_size "
-        f"is {sizes['vocab_size']}; every id needs a row. Raise it, or set 0 "
-        "to take the tokenizer's."
+      f"The tokenizer has {words.vocab_size} ids and config.model.vocab_size "
+      f"is {sizes['vocab_size']}; every id needs a row. Raise it, or set 0 "
+      "to take the tokenizer's."
     )
   config = qwen3.Config(**sizes)
   graphdef, shapes = qwen3.abstract(config)
@@ -141,34 +141,34 @@ def setup(
   kept, dropped = {}, {}
   for name in ("synthesis", "rl", "held_out"):
     kept[name], counts = prompts_lib.filter_by_length(
-        getattr(tasks, name), words, max_prompt_tokens, max_reference_tokens
+      getattr(tasks, name), words, max_prompt_tokens, max_reference_tokens
     )
     dropped |= {f"{name}/{key}": count for key, count in counts.items()}
   sizes = {"vocab_size": config.vocab_size, "mesh": device_mesh, **price}
   pricer = price_lib.Pricer(graphdef, **sizes)
   return Run(
-      workdir=workdir,
-      seed=seed,
-      mesh=device_mesh,
-      tokenizer=words,
-      model=config,
-      graphdef=graphdef,
-      axes=axes,
-      tasks=dataclasses.replace(tasks, **kept),
-      dropped=dropped,
-      engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
-      pricer=pricer,
-      policy_pricer=pricer
-      if temperature == 1
-      else price_lib.Pricer(graphdef, temperature=temperature, **sizes),
-      scorer=score_lib.Scorer(
-          pricer, words, cache_dir=str(workdir / "automata"), **reward
-      ),
+    workdir=workdir,
+    seed=seed,
+    mesh=device_mesh,
+    tokenizer=words,
+    model=config,
+    graphdef=graphdef,
+    axes=axes,
+    tasks=dataclasses.replace(tasks, **kept),
+    dropped=dropped,
+    engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
+    pricer=pricer,
+    policy_pricer=pricer
+    if temperature == 1
+    else price_lib.Pricer(graphdef, temperature=temperature, **sizes),
+    scorer=score_lib.Scorer(
+      pricer, words, cache_dir=str(workdir / "automata"), **reward
+    ),
   )
 
 
 def _tokenizer(
-    workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
+  workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
 ) -> tokenizer_lib.Tokenizer:
   folder = workdir / "tokenizer"
   if (folder / "tokenizer.json").exists():

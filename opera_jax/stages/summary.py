@@ -9,14 +9,22 @@ from opera_jax import structs
 from opera_jax.rewards import opera
 from opera_jax.stages import score as score_lib
 
+NAMES = {
+  "thought_tokens": "length/thought",
+  "steps": "thought/steps",
+  "reflections": "thought/reflections",
+  "closed": "thought/closed",
+  "steps_beyond_max": "thought/steps_beyond_max",
+}
+
 
 def rl_step(
-    scored: score_lib.Scored,
-    samples: Sequence[Sequence[structs.Sample]],
-    old: structs.Prices,
-    ema: float,
-    updates: Sequence[Mapping[str, Any]],
-    clock: Mapping[str, float],
+  scored: score_lib.Scored,
+  samples: Sequence[Sequence[structs.Sample]],
+  old: structs.Prices,
+  ema: float,
+  updates: Sequence[Mapping[str, Any]],
+  clock: Mapping[str, float],
 ) -> dict[str, float]:
   """The metrics of a step.
 
@@ -34,27 +42,27 @@ def rl_step(
   flat = [s for group in samples for s in group]
   length_R = np.asarray([len(s.tokens) for s in flat])
   gap = np.concatenate(
-      [
-          np.abs(s.logprob - price[len(price) - len(s.tokens) :])
-          for s, price in zip(flat, old.trunk_logprob)
-      ]
+    [
+      np.abs(s.logprob - price[len(price) - len(s.tokens) :])
+      for s, price in zip(flat, old.trunk_logprob)
+    ]
   )
   total_BN = scored.total_BN
   out = {
-      "reward/mean": total_BN.mean(),
-      "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
-      "reward/groups_without_spread": (np.ptp(total_BN, axis=1) == 0).mean(),
-      "reward/score_ema": ema,
-      "reward/score_smoothed": opera.smoothed(scored.parts["score"], ema).mean(),
-      "completion/tokens": length_R.mean(),
-      "completion/finished": np.mean([s.finished for s in flat]),
-      "agreement/mean_abs_delta": gap.mean(),
-      "agreement/max_abs_delta": gap.max(),
-      "price/trunk_tokens": scored.prices.trunk_tokens,
-      "price/branch_tokens": scored.prices.branch_tokens,
+    "reward/mean": total_BN.mean(),
+    "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
+    "reward/groups_without_spread": (np.ptp(total_BN, axis=1) == 0).mean(),
+    "reward/score_ema": ema,
+    "reward/score_smoothed": opera.smoothed(scored.parts["score"], ema).mean(),
+    "length/completion": length_R.mean(),
+    "rollout/finished": np.mean([s.finished for s in flat]),
+    "agreement/mean_abs_delta": gap.mean(),
+    "agreement/max_abs_delta": gap.max(),
+    "price/trunk_tokens": scored.prices.trunk_tokens,
+    "price/branch_tokens": scored.prices.branch_tokens,
   }
   for name, part_BN in scored.parts.items():
-    out[f"reward/{name}"] = part_BN.mean()
+    out[NAMES.get(name, f"reward/{name}")] = part_BN.mean()
   for name in updates[0]:
     out[name] = np.mean([values[name] for values in updates])
   names = list(clock)

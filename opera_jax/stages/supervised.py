@@ -40,91 +40,89 @@ class Recipe:
 
 
 def base(
-    run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
+  run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
   """Pretrains the base model on the tasks' documents."""
   stage = workdir_lib.Stage(run.workdir, "base", dataclasses.asdict(recipe))
-  if stage.finished() is not None:
+  if stage.finished():
     return
   words, documents = run.tokenizer, run.tasks.documents
   count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
   print(
-      f"base: {count:,} parameters, vocabulary {words.vocab_size}, "
-      f"{len(documents):,} documents",
-      flush=True,
+    f"base: {count:,} parameters, vocabulary {words.vocab_size}, "
+    f"{len(documents):,} documents",
+    flush=True,
   )
   end = np.asarray([words.end_id], np.int32)
   pairs = [
-      (
-          words.chat_prompt(prompt),
-          np.concatenate([words.encode_template(completion), end]),
-      )
-      for prompt, completion in documents
+    (
+      words.chat_prompt(prompt),
+      np.concatenate([words.encode_template(completion), end]),
+    )
+    for prompt, completion in documents
   ]
   _train(run, stage, run.initial(), pairs, recipe, preemption)
 
 
 def sft(
-    run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
+  run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
   """Fine-tunes the base model on the selected traces."""
   stage = workdir_lib.Stage(run.workdir, "sft", dataclasses.asdict(recipe))
-  if stage.finished() is not None:
+  if stage.finished():
     return
   pairs = [
-      (run.tokenizer.chat_prompt(t.prompt), t.completion)
-      for t in traces.read(run.workdir / "select" / "traces")
+    (run.tokenizer.chat_prompt(t.prompt), t.completion)
+    for t in traces.read(run.workdir / "select" / "traces")
   ]
   _train(run, stage, run.load("base"), pairs, recipe, preemption)
 
 
 def _train(
-    run: setup_lib.Run,
-    stage: workdir_lib.Stage,
-    params: Any,
-    pairs: list[Pair],
-    recipe: Recipe,
-    preemption: checkpoint.Preemption,
+  run: setup_lib.Run,
+  stage: workdir_lib.Stage,
+  params: Any,
+  pairs: list[Pair],
+  recipe: Recipe,
+  preemption: checkpoint.Preemption,
 ) -> None:
   data = sft_data.build(
-      pairs,
-      batch_size=recipe.batch_size,
-      row_length=recipe.row_tokens,
-      packed=recipe.packed,
-      epochs=recipe.epochs,
-      seed=run.seed,
-      pad_id=run.tokenizer.pad_id,
+    pairs,
+    batch_size=recipe.batch_size,
+    row_length=recipe.row_tokens,
+    packed=recipe.packed,
+    epochs=recipe.epochs,
+    seed=run.seed,
+    pad_id=run.tokenizer.pad_id,
   )
   rate = optimizer.schedule(
-      recipe.learning_rate,
-      len(data),
-      warmup_fraction=recipe.warmup,
-      decay=recipe.decay,
+    recipe.learning_rate,
+    len(data),
+    warmup_fraction=recipe.warmup,
+    decay=recipe.decay,
   )
   adamw = optimizer.adamw(
-      rate,
-      b2=recipe.b2,
-      weight_decay=recipe.weight_decay,
-      max_grad_norm=recipe.max_grad_norm,
+    rate,
+    b2=recipe.b2,
+    weight_decay=recipe.weight_decay,
+    max_grad_norm=recipe.max_grad_norm,
   )
   update = step_lib.make_sft_update(
-      price_lib.row_logprob(run.graphdef),
-      adamw,
-      name=stage.name,
-      reduction=recipe.reduction,
-      micro_batches=recipe.micro_batches,
+    price_lib.row_logprob(run.graphdef),
+    adamw,
+    name=stage.name,
+    reduction=recipe.reduction,
+    micro_batches=recipe.micro_batches,
   )
   params = fit_lib.fit(
-      stage,
-      train_state.create(params, adamw, jax.random.key(run.seed)),
-      update,
-      data.__getitem__,
-      mesh=run.mesh,
-      steps=len(data),
-      checkpoint_every=recipe.checkpoint_every,
-      preemption=preemption,
+    stage,
+    train_state.create(params, adamw, jax.random.key(run.seed)),
+    update,
+    data.__getitem__,
+    mesh=run.mesh,
+    steps=len(data),
+    checkpoint_every=recipe.checkpoint_every,
+    preemption=preemption,
   )
   run.save(stage.name, params)
-  stage.finish(
-      {"updates": len(data), **data.counts}
-  )
+  stage.finish({"updates": len(data), **data.counts})

@@ -27,21 +27,21 @@ class Tasks:
 
 
 def load(
-    *,
-    kind: str,
-    seed: int,
-    synthesis: int,
-    rl: int,
-    held_out: int,
-    documents: int,
-    path: str,
-    fields: Mapping[str, str],
-    task_map: Mapping[str, str],
-    math_path: str,
-    math_fields: Mapping[str, str],
-    math_answer: str,
-    math_limit: int,
-    responses_path: str,
+  *,
+  kind: str,
+  seed: int,
+  synthesis: int,
+  rl: int,
+  held_out: int,
+  documents: int,
+  path: str,
+  fields: Mapping[str, str],
+  task_map: Mapping[str, str],
+  math_path: str,
+  math_fields: Mapping[str, str],
+  math_answer: str,
+  math_limit: int,
+  responses_path: str,
 ) -> Tasks:
   """Loads or makes the tasks.
 
@@ -66,50 +66,48 @@ def load(
   """
   if kind == "storyworld":
     return Tasks(
-        synthesis=storyworld.prompts(synthesis, seed + 1),
-        rl=storyworld.prompts(rl, seed + 2),
-        held_out=storyworld.prompts(held_out, seed + 3),
-        documents=[
-            (p.prompt, c) for p, c in storyworld.corpus(documents, seed)
-        ],
+      synthesis=storyworld.prompts(synthesis, seed + 1),
+      rl=storyworld.prompts(rl, seed + 2),
+      held_out=storyworld.prompts(held_out, seed + 3),
+      documents=[(p.prompt, c) for p, c in storyworld.corpus(documents, seed)],
     )
   if kind != "jsonl":
     raise ValueError(
-        f"Unknown config.data.kind {kind!r}; use 'storyworld' or 'jsonl'."
+      f"Unknown config.data.kind {kind!r}; use 'storyworld' or 'jsonl'."
     )
   if not path:
     raise ValueError(
-        "config.data.kind is 'jsonl' and config.data.path is empty. Name a "
-        "JSONL file of tasks with --config.data.path=FILE."
+      "config.data.kind is 'jsonl' and config.data.path is empty. Name a "
+      "JSONL file of tasks with --config.data.path=FILE."
     )
   every = prompts_lib.load(path, fields=fields, task_map=task_map)
   if math_path:
     every += prompts_lib.load(
-        math_path,
-        fields=math_fields,
-        default_task="math",
-        answer_pattern=math_answer,
-        limit=math_limit,
+      math_path,
+      fields=math_fields,
+      default_task="math",
+      answer_pattern=math_answer,
+      limit=math_limit,
     )
   if held_out >= len(every):
     raise ValueError(
-        f"{path} has {len(every)} tasks and config.data.held_out is "
-        f"{held_out}; some must be left to train on. Lower it."
+      f"{path} has {len(every)} tasks and config.data.held_out is "
+      f"{held_out}; some must be left to train on. Lower it."
     )
   train, held = prompts_lib.split(every, held_out, seed)
   rng = random.Random(f"tasks/{seed}")
   return Tasks(
-      synthesis=rng.sample(train, min(synthesis, len(train))),
-      rl=rng.sample(train, min(rl, len(train))),
-      held_out=held,
-      documents=_drafted(train, responses_path, documents, seed)
-      if documents
-      else [],
+    synthesis=rng.sample(train, min(synthesis, len(train))),
+    rl=rng.sample(train, min(rl, len(train))),
+    held_out=held,
+    documents=_drafted(train, responses_path, documents, seed)
+    if documents
+    else [],
   )
 
 
 def _drafted(
-    train: Sequence[structs.Prompt], path: str, count: int, seed: int
+  train: Sequence[structs.Prompt], path: str, count: int, seed: int
 ) -> list[Document]:
   """Documents from many responses to each prompt: a draft, then an answer.
 
@@ -130,15 +128,17 @@ def _drafted(
           item = (float(row["score"]), str(row["response"]))
         except (ValueError, KeyError) as error:
           raise ValueError(
-              f"{path}:{number}: not a response ({error}); a line needs id, "
-              "score and response. Mend or drop the line."
+            f"{path}:{number}: not a response ({error}); a line needs id, "
+            "score and response. Mend or drop the line."
           ) from error
         by_id.setdefault(row["id"], []).append(item)
-  usable = [p for p in train if p.task == "math" or len(by_id.get(p.id, ())) > 1]
+  usable = [
+    p for p in train if p.task == "math" or len(by_id.get(p.id, ())) > 1
+  ]
   if not usable:
     raise ValueError(
-        f"No training prompt has two responses in {path!r}; pretraining needs "
-        "them. Set config.data.responses_path, or load a base model."
+      f"No training prompt has two responses in {path!r}; pretraining needs "
+      "them. Set config.data.responses_path, or load a base model."
     )
   out = []
   for i in range(count):
@@ -158,9 +158,9 @@ def _drafted(
 
 def _passages(rng: random.Random, response: str) -> list[str]:
   sentences = [
-      s.strip()
-      for s in re.split(r"(?<=[.!?])\s+|\n+", response)
-      if len(s.strip()) > 20
+    s.strip()
+    for s in re.split(r"(?<=[.!?])\s+|\n+", response)
+    if len(s.strip()) > 20
   ]
   if not sentences:
     return [response[:200].strip() or "..."]

@@ -17,7 +17,7 @@ class Stage:
   """
 
   def __init__(
-      self, workdir: str | os.PathLike, name: str, settings: Mapping[str, Any]
+    self, workdir: str | os.PathLike, name: str, settings: Mapping[str, Any]
   ):
     """Opens the folder, making it if need be.
 
@@ -38,24 +38,23 @@ class Stage:
       before = json.loads(begun.read_text())
       names = sorted(before.keys() | self._settings.keys())
       changed = [
-          f"{n}: {before.get(n, 'none')!r} then, "
-          f"{self._settings.get(n, 'none')!r} now"
-          for n in names
-          if before.get(n) != self._settings.get(n)
+        f"{n}: {before.get(n, 'none')!r} then, "
+        f"{self._settings.get(n, 'none')!r} now"
+        for n in names
+        if before.get(n) != self._settings.get(n)
       ]
       if changed:
         raise ValueError(
-            f"Stage {name} in {self.path} was begun with other settings: "
-            f"{'; '.join(changed)}. Use a new --workdir, or delete that "
-            "folder and those of the stages after it."
+          f"Stage {name} in {self.path} was begun with other settings: "
+          f"{'; '.join(changed)}. Use a new --workdir, or delete that "
+          "folder and those of the stages after it."
         )
     else:
       self._write("SETTINGS.json", self._settings)
 
-  def finished(self) -> dict[str, Any] | None:
-    """What `finish` was given, or None while the stage is not finished."""
-    mark = self.path / "DONE.json"
-    return json.loads(mark.read_text()) if mark.exists() else None
+  def finished(self) -> bool:
+    """Whether `finish` was called, in this run or an earlier one."""
+    return (self.path / "DONE.json").exists()
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the stage finished."""
@@ -68,6 +67,12 @@ class Stage:
       partial.replace(self.path / name)
 
 
+def result(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
+  """What a finished stage reported; {} if it has not finished."""
+  mark = pathlib.Path(workdir) / name / "DONE.json"
+  return json.loads(mark.read_text()) if mark.exists() else {}
+
+
 def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:
   """The stages that a comma-separated list names.
 
@@ -78,8 +83,8 @@ def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:
   unknown = sorted(chosen - set(known))
   if unknown or not chosen:
     raise ValueError(
-        f"config.stages={text!r} names {unknown or 'no stage'}; choose among "
-        f"{','.join(known)}."
+      f"config.stages={text!r} names {unknown or 'no stage'}; choose among "
+      f"{','.join(known)}."
     )
   return chosen
 

@@ -10,11 +10,11 @@ from opera_jax.text import thought
 
 
 def reason(
-    trace: traces.Trace,
-    *,
-    min_reflections: int,
-    max_repeat: float,
-    keywords: Sequence[str],
+  trace: traces.Trace,
+  *,
+  min_reflections: int,
+  max_repeat: float,
+  keywords: Sequence[str],
 ) -> str | None:
   """Why a trace is rejected, or None.
 
@@ -30,9 +30,7 @@ def reason(
     return "answer missing"
   steps = [s.strip() for s in trace.thought.split(thought.SEPARATOR)]
   steps = [s for s in steps if s]
-  reflections = sum(
-      thought.is_reflective(s.encode(), keywords) for s in steps
-  )
+  reflections = sum(thought.is_reflective(s.encode(), keywords) for s in steps)
   if reflections < min_reflections:
     return f"fewer than {min_reflections} reflections"
   if steps and 1 - len(set(steps)) / len(steps) > max_repeat:
@@ -41,12 +39,12 @@ def reason(
 
 
 def select(
-    candidates: Sequence[traces.Trace],
-    *,
-    min_reflections: int = 1,
-    max_repeat: float = 0.2,
-    keep_share: float = 1.0,
-    keywords: Sequence[str] = thought.KEYWORDS,
+  candidates: Sequence[traces.Trace],
+  *,
+  min_reflections: int = 1,
+  max_repeat: float = 0.2,
+  keep_share: float = 1.0,
+  keywords: Sequence[str] = thought.KEYWORDS,
 ) -> tuple[list[traces.Trace], list[tuple[traces.Trace, str]], dict[str, int]]:
   """Filters traces, then keeps the share of lowest kept-candidate perplexity.
 
@@ -68,16 +66,16 @@ def select(
   """
   if not 0 < keep_share <= 1:
     raise ValueError(
-        f"keep_share is a share, in (0, 1], got {keep_share}. Change "
-        "config.select.keep_share."
+      f"keep_share is a share, in (0, 1], got {keep_share}. Change "
+      "config.select.keep_share."
     )
   passed, rejected = [], []
   for trace in candidates:
     why = reason(
-        trace,
-        min_reflections=min_reflections,
-        max_repeat=max_repeat,
-        keywords=keywords,
+      trace,
+      min_reflections=min_reflections,
+      max_repeat=max_repeat,
+      keywords=keywords,
     )
     if why is None:
       passed.append(trace)
@@ -90,14 +88,12 @@ def select(
 
   order = sorted(range(len(passed)), key=lambda i: (perplexity(passed[i]), i))
   keep = set(order[: max(1, round(keep_share * len(order)))])
-  rejected += [
-      (t, "perplexity") for i, t in enumerate(passed) if i not in keep
-  ]
+  rejected += [(t, "perplexity") for i, t in enumerate(passed) if i not in keep]
   kept = [t for i, t in enumerate(passed) if i in keep]
   counts = collections.Counter(why for _, why in rejected)
   if not kept:
     raise ValueError(
-        f"No synthesised trace passed the filters: {dict(counts)}. Loosen "
-        "config.select, or synthesise with a better base model."
+      f"No synthesised trace passed the filters: {dict(counts)}. Loosen "
+      "config.select, or synthesise with a better base model."
     )
   return kept, rejected, {"kept": len(kept), **counts}

@@ -53,22 +53,22 @@ class Searcher:
   """Synthesises traces with a policy given at each call."""
 
   def __init__(
-      self,
-      engine: engine_lib.Engine,
-      pricer: price_lib.Pricer,
-      tokenizer: tokenizer_lib.Tokenizer,
-      *,
-      brakes: Sequence[str] = BRAKES,
-      candidates: int = 4,
-      budget: int = 20,
-      price: str = "sequence",
-      temperature: float = 0.6,
-      top_k: int = 20,
-      top_p: float = 0.95,
-      max_step_tokens: int = 512,
-      max_thought_tokens: int = 8192,
-      max_answer_tokens: int = 2048,
-      template: str = "{prompt}",
+    self,
+    engine: engine_lib.Engine,
+    pricer: price_lib.Pricer,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    brakes: Sequence[str] = BRAKES,
+    candidates: int = 4,
+    budget: int = 20,
+    price: str = "sequence",
+    temperature: float = 0.6,
+    top_k: int = 20,
+    top_p: float = 0.95,
+    max_step_tokens: int = 512,
+    max_thought_tokens: int = 8192,
+    max_answer_tokens: int = 2048,
+    template: str = "{prompt}",
   ):
     """Builds the brake automata.
 
@@ -98,40 +98,38 @@ class Searcher:
       raise ValueError(f"candidates must be at least 1, got {candidates}.")
     if template.count("{prompt}") != 1:
       raise ValueError(
-          f"The template {template[:60]!r} must hold {{prompt}} exactly once."
+        f"The template {template[:60]!r} must hold {{prompt}} exactly once."
       )
     self._engine, self._pricer, self._tokenizer = engine, pricer, tokenizer
     self._candidates, self._budget, self._price = candidates, budget, price
     self._brakes = tuple(brakes)
     # Within a thought a candidate ends at a brake that opens a sentence.
-    self._heads = tuple(
-        lead + word for word in brakes for lead in ("\n", ". ")
-    )
+    self._heads = tuple(lead + word for word in brakes for lead in ("\n", ". "))
     self._brake_table, self._head_table = (
-        automaton.compile_stops(
-            strings, tokenizer.vocab_bytes, right_boundary=True
-        )
-        for strings in (self._brakes, self._heads)
+      automaton.compile_stops(
+        strings, tokenizer.vocab_bytes, right_boundary=True
+      )
+      for strings in (self._brakes, self._heads)
     )
     stop_ids = (tokenizer.end_id, tokenizer.think_close_id)
     draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     self._step = engine_lib.Sampling(
-        max_new_tokens=max_step_tokens, stop_ids=stop_ids, **draw
+      max_new_tokens=max_step_tokens, stop_ids=stop_ids, **draw
     )
     self._last = engine_lib.Sampling(
-        max_new_tokens=max_answer_tokens, stop_ids=stop_ids[:1], **draw
+      max_new_tokens=max_answer_tokens, stop_ids=stop_ids[:1], **draw
     )
     self._max_thought_tokens = max_thought_tokens
     self._template = template
 
   def run(
-      self,
-      sample_params: Any,
-      price_params: Any,
-      prompts: Sequence[structs.Prompt],
-      key: jax.Array,
-      *,
-      advance: Callable[[int], None] | None = None,
+    self,
+    sample_params: Any,
+    price_params: Any,
+    prompts: Sequence[structs.Prompt],
+    key: jax.Array,
+    *,
+    advance: Callable[[int], None] | None = None,
   ) -> list[traces.Trace]:
     """Synthesises one trace a prompt.
 
@@ -149,33 +147,33 @@ class Searcher:
     opened = self._tokenizer.encode_template("<think>\n")
     none = np.zeros(0, np.int32)
     searches = [
-        _Search(
-            prompt=prompt,
-            head=np.concatenate(
-                [self._chat(self._template, prompt.prompt), opened]
-            ),
-            thought=none,
-            trigger=none,
-            rounds=[],
-            answer=none,
-        )
-        for prompt in prompts
+      _Search(
+        prompt=prompt,
+        head=np.concatenate(
+          [self._chat(self._template, prompt.prompt), opened]
+        ),
+        thought=none,
+        trigger=none,
+        rounds=[],
+        answer=none,
+      )
+      for prompt in prompts
     ]
 
     def sample(group, settings, stops, samples, round_index):
       return self._engine.sample(
-          sample_params,
-          [s.context for s in group],
-          settings,
-          jax.random.fold_in(key, round_index),
-          samples=samples,
-          ids=[s.prompt.id for s in group],
-          stops=stops,
-          advance=advance,
+        sample_params,
+        [s.context for s in group],
+        settings,
+        jax.random.fold_in(key, round_index),
+        samples=samples,
+        ids=[s.prompt.id for s in group],
+        stops=stops,
+        advance=advance,
       )
 
     for search, (one,) in zip(
-        searches, sample(searches, self._step, self._brake_table, 1, 0)
+      searches, sample(searches, self._step, self._brake_table, 1, 0)
     ):
       self._go_on(search, none, one, self._brakes)
     for round_index in range(1, self._budget + 1):
@@ -183,12 +181,12 @@ class Searcher:
       if not group:
         break
       drawn = sample(
-          group, self._step, self._head_table, self._candidates, round_index
+        group, self._step, self._head_table, self._candidates, round_index
       )
       self._keep_best(price_params, group, drawn)
     rest = [s for s in searches if s.status == "branch"]
     for search, (one,) in zip(
-        rest, sample(rest, self._step, None, 1, self._budget + 1)
+      rest, sample(rest, self._step, None, 1, self._budget + 1)
     ):
       self._go_on(search, search.trigger, one, ())
     self._answer(sample_params, searches, key, advance)
@@ -206,7 +204,7 @@ class Searcher:
       return tokens, tokens[:0], "answer"
     if stops:
       found = automaton.find_first(
-          tokens, self._tokenizer.vocab_bytes, stops, right_boundary=True
+        tokens, self._tokenizer.vocab_bytes, stops, right_boundary=True
       )
       if found is not None:
         # The stop string may open with "\n" or ". "; those stay behind.
@@ -233,35 +231,33 @@ class Searcher:
         tokens = np.concatenate([search.trigger, kept])
         cuts.append((tokens, sample, status))
         branches.append(
-            structs.Branch(trunk=place, fork=len(trunks[place]), tokens=tokens)
+          structs.Branch(trunk=place, fork=len(trunks[place]), tokens=tokens)
         )
     prices = self._pricer.price(params, trunks, branches)
     for place, search in enumerate(group):
       mine = range(place * self._candidates, (place + 1) * self._candidates)
       perplexity = [
-          self._perplexity(
-              prices.trunk_logprob[place], prices.branch_logprob[i]
-          )
-          for i in mine
+        self._perplexity(prices.trunk_logprob[place], prices.branch_logprob[i])
+        for i in mine
       ]
       whole = [cuts[i][2] in ("branch", "answer") for i in mine]
       # A candidate that ran out of length or turn is kept only if all did.
       best = min(
-          range(self._candidates), key=lambda c: (not whole[c], perplexity[c])
+        range(self._candidates), key=lambda c: (not whole[c], perplexity[c])
       )
       search.rounds.append(
-          traces.Round(
-              trigger=self._tokenizer.decode(search.trigger),
-              kept=best,
-              candidates=tuple(
-                  traces.Candidate(
-                      text=self._tokenizer.decode(cuts[i][0]),
-                      perplexity=perplexity[c],
-                      tokens=len(cuts[i][0]),
-                  )
-                  for c, i in enumerate(mine)
-              ),
-          )
+        traces.Round(
+          trigger=self._tokenizer.decode(search.trigger),
+          kept=best,
+          candidates=tuple(
+            traces.Candidate(
+              text=self._tokenizer.decode(cuts[i][0]),
+              perplexity=perplexity[c],
+              tokens=len(cuts[i][0]),
+            )
+            for c, i in enumerate(mine)
+          ),
+        )
       )
       self._go_on(search, search.trigger, cuts[mine[best]][1], self._heads)
 
@@ -276,16 +272,17 @@ class Searcher:
     group = [s for s in searches if s.status == "answer"]
     opened = self._tokenizer.encode_template("<think>\n")
     drawn = self._engine.sample(
-        params,
-        [
-            np.concatenate([self._chat("{prompt}", s.prompt.prompt), opened,
-                            s.thought])
-            for s in group
-        ],
-        self._last,
-        jax.random.fold_in(key, self._budget + 2),
-        ids=[s.prompt.id for s in group],
-        advance=advance,
+      params,
+      [
+        np.concatenate(
+          [self._chat("{prompt}", s.prompt.prompt), opened, s.thought]
+        )
+        for s in group
+      ],
+      self._last,
+      jax.random.fold_in(key, self._budget + 2),
+      ids=[s.prompt.id for s in group],
+      advance=advance,
     )
     for search, (one,) in zip(group, drawn):
       search.answer = one.tokens
@@ -300,12 +297,12 @@ class Searcher:
     if len(answer) and answer[-1] == self._tokenizer.end_id:
       answer = answer[:-1]
     return traces.Trace(
-        id=search.prompt.id,
-        prompt=search.prompt.prompt,
-        reference=search.prompt.reference,
-        thought=self._tokenizer.decode(thought),
-        answer=self._tokenizer.decode(answer).strip(),
-        completion=np.concatenate([opened, search.thought, search.answer]),
-        rounds=tuple(search.rounds),
-        status=search.status,
+      id=search.prompt.id,
+      prompt=search.prompt.prompt,
+      reference=search.prompt.reference,
+      thought=self._tokenizer.decode(thought),
+      answer=self._tokenizer.decode(answer).strip(),
+      completion=np.concatenate([opened, search.thought, search.answer]),
+      rounds=tuple(search.rounds),
+      status=search.status,
     )

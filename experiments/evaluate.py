@@ -1,0 +1,46 @@
+"""Judges the three models of a run on held-out prompts, and writes the page.
+
+  python -m experiments.evaluate --config=configs/tiny.py --workdir=runs/tiny
+
+Reads `base/model`, `sft/model` and `rl/model`; writes `evaluate/` and
+`report.html`.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opera_jax.stages import evaluate, reporting, setup
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  run = setup.setup(
+    _WORKDIR.value,
+    seed=config.seed,
+    mesh=config.mesh,
+    tokenizer=config.tokenizer,
+    model=config.model,
+    data=config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    max_reference_tokens=config.max_reference_tokens,
+    engine=config.engine,
+    price=config.price,
+    reward=config.reward,
+    temperature=config.rollout.temperature,
+  )
+  evaluate.evaluate(
+    run,
+    evaluate.Settings(
+      max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+    ),
+  )
+  reporting.write(run, config.to_dict())
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir"])
+  app.run(main)

@@ -1,0 +1,41 @@
+"""Fine-tunes the base model of a run on its selected traces.
+
+  python -m experiments.sft --config=configs/tiny.py --workdir=runs/tiny
+
+Reads `select/traces`, writes `sft/model`.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opera_jax.stages import setup, supervised
+from opera_jax.train import checkpoint
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  run = setup.setup(
+    _WORKDIR.value,
+    seed=config.seed,
+    mesh=config.mesh,
+    tokenizer=config.tokenizer,
+    model=config.model,
+    data=config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    max_reference_tokens=config.max_reference_tokens,
+    engine=config.engine,
+    price=config.price,
+    reward=config.reward,
+    temperature=config.rollout.temperature,
+  )
+  with checkpoint.Preemption() as preemption:
+    supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir"])
+  app.run(main)

@@ -1,0 +1,132 @@
+"""Trunks with branches cost what separate rows cost, on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.models import qwen3
+from opera_jax.scoring import price, trunks
+from opera_jax.sharding import layout, mesh, rules
+
+BUCKETS = {
+  "rows": 8,
+  "length_buckets": (16, 32),
+  "slot_buckets": (1, 4),
+  "branch_buckets": (8, 16),
+}
+
+
+def _problem(seed=0, vocab=300):
+  rng = np.random.default_rng(seed)
+  draw = lambda n: rng.integers(0, vocab, n).astype(np.int32)  # noqa: E731
+  rows = [draw(n) for n in (5, 12, 30, 16, 1, 24)]
+  branches = []
+  for _ in range(23):
+    trunk = int(rng.integers(len(rows)))
+    size = int(rng.integers(1, 13))
+    branches.append(
+      structs.Branch(
+        trunk=trunk,
+        fork=int(rng.integers(1, len(rows[trunk]) + 1)),
+        tokens=draw(size),
+        skip=int(rng.integers(0, size)),
+      )
+    )
+  # Seven more on one trunk: more than the largest slot bucket holds.
+  branches += [
+    structs.Branch(trunk=2, fork=f, tokens=draw(4)) for f in range(1, 8)
+  ]
+  return rows, branches
+
+
+def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
+  config, graphdef, params = tiny_model
+  rows, branches = _problem()
+  pricer = price.Pricer(
+    graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
+  )
+  prices = pricer.price(params, rows, branches)
+  for row, got in zip(rows, prices.trunk_logprob):
+    assert got[0] == 0
+    np.testing.assert_allclose(got[1:], slow_logprob(row), atol=1e-5)
+  for branch, got in zip(branches, prices.branch_logprob):
+    prefix = rows[branch.trunk][: branch.fork]
+    whole = slow_logprob(np.concatenate([prefix, branch.tokens]))
+    want = whole[branch.fork - 1 + branch.skip :]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+  assert prices.trunk_tokens == sum(map(len, rows))
+
+
+@pytest.mark.parametrize(
+  "shape", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}]
+)
+def test_mesh_does_not_change_prices(tiny_model, one_device, shape):
+  config, graphdef, params = tiny_model
+  rows, branches = _problem(1)
+  made = {"vocab_size": config.vocab_size, **BUCKETS}
+  want = price.Pricer(graphdef, mesh=one_device, **made).price(
+    params, rows, branches
+  )
+  many = mesh.create(shape)
+  sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
+  got = price.Pricer(graphdef, mesh=many, **made).price(sharded, rows, branches)
+  for a, b in zip(want.branch_logprob, got.branch_logprob):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  for a, b in zip(want.trunk_logprob, got.trunk_logprob):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_packing_loses_nothing_and_bounds_shapes():
+  rows, branches = _problem(2)
+  batches = trunks.pack(rows, branches, **BUCKETS)
+  assert sorted(i for b in batches for _, _, i in b.branch_of) == list(
+    range(len(branches))
+  )
+  assert {t for b in batches for t in b.trunk_of} == set(range(len(rows)))
+  for batch in batches:
+    assert batch.token_BT.shape[1] in BUCKETS["length_buckets"]
+    assert batch.input_BSG.shape[1] in BUCKETS["slot_buckets"]
+    assert batch.input_BSG.shape[2] in BUCKETS["branch_buckets"]
+
+
+@pytest.mark.parametrize(
+  "branch, message",
+  [
+    (structs.Branch(0, 0, np.array([1])), "forks at 0"),
+    (structs.Branch(0, 4, np.array([1])), "forks at 4"),
+    (structs.Branch(0, 1, np.array([], np.int32)), "at least one must"),
+    (structs.Branch(0, 1, np.array([5]), skip=1), "at least one must"),
+    (structs.Branch(1, 1, np.array([5])), "names trunk 1 of 1"),
+    (structs.Branch(0, 1, np.array([300])), "outside \\[0, 300\\)"),
+    (structs.Branch(0, 1, np.array([-1])), "outside \\[0, 300\\)"),
+  ],
+)
+def test_bad_branches_are_refused(branch, message):
+  with pytest.raises(ValueError, match=message):
+    trunks.check([np.array([1, 2, 3])], [branch], 300)
+
+
+def test_bad_trunks_are_refused():
+  with pytest.raises(ValueError, match="no tokens"):
+    trunks.check([np.array([], np.int32)], [], 300)
+  with pytest.raises(ValueError, match="tokenizer and model"):
+    trunks.check([np.array([300])], [], 300)
+
+
+def test_diverged_parameters_are_named(tiny_model, one_device):
+  config, graphdef, params = tiny_model
+  broken = jax.tree.map(lambda x: x * np.nan, params)
+  pricer = price.Pricer(
+    graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
+  )
+  with pytest.raises(FloatingPointError, match="not finite"):
+    pricer.price(broken, [np.array([1, 2])])
+
+
+def test_rows_must_divide_the_mesh(tiny_model):
+  config, graphdef, _ = tiny_model
+  with pytest.raises(ValueError, match="config.price.rows"):
+    price.Pricer(
+      graphdef, vocab_size=config.vocab_size, mesh=mesh.create(), rows=6
+    )

@@ -1,0 +1,100 @@
+"""Packages import only what the plan allows."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+KERNEL_APIS = "kernels.api"
+ALLOWED = {
+    "configs": set(),
+    "kernels": set(),
+    "structs": set(),
+    "sharding": {"structs"},
+    "losses": {"structs"},
+    "credit": {"structs"},
+    "models": {"sharding", KERNEL_APIS},
+    "text": {"structs", KERNEL_APIS},
+    "rewards": {"structs", "text", KERNEL_APIS},
+    "data": {"structs", "text"},
+    "scoring": {"models", "text", "sharding", "structs", KERNEL_APIS},
+    "rollout": {"models", "text", "sharding", "structs", "scoring", KERNEL_APIS},
+    "synthesis": {"rollout", "scoring", "rewards", "data", "text", "structs"},
+    "evals": {"rollout", "scoring", "rewards", "data", "text", "structs"},
+    "train": {"losses", "sharding", "structs"},
+    "report": {"structs", "evals"},
+    "stages": {
+        "structs", "sharding", "models", "text", "data", "rollout", "scoring",
+        "rewards", "credit", "losses", "synthesis", "train", "evals", "report",
+    },
+    "experiments": {
+        "structs", "sharding", "models", "text", "data", "rollout", "scoring",
+        "rewards", "credit", "losses", "synthesis", "train", "evals", "report",
+        "stages",
+    },
+}  # fmt: skip
+
+
+def _package(module: str) -> str | None:
+  """Our package of an imported module; None for other people's."""
+  parts = module.split(".")
+  if parts[0] == "kernels":
+    return KERNEL_APIS if parts[-1] == "api" else "kernels"
+  if parts[0] in ("configs", "experiments"):
+    return parts[0]
+  if parts[0] == "opera_jax" and len(parts) > 1:
+    return parts[1]
+  return None
+
+
+def _imports(path):
+  """Every module a file imports, as `a.b.c` of what is used."""
+  tree = ast.parse(path.read_text())
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield node.lineno, alias.name
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno}: import absolutely"
+      for alias in node.names:
+        yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def _files():
+  for top in ("configs", "kernels", "experiments", "opera_jax"):
+    for path in sorted((ROOT / top).rglob("*.py")):
+      relative = path.relative_to(ROOT)
+      name = relative.parts[1] if top == "opera_jax" else top
+      yield path, relative, name.removesuffix(".py")
+
+
+def test_arrows():
+  wrong, seen = [], 0
+  for path, relative, own in _files():
+    if own == "__init__":
+      continue
+    for line, module in _imports(path):
+      package = _package(module)
+      inside = package == own or (own == "kernels" and package == KERNEL_APIS)
+      seen += package is not None
+      same_driver = own == "experiments" and package == "experiments"
+      if package is None or (inside and not same_driver):
+        continue
+      if package not in ALLOWED[own]:
+        wrong.append(f"{relative}:{line}: {own} may not import {module}")
+  assert seen > 100
+  assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["ml_collections", "absl"])
+def test_configs_stop_at_the_driver(name):
+  for path, relative, own in _files():
+    if own in ("configs", "experiments"):
+      continue
+    for line, module in _imports(path):
+      assert module.split(".")[0] != name, f"{relative}:{line}: {module}"
+
+
+def test_every_package_is_in_the_plan():
+  own = {name for _, _, name in _files()} - {"__init__"}
+  assert own == set(ALLOWED)
