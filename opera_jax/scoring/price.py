@@ -4,6 +4,7 @@ Shape key: R or B rows, T tokens of a row, S branches, G tokens of a branch,
 D hidden.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -164,6 +165,35 @@ class Pricer:
       ValueError: see `trunks.check`; a price that is not finite.
     """
     trunks_lib.check(trunks, branches, self._vocab_size)
+    # Equal work is done once: it costs nothing twice, and two samples that
+    # are the same tokens get the same bits, so that they tie.
+    trunk_place, own_trunks = _distinct(trunks, [t.tobytes() for t in trunks])
+    moved = [
+        dataclasses.replace(b, trunk=trunk_place[b.trunk]) for b in branches
+    ]
+    branch_place, own_branches = _distinct(
+        moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
+    )
+    priced = self._run_all(params, own_trunks, own_branches, advance)
+    for name, prices in zip(("trunk", "trunk", "branch"), priced):
+      for index, price in enumerate(prices):
+        if not np.isfinite(price).all():
+          raise FloatingPointError(
+              f"The log-probability of {name} {index} is not finite. The "
+              "parameters have diverged; lower the learning rate or resume "
+              "from an earlier checkpoint."
+          )
+    trunk_logprob, trunk_entropy, branch_logprob = priced
+    return structs.Prices(
+        trunk_logprob=[trunk_logprob[i] for i in trunk_place],
+        trunk_entropy=[trunk_entropy[i] for i in trunk_place],
+        branch_logprob=[branch_logprob[i] for i in branch_place],
+        trunk_tokens=sum(len(t) for t in own_trunks),
+        branch_tokens=sum(len(b.tokens) for b in own_branches),
+    )
+
+  def _run_all(self, params, trunks, branches, advance):
+    """Prices distinct trunks and branches, one microbatch in flight."""
     trunk_logprob = [None] * len(trunks)
     trunk_entropy = [None] * len(trunks)
     branch_logprob = [None] * len(branches)
@@ -178,7 +208,7 @@ class Pricer:
       for row, slot, index in batch.branch_of:
         branch = branches[index]
         branch_logprob[index] = logprob_BSG[
-          row, slot, branch.skip : len(branch.tokens)
+            row, slot, branch.skip : len(branch.tokens)
         ]
       if advance is not None:
         advance(int(batch.length_B.sum()))
@@ -187,14 +217,14 @@ class Pricer:
     with jax.set_mesh(self._mesh):
       for batch in trunks_lib.pack(trunks, branches, **self._pack):
         arrays = jax.device_put(
-          (
-            batch.token_BT,
-            batch.length_B,
-            batch.input_BSG,
-            batch.target_BSG,
-            batch.limit_BS,
-          ),
-          sharding,
+            (
+                batch.token_BT,
+                batch.length_B,
+                batch.input_BSG,
+                batch.target_BSG,
+                batch.limit_BS,
+            ),
+            sharding,
         )
         results = self._run(params, *arrays)
         if waiting is not None:
@@ -202,18 +232,16 @@ class Pricer:
         waiting = (batch, results)
     if waiting is not None:
       finish(*waiting)
-    for name, prices in (("trunk", trunk_logprob), ("branch", branch_logprob)):
-      for index, price in enumerate(prices):
-        if not np.isfinite(price).all():
-          raise FloatingPointError(
-            f"The log-probability of {name} {index} is not finite. The "
-            "parameters have diverged; lower the learning rate or resume "
-            "from an earlier checkpoint."
-          )
-    return structs.Prices(
-      trunk_logprob=trunk_logprob,
-      trunk_entropy=trunk_entropy,
-      branch_logprob=branch_logprob,
-      trunk_tokens=sum(len(t) for t in trunks),
-      branch_tokens=sum(len(b.tokens) for b in branches),
-    )
+    return trunk_logprob, trunk_entropy, branch_logprob
+
+
+def _distinct(items: Sequence[Any], keys: Sequence[Any]):
+  """(place of each item among the distinct ones, the distinct ones)."""
+  first: dict[Any, int] = {}
+  places, kept = [], []
+  for item, key in zip(items, keys):
+    if key not in first:
+      first[key] = len(kept)
+      kept.append(item)
+    places.append(first[key])
+  return places, kept

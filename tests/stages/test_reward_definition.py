@@ -1,0 +1,222 @@
+"""The reward equals its slow definition: one forward pass per prefix."""
+
+import jax
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.data import storyworld
+from opera_jax.models import qwen3
+from opera_jax.scoring import price
+from opera_jax.stages import score
+from opera_jax.text import thought
+from opera_jax.text import tokenizer as tokenizer_lib
+
+# Groups of completions: ragged, truncated, silent, tied, with keywords inside
+# words, over token boundaries and doubled. "|" marks where tokens are cut.
+GROUPS = [
+    [
+        "<think>\nThe story is about Mira.\n\nWait, the scene is the old mill."
+        "\n\nBut there must be a brass key.\n</think>\n\nMira came.<|im_end|>",
+        "<think>\nHmm, I wonder.\n\nHowever, at the end they walk on alone.\n"
+        "</think>\n\nIn the end they walk on alone.<|im_end|>",
+        "<think>\nThe attribute is a button. Await it.\n</think>\n\nSo."
+        "<|im_end|>",
+        "<think>\nWait, this thought is cut off.\n\nBut it goes on and",
+    ],
+    [
+        "<think>\nW|ait, split ov|er tokens.\n\n\n\nh|m|m again\n\n</think>\n\n"
+        "One.<|im_end|>",
+        "<think>\nNo thought reflects here.\n\nNone at all.\n</think>\n\nOne."
+        "<|im_end|>",
+        # Twice the same completion: a tie in the group.
+        "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
+        "\n</think>\n\nTwo.<|im_end|>",
+        "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
+        "\n</think>\n\nTwo.<|im_end|>",
+    ],
+    [
+        "no thought at all<|im_end|>",
+        "</think>\n\n<think>\n\nBut opened after it closed.\n\n</think><|im_end|>",
+        "<think>\n</think>\n\n<|im_end|>",
+        "<think>\nWait.\n\nWait.\n\nWait.\n</think>\n\nThree<|im_end|>",
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def world(one_device):
+  corpus = storyworld.corpus(200, 0)
+  words = tokenizer_lib.Tokenizer.train_bpe(
+      [text for task, done in corpus for text in (task.prompt, done)], 420
+  )
+  config = qwen3.Config(
+      vocab_size=words.vocab_size,
+      hidden=48,
+      layers=2,
+      heads=4,
+      kv_heads=2,
+      head_dim=16,
+      intermediate=64,
+      rope_theta=10_000.0,
+  )
+  graphdef, params = qwen3.create(config, 0)
+  params = jax.tree.map(lambda x: x * 2.0, params)
+  pricer = price.Pricer(
+      graphdef,
+      vocab_size=config.vocab_size,
+      mesh=one_device,
+      rows=4,
+      length_buckets=(96, 192),
+      slot_buckets=(2, 8),
+      branch_buckets=(64,),
+  )
+  return words, graphdef, params, pricer
+
+
+def _tokens(words, text):
+  parts = [words.encode_template(part) for part in text.split("|")]
+  if "<|im_end|>" in text:
+    parts = [words.encode_template(text.replace("<|im_end|>", "\0"))]
+    head = [p for p in text.removesuffix("<|im_end|>").split("|") if p]
+    parts = [words.encode_template(p) for p in head]
+    parts.append(np.asarray([words.end_id]))
+  return np.concatenate(parts).astype(np.int32)
+
+
+def _definition(world, prompt_ids, groups, references, bridge, match):
+  """R_self, R_ppl and counts by separate forward passes and plain loops."""
+  words, graphdef, params, _ = world
+  from flax import nnx
+
+  from opera_jax.models import attention
+
+  @jax.jit
+  def hidden(tokens_1T):
+    model = nnx.merge(graphdef, params)
+    T = tokens_1T.shape[1]
+    out, _ = model(
+        tokens_1T,
+        np.arange(T)[None],
+        attention.causal(np.ones((1, T), np.int32)),
+    )
+    head, _ = model.head_matrix()
+    return jax.nn.log_softmax(out[0] @ head.T)
+
+  def mean_logprob(context, target):
+    row = np.concatenate([context, target])
+    # Causal: what stands after the row cannot change it.
+    padded = np.pad(row, (0, 256 - len(row)))
+    table = np.asarray(hidden(padded[None]))
+    places = np.arange(len(context), len(row))
+    return table[places - 1, row[places]].mean()
+
+  bridge_ids = words.encode_template(bridge)
+  count_BN, self_BN, rank_BN = [], [], []
+  for prompt, group, reference in zip(prompt_ids, groups, references):
+    counts, scores = [], []
+    for tokens in group:
+      steps = thought.define(
+          tokens,
+          words.vocab_bytes,
+          words.think_open_id,
+          words.think_close_id,
+          match=match,
+      )
+      opened = np.flatnonzero(tokens == words.think_open_id)
+      count = 0
+      before = opened[0] + 1 if len(opened) else 0
+      for step in steps:
+        prices = [
+            mean_logprob(
+                np.concatenate([prompt, tokens[:end], bridge_ids]), reference
+            )
+            for end in (before, step.end)
+        ]
+        if step.reflective and prices[1] > prices[0]:
+          count += 1
+        before = step.end
+      whole = tokens[:-1] if tokens[-1] == words.end_id else tokens
+      counts.append(count)
+      scores.append(mean_logprob(np.concatenate([prompt, whole]), reference))
+    count_BN.append(counts)
+    self_BN.append([np.tanh(c / 2) for c in counts])
+    rank_BN.append(
+        [sum(o < s for o in scores) / (len(scores) - 1) for s in scores]
+    )
+  return np.array(count_BN), np.array(self_BN), np.array(rank_BN)
+
+
+@pytest.mark.parametrize(
+    "bridge, match", [("", "word"), ("\n</think>\n\n", "substring")]
+)
+def test_reward_equals_the_slow_definition(world, bridge, match):
+  words, _, params, pricer = world
+  tasks = storyworld.prompts(len(GROUPS), 3)
+  prompt_ids = [words.chat_prompt(t.prompt) for t in tasks]
+  groups = [[_tokens(words, text) for text in group] for group in GROUPS]
+  samples = [
+      [
+          structs.Sample(t, np.zeros(len(t), np.float32), t[-1] == words.end_id)
+          for t in group
+      ]
+      for group in groups
+  ]
+  scorer = score.Scorer(pricer, words, bridge=bridge, match=match)
+  got = scorer.score(params, tasks, prompt_ids, samples)
+  references = [words.encode(t.reference) for t in tasks]
+  count, r_self, r_ppl = _definition(
+      world, prompt_ids, groups, references, bridge, match
+  )
+  np.testing.assert_array_equal(got.parts["count"], count)
+  np.testing.assert_allclose(got.parts["r_self"], r_self, atol=1e-5)
+  np.testing.assert_allclose(got.parts["r_ppl"], r_ppl, atol=1e-5)
+  np.testing.assert_allclose(
+      got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
+  )
+  # The cases are what they are meant to be.
+  assert count.max() >= 1
+  assert r_ppl[1, 2] == r_ppl[1, 3]
+  assert not got.parts["closed"][0, 3]
+  assert count[0, 3] == 0
+  assert got.parts["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
+
+
+def test_maths_rows_get_zero_or_one(world):
+  words, _, params, pricer = world
+  tasks = [
+      structs.Prompt("m", "math", "What is 2 + 2?", "4"),
+      *storyworld.prompts(1, 3),
+  ]
+  texts = [
+      "<think>\nWait, 5.\n</think>\n\nThe answer is 4.<|im_end|>",
+      "<think>\nWait, 4.\n</think>\n\nThe answer is 5.<|im_end|>",
+  ]
+  samples = [
+      [
+          structs.Sample(t, np.zeros(len(t), np.float32), True)
+          for t in (_tokens(words, text) for text in texts)
+      ]
+      for _ in tasks
+  ]
+  ids = [words.chat_prompt(t.prompt) for t in tasks]
+  got = score.Scorer(pricer, words).score(params, tasks, ids, samples)
+  np.testing.assert_array_equal(got.total_BN[0], [1, 0])
+  for part in ("r_self", "r_ppl", "count"):
+    np.testing.assert_array_equal(got.parts[part][0], [0, 0])
+  np.testing.assert_array_equal(got.parts["correct"], [[1, 0], [0, 0]])
+
+
+def test_empty_reference_and_single_sample_are_refused(world):
+  words, _, params, pricer = world
+  scorer = score.Scorer(pricer, words)
+  task = structs.Prompt("a", "open_ended", "Tell.", "")
+  sample = structs.Sample(
+      _tokens(words, GROUPS[0][0]), np.zeros(3, np.float32), True
+  )
+  ids = [words.chat_prompt("Tell.")]
+  with pytest.raises(ValueError, match="no tokens"):
+    scorer.score(params, [task], ids, [[sample, sample]])
+  task = structs.Prompt("a", "open_ended", "Tell.", "A story.")
+  with pytest.raises(ValueError, match="config.rollout.samples"):
+    scorer.score(params, [task], ids, [[sample]])
