@@ -2,7 +2,7 @@
 
 A loop's carry must start with the type it ends with, and a custom backward
 pass must return cotangents of the type of its primals. Outside of shard_map,
-or with check_vma=False, nothing varies and both functions do nothing.
+or with check_vma=False, nothing varies and nothing is done.
 """
 
 import jax
@@ -18,6 +18,14 @@ def reduce_like(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
   """Sums a cotangent over the mesh axes that its primal is replicated over."""
   axes = tuple(sorted(varying(cotangent) - varying(primal)))
   return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def shape_like(
+  shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *operands: jax.Array
+) -> jax.ShapeDtypeStruct:
+  """The type of a kernel's output: it varies wherever an operand does."""
+  kind = jax.sharding.ManualAxisType(varying=varying(*operands))
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def varying(*arrays: jax.Array) -> frozenset[str]:

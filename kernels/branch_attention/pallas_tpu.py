@@ -2,13 +2,14 @@
 
 Both halves are one operation, attention in which each query sees a prefix of
 its keys: the trunk's limit, or its own branch's offset + g + 1. `prefix` has
-the kernels; here the two halves meet by their logsumexps,
+the kernels. The branch's half goes on from the trunk's sums; the backward
+pass runs each half with the logsumexp of the whole. Against the trunk all
+queries of a row stand in one long block, so that decoding reads a prompt's
+cache once for all of its samples.
 
-  out = sum_i exp(lse_i - lse) out_i,      lse = log sum_i exp(lse_i)
-
-and the backward pass runs each half with the common lse. Against the trunk
-all queries of a row stand in one long block, so that decoding reads a
-prompt's cache once for all of its samples. Caches are read as they lie.
+The kernels read keys as [.., K, length, H]. Inside a jitted loop or layer XLA
+lays caches and projections out that way and the transposes here are free; an
+array that enters a program with its axes in memory order is copied once.
 
 Shape key: B rows, S branches, G queries of a branch, N query heads, K
 key-value heads, R = N / K, Q = G * R, H head features, T trunk length, C
@@ -36,8 +37,8 @@ def unsupported(
   dtypes = {str(x.dtype) for x in arrays}
   if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
     return f"the arrays are {sorted(dtypes)}, not all float32 or all bfloat16"
-  if q_BSGNH.shape[-1] % 128:
-    return f"a head has {q_BSGNH.shape[-1]} features, not a multiple of 128"
+  if q_BSGNH.shape[-1] > 256:
+    return f"a head has {q_BSGNH.shape[-1]} features, more than 256"
   return None
 
 
@@ -75,13 +76,12 @@ def _forward_rule(scale, q_BSGNH, *keys):
   K = keys[0].shape[2]
   R = q_BSGNH.shape[3] // K
   q_BKSQH = _rows(q_BSGNH, K)
-  parts = [
-    [x.reshape(q_BKSQH.shape[:4] + (-1,)) for x in prefix.forward(scale, *half)]
-    for half in _halves(q_BKSQH, R, keys)
-  ]
-  lse_BKSQ1 = jnp.logaddexp(parts[0][1], parts[1][1])
-  out_BKSQH = sum(jnp.exp(lse - lse_BKSQ1) * out for out, lse in parts)
-  out_BSGNH = _unrows(out_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape)
+  trunk, branches = _halves(q_BKSQH, R, keys)
+  seed = prefix.forward(scale, *trunk)
+  out_BKSQH, lse_BKSQ1 = prefix.forward(
+    scale, *branches, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed]
+  )
+  out_BSGNH = _unrows(out_BKSQH, q_BSGNH.shape)
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
 
 
@@ -109,7 +109,7 @@ def _backward_rule(scale, residuals, d_out_BSGNH):
       ),
     )
     d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)
-    d_keys += [d_k, d_v]
+    d_keys += [jnp.swapaxes(x, 2, 3) for x in (d_k, d_v)]
   d_q_BSGNH = _unrows(d_q_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape)
   gradients = (
     manual_axes.reduce_like(d_x.reshape(x.shape), x)
@@ -122,10 +122,7 @@ _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _halves(q_BKSQH, R, keys):
-  """Operands of `prefix` for the trunk (one long branch) and for the branches.
-
-  Keys and values keep their layout: [B, S, length, K * H] is a view.
-  """
+  """Operands of `prefix` for the trunk (one long branch) and the branches."""
   trunk_k, trunk_v, branch_k, branch_v, limit_BS, offset_BS = keys
   B, K, S, Q, H = q_BKSQH.shape
   T, C = trunk_k.shape[1], branch_k.shape[2]
@@ -135,14 +132,14 @@ def _halves(q_BKSQH, R, keys):
   return (
     (
       q_BKSQH.reshape(B, K, 1, S * Q, H),
-      trunk_k.reshape(B, 1, T, K * H),
-      trunk_v.reshape(B, 1, T, K * H),
+      jnp.swapaxes(trunk_k, 1, 2)[:, None],
+      jnp.swapaxes(trunk_v, 1, 2)[:, None],
       limit_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
     ),
     (
       q_BKSQH,
-      branch_k.reshape(B, S, C, K * H),
-      branch_v.reshape(B, S, C, K * H),
+      jnp.swapaxes(branch_k, 2, 3),
+      jnp.swapaxes(branch_v, 2, 3),
       own_BSQ.astype(jnp.int32),
     ),
   )

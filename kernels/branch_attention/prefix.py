@@ -7,12 +7,13 @@ blocks a query block needs is prefetched to scalar memory: what lies beyond is
 neither computed (`pl.when`) nor fetched (the index map stays on a block that
 is there already).
 
-VMEM: at most 512 keys of `heads` heads twice for keys and for values, 256
-queries and their float32 sums, five tiles of float32 scores: under 12 MiB at
-8 heads of 128 features in bfloat16.
+VMEM: a block of keys is at most 2 MiB (512 keys of one head, or of all heads
+where queries are few), held twice for keys and for values, and in float32 for
+their gradients; with 256 queries and five tiles of float32 scores under 24
+MiB, of the `VMEM_LIMIT` that the compiler keeps to.
 
 Shape key: B rows, S branches (1 for a trunk), K key-value heads, Q queries a
-key-value head, H head features, T keys, F = K * H, q queries and t keys of
+key-value head, H head features, T keys, q queries and t keys of
 one block.
 """
 
@@ -35,60 +36,64 @@ MASKED = -1e30
 def forward(
   scale: float,
   q_BKSQH: jax.Array,
-  k_BSTF: jax.Array,
-  v_BSTF: jax.Array,
+  k_BSKTH: jax.Array,
+  v_BSKTH: jax.Array,
   seen_BSQ: jax.Array,
+  seed: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attends to prefixes.
 
   Args:
     scale: what multiplies q.k.
-    q_BKSQH: [B, K, S, Q, H] float32 or bfloat16, H a multiple of 128.
-    k_BSTF: [B, S, T, K * H], of q's dtype.
-    v_BSTF: like the keys.
+    q_BKSQH: [B, K, S, Q, H] float32 or bfloat16.
+    k_BSKTH: [B, S, K, T, H], of q's dtype.
+    v_BSKTH: like the keys.
     seen_BSQ: [B, S, Q] int32 in [0, T], how many keys a query sees.
+    seed: out and logsumexp over other keys of the same softmax, or None.
 
   Returns:
-    out [B, K, S, Q, H] float32 and logsumexp [B, K, S, Q, 1] float32; a query
-    that sees nothing has out 0 and a logsumexp of about -1e30.
+    out [B, K, S, Q, H], of q's dtype if seeded, else float32, to be a seed;
+    logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
+    a logsumexp of about -1e30.
   """
-  plan = _Plan(q_BKSQH, k_BSTF)
-  operands = (plan.needed(seen_BSQ), seen_BSQ[..., None], q_BKSQH)
-  shape = q_BKSQH.shape
+  plan = _Plan(q_BKSQH, k_BSKTH)
+  *outer, H = q_BKSQH.shape
+  seed = seed or ()
+  operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seed)
+  per_query = (plan.query_spec(H, _outer), plan.query_spec(1, _outer))
   return pl.pallas_call(
     functools.partial(_forward_kernel, plan=plan, scale=scale),
     out_shape=(
-      _like(shape, jnp.float32, *operands, k_BSTF, v_BSTF),
-      _like(shape[:4] + (1,), jnp.float32, *operands, k_BSTF, v_BSTF),
+      manual_axes.shape_like(
+        (*outer, H), q_BKSQH.dtype if seed else jnp.float32, *operands
+      ),
+      manual_axes.shape_like((*outer, 1), jnp.float32, *operands),
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=plan.grid_over_keys,
       in_specs=[
-        plan.seen_spec(_query_of),
-        plan.query_spec(shape[4], _query_of),
+        plan.seen_spec(_outer),
+        per_query[0],
         *[plan.key_spec(plan.key_needed)] * 2,
+        *per_query[: len(seed)],
       ],
-      out_specs=(
-        plan.query_spec(shape[4], _query_of),
-        plan.query_spec(1, _query_of),
-      ),
+      out_specs=per_query,
       scratch_shapes=[
-        pltpu.VMEM((plan.heads, plan.q, 1), jnp.float32),
-        pltpu.VMEM((plan.heads, plan.q, 1), jnp.float32),
-        pltpu.VMEM((plan.heads, plan.q, shape[4]), jnp.float32),
+        pltpu.VMEM((plan.heads, plan.q, width), jnp.float32)
+        for width in (H, 1, 1)
       ],
     ),
     compiler_params=_compiler_params(),
     name="prefix_attention_forward",
-  )(*operands, k_BSTF, v_BSTF)
+  )(plan.needed(seen_BSQ), *operands)
 
 
 def backward(
   scale: float,
   q_BKSQH: jax.Array,
-  k_BSTF: jax.Array,
-  v_BSTF: jax.Array,
+  k_BSKTH: jax.Array,
+  v_BSKTH: jax.Array,
   seen_BSQ: jax.Array,
   d_out_BKSQH: jax.Array,
   lse_BKSQ1: jax.Array,
@@ -99,8 +104,8 @@ def backward(
   Args:
     scale: as in `forward`, like the next four.
     q_BKSQH: queries.
-    k_BSTF: keys.
-    v_BSTF: values.
+    k_BSKTH: keys.
+    v_BSKTH: values.
     seen_BSQ: how many keys a query sees.
     d_out_BKSQH: cotangent of the whole output, of q's dtype.
     lse_BKSQ1: [B, K, S, Q, 1] float32, over all keys of the softmax.
@@ -109,7 +114,7 @@ def backward(
   Returns:
     d_q float32, d_k and d_v of the keys' dtype.
   """
-  plan = _Plan(q_BKSQH, k_BSTF)
+  plan = _Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
   needed = plan.needed(seen_BSQ)
   operands = (
@@ -118,8 +123,8 @@ def backward(
     d_out_BKSQH,
     lse_BKSQ1,
     delta_BKSQ1,
-    k_BSTF,
-    v_BSTF,
+    k_BSKTH,
+    v_BSKTH,
   )
 
   def specs(query, key):
@@ -132,26 +137,27 @@ def backward(
 
   d_q = pl.pallas_call(
     functools.partial(_d_query_kernel, plan=plan, scale=scale),
-    out_shape=_like(q_BKSQH.shape, jnp.float32, *operands),
+    out_shape=manual_axes.shape_like(q_BKSQH.shape, jnp.float32, *operands),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=plan.grid_over_keys,
-      in_specs=specs(_query_of, plan.key_needed),
-      out_specs=plan.query_spec(H, _query_of),
+      in_specs=specs(_outer, plan.key_needed),
+      out_specs=plan.query_spec(H, _outer),
       scratch_shapes=[pltpu.VMEM((plan.heads, plan.q, H), jnp.float32)],
     ),
     compiler_params=_compiler_params(),
     name="prefix_attention_d_query",
   )(needed, *operands)
-  block = pltpu.VMEM((plan.t, plan.heads * H), jnp.float32)
+  block = pltpu.VMEM((plan.heads, plan.t, H), jnp.float32)
   d_k, d_v = pl.pallas_call(
     functools.partial(_d_key_kernel, plan=plan, scale=scale),
-    out_shape=(_like(k_BSTF.shape, k_BSTF.dtype, *operands),) * 2,
+    out_shape=(manual_axes.shape_like(k_BSKTH.shape, k_BSKTH.dtype, *operands),)
+    * 2,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
       grid=plan.grid_over_queries,
-      in_specs=specs(plan.query_needed, _key_of),
-      out_specs=(plan.key_spec(_key_of),) * 2,
+      in_specs=specs(plan.query_needed, _outer),
+      out_specs=(plan.key_spec(_outer),) * 2,
       scratch_shapes=[block, block],
     ),
     compiler_params=_compiler_params(),
@@ -166,12 +172,13 @@ class _Plan:
   The grid is (b, s, head group, outer block, inner block).
   """
 
-  def __init__(self, q_BKSQH, k_BSTF):
+  def __init__(self, q_BKSQH, k_BSKTH):
     B, K, S, Q, self.H = q_BKSQH.shape
-    self.T, self.Q, self.S = k_BSTF.shape[2], Q, S
+    self.T, self.Q, self.S = k_BSKTH.shape[3], Q, S
     self.q = min(Q, BLOCK_QUERIES)
-    self.t = min(self.T, BLOCK_KEYS)
     self.heads = K if Q <= FEW_QUERIES else 1
+    key_bytes = self.heads * self.H * k_BSKTH.dtype.itemsize
+    self.t = min(self.T, BLOCK_KEYS, max(128, (2 << 20) // key_bytes))
     self.query_blocks = pl.cdiv(Q, self.q)
     self.key_blocks = pl.cdiv(self.T, self.t)
     outer = (B, S, K // self.heads)
@@ -217,51 +224,38 @@ class _Plan:
 
   def key_spec(self, key):
     return pl.BlockSpec(
-      (1, 1, self.t, self.heads * self.H),
-      lambda b, s, k, *rest: (b, s, key(b, s, *rest), k),
+      (1, 1, self.heads, self.t, self.H),
+      lambda b, s, k, *rest: (b, s, k, key(b, s, *rest), 0),
     )
 
-  def head(self, n):
-    return slice(n * self.H, (n + 1) * self.H)
 
-
-def _query_of(b, s, outer, *_):
-  return outer
-
-
-def _key_of(b, s, outer, *_):
+def _outer(b, s, outer, *_):
   return outer
 
 
 def _forward_kernel(
-  needed_ref,
-  seen_ref,
-  q_ref,
-  k_ref,
-  v_ref,
-  out_ref,
-  lse_ref,
-  m_ref,
-  l_ref,
-  sum_ref,
-  *,
-  plan,
-  scale,
+  needed_ref, seen_ref, q_ref, k_ref, v_ref, *refs, plan, scale
 ):
+  *seed, out_ref, lse_ref, sum_ref, m_ref, l_ref = refs
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(j == 0)
   def _():
-    m_ref[...] = jnp.full_like(m_ref, MASKED)
-    l_ref[...] = jnp.zeros_like(l_ref)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
+    if seed:
+      sum_ref[...] = seed[0][0, :, 0]
+      m_ref[...] = seed[1][0, :, 0]
+      l_ref[...] = jnp.ones_like(l_ref)
+    else:
+      sum_ref[...] = jnp.zeros_like(sum_ref)
+      m_ref[...] = jnp.full_like(m_ref, MASKED)
+      l_ref[...] = jnp.zeros_like(l_ref)
 
   @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
   def _():
     visible = _visible(seen_ref, j, plan)
     for n in range(plan.heads):
-      k = k_ref[0, 0, :, plan.head(n)]
-      v = _zero_beyond(v_ref[0, 0, :, plan.head(n)], j, plan.t, plan.T)
+      k = k_ref[0, 0, n]
+      v = _zero_beyond(v_ref[0, 0, n], j, plan.t, plan.T)
       score = jnp.where(visible, scale * _dot(q_ref[0, n, 0], k, 1, 1), MASKED)
       m_old = m_ref[n]
       m_new = jnp.maximum(m_old, jnp.max(score, axis=1, keepdims=True))
@@ -275,7 +269,7 @@ def _forward_kernel(
   def _():
     for n in range(plan.heads):
       total = jnp.maximum(l_ref[n], 1e-30)
-      out_ref[0, n, 0] = sum_ref[n] / total
+      out_ref[0, n, 0] = (sum_ref[n] / total).astype(out_ref.dtype)
       lse_ref[0, n, 0] = m_ref[n] + jnp.log(total)
 
 
@@ -304,8 +298,8 @@ def _d_query_kernel(
   def _():
     visible = _visible(seen_ref, j, plan)
     for n in range(plan.heads):
-      k = _zero_beyond(k_ref[0, 0, :, plan.head(n)], j, plan.t, plan.T)
-      v = v_ref[0, 0, :, plan.head(n)]
+      k = _zero_beyond(k_ref[0, 0, n], j, plan.t, plan.T)
+      v = v_ref[0, 0, n]
       p = _probability(visible, q_ref[0, n, 0], k, lse_ref[0, n, 0], scale)
       slope = _dot(d_out_ref[0, n, 0], v, 1, 1) - delta_ref[0, n, 0]
       d_score = jnp.where(visible, scale * p * slope, 0.0)
@@ -348,12 +342,12 @@ def _d_key_kernel(
     for n in range(plan.heads):
       q = _zero_beyond(q_ref[0, n, 0], i, plan.q, plan.Q)
       d_out = _zero_beyond(d_out_ref[0, n, 0], i, plan.q, plan.Q)
-      k, v = (x[0, 0, :, plan.head(n)] for x in (k_ref, v_ref))
+      k, v = k_ref[0, 0, n], v_ref[0, 0, n]
       p = _probability(visible, q, k, lse_ref[0, n, 0], scale)
       slope = _dot(d_out, v, 1, 1) - delta_ref[0, n, 0]
       d_score = jnp.where(visible, scale * p * slope, 0.0)
-      k_sum_ref[:, plan.head(n)] += _dot(d_score.astype(q.dtype), q, 0, 0)
-      v_sum_ref[:, plan.head(n)] += _dot(p.astype(q.dtype), d_out, 0, 0)
+      k_sum_ref[n] += _dot(d_score.astype(q.dtype), q, 0, 0)
+      v_sum_ref[n] += _dot(p.astype(q.dtype), d_out, 0, 0)
 
   @pl.when(i == plan.query_blocks - 1)
   def _():
@@ -393,11 +387,6 @@ def _dot(x, y, x_axis, y_axis):
     (((x_axis,), (y_axis,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
-
-
-def _like(shape, dtype, *operands):
-  kind = jax.sharding.ManualAxisType(varying=manual_axes.varying(*operands))
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def _compiler_params():

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.perplexity_reward import reference, xla
+from kernels.perplexity_reward import pallas_tpu, reference, xla
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class PerplexityReward(NamedTuple):
@@ -57,9 +57,10 @@ def perplexity_reward(
   Raises:
     ValueError: on shapes that do not match, floating slots, a tau of 0 or
       less, an unknown implementation.
+    NotImplementedError: where "pallas_tpu" is named and does not apply.
   """
   _check(logprob_RM, branch_RM, previous_RS, tau)
-  module = _choose(implementation)
+  module = _choose(implementation, previous_RS.shape[1])
   logprob_RM = jax.lax.stop_gradient(logprob_RM.astype(jnp.float32))
   return PerplexityReward(
     *module.perplexity_reward(
@@ -84,6 +85,7 @@ def group_rank(
   Raises:
     ValueError: on a score that is not [B, N] floating, a group of one, an
       unknown implementation.
+    NotImplementedError: where "pallas_tpu" is named and does not apply.
   """
   if score_BN.ndim != 2 or not jnp.issubdtype(score_BN.dtype, jnp.floating):
     raise ValueError(
@@ -93,19 +95,23 @@ def group_rank(
   if score_BN.shape[1] < 2:
     raise ValueError(
       f"A rank needs at least 2 samples a prompt, got {score_BN.shape[1]}. "
-      "Raise config.rollout.samples."
+      "Raise config.rl.samples."
     )
-  module = _choose(implementation)
+  module = _choose(implementation, score_BN.shape[1])
   return module.group_rank(jax.lax.stop_gradient(score_BN))
 
 
-def _choose(implementation):
+def _choose(implementation, slots):
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"The perplexity reward has the implementations {IMPLEMENTATIONS}, got "
       f"{implementation!r}. Name one of them, or None."
     )
-  return reference if implementation == "reference" else xla
+  if implementation is None and jax.default_backend() == "tpu":
+    applies = pallas_tpu.unsupported(slots) is None
+    implementation = "pallas_tpu" if applies else "xla"
+  modules = {"reference": reference, "pallas_tpu": pallas_tpu}
+  return modules.get(implementation, xla)
 
 
 def _check(logprob_RM, branch_RM, previous_RS, tau):

@@ -75,7 +75,7 @@ def _forward_rule(settings, hidden_MD, head, target_M):
     functools.partial(
       _forward_kernel, V=V, transposed=transposed, temperature=temperature
     ),
-    out_shape=_like((M, 4), jnp.float32, *operands),
+    out_shape=manual_axes.shape_like((M, 4), jnp.float32, *operands),
     grid=(pl.cdiv(M, b), pl.cdiv(V, v)),
     in_specs=[
       pl.BlockSpec((b, D), lambda i, j: (i, 0)),
@@ -107,7 +107,7 @@ def _backward_rule(settings, residuals, cotangents):
       functools.partial(
         kernel, M=M, V=V, transposed=transposed, temperature=temperature
       ),
-      out_shape=_like(like.shape, like.dtype, *operands),
+      out_shape=manual_axes.shape_like(like.shape, like.dtype, *operands),
       grid=grid,
       in_specs=[
         pl.BlockSpec((b, D), lambda i, j: (tokens(i, j), 0)),
@@ -328,11 +328,6 @@ def _blocks(D, itemsize):
       if v <= b and operands + gradient + 6 * b * v * 4 <= VMEM_BYTES:
         return b, v
   return None
-
-
-def _like(shape, dtype, *operands):
-  kind = jax.sharding.ManualAxisType(varying=manual_axes.varying(*operands))
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 def _compiler_params():
