@@ -15,7 +15,7 @@ from opera_jax.models import kv_cache
 
 def _self_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="xla"
+    q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="xla"
   )
 
 
@@ -37,7 +37,7 @@ def causal(segment_BT: jax.Array):
 
 
 def trunk_and_branches(
-    trunk_segment_BT: jax.Array, limit_BS: jax.Array, branch_tokens: int
+  trunk_segment_BT: jax.Array, limit_BS: jax.Array, branch_tokens: int
 ):
   """A trunk of T tokens followed, on the token axis, by S branches of G.
 
@@ -55,13 +55,13 @@ def trunk_and_branches(
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
 
     out_BSGNH = branch_attention.branch_attention(
-        branches(q),
-        k[:, :T],
-        v[:, :T],
-        branches(k),
-        branches(v),
-        limit_BS,
-        scale=q.shape[-1] ** -0.5,
+      branches(q),
+      k[:, :T],
+      v[:, :T],
+      branches(k),
+      branches(v),
+      limit_BS,
+      scale=q.shape[-1] ** -0.5,
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
     return jnp.concatenate([out_BTNH, out], axis=1), cache
@@ -75,8 +75,8 @@ def prefill(segment_BT: jax.Array):
 
   def attend(cache, layer, q, k, v):
     cache = kv_cache.Trunk(
-        k=cache.k.at[layer].set(k.astype(cache.k.dtype)),
-        v=cache.v.at[layer].set(v.astype(cache.v.dtype)),
+      k=cache.k.at[layer].set(k.astype(cache.k.dtype)),
+      v=cache.v.at[layer].set(v.astype(cache.v.dtype)),
     )
     return inner(None, layer, q, k, v)[0], cache
 
@@ -94,23 +94,23 @@ def decode(trunk: kv_cache.Trunk, limit_B: jax.Array, step: jax.Array):
   def attend(cache, layer, q, k, v):
     start = (layer, 0, 0, step, 0, 0)
     cache = kv_cache.Samples(
-        k=jax.lax.dynamic_update_slice(
-            cache.k, k[None, :, :, None].astype(cache.k.dtype), start
-        ),
-        v=jax.lax.dynamic_update_slice(
-            cache.v, v[None, :, :, None].astype(cache.v.dtype), start
-        ),
+      k=jax.lax.dynamic_update_slice(
+        cache.k, k[None, :, :, None].astype(cache.k.dtype), start
+      ),
+      v=jax.lax.dynamic_update_slice(
+        cache.v, v[None, :, :, None].astype(cache.v.dtype), start
+      ),
     )
     B, S = q.shape[:2]
     out_BSGNH = branch_attention.branch_attention(
-        q[:, :, None],
-        trunk.k[layer],
-        trunk.v[layer],
-        cache.k[layer],
-        cache.v[layer],
-        jnp.broadcast_to(limit_B[:, None], (B, S)),
-        offset_BS=jnp.full((B, S), step, jnp.int32),
-        scale=q.shape[-1] ** -0.5,
+      q[:, :, None],
+      trunk.k[layer],
+      trunk.v[layer],
+      cache.k[layer],
+      cache.v[layer],
+      jnp.broadcast_to(limit_B[:, None], (B, S)),
+      offset_BS=jnp.full((B, S), step, jnp.int32),
+      scale=q.shape[-1] ** -0.5,
     )
     return out_BSGNH[:, :, 0], cache
 

@@ -26,7 +26,7 @@ class Samples:
 
 
 def empty_trunk(
-    layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype
+  layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype
 ) -> Trunk:
   """A zeroed trunk cache."""
   shape = (layers, rows, length, kv_heads, head_dim)
@@ -34,13 +34,13 @@ def empty_trunk(
 
 
 def empty_samples(
-    layers: int,
-    rows: int,
-    samples: int,
-    capacity: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype,
+  layers: int,
+  rows: int,
+  samples: int,
+  capacity: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype,
 ) -> Samples:
   """A zeroed cache of S samples a row, `capacity` tokens each."""
   shape = (layers, rows, samples, capacity, kv_heads, head_dim)

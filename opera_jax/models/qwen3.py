@@ -23,9 +23,9 @@ from opera_jax.sharding import rules
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -49,37 +49,37 @@ class Config:
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(
-          f"Grouped-query attention shares each key head evenly, got heads="
-          f"{self.heads}, kv_heads={self.kv_heads}. Make model.heads a "
-          "multiple of model.kv_heads."
+        f"Grouped-query attention shares each key head evenly, got heads="
+        f"{self.heads}, kv_heads={self.kv_heads}. Make model.heads a "
+        "multiple of model.kv_heads."
       )
     if self.head_dim % 2:
       raise ValueError(
-          f"Rotary embedding turns pairs of channels, got head_dim="
-          f"{self.head_dim}. Make model.head_dim even."
+        f"Rotary embedding turns pairs of channels, got head_dim="
+        f"{self.head_dim}. Make model.head_dim even."
       )
     if self.remat not in REMAT:
       raise ValueError(
-          f"Unknown model.remat {self.remat!r}; use one of {sorted(REMAT)}."
+        f"Unknown model.remat {self.remat!r}; use one of {sorted(REMAT)}."
       )
 
 
 # Logical axes of every parameter; layers carry a leading "layers" axis.
 AXES = {
-    "embed": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "final_norm": ("norm",),
-    "layers/input_norm": ("layers", "norm"),
-    "layers/post_norm": ("layers", "norm"),
-    "layers/attention/q": ("layers", "embed", "heads", "head_dim"),
-    "layers/attention/k": ("layers", "embed", "kv_heads", "head_dim"),
-    "layers/attention/v": ("layers", "embed", "kv_heads", "head_dim"),
-    "layers/attention/o": ("layers", "heads", "head_dim", "embed"),
-    "layers/attention/q_norm": ("layers", "head_dim"),
-    "layers/attention/k_norm": ("layers", "head_dim"),
-    "layers/mlp/gate": ("layers", "embed", "mlp"),
-    "layers/mlp/up": ("layers", "embed", "mlp"),
-    "layers/mlp/down": ("layers", "mlp", "embed"),
+  "embed": ("vocab", "embed"),
+  "head": ("embed", "vocab"),
+  "final_norm": ("norm",),
+  "layers/input_norm": ("layers", "norm"),
+  "layers/post_norm": ("layers", "norm"),
+  "layers/attention/q": ("layers", "embed", "heads", "head_dim"),
+  "layers/attention/k": ("layers", "embed", "kv_heads", "head_dim"),
+  "layers/attention/v": ("layers", "embed", "kv_heads", "head_dim"),
+  "layers/attention/o": ("layers", "heads", "head_dim", "embed"),
+  "layers/attention/q_norm": ("layers", "head_dim"),
+  "layers/attention/k_norm": ("layers", "head_dim"),
+  "layers/mlp/gate": ("layers", "embed", "mlp"),
+  "layers/mlp/up": ("layers", "embed", "mlp"),
+  "layers/mlp/down": ("layers", "mlp", "embed"),
 }
 
 
@@ -93,13 +93,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 def rope_tables(
-    position_BT: jax.Array, head_dim: int, theta: float
+  position_BT: jax.Array, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines [B, T, 1, H / 2] of rotary embedding, float32."""
   exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
   frequency = 1.0 / theta**exponent
   angle = position_BT[..., None, None].astype(jnp.float32) * frequency.reshape(
-      1, 1, 1, -1
+    1, 1, 1, -1
   )
   return jnp.cos(angle), jnp.sin(angle)
 
@@ -108,7 +108,7 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates channel i with channel i + H / 2 (the Hugging Face layout)."""
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
-      [a * cos - b * sin, b * cos + a * sin], axis=-1
+    [a * cos - b * sin, b * cos + a * sin], axis=-1
   ).astype(x_BTNH.dtype)
 
 
@@ -134,12 +134,8 @@ class Attention(nnx.Module):
     q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...].astype(dtype))
     k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...].astype(dtype))
     v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...].astype(dtype))
-    q_BTNH = apply_rope(
-        rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin
-    )
-    k_BTKH = apply_rope(
-        rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin
-    )
+    q_BTNH = apply_rope(rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
+    k_BTKH = apply_rope(rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
     o = self.o[...].astype(dtype)
@@ -188,10 +184,10 @@ class Qwen3(nnx.Module):
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
     self.embed = nnx.Param(
-        jax.random.normal(
-            rngs.params(), (config.vocab_size, config.hidden), jnp.float32
-        )
-        * 0.02
+      jax.random.normal(
+        rngs.params(), (config.vocab_size, config.hidden), jnp.float32
+      )
+      * 0.02
     )
 
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -202,15 +198,15 @@ class Qwen3(nnx.Module):
     self.final_norm = nnx.Param(jnp.ones((config.hidden,)))
     if not config.tied:
       self.head = _normal(
-          rngs.params(), (config.hidden, config.vocab_size), config.hidden
+        rngs.params(), (config.hidden, config.vocab_size), config.hidden
       )
 
   def __call__(
-      self,
-      token_BT: jax.Array,
-      position_BT: jax.Array,
-      attend: Attend,
-      cache: Any = None,
+    self,
+    token_BT: jax.Array,
+    position_BT: jax.Array,
+    attend: Attend,
+    cache: Any = None,
   ) -> tuple[jax.Array, Any]:
     """Runs all layers.
 
@@ -235,16 +231,16 @@ class Qwen3(nnx.Module):
       index, params = inputs
       block = nnx.merge(graphdef, params)
       x_BTD, cache = block(
-          x_BTD, cos, sin, functools.partial(attend, cache, index)
+        x_BTD, cos, sin, functools.partial(attend, cache, index)
       )
       return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
 
     if REMAT[config.remat] is not None:
       layer = jax.checkpoint(
-          layer, policy=REMAT[config.remat], prevent_cse=False
+        layer, policy=REMAT[config.remat], prevent_cse=False
       )
     (x_BTD, cache), _ = jax.lax.scan(
-        layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
+      layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
     )
     x_BTD = rms_norm(x_BTD, self.final_norm[...], config.norm_epsilon)
     return x_BTD, cache
@@ -264,7 +260,7 @@ def create(config: Config, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
 def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
   """Like `create` without allocating: params are ShapeDtypeStructs."""
   return nnx.split(
-      nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(params=0)))
+    nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(params=0)))
   )
 
 
@@ -286,5 +282,5 @@ def path_name(path: tuple[Any, ...]) -> str:
 def logical_axes(params: Any) -> Any:
   """A tree like `params` whose leaves are tuples of logical axis names."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: AXES[path_name(path)], params
+    lambda path, _: AXES[path_name(path)], params
   )

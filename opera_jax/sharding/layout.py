@@ -27,15 +27,15 @@ def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
       axis = rules[name]
       if axis is not None and size % mesh.shape[axis]:
         wrong.append(
-            f"{jax.tree_util.keystr(path)}: {name} has {size}, mesh axis "
-            f"{axis!r} has {mesh.shape[axis]}"
+          f"{jax.tree_util.keystr(path)}: {name} has {size}, mesh axis "
+          f"{axis!r} has {mesh.shape[axis]}"
         )
 
   jax.tree_util.tree_map_with_path(visit, shapes, axes)
   if wrong:
     raise ValueError(
-        "A sharded axis must be a multiple of its mesh axis. Change "
-        "config.mesh or the model's sizes:\n  " + "\n  ".join(wrong)
+      "A sharded axis must be a multiple of its mesh axis. Change "
+      "config.mesh or the model's sizes:\n  " + "\n  ".join(wrong)
     )
 
 

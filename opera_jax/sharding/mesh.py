@@ -23,7 +23,7 @@ def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
   unknown = set(shape) - set(rules.MESH_AXES)
   if unknown:
     raise ValueError(
-        f"Unknown mesh axis {sorted(unknown)}; axes are {rules.MESH_AXES}."
+      f"Unknown mesh axis {sorted(unknown)}; axes are {rules.MESH_AXES}."
     )
   sizes = [shape.get(axis, 1) for axis in rules.MESH_AXES]
   if sizes.count(-1) > 1:
@@ -33,13 +33,13 @@ def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
     sizes[sizes.index(-1)] = len(devices) // known
   if int(np.prod(sizes)) != len(devices) or min(sizes) < 1:
     raise ValueError(
-        f"The mesh {shape} needs the product of its axes to be the number of "
-        f"devices, {len(devices)}. Change config.mesh."
+      f"The mesh {shape} needs the product of its axes to be the number of "
+      f"devices, {len(devices)}. Change config.mesh."
     )
   return Mesh(
-      np.asarray(devices).reshape(sizes),
-      rules.MESH_AXES,
-      axis_types=(AxisType.Auto,) * len(rules.MESH_AXES),
+    np.asarray(devices).reshape(sizes),
+    rules.MESH_AXES,
+    axis_types=(AxisType.Auto,) * len(rules.MESH_AXES),
   )
 
 

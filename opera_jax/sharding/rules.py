@@ -12,22 +12,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 
 TRAIN = {
-    "layers": None,
-    "vocab": "tensor",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "norm": None,
+  "layers": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "head_dim": None,
+  "mlp": "tensor",
+  "norm": None,
 }
 ROLLOUT = {**TRAIN, "embed": None}
 ACTIVATIONS = {
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "heads": "tensor",
-    "mlp": "tensor",
-    None: None,
+  "batch": ("data", "fsdp"),
+  "length": None,
+  "heads": "tensor",
+  "mlp": "tensor",
+  None: None,
 }
 
 
@@ -39,9 +39,9 @@ def spec(axes: tuple[str | None, ...], rules: dict[str, Any]) -> PartitionSpec:
 def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: dict[str, Any]):
   """A tree of NamedShardings from a tree of logical axes."""
   return jax.tree.map(
-      lambda axes: NamedSharding(mesh, spec(axes, rules)),
-      axes_tree,
-      is_leaf=lambda x: isinstance(x, tuple),
+    lambda axes: NamedSharding(mesh, spec(axes, rules)),
+    axes_tree,
+    is_leaf=lambda x: isinstance(x, tuple),
   )
 
 

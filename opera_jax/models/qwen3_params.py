@@ -1,0 +1,334 @@
+"""Qwen3's weights and config.json of Hugging Face, both ways.
+
+Their linear layers are [out, in] and one tensor a layer; ours are [in, out],
+heads apart from their channels, and stacked over layers. One table says which
+is which, and both directions read it.
+
+Letters: V vocabulary, D hidden, N query heads, K key/value heads, H head
+dimension, F feed-forward.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from opera_jax.models import hf_config, qwen3, tensor_files
+from opera_jax.sharding import layout
+from opera_jax.sharding import rules as rules_lib
+
+DTYPES = ("float32", "bfloat16")
+FILE_BYTES = 5 * 10**9
+_BLOCK_BYTES = 64 << 20  # of a tensor on its way from disk
+
+config_from_hf = hf_config.read
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """One tensor: axes of theirs, with those that they merge, and of ours."""
+
+  ours: str  # key of qwen3.AXES
+  theirs: tuple[str, ...]
+  axes: str
+  layer: int | None = None
+
+
+_OUTSIDE = {
+  "model.embed_tokens.weight": _Entry("embed", ("V", "D"), "VD"),
+  "model.norm.weight": _Entry("final_norm", ("D",), "D"),
+  "lm_head.weight": _Entry("head", ("V", "D"), "DV"),
+}
+_INSIDE = {
+  "input_layernorm": _Entry("layers/input_norm", ("D",), "D"),
+  "self_attn.q_proj": _Entry("layers/attention/q", ("NH", "D"), "DNH"),
+  "self_attn.k_proj": _Entry("layers/attention/k", ("KH", "D"), "DKH"),
+  "self_attn.v_proj": _Entry("layers/attention/v", ("KH", "D"), "DKH"),
+  "self_attn.o_proj": _Entry("layers/attention/o", ("D", "NH"), "NHD"),
+  "self_attn.q_norm": _Entry("layers/attention/q_norm", ("H",), "H"),
+  "self_attn.k_norm": _Entry("layers/attention/k_norm", ("H",), "H"),
+  "post_attention_layernorm": _Entry("layers/post_norm", ("D",), "D"),
+  "mlp.gate_proj": _Entry("layers/mlp/gate", ("F", "D"), "DF"),
+  "mlp.up_proj": _Entry("layers/mlp/up", ("F", "D"), "DF"),
+  "mlp.down_proj": _Entry("layers/mlp/down", ("D", "F"), "FD"),
+}
+
+
+def _entries(config: qwen3.Config) -> dict[str, _Entry]:
+  """Every tensor of a checkpoint, by their name, in the order of writing."""
+  outside = dict(_OUTSIDE)
+  if config.tied:
+    del outside["lm_head.weight"]
+  inside = {
+    f"model.layers.{i}.{name}.weight": dataclasses.replace(entry, layer=i)
+    for i in range(config.layers)
+    for name, entry in _INSIDE.items()
+  }
+  return outside | inside
+
+
+def _sizes(config: qwen3.Config) -> dict[str, int]:
+  return {
+    "V": config.vocab_size,
+    "D": config.hidden,
+    "N": config.heads,
+    "K": config.kv_heads,
+    "H": config.head_dim,
+    "F": config.intermediate,
+  }
+
+
+def _their_shape(entry: _Entry, sizes: dict[str, int]) -> tuple[int, ...]:
+  return tuple(math.prod(sizes[c] for c in group) for group in entry.theirs)
+
+
+def load(
+  path_or_hub_id: str | os.PathLike,
+  config: qwen3.Config,
+  mesh: Mesh,
+  rules: dict[str, Any],
+  dtype: str = "float32",
+) -> Any:
+  """Streams a checkpoint's weights into sharded arrays.
+
+  One tensor is read at a time, in blocks of rows, and each host keeps only
+  what its own devices hold of it. Beside the parameters themselves a host
+  holds one tensor of the checkpoint (of one layer, or the embedding) and
+  64 MiB, never a stack of layers.
+
+  Args:
+    path_or_hub_id: directory of safetensors, one file or several, or the id
+      of a model on the Hugging Face hub.
+    config: the model's sizes; see `config_from_hf`.
+    mesh: where the parameters go.
+    rules: TRAIN or ROLLOUT of `opera_jax.sharding.rules`.
+    dtype: of the parameters, "float32" or "bfloat16".
+
+  Returns:
+    The params tree of `qwen3.create`, in `dtype`, laid out by `rules`.
+
+  Raises:
+    FileNotFoundError: no such checkpoint, or a part of it missing.
+    ValueError: tensors missing, unexpected, of another shape or of a type
+      that is not read, sizes that differ from config.json (one error lists
+      all of these); sizes that the mesh does not divide; an unknown dtype.
+  """
+  if dtype not in DTYPES:
+    raise ValueError(f"Parameters are one of {DTYPES}, got dtype={dtype!r}.")
+  folder = hf_config.folder(path_or_hub_id, ("*.safetensors", "*.json"))
+  stored = tensor_files.find(folder)
+  _check(folder, stored, config)
+  shapes = qwen3.abstract(config)[1]
+  axes = qwen3.logical_axes(shapes)
+  layout.check(shapes, axes, mesh, rules)
+
+  sizes = _sizes(config)
+  sources: dict[str, list[tuple[str, _Entry]]] = {}
+  for name, entry in _entries(config).items():
+    sources.setdefault(entry.ours, []).append((name, entry))
+
+  def one(path, shape, sharding):
+    mine = sources[qwen3.path_name(path)]
+    if mine[0][1].layer is None:
+      name, entry = mine[0]
+      return _read(stored[name], entry, sizes, sharding, dtype)
+    stack = jax.jit(
+      functools.partial(jnp.zeros, shape.shape, dtype), out_shardings=sharding
+    )()
+    put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+    row = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+    for name, entry in mine:
+      array = _read(stored[name], entry, sizes, row, dtype)
+      # Waits, so that the host holds one layer and not all that are queued.
+      stack = jax.block_until_ready(put(stack, array, entry.layer))
+    return stack
+
+  return jax.tree_util.tree_map_with_path(
+    one, shapes, rules_lib.shardings(axes, mesh, rules)
+  )
+
+
+def _put(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
+
+
+def _read(
+  tensor: tensor_files.Tensor,
+  entry: _Entry,
+  sizes: dict[str, int],
+  sharding: NamedSharding,
+  dtype: str,
+) -> jax.Array:
+  """One tensor in our layout; each row of the file is read once a host."""
+  shape = tuple(sizes[c] for c in entry.axes)
+
+  def bounds(index):
+    pairs = zip(index, shape)
+    return tuple(part.indices(size)[:2] for part, size in pairs)
+
+  local = sharding.addressable_devices_indices_map(shape).values()
+  parts = {
+    key: np.empty([stop - start for start, stop in key], dtype)
+    for key in map(bounds, local)
+  }
+  letters = "".join(entry.theirs)
+  order = [letters.index(c) for c in entry.axes]
+  outer = entry.axes.index(letters[0])
+  rest = [sizes[c] for c in letters[1:]]
+  # Rows of the file for one step of the first axis: H for q_proj, 1 for most.
+  rows = math.prod(sizes[c] for c in entry.theirs[0][1:])
+  first = min(key[outer][0] for key in parts)
+  last = max(key[outer][1] for key in parts)
+  step = max(1, _BLOCK_BYTES // (4 * math.prod(rest)))
+  for start in range(first, last, step):
+    stop = min(start + step, last)
+    block = tensor.rows(start * rows, stop * rows)
+    block = block.reshape(stop - start, *rest).transpose(order)
+    for key, part in parts.items():
+      low, high = max(start, key[outer][0]), min(stop, key[outer][1])
+      if low >= high:
+        continue
+      source = [slice(*pair) for pair in key]
+      target = [slice(None)] * len(key)
+      source[outer] = slice(low - start, high - start)
+      target[outer] = slice(low - key[outer][0], high - key[outer][0])
+      part[tuple(target)] = block[tuple(source)]
+  return jax.make_array_from_callback(
+    shape, sharding, lambda index: parts[bounds(index)]
+  )
+
+
+def _check(
+  folder: pathlib.Path,
+  stored: dict[str, tensor_files.Tensor],
+  config: qwen3.Config,
+) -> None:
+  """Raises one error with all that keeps a checkpoint from fitting."""
+  wrong = []
+  if (folder / "config.json").exists():
+    stated = config_from_hf(folder)
+    wrong += [
+      f"{f.name}: {getattr(stated, f.name)} in config.json, "
+      f"{getattr(config, f.name)} given"
+      for f in dataclasses.fields(config)
+      if f.name not in ("dtype", "remat")
+      and getattr(stated, f.name) != getattr(config, f.name)
+    ]
+  sizes, wanted = _sizes(config), _entries(config)
+  for name, entry in wanted.items():
+    shape = _their_shape(entry, sizes)
+    if name not in stored:
+      wrong.append(f"missing: {name} {list(shape)}")
+    elif stored[name].shape != shape:
+      found = list(stored[name].shape)
+      wrong.append(f"shape: {name} is {found}, must be {list(shape)}")
+    elif not tensor_files.readable(stored[name].dtype):
+      wrong.append(f"type: {name} is {stored[name].dtype}")
+  # A tied checkpoint may store its head too; it is the embedding again.
+  known = wanted.keys() | {"lm_head.weight"}
+  wrong += [f"unexpected: {name}" for name in stored if name not in known]
+  if wrong:
+    raise ValueError(
+      f"The weights in {folder} are not those of the model; make the model's "
+      "sizes those of its config.json (qwen3_params.config_from_hf). "
+      f"{len(wrong)} mismatches:\n  " + "\n  ".join(wrong)
+    )
+
+
+def export_tensors(
+  params: Any, config: qwen3.Config
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Their tensors, one at a time, on the host.
+
+  On several hosts every process must draw them all: each gathers.
+
+  Args:
+    params: arrays of the tree of `qwen3.create` (gradients will do).
+    config: its sizes.
+
+  Yields:
+    Their name, and the array in their layout and our dtype.
+  """
+  ours = {
+    qwen3.path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  sizes = _sizes(config)
+  for name, entry in _entries(config).items():
+    array = ours[entry.ours]
+    if entry.layer is not None:
+      array = _layer(array, entry.layer)
+    if not array.is_fully_addressable:
+      from jax.experimental import multihost_utils
+
+      array = multihost_utils.process_allgather(array, tiled=True)
+    order = [entry.axes.index(c) for c in "".join(entry.theirs)]
+    array = np.asarray(array).transpose(order)
+    yield name, array.reshape(_their_shape(entry, sizes))
+
+
+@jax.jit
+def _layer(stack: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
+def save(
+  path: str | os.PathLike,
+  params: Any,
+  config: qwen3.Config,
+  tokenizer: Any = None,
+  dtype: str | None = None,
+  file_bytes: int = FILE_BYTES,
+) -> None:
+  """Writes a directory that transformers, vLLM and lm-eval load.
+
+  Called by every process of a run; the first one writes. A host holds one
+  tensor at a time.
+
+  Args:
+    path: directory, made if need be, without safetensors in it.
+    params: the tree of `qwen3.create`, on any mesh.
+    config: its sizes.
+    tokenizer: an `opera_jax.text.tokenizer.Tokenizer` to write beside the
+      weights, or None.
+    dtype: "float32" or "bfloat16"; None keeps that of the parameters.
+    file_bytes: weights beyond this many bytes go to several files.
+
+  Raises:
+    FileExistsError: the directory holds safetensors already.
+    ValueError: an unknown dtype.
+  """
+  dtype = str(jax.tree.leaves(params)[0].dtype) if dtype is None else dtype
+  if dtype not in DTYPES:
+    raise ValueError(f"Weights are written as {DTYPES}, got dtype={dtype!r}.")
+  arrays = (array for _, array in export_tensors(params, config))
+  if jax.process_index():
+    for _ in arrays:
+      pass
+    return
+  folder = pathlib.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  sizes = _sizes(config)
+  plan = [
+    (name, _their_shape(entry, sizes))
+    for name, entry in _entries(config).items()
+  ]
+  writer = tensor_files.Writer(folder, plan, jnp.dtype(dtype), file_bytes)
+  writer.write(arrays)
+  files = {"config.json": hf_config.contents(config, dtype)}
+  if tokenizer is not None:
+    tokenizer.save(folder)
+    ends = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    files["config.json"] |= ends
+    files["generation_config.json"] = ends
+  for name, value in files.items():
+    (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
