@@ -1,0 +1,137 @@
+"""Kernels on a mesh give what they give on one device.
+
+Shape key: as in each kernel's api.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels.branch_attention import api as branch_attention
+from kernels.perplexity_reward import api as perplexity_reward
+from kernels.token_logprob import api as token_logprob
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return jax.make_mesh(
+    (2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+
+
+def _prices(transposed=False):
+  rng = np.random.default_rng(0)
+  hidden_MD = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+  head_DV = jnp.asarray(rng.normal(size=(8, 40)), jnp.float32)
+  target_M = jnp.asarray(rng.integers(40, size=16), jnp.int32)
+  return hidden_MD, head_DV.T if transposed else head_DV, target_M
+
+
+def _loss(price, hidden_MD, head, target_M):
+  logprob_M, entropy_M = price(hidden_MD, head, target_M)
+  weight_M = jnp.cos(jnp.arange(16.0))
+  total = jnp.sum(weight_M * logprob_M) + jnp.sum(weight_M[::-1] * entropy_M)
+  return total, (logprob_M, entropy_M)
+
+
+def _assert_close(got, want):
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_vocabulary_over_a_mesh_axis(mesh, transposed):
+  arrays = _prices(transposed)
+  settings = {"temperature": 0.7, "transposed": transposed}
+  sharded = jax.shard_map(
+    functools.partial(
+      token_logprob.token_logprob,
+      axis_name="tensor",
+      block_tokens=4,
+      block_vocab=4,
+      **settings,
+    ),
+    mesh=mesh,
+    in_specs=(
+      P("data"),
+      P("tensor", None) if transposed else P(None, "tensor"),
+      P("data"),
+    ),
+    out_specs=P("data"),
+  )
+  whole = functools.partial(
+    token_logprob.token_logprob, implementation="reference", **settings
+  )
+  got, want = (
+    jax.jit(
+      jax.value_and_grad(
+        functools.partial(_loss, price), argnums=(0, 1), has_aux=True
+      )
+    )(*arrays)
+    for price in (sharded, whole)
+  )
+  _assert_close(got, want)
+
+
+def test_sharded_tokens_are_priced_where_they_lie(mesh):
+  arrays = _prices()
+  shardings = tuple(
+    jax.NamedSharding(mesh, spec) for spec in (P("data"), P(), P("data"))
+  )
+  price = jax.jit(
+    functools.partial(token_logprob.token_logprob, block_tokens=4)
+  )
+  placed = jax.device_put(arrays, shardings)
+  _assert_close(price(*placed), price(*arrays))
+  assert "all-gather" not in price.lower(*placed).compile().as_text()
+
+
+def test_rows_and_heads_of_branches_over_the_mesh(mesh):
+  rng = np.random.default_rng(0)
+  B, S, G, N, K, H, T = 4, 2, 3, 8, 4, 8, 9
+  shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, G, K, H)] * 2]
+  arrays = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in shapes]
+  limit_BS = jnp.asarray(rng.integers(T + 1, size=(B, S)), jnp.int32)
+  branch_spec = P("data", None, None, "tensor")
+  trunk_spec = P("data", None, "tensor")
+  specs = [branch_spec, *[trunk_spec] * 2, *[branch_spec] * 2]
+  attend = functools.partial(
+    branch_attention.branch_attention, scale=0.3, block_keys=4
+  )
+  mapped = jax.shard_map(
+    attend, mesh=mesh, in_specs=(*specs, P("data")), out_specs=branch_spec
+  )
+
+  def run(attend, arrays, limit_BS):
+    def loss(arrays):
+      out = attend(*arrays, limit_BS)
+      return jnp.sum(jnp.sin(jnp.arange(out.size)) * out.ravel())
+
+    return jax.jit(jax.value_and_grad(loss))(arrays)
+
+  want = run(attend, arrays, limit_BS)
+  _assert_close(run(mapped, arrays, limit_BS), want)
+  placed = jax.device_put(arrays, [jax.NamedSharding(mesh, x) for x in specs])
+  _assert_close(run(attend, placed, limit_BS), want)
+
+
+def test_rows_of_rewards_over_the_mesh(mesh):
+  rng = np.random.default_rng(0)
+  logprob_RM = -rng.exponential(size=(8, 21)).astype(np.float32)
+  branch_RM = rng.integers(-1, 4, size=(8, 21)).astype(np.int32)
+  previous_RS = rng.integers(-1, 4, size=(8, 4)).astype(np.int32)
+
+  @jax.jit
+  def reward(*arrays):
+    result = perplexity_reward.perplexity_reward(*arrays)
+    return result, perplexity_reward.group_rank(result.mean_RS)
+
+  sharding = jax.NamedSharding(mesh, P(("data", "tensor")))
+  placed = jax.device_put((logprob_RM, branch_RM, previous_RS), sharding)
+  got, want = reward(*placed), reward(logprob_RM, branch_RM, previous_RS)
+  assert got[0].mean_RS.sharding.is_equivalent_to(sharding, 2)
+  _assert_close(got, want)
