@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.branch_attention import api
+from kernels.branch_attention import api, prefix
 
 SCALE = 0.3
 
@@ -111,6 +111,48 @@ def test_bfloat16_inputs_keep_float32_sums():
   exact = [x.astype(jnp.float32) for x in arrays]
   assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
   _close(got, _run("reference", exact, limit_BS), 2e-2)
+
+
+@pytest.mark.parametrize(
+  "shape,offset,few,dtype,tolerance",
+  [
+    ({"G": 16, "C": 16, "T": 16}, 0, 0, jnp.float32, 1e-5),
+    ({"G": 13, "C": 13, "T": 21}, 0, 0, jnp.bfloat16, 2e-2),
+    ({"G": 1, "C": 11, "T": 21}, 10, 64, jnp.float32, 1e-5),
+  ],
+  ids=["aligned", "ragged-bfloat16", "decoding"],
+)
+def test_tpu_kernel_equals_the_reference(
+  interpreted, monkeypatch, shape, offset, few, dtype, tolerance
+):
+  monkeypatch.setattr(prefix, "BLOCK_QUERIES", 16)
+  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(prefix, "FEW_QUERIES", few)
+  arrays, limit_BS = _inputs(dtype=dtype, **shape)
+  offset_BS = jnp.arange(6, dtype=jnp.int32).reshape(2, 3) * offset // 5
+  got = _run("pallas_tpu", arrays, limit_BS, offset_BS)
+  exact = [x.astype(jnp.float32) for x in arrays]
+  assert {x.dtype for x in got} == {jnp.dtype(dtype)}
+  _close(got, _run("reference", exact, limit_BS, offset_BS), tolerance)
+
+
+def test_tpu_kernel_neither_fetches_nor_computes_beyond_the_limit(
+  interpreted, monkeypatch
+):
+  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
+  arrays, limit_BS = _inputs(T=32)
+  limit_BS = jnp.full_like(limit_BS, 8)
+  unread = jnp.arange(32)[None, :, None, None] >= 8
+  dirty = [jnp.where(unread, jnp.nan, x) for x in arrays[1:3]]
+  got = _run("pallas_tpu", [arrays[0], *dirty, *arrays[3:]], limit_BS)
+  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+
+
+def test_tpu_kernel_says_where_it_does_not_apply():
+  arrays, limit_BS = _inputs()
+  arrays[0] = arrays[0].astype(jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="bfloat16.*float32"):
+    _run("pallas_tpu", arrays, limit_BS)
 
 
 def test_nothing_beyond_the_limit_or_the_query_is_read():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.perplexity_reward import api
+from kernels.perplexity_reward import api, pallas_tpu
 
 IMPLEMENTATIONS = ["reference", "xla"]
 
@@ -85,6 +85,22 @@ def test_ranks_count_the_beaten():
   want = (score_BN[:, None] < score_BN[:, :, None]).sum(-1) / 15
   got = jax.jit(api.group_rank)(jnp.asarray(score_BN, jnp.float32))
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_tpu_kernels_equal_the_definition(interpreted, monkeypatch):
+  monkeypatch.setattr(pallas_tpu, "BLOCK_TOKENS", 16)
+  monkeypatch.setattr(pallas_tpu, "BLOCK_ROWS", 4)
+  arrays = _inputs()
+  got = api.perplexity_reward(
+    *map(jnp.asarray, arrays), tau=1.5, implementation="pallas_tpu"
+  )
+  for x, y in zip(got, _by_hand(*arrays, tau=1.5), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  score_BN = jnp.asarray(
+    [[3.0, 1.0, 3.0, 2.0, -jnp.inf], [0, 1, jnp.nan, 1, 1]]
+  )
+  rank_BN = api.group_rank(score_BN, implementation="pallas_tpu")
+  np.testing.assert_array_equal(rank_BN, api.group_rank(score_BN))
 
 
 def test_no_gradient_passes():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.token_logprob import api
+from kernels.token_logprob import api, pallas_tpu
 
 M, D, V = 23, 16, 37
 
@@ -96,6 +96,37 @@ def test_bfloat16_inputs_keep_float32_statistics():
   assert [x.dtype for x in gradients] == [jnp.bfloat16] * 2
   _close(got, want, 1e-5)
   _close(gradients, want_gradients, 2e-2)
+
+
+@pytest.mark.parametrize(
+  "m,v,transposed,dtype,tolerance",
+  [
+    (32, 256, False, jnp.float32, 1e-5),
+    (39, 300, True, jnp.float32, 1e-5),
+    (39, 300, False, jnp.bfloat16, 2e-2),
+  ],
+  ids=["aligned", "ragged-transposed", "ragged-bfloat16"],
+)
+def test_tpu_kernel_equals_the_reference(
+  interpreted, monkeypatch, m, v, transposed, dtype, tolerance
+):
+  monkeypatch.setattr(pallas_tpu, "_blocks", lambda D, itemsize: (16, 128))
+  hidden_MD, head, target_M = _inputs(dtype, m=m, v=v)
+  head = head.T if transposed else head
+  settings = {"temperature": 0.7, "transposed": transposed}
+  got, gradients = _weighted(
+    "pallas_tpu", hidden_MD, head, target_M, **settings
+  )
+  exact = [x.astype(jnp.float32) for x in (hidden_MD, head)]
+  want, want_gradients = _weighted("reference", *exact, target_M, **settings)
+  _close(got, want, 1e-5)
+  _close(gradients, want_gradients, tolerance)
+
+
+def test_tpu_kernel_says_where_it_does_not_apply():
+  hidden_MD, head_DV, target_M = _inputs(jnp.float16)
+  with pytest.raises(NotImplementedError, match="float16"):
+    api.token_logprob(hidden_MD, head_DV, target_M, implementation="pallas_tpu")
 
 
 def test_gradient_is_a_finite_difference():

@@ -1,0 +1,150 @@
+"""Every TPU kernel compiles for every TPU generation, without the hardware.
+
+The compiler keeps to the VMEM limit that each kernel states (32 or 48 MiB;
+the smallest VMEM is 64 MiB a core), so a kernel that needs more fails here.
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from kernels.branch_attention import api as branch_attention
+from kernels.perplexity_reward import api as perplexity_reward
+from kernels.token_logprob import api as token_logprob
+
+# Compiling needs no chip, so two processes may load libtpu at once.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+MIB = 1 << 20
+
+
+def _compile(topology, function, *shapes):
+  device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+  place = jax.sharding.SingleDeviceSharding(device)
+  with jax.default_matmul_precision("default"):
+    jitted = jax.jit(function, in_shardings=place, out_shardings=place)
+    lowered = jitted.lower(*shapes)
+  kernels = lowered.as_text().count("tpu_custom_call")
+  return kernels, lowered.compile().memory_analysis()
+
+
+def _gradients(function, arguments):
+  def loss(*arrays):
+    return sum(
+      jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(function(*arrays))
+    )
+
+  return jax.grad(loss, argnums=arguments)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_token_logprob_compiles_and_holds_no_logits(topology):
+  shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
+  price = functools.partial(
+    token_logprob.token_logprob,
+    temperature=0.7,
+    transposed=True,
+    implementation="pallas_tpu",
+  )
+  kernels, memory = _compile(
+    topology,
+    _gradients(price, (0, 1)),
+    shape((4100, 1024), dtype),
+    shape((151936, 1024), dtype),
+    shape((4100,), jnp.int32),
+  )
+  assert kernels == 3
+  assert memory.temp_size_in_bytes < 16 * MIB
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+  "B,S,G,N,K,H,T,C,dtype",
+  [
+    (2, 4, 256, 16, 8, 128, 640, 256, jnp.bfloat16),
+    (2, 3, 5, 4, 2, 64, 13, 5, jnp.float32),
+    (4, 16, 1, 32, 8, 128, 1000, 2048, jnp.bfloat16),
+  ],
+  ids=["pricing", "ragged", "decoding"],
+)
+def test_branch_attention_compiles(topology, B, S, G, N, K, H, T, C, dtype):
+  shapes = [
+    (B, S, G, N, H),
+    *[(B, T, K, H)] * 2,
+    *[(B, S, C, K, H)] * 2,
+  ]
+  arrays = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
+  bounds = [jax.ShapeDtypeStruct((B, S), jnp.int32)] * 2
+  attend = functools.partial(
+    branch_attention.branch_attention, scale=0.1, implementation="pallas_tpu"
+  )
+  kernels, _ = _compile(
+    topology, _gradients(attend, range(5)), *arrays, *bounds
+  )
+  assert kernels == 6
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_decoding_copies_no_cache(topology):
+  B, S, N, K, H, T, C = 4, 16, 32, 8, 128, 1000, 4096
+
+  def decode(q_BSGNH, trunk_BTKH, steps):
+    cache_BSCKH = jnp.zeros((B, S, C, K, H), jnp.bfloat16)
+    limit_BS = jnp.full((B, S), T)
+
+    def step(i, state):
+      q_BSGNH, *caches = state
+      caches = [
+        jax.lax.dynamic_update_slice(x, q_BSGNH[:, :, :, :K], (0, 0, i, 0, 0))
+        for x in caches
+      ]
+      out_BSGNH = branch_attention.branch_attention(
+        q_BSGNH,
+        *[trunk_BTKH] * 2,
+        *caches,
+        limit_BS,
+        jnp.full_like(limit_BS, i),
+        scale=0.1,
+        implementation="pallas_tpu",
+      )
+      return out_BSGNH, *caches
+
+    start = (q_BSGNH, cache_BSCKH, cache_BSCKH)
+    return jax.lax.fori_loop(0, steps, step, start)[0]
+
+  shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
+  _, memory = _compile(
+    topology,
+    decode,
+    shape((B, S, 1, N, H), dtype),
+    shape((B, T, K, H), dtype),
+    shape((), jnp.int32),
+  )
+  caches = 2 * B * S * C * K * H * 2
+  assert memory.temp_size_in_bytes < 1.05 * caches
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_perplexity_reward_compiles(topology):
+  def reward(logprob_RM, branch_RM, previous_RS):
+    result = perplexity_reward.perplexity_reward(
+      logprob_RM, branch_RM, previous_RS, implementation="pallas_tpu"
+    )
+    return result, perplexity_reward.group_rank(
+      result.mean_RS, implementation="pallas_tpu"
+    )
+
+  shape = jax.ShapeDtypeStruct
+  kernels, memory = _compile(
+    topology,
+    reward,
+    shape((65, 24577), jnp.float32),
+    shape((65, 24577), jnp.int32),
+    shape((65, 40), jnp.int32),
+  )
+  assert kernels == 2
+  assert memory.temp_size_in_bytes < MIB
