@@ -20,10 +20,10 @@ from ml_collections import config_flags
 from opera_jax.credit import group
 from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
-from opera_jax.rewards import opera
+from opera_jax.rewards import opera as opera_reward
 from opera_jax.rollout import engine
 from opera_jax.scoring import price
-from opera_jax.sharding import layout
+from opera_jax.sharding import layout, mesh
 from opera_jax.stages import (
   cold_start,
   evaluate,
@@ -45,10 +45,14 @@ STAGES = ("synthesize", "select", "sft", "rl", "evaluate", "report")
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
-  config = _CONFIG.value
+  opera(_CONFIG.value, _WORKDIR.value)
+
+
+def opera(config, folder: str) -> None:
+  """The whole method, in the folder of the run."""
   stages = workdir.parse_stages(config.stages, STAGES)
   run = setup.setup(
-    _WORKDIR.value,
+    folder,
     seed=config.seed,
     mesh=config.mesh,
     tokenizer=config.tokenizer,
@@ -61,6 +65,7 @@ def main(_) -> None:
     reward=config.reward,
     temperature=config.rollout.temperature,
   )
+  check(config, mesh.data_ways(run.mesh))
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(run, supervised.Recipe(**config.base), preemption)
@@ -90,6 +95,39 @@ def main(_) -> None:
       reporting.write(run, config.to_dict())
 
 
+def check(config, ways: int) -> None:
+  """Refuses what would only fail hours later.
+
+  Raises:
+    ValueError: sizes that do not divide, or groups too small to rank.
+  """
+  rl = config.rl
+  for name, samples in (
+    ("rl", rl.samples),
+    ("evaluate", config.evaluate.samples),
+  ):
+    if samples < 2:
+      raise ValueError(
+        f"R_ppl ranks a group of at least 2 samples, got {samples}. Raise "
+        f"config.{name}.samples."
+      )
+  if rl.prompts % rl.mini_batch:
+    raise ValueError(
+      f"A step's {rl.prompts} prompts do not divide into mini-batches of "
+      f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
+    )
+  for name, rows in (
+    ("config.rl.mini_batch x config.rl.samples", rl.mini_batch * rl.samples),
+    ("config.base.batch_size", config.base.batch_size),
+    ("config.sft.batch_size", config.sft.batch_size),
+  ):
+    if rows % ways:
+      raise ValueError(
+        f"{name} gives {rows} rows an update, which do not divide over "
+        f"{ways} data shards. Change it, or config.mesh."
+      )
+
+
 def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   """GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths)."""
   stage = workdir.Stage(
@@ -97,11 +135,6 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   )
   if stage.finished():
     return
-  if rl.prompts % rl.mini_batch:
-    raise ValueError(
-      f"A step's {rl.prompts} prompts do not divide into mini-batches of "
-      f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
-    )
 
   # The SFT model is where the policy starts, and what KL holds it to.
   reference = run.load("sft")
@@ -178,7 +211,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
       # those of the reference after each reflective step, after the step
       # before it, and after the whole.
       scored = run.scorer.score(state.params, batch, ids, samples)
-      ema = opera.update_ema(ema, scored.parts["score"])
+      ema = opera_reward.update_ema(ema, scored.parts["score"])
       seconds["time/reward"] = time.monotonic()
 
       # Credit: how much better than its group.

@@ -25,6 +25,17 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class Document:
+  """A pretraining document, as plain text; tags are added when encoded."""
+
+  prompt: str
+  thought: str
+  answer: str
+  closed: bool = True  # False: the answer follows without </think>
+  after: str = ""  # text after the end of the turn
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
   """One completion as it was sampled; tokens include the stop token."""
 

@@ -18,7 +18,9 @@ ALLOWED = {
     "rewards": {"structs", "text", KERNEL_APIS},
     "data": {"structs", "text"},
     "scoring": {"models", "text", "sharding", "structs", KERNEL_APIS},
-    "rollout": {"models", "text", "sharding", "structs", "scoring", KERNEL_APIS},
+    "rollout": {
+        "models", "text", "sharding", "structs", "scoring", KERNEL_APIS,
+    },
     "synthesis": {"rollout", "scoring", "rewards", "data", "text", "structs"},
     "evals": {"rollout", "scoring", "rewards", "data", "text", "structs"},
     "train": {"losses", "sharding", "structs"},

@@ -85,7 +85,7 @@ def _checked(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   if reward_BN.shape[1] < 2:
     raise ValueError(
       "Group-relative advantage needs at least 2 samples a prompt, got "
-      f"{reward_BN.shape[1]}. Raise config.rollout.samples."
+      f"{reward_BN.shape[1]}. Raise config.rl.samples."
     )
   if not isinstance(reward_BN, jax.core.Tracer):
     wrong = np.argwhere(~np.isfinite(np.asarray(reward_BN, np.float32)))

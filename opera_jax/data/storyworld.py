@@ -104,11 +104,12 @@ class Noise:
 
   mention: float = 0.5  # a fact gets a plain step
   wrong: float = 0.4  # a plain step states a wrong value
-  recover: float = 0.4  # a reflective step restates a broken or missed fact
-  harm: float = 0.2  # a reflective step states a wrong value; else it idles
+  recover: float = 0.45  # a reflective step restates a broken or missed fact
+  harm: float = 0.25  # a reflective step states a wrong value; else it idles
   reflections: tuple[float, ...] = (0.2, 0.3, 0.3, 0.2)  # of 0, 1, 2, 3
   remember: float = 0.4  # a fact never mentioned is told right all the same
-  unclosed: float = 0.1  # the story follows the thought without </think>
+  cut: float = 0.15  # a thought breaks off after any step, and is told at once
+  retell: float = 0.15  # the story is told once more after the turn ended
 
 
 def _draw(rng: random.Random, slot: str) -> str:
@@ -154,19 +155,24 @@ def prompts(count: int, seed: int) -> list[structs.Prompt]:
 
 def think(
   facts: dict[str, str], noise: Noise, rng: random.Random
-) -> tuple[list[str], dict[str, str]]:
-  """A noisy thought: its steps, and what it believes in the end."""
+) -> list[tuple[str, dict[str, str]]]:
+  """A noisy thought: its steps, each with what is believed after it."""
   steps, belief = [], {}
+
+  def step(text: str) -> None:
+    steps.append((text, dict(belief)))
+
   for slot in SLOTS:
     if rng.random() < noise.mention:
       wrong = rng.random() < noise.wrong
       belief[slot] = _other(rng, slot, facts[slot]) if wrong else facts[slot]
-      steps.append(rng.choice(PLAIN[slot]).format(belief[slot]))
+      step(rng.choice(PLAIN[slot]).format(belief[slot]))
   if not steps:
     belief["who"] = facts["who"]
-    steps.append(rng.choice(PLAIN["who"]).format(facts["who"]))
-  reflections = rng.choices(range(len(noise.reflections)), noise.reflections)[0]
-  for _ in range(reflections):
+    step(rng.choice(PLAIN["who"]).format(facts["who"]))
+  for _ in range(
+    rng.choices(range(len(noise.reflections)), noise.reflections)[0]
+  ):
     opener, draw = rng.choice(OPENERS), rng.random()
     broken = [s for s in SLOTS if belief.get(s) != facts[s]]
     if draw < noise.recover and broken:
@@ -179,29 +185,45 @@ def think(
       text = rng.choice(RECALL[slot]).format(belief[slot])
     else:
       text = rng.choice(IDLE)
-    steps.append(f"{opener} {text}")
+    step(f"{opener} {text}")
+  return steps
+
+
+def document(
+  prompt: structs.Prompt, noise: Noise, rng: random.Random
+) -> structs.Document:
+  """One noisy document.
+
+  Some thoughts break off without </think>, and some stories are told again
+  after the turn: so a base model can price a story at both places, as the
+  reward will ask it to.
+  """
+  facts = prompt.columns["facts"]
+  steps = think(facts, noise, rng)
+  cut = rng.random() < noise.cut
+  if cut:
+    steps = steps[: rng.randint(1, len(steps))]
+  belief = steps[-1][1]
   for slot in SLOTS:
     if slot not in belief:
       kept = rng.random() < noise.remember
       belief[slot] = facts[slot] if kept else _draw(rng, slot)
-  return steps, belief
-
-
-def completion(prompt: structs.Prompt, noise: Noise, rng: random.Random) -> str:
-  """One noisy completion, with literal think tags, without the end of turn."""
-  steps, belief = think(prompt.columns["facts"], noise, rng)
-  thought = "<think>\n" + "\n\n".join(steps)
-  close = "\n\n" if rng.random() < noise.unclosed else "\n</think>\n\n"
-  return thought + close + tell(belief, rng)
+  return structs.Document(
+    prompt=prompt.prompt,
+    thought="\n\n".join(text for text, _ in steps),
+    answer=tell(belief, rng),
+    closed=not cut,
+    after=tell(belief, rng) if rng.random() < noise.retell else "",
+  )
 
 
 def corpus(
   count: int, seed: int, noise: Noise | None = None
-) -> list[tuple[structs.Prompt, str]]:
-  """Pretraining documents: tasks, each with a noisy completion."""
+) -> list[structs.Document]:
+  """Pretraining documents: a task each, with a noisy thought and its story."""
   noise = noise or Noise()
   return [
-    (task, completion(task, noise, random.Random(f"doc/{seed}/{i}")))
+    document(task, noise, random.Random(f"doc/{seed}/{i}"))
     for i, task in enumerate(prompts(count, seed))
   ]
 

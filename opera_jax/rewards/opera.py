@@ -195,7 +195,7 @@ def rewards(
   if samples < 2 or rows % samples:
     raise ValueError(
       f"R_ppl ranks a group of at least 2 samples, got {rows} rows in groups "
-      f"of {samples}. Raise config.rollout.samples, and give every prompt "
+      f"of {samples}. Raise config.rl.samples, and give every prompt "
       "all of its samples."
     )
   logprob_RM, branch_RM = _pack(branch_logprob, layout)

@@ -74,10 +74,10 @@ class Engine:
       ValueError: rows do not divide over the mesh.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
+    if rows < 1 or rows % ways:
       raise ValueError(
         f"A call samples {rows} prompts over {ways} data shards, which does "
-        "not divide. Make config.rollout.rows a multiple."
+        "not divide. Make config.engine.rows a multiple."
       )
     self._config = config
     self._mesh = mesh
@@ -129,8 +129,8 @@ class Engine:
       if len(prompt) > self._buckets[-1]:
         raise ValueError(
           f"Prompt {i} has {len(prompt)} tokens, the largest prompt bucket "
-          f"is {self._buckets[-1]}. Raise config.rollout.prompt_buckets or "
-          "drop the prompt (config.data.max_prompt_tokens)."
+          f"is {self._buckets[-1]}. Raise config.engine.prompt_buckets or "
+          "drop the prompt (config.max_prompt_tokens)."
         )
       if prompt.min() < 0 or prompt.max() >= vocab:
         raise ValueError(

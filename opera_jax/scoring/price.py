@@ -93,7 +93,7 @@ class Pricer:
       ValueError: rows do not divide over the mesh.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
+    if rows < 1 or rows % ways:
       raise ValueError(
         f"A call prices {rows} rows over {ways} data shards, which does not "
         "divide. Make config.price.rows a multiple."
@@ -169,27 +169,27 @@ class Pricer:
     # are the same tokens get the same bits, so that they tie.
     trunk_place, own_trunks = _distinct(trunks, [t.tobytes() for t in trunks])
     moved = [
-        dataclasses.replace(b, trunk=trunk_place[b.trunk]) for b in branches
+      dataclasses.replace(b, trunk=trunk_place[b.trunk]) for b in branches
     ]
     branch_place, own_branches = _distinct(
-        moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
+      moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
     )
     priced = self._run_all(params, own_trunks, own_branches, advance)
     for name, prices in zip(("trunk", "trunk", "branch"), priced):
       for index, price in enumerate(prices):
         if not np.isfinite(price).all():
           raise FloatingPointError(
-              f"The log-probability of {name} {index} is not finite. The "
-              "parameters have diverged; lower the learning rate or resume "
-              "from an earlier checkpoint."
+            f"The log-probability of {name} {index} is not finite. The "
+            "parameters have diverged; lower the learning rate or resume "
+            "from an earlier checkpoint."
           )
     trunk_logprob, trunk_entropy, branch_logprob = priced
     return structs.Prices(
-        trunk_logprob=[trunk_logprob[i] for i in trunk_place],
-        trunk_entropy=[trunk_entropy[i] for i in trunk_place],
-        branch_logprob=[branch_logprob[i] for i in branch_place],
-        trunk_tokens=sum(len(t) for t in own_trunks),
-        branch_tokens=sum(len(b.tokens) for b in own_branches),
+      trunk_logprob=[trunk_logprob[i] for i in trunk_place],
+      trunk_entropy=[trunk_entropy[i] for i in trunk_place],
+      branch_logprob=[branch_logprob[i] for i in branch_place],
+      trunk_tokens=sum(len(t) for t in own_trunks),
+      branch_tokens=sum(len(b.tokens) for b in own_branches),
     )
 
   def _run_all(self, params, trunks, branches, advance):
@@ -208,7 +208,7 @@ class Pricer:
       for row, slot, index in batch.branch_of:
         branch = branches[index]
         branch_logprob[index] = logprob_BSG[
-            row, slot, branch.skip : len(branch.tokens)
+          row, slot, branch.skip : len(branch.tokens)
         ]
       if advance is not None:
         advance(int(batch.length_B.sum()))
@@ -217,14 +217,14 @@ class Pricer:
     with jax.set_mesh(self._mesh):
       for batch in trunks_lib.pack(trunks, branches, **self._pack):
         arrays = jax.device_put(
-            (
-                batch.token_BT,
-                batch.length_B,
-                batch.input_BSG,
-                batch.target_BSG,
-                batch.limit_BS,
-            ),
-            sharding,
+          (
+            batch.token_BT,
+            batch.length_B,
+            batch.input_BSG,
+            batch.target_BSG,
+            batch.limit_BS,
+          ),
+          sharding,
         )
         results = self._run(params, *arrays)
         if waiting is not None:

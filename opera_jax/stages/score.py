@@ -173,14 +173,10 @@ class Scorer:
   ):
     if not rows:
       return [], None
-    end = self._tokenizer.end_id
     return opera.queries(
       jax.tree.map(lambda x: x[rows], thoughts),
       np.asarray([len(prompt_ids[owner[r]]) for r in rows]),
-      # L comes after the answer itself, before the end-of-turn token.
-      np.asarray(
-        [len(flat[r].tokens) - (flat[r].tokens[-1] == end) for r in rows]
-      ),
+      np.asarray([len(flat[r].tokens) for r in rows]),
       [self._tokenizer.encode(prompts[owner[r]].reference) for r in rows],
       bridge_ids=self._bridge,
       all_steps=all_steps,

@@ -176,7 +176,11 @@ def _tokenizer(
   if path:
     made = tokenizer_lib.Tokenizer.load(path)
   else:
-    texts = [t for document in tasks.documents[:20_000] for t in document]
+    texts = [
+      text
+      for d in tasks.documents[:20_000]
+      for text in (d.prompt, d.thought, d.answer)
+    ]
     made = tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)
   made.save(folder)
   return made

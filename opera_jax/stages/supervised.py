@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
 from opera_jax.models import qwen3
@@ -13,6 +14,7 @@ from opera_jax.scoring import price as price_lib
 from opera_jax.stages import fit as fit_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
+from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
@@ -53,13 +55,8 @@ def base(
     f"{len(documents):,} documents",
     flush=True,
   )
-  end = np.asarray([words.end_id], np.int32)
   pairs = [
-    (
-      words.chat_prompt(prompt),
-      np.concatenate([words.encode_template(completion), end]),
-    )
-    for prompt, completion in documents
+    (words.chat_prompt(d.prompt), _completion(words, d)) for d in documents
   ]
   _train(run, stage, run.initial(), pairs, recipe, preemption)
 
@@ -76,6 +73,22 @@ def sft(
     for t in traces.read(run.workdir / "select" / "traces")
   ]
   _train(run, stage, run.load("base"), pairs, recipe, preemption)
+
+
+def _completion(
+  words: tokenizer_lib.Tokenizer, document: structs.Document
+) -> np.ndarray:
+  """Only our own tags become special tokens, whatever the text spells."""
+  return np.concatenate(
+    [
+      words.encode_template("<think>\n"),
+      words.encode(document.thought),
+      words.encode_template("\n</think>\n\n" if document.closed else "\n\n"),
+      words.encode(document.answer),
+      words.encode_template("<|im_end|>"),
+      words.encode(document.after),
+    ]
+  ).astype(np.int32)
 
 
 def _train(

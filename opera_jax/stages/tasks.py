@@ -12,9 +12,6 @@ from opera_jax import structs
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.data import storyworld
 
-# (prompt, completion with literal think tags, without the end of turn)
-Document = tuple[str, str]
-
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
@@ -23,7 +20,7 @@ class Tasks:
   synthesis: list[structs.Prompt]
   rl: list[structs.Prompt]
   held_out: list[structs.Prompt]
-  documents: list[Document]  # for pretraining
+  documents: list[structs.Document]  # for pretraining
 
 
 def load(
@@ -69,7 +66,7 @@ def load(
       synthesis=storyworld.prompts(synthesis, seed + 1),
       rl=storyworld.prompts(rl, seed + 2),
       held_out=storyworld.prompts(held_out, seed + 3),
-      documents=[(p.prompt, c) for p, c in storyworld.corpus(documents, seed)],
+      documents=storyworld.corpus(documents, seed),
     )
   if kind != "jsonl":
     raise ValueError(
@@ -108,7 +105,7 @@ def load(
 
 def _drafted(
   train: Sequence[structs.Prompt], path: str, count: int, seed: int
-) -> list[Document]:
+) -> list[structs.Document]:
   """Documents from many responses to each prompt: a draft, then an answer.
 
   Nobody wrote thoughts for these prompts. A document's thought is a few
@@ -151,8 +148,7 @@ def _drafted(
       worse, better = sorted(rng.sample(by_id[prompt.id], 2))
       steps = [_opened(rng, s) for s in _passages(rng, worse[1])]
       answer = better[1]
-    thought = "\n\n".join(steps)
-    out.append((prompt.prompt, f"<think>\n{thought}\n</think>\n\n{answer}"))
+    out.append(structs.Document(prompt.prompt, "\n\n".join(steps), answer))
   return out
 
 

@@ -54,7 +54,7 @@ def test_one_sample_is_refused(rule):
   with pytest.raises(
     ValueError,
     match="needs at least 2 samples a prompt, got 1. Raise "
-    "config.rollout.samples.",
+    "config.rl.samples.",
   ):
     rule(np.zeros((4, 1)))
 

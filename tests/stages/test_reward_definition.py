@@ -15,32 +15,31 @@ from opera_jax.text import tokenizer as tokenizer_lib
 # Groups of completions: ragged, truncated, silent, tied, with keywords inside
 # words, over token boundaries and doubled. "|" marks where tokens are cut.
 GROUPS = [
-    [
-        "<think>\nThe story is about Mira.\n\nWait, the scene is the old mill."
-        "\n\nBut there must be a brass key.\n</think>\n\nMira came.<|im_end|>",
-        "<think>\nHmm, I wonder.\n\nHowever, at the end they walk on alone.\n"
-        "</think>\n\nIn the end they walk on alone.<|im_end|>",
-        "<think>\nThe attribute is a button. Await it.\n</think>\n\nSo."
-        "<|im_end|>",
-        "<think>\nWait, this thought is cut off.\n\nBut it goes on and",
-    ],
-    [
-        "<think>\nW|ait, split ov|er tokens.\n\n\n\nh|m|m again\n\n</think>\n\n"
-        "One.<|im_end|>",
-        "<think>\nNo thought reflects here.\n\nNone at all.\n</think>\n\nOne."
-        "<|im_end|>",
-        # Twice the same completion: a tie in the group.
-        "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
-        "\n</think>\n\nTwo.<|im_end|>",
-        "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
-        "\n</think>\n\nTwo.<|im_end|>",
-    ],
-    [
-        "no thought at all<|im_end|>",
-        "</think>\n\n<think>\n\nBut opened after it closed.\n\n</think><|im_end|>",
-        "<think>\n</think>\n\n<|im_end|>",
-        "<think>\nWait.\n\nWait.\n\nWait.\n</think>\n\nThree<|im_end|>",
-    ],
+  [
+    "<think>\nThe story is about Mira.\n\nWait, the scene is the old mill."
+    "\n\nBut there must be a brass key.\n</think>\n\nMira came.<|im_end|>",
+    "<think>\nHmm, I wonder.\n\nHowever, at the end they walk on alone.\n"
+    "</think>\n\nIn the end they walk on alone.<|im_end|>",
+    "<think>\nThe attribute is a button. Await it.\n</think>\n\nSo.<|im_end|>",
+    "<think>\nWait, this thought is cut off.\n\nBut it goes on and",
+  ],
+  [
+    "<think>\nW|ait, split ov|er tokens.\n\n\n\nh|m|m again\n\n</think>\n\n"
+    "One.<|im_end|>",
+    "<think>\nNo thought reflects here.\n\nNone at all.\n</think>\n\nOne."
+    "<|im_end|>",
+    # Twice the same completion: a tie in the group.
+    "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
+    "\n</think>\n\nTwo.<|im_end|>",
+    "<think>\nLet me think. There will be a red lantern.\n\nBut but but."
+    "\n</think>\n\nTwo.<|im_end|>",
+  ],
+  [
+    "no thought at all<|im_end|>",
+    "</think>\n\n<think>\n\nBut opened after it closed.\n\n</think><|im_end|>",
+    "<think>\n</think>\n\n<|im_end|>",
+    "<think>\nWait.\n\nWait.\n\nWait.\n</think>\n\nThree<|im_end|>",
+  ],
 ]
 
 
@@ -48,28 +47,28 @@ GROUPS = [
 def world(one_device):
   corpus = storyworld.corpus(200, 0)
   words = tokenizer_lib.Tokenizer.train_bpe(
-      [text for task, done in corpus for text in (task.prompt, done)], 420
+    [t for d in corpus for t in (d.prompt, d.thought, d.answer)], 420
   )
   config = qwen3.Config(
-      vocab_size=words.vocab_size,
-      hidden=48,
-      layers=2,
-      heads=4,
-      kv_heads=2,
-      head_dim=16,
-      intermediate=64,
-      rope_theta=10_000.0,
+    vocab_size=words.vocab_size,
+    hidden=48,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    intermediate=64,
+    rope_theta=10_000.0,
   )
   graphdef, params = qwen3.create(config, 0)
   params = jax.tree.map(lambda x: x * 2.0, params)
   pricer = price.Pricer(
-      graphdef,
-      vocab_size=config.vocab_size,
-      mesh=one_device,
-      rows=4,
-      length_buckets=(96, 192),
-      slot_buckets=(2, 8),
-      branch_buckets=(64,),
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=one_device,
+    rows=4,
+    length_buckets=(96, 192),
+    slot_buckets=(2, 8),
+    branch_buckets=(64,),
   )
   return words, graphdef, params, pricer
 
@@ -96,9 +95,9 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
     model = nnx.merge(graphdef, params)
     T = tokens_1T.shape[1]
     out, _ = model(
-        tokens_1T,
-        np.arange(T)[None],
-        attention.causal(np.ones((1, T), np.int32)),
+      tokens_1T,
+      np.arange(T)[None],
+      attention.causal(np.ones((1, T), np.int32)),
     )
     head, _ = model.head_matrix()
     return jax.nn.log_softmax(out[0] @ head.T)
@@ -117,38 +116,37 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
     counts, scores = [], []
     for tokens in group:
       steps = thought.define(
-          tokens,
-          words.vocab_bytes,
-          words.think_open_id,
-          words.think_close_id,
-          match=match,
+        tokens,
+        words.vocab_bytes,
+        words.think_open_id,
+        words.think_close_id,
+        match=match,
       )
       opened = np.flatnonzero(tokens == words.think_open_id)
       count = 0
       before = opened[0] + 1 if len(opened) else 0
       for step in steps:
         prices = [
-            mean_logprob(
-                np.concatenate([prompt, tokens[:end], bridge_ids]), reference
-            )
-            for end in (before, step.end)
+          mean_logprob(
+            np.concatenate([prompt, tokens[:end], bridge_ids]), reference
+          )
+          for end in (before, step.end)
         ]
         if step.reflective and prices[1] > prices[0]:
           count += 1
         before = step.end
-      whole = tokens[:-1] if tokens[-1] == words.end_id else tokens
       counts.append(count)
-      scores.append(mean_logprob(np.concatenate([prompt, whole]), reference))
+      scores.append(mean_logprob(np.concatenate([prompt, tokens]), reference))
     count_BN.append(counts)
     self_BN.append([np.tanh(c / 2) for c in counts])
     rank_BN.append(
-        [sum(o < s for o in scores) / (len(scores) - 1) for s in scores]
+      [sum(o < s for o in scores) / (len(scores) - 1) for s in scores]
     )
   return np.array(count_BN), np.array(self_BN), np.array(rank_BN)
 
 
 @pytest.mark.parametrize(
-    "bridge, match", [("", "word"), ("\n</think>\n\n", "substring")]
+  "bridge, match", [("", "word"), ("\n</think>\n\n", "substring")]
 )
 def test_reward_equals_the_slow_definition(world, bridge, match):
   words, _, params, pricer = world
@@ -156,48 +154,50 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   prompt_ids = [words.chat_prompt(t.prompt) for t in tasks]
   groups = [[_tokens(words, text) for text in group] for group in GROUPS]
   samples = [
-      [
-          structs.Sample(t, np.zeros(len(t), np.float32), t[-1] == words.end_id)
-          for t in group
-      ]
-      for group in groups
+    [
+      structs.Sample(t, np.zeros(len(t), np.float32), t[-1] == words.end_id)
+      for t in group
+    ]
+    for group in groups
   ]
   scorer = score.Scorer(pricer, words, bridge=bridge, match=match)
   got = scorer.score(params, tasks, prompt_ids, samples)
   references = [words.encode(t.reference) for t in tasks]
   count, r_self, r_ppl = _definition(
-      world, prompt_ids, groups, references, bridge, match
+    world, prompt_ids, groups, references, bridge, match
   )
   np.testing.assert_array_equal(got.parts["count"], count)
   np.testing.assert_allclose(got.parts["r_self"], r_self, atol=1e-5)
   np.testing.assert_allclose(got.parts["r_ppl"], r_ppl, atol=1e-5)
   np.testing.assert_allclose(
-      got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
+    got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
   )
   # The cases are what they are meant to be.
   assert count.max() >= 1
   assert r_ppl[1, 2] == r_ppl[1, 3]
   assert not got.parts["closed"][0, 3]
   assert count[0, 3] == 0
-  assert got.parts["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
+  assert (
+    got.parts["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
+  )
 
 
 def test_maths_rows_get_zero_or_one(world):
   words, _, params, pricer = world
   tasks = [
-      structs.Prompt("m", "math", "What is 2 + 2?", "4"),
-      *storyworld.prompts(1, 3),
+    structs.Prompt("m", "math", "What is 2 + 2?", "4"),
+    *storyworld.prompts(1, 3),
   ]
   texts = [
-      "<think>\nWait, 5.\n</think>\n\nThe answer is 4.<|im_end|>",
-      "<think>\nWait, 4.\n</think>\n\nThe answer is 5.<|im_end|>",
+    "<think>\nWait, 5.\n</think>\n\nThe answer is 4.<|im_end|>",
+    "<think>\nWait, 4.\n</think>\n\nThe answer is 5.<|im_end|>",
   ]
   samples = [
-      [
-          structs.Sample(t, np.zeros(len(t), np.float32), True)
-          for t in (_tokens(words, text) for text in texts)
-      ]
-      for _ in tasks
+    [
+      structs.Sample(t, np.zeros(len(t), np.float32), True)
+      for t in (_tokens(words, text) for text in texts)
+    ]
+    for _ in tasks
   ]
   ids = [words.chat_prompt(t.prompt) for t in tasks]
   got = score.Scorer(pricer, words).score(params, tasks, ids, samples)
@@ -212,11 +212,11 @@ def test_empty_reference_and_single_sample_are_refused(world):
   scorer = score.Scorer(pricer, words)
   task = structs.Prompt("a", "open_ended", "Tell.", "")
   sample = structs.Sample(
-      _tokens(words, GROUPS[0][0]), np.zeros(3, np.float32), True
+    _tokens(words, GROUPS[0][0]), np.zeros(3, np.float32), True
   )
   ids = [words.chat_prompt("Tell.")]
   with pytest.raises(ValueError, match="no tokens"):
     scorer.score(params, [task], ids, [[sample, sample]])
   task = structs.Prompt("a", "open_ended", "Tell.", "A story.")
-  with pytest.raises(ValueError, match="config.rollout.samples"):
+  with pytest.raises(ValueError, match="config.rl.samples"):
     scorer.score(params, [task], ids, [[sample]])

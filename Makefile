@@ -1,0 +1,47 @@
+# Two commands: `make demo` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo and the tests run on the CPU, with or without an accelerator.
+export JAX_PLATFORMS ?= cpu
+export TPU_SKIP_MDS_QUERY ?= 1
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(VENV)/base.done
+	@echo "Running the whole method on the embedded task (about 5 minutes on 2 cores); progress follows."
+	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
+	@echo "Open runs/tiny/report.html in a browser."
+
+test: $(VENV)/dev.done
+	@echo "Running the fast tests; 'make test-all' adds the slow ones."
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/dev.done
+	@echo "Measuring; results go to benchmarks/RESULTS.md."
+	$(BIN)/python -m benchmarks.kernels
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in [(3, 11), (3, 12)] else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}. Name one: make PYTHON=python3.12 ...")'
+	@echo "Making a virtual environment in $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/base.done: requirements.txt | $(VENV)/bin/python
+	@echo "Installing what a run needs (requirements.txt); a minute or two ..."
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.done: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+	@echo "Installing what the tests need (requirements-dev.txt); a few minutes, torch among it ..."
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,140 @@
+"""Configs are locked, spelled right, and every field is read by something."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from configs import common, tiny
+from experiments import opera_rl
+from opera_jax.models import qwen3
+from opera_jax.rollout import engine
+from opera_jax.scoring import price
+from opera_jax.sharding import rules
+from opera_jax.stages import (
+  cold_start,
+  evaluate,
+  score,
+  setup,
+  supervised,
+  tasks,
+)
+
+CONFIGS = sorted(
+  path.stem
+  for path in (ROOT / "configs").glob("*.py")
+  if path.stem not in ("__init__", "common")
+)
+
+
+def _keywords(function) -> set[str]:
+  return set(inspect.signature(function).parameters) - {"self"}
+
+
+def _fields(record) -> set[str]:
+  return {field.name for field in dataclasses.fields(record)}
+
+
+def _tokenizer_keywords() -> set[str]:
+  return _keywords(setup._tokenizer) - {"workdir", "tasks"}
+
+
+# Sections handed over whole: a field that the receiver lacks is a TypeError.
+WHOLE = {
+  "mesh": set(rules.MESH_AXES),
+  "tokenizer": _tokenizer_keywords(),
+  "model": _fields(qwen3.Config),
+  "data": _keywords(tasks.load) - {"seed"},
+  "base": _fields(supervised.Recipe),
+  "sft": _fields(supervised.Recipe),
+  "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
+  "price": _keywords(price.Pricer)
+  - {"graphdef", "vocab_size", "mesh", "temperature"},
+  "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},
+  "synthesis": _fields(cold_start.Search),
+  "select": _fields(cold_start.Select),
+  "evaluate": _fields(evaluate.Settings) - {"max_new_tokens"},
+}
+
+
+def _read_in_driver() -> set[str]:
+  """Dotted fields that the driver names: config.seed, rl.steps, ..."""
+  tree = ast.parse((ROOT / "experiments" / "opera_rl.py").read_text())
+  return {
+    ast.unparse(node).removeprefix("config.")
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute)
+  }
+
+
+def test_every_field_is_read():
+  read, unread = _read_in_driver(), []
+  for name, value in common.get_config().items():
+    if name in WHOLE:
+      assert name in read, name
+      assert set(value) == WHOLE[name], name
+    elif isinstance(value, ConfigDict):
+      unread += [f"{name}.{f}" for f in value if f"{name}.{f}" not in read]
+    elif name not in read:
+      unread.append(name)
+  assert not unread
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_locked_and_hold_common_fields_only(name):
+  config = importlib.import_module(f"configs.{name}").get_config()
+  assert config.is_locked
+  known = common.get_config()
+  assert set(config) == set(known)
+  for section, value in known.items():
+    if isinstance(value, ConfigDict) and section not in ("data",):
+      assert set(config[section]) == set(value), section
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("stages", "sft,polish", "polish"),
+    ("model.kv_heads", 3, "multiple of model.kv_heads"),
+    ("mesh.tensor", 3, "config.mesh"),
+    ("data.kind", "books", "config.data.kind"),
+    ("engine.rows", 0, "config.engine.rows"),
+    ("price.rows", 12, "config.price.rows"),
+    ("rl.samples", 1, "config.rl.samples"),
+    ("rl.mini_batch", 3, "config.rl.mini_batch"),
+    ("base.batch_size", 12, "config.base.batch_size"),
+    ("tokenizer.path", "no/such/folder", "tokenizer.json"),
+  ],
+)
+def test_a_wrong_value_is_named_before_any_work(
+  field, value, message, tmp_path
+):
+  config = tiny.get_config("smoke")
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    opera_rl.opera(config, str(tmp_path))
+  assert not (tmp_path / "base").exists()
+
+
+def test_an_unknown_field_fails_with_its_nearest_name(tmp_path):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.opera_rl"),
+      "--config=configs/tiny.py:smoke",
+      f"--workdir={tmp_path}",
+      "--config.rl.learning_rat=1",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+  )
+  assert done.returncode != 0
+  assert 'Did you mean "learning_rate"' in done.stderr
