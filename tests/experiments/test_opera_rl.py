@@ -1,0 +1,172 @@
+"""The driver end to end: killed anywhere it goes on, and it learns."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import ROOT
+
+from opera_jax.train import metrics
+
+pytestmark = pytest.mark.slow
+
+
+def _start(workdir, *flags, config="configs/tiny.py:smoke"):
+  env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"))
+  env["XLA_FLAGS"] = ""  # one device, as on a laptop
+  return subprocess.Popen(
+    [
+      *(sys.executable, "-m", "experiments.opera_rl"),
+      f"--config={config}",
+      f"--workdir={workdir}",
+      *flags,
+    ],
+    cwd=ROOT,
+    env=env,
+    stderr=subprocess.STDOUT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _finish(process) -> str:
+  output, _ = process.communicate(timeout=1200)
+  assert process.returncode == 0, output
+  return output
+
+
+def _kill_when(process, ready, sign) -> int:
+  """Sends a signal as soon as `ready()`; returns the exit code."""
+  deadline = time.monotonic() + 600
+  while not ready():
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(sign)
+  process.communicate(timeout=120)
+  return process.returncode
+
+
+def _lines(path) -> list[dict]:
+  return [
+    {k: v for k, v in line.items() if not k.startswith("time/")}
+    for line in metrics.read(path)
+  ]
+
+
+def _checkpoints(folder: pathlib.Path) -> list[str]:
+  return [p.name for p in folder.glob("*") if (p / "FILES.json").exists()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  output = _finish(_start(workdir))
+  return workdir, output
+
+
+def test_every_stage_leaves_what_it_should(straight):
+  workdir, output = straight
+  for stage in ("base", "synthesize", "select", "sft", "rl", "evaluate"):
+    assert (workdir / stage / "DONE.json").exists(), stage
+  page = (workdir / "report.html").read_text()
+  assert "<script" not in page
+  assert "facts kept" in page
+  assert len(_lines(workdir / "rl" / "metrics.jsonl")) == 3
+  assert list((workdir / "rl" / "tensorboard").rglob("events*"))
+  for word in ("tokens/s", "s left", "facts kept"):
+    assert word in output
+  source = tfds.builder_from_directory(
+    workdir / "synthesize" / "traces" / "tfds" / "traces" / "1.0.0"
+  ).as_data_source("train")
+  assert len(source) == 24
+  line = _lines(workdir / "rl" / "metrics.jsonl")[0]
+  assert line["agreement/max_abs_delta"] < 1e-4
+  for part in ("mean", "r_ppl", "r_self", "count", "score"):
+    assert f"reward/{part}" in line
+
+
+def test_a_finished_run_repeats_nothing(straight):
+  workdir, _ = straight
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("DONE.json")}
+  output = _finish(_start(workdir))
+  assert "base:" not in output
+  assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("DONE.json")}
+
+
+def test_a_changed_setting_is_refused(straight):
+  workdir, _ = straight
+  process = _start(workdir, "--config.sft.learning_rate=0.5")
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode != 0
+  assert "learning_rate: 0.0005 then, 0.5 now" in output
+
+
+def test_killed_in_every_stage_equals_straight_bit_for_bit(straight, tmp_path):
+  workdir, _ = straight
+  killed = [
+    ("base", lambda: _checkpoints(tmp_path / "base" / "checkpoints")),
+    ("synthesize", lambda: (tmp_path / "synthesize" / "parts").exists()),
+    ("sft", lambda: (tmp_path / "sft" / "metrics.jsonl").exists()),
+    ("rl", lambda: _checkpoints(tmp_path / "rl" / "checkpoints")),
+    ("rl", lambda: "2" in _checkpoints(tmp_path / "rl" / "checkpoints")),
+    ("evaluate", lambda: (tmp_path / "evaluate" / "SETTINGS.json").exists()),
+  ]
+  for stage, ready in killed:
+    code = _kill_when(_start(tmp_path), ready, signal.SIGKILL)
+    assert code == -signal.SIGKILL, stage
+  _finish(_start(tmp_path))
+  for stage in ("base", "sft", "rl"):
+    want = _lines(workdir / stage / "metrics.jsonl")
+    assert _lines(tmp_path / stage / "metrics.jsonl") == want, stage
+  results = [
+    json.loads((w / "evaluate" / "DONE.json").read_text())["values"]
+    for w in (workdir, tmp_path)
+  ]
+  assert results[0] == results[1]
+
+
+def test_sigterm_saves_first_and_the_run_goes_on(straight, tmp_path):
+  workdir, _ = straight
+  for stage in ("tokenizer", "base", "synthesize", "select", "sft"):
+    shutil.copytree(workdir / stage, tmp_path / stage)
+  # No checkpoint by count: what is there was written because of the signal.
+  flags = ("--config.rl.checkpoint_every=99", "--config.stages=rl")
+  log = tmp_path / "rl" / "metrics.jsonl"
+  code = _kill_when(
+    _start(tmp_path, *flags),
+    lambda: len(metrics.read(log)) == 1,
+    signal.SIGTERM,
+  )
+  assert code == 128 + signal.SIGTERM
+  assert _checkpoints(tmp_path / "rl" / "checkpoints") in (["1"], ["2"])
+  _finish(_start(tmp_path, *flags))
+  assert _lines(log) == _lines(workdir / "rl" / "metrics.jsonl")
+
+
+def test_mean_reward_rises_over_rl(tmp_path):
+  _finish(
+    _start(
+      tmp_path,
+      "--config.stages=synthesize,select,sft,rl",
+      "--config.rl.steps=10",
+      config="configs/tiny.py",
+    )
+  )
+  reward = [
+    line["reward/mean"] for line in _lines(tmp_path / "rl" / "metrics.jsonl")
+  ]
+  # A permutation test of the slope over steps, one-sided.
+  steps = np.arange(len(reward)) - (len(reward) - 1) / 2
+  slope = steps @ np.asarray(reward)
+  rng = np.random.default_rng(0)
+  by_chance = [steps @ rng.permutation(reward) for _ in range(10_000)]
+  assert np.mean(np.asarray(by_chance) >= slope) < 0.005
