@@ -116,9 +116,9 @@ def test_bfloat16_inputs_keep_float32_sums():
 @pytest.mark.parametrize(
   "shape,offset,few,dtype,tolerance",
   [
-    ({"G": 16, "C": 16, "T": 16}, 0, 0, jnp.float32, 1e-5),
-    ({"G": 13, "C": 13, "T": 21}, 0, 0, jnp.bfloat16, 2e-2),
-    ({"G": 1, "C": 11, "T": 21}, 10, 64, jnp.float32, 1e-5),
+    ({"S": 2, "G": 8, "C": 8, "T": 16}, 0, 0, jnp.float32, 1e-5),
+    ({"G": 11, "C": 11, "T": 21}, 0, 0, jnp.bfloat16, 2e-2),
+    ({"G": 1, "C": 11, "T": 13}, 5, 64, jnp.float32, 1e-5),
   ],
   ids=["aligned", "ragged-bfloat16", "decoding"],
 )
@@ -128,8 +128,9 @@ def test_tpu_kernel_equals_the_reference(
   monkeypatch.setattr(prefix, "BLOCK_QUERIES", 16)
   monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
   monkeypatch.setattr(prefix, "FEW_QUERIES", few)
-  arrays, limit_BS = _inputs(dtype=dtype, **shape)
-  offset_BS = jnp.arange(6, dtype=jnp.int32).reshape(2, 3) * offset // 5
+  arrays, limit_BS = _inputs(B=1, dtype=dtype, **shape)
+  S = limit_BS.shape[1]
+  offset_BS = offset * jnp.arange(S, dtype=jnp.int32)[None]
   got = _run("pallas_tpu", arrays, limit_BS, offset_BS)
   exact = [x.astype(jnp.float32) for x in arrays]
   assert {x.dtype for x in got} == {jnp.dtype(dtype)}
@@ -140,9 +141,9 @@ def test_tpu_kernel_neither_fetches_nor_computes_beyond_the_limit(
   interpreted, monkeypatch
 ):
   monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
-  arrays, limit_BS = _inputs(T=32)
+  arrays, limit_BS = _inputs(B=1, S=2, T=24)
   limit_BS = jnp.full_like(limit_BS, 8)
-  unread = jnp.arange(32)[None, :, None, None] >= 8
+  unread = jnp.arange(24)[None, :, None, None] >= 8
   dirty = [jnp.where(unread, jnp.nan, x) for x in arrays[1:3]]
   got = _run("pallas_tpu", [arrays[0], *dirty, *arrays[3:]], limit_BS)
   _close(got, _run("reference", arrays, limit_BS), 1e-5)
