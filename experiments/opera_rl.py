@@ -130,8 +130,8 @@ def check(config, ways: int) -> None:
 
 def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   """GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths)."""
-  stage = workdir.Stage(
-    run.workdir, "rl", {"rl": rl.to_dict(), "rollout": rollout.to_dict()}
+  stage = run.stage(
+    "rl", rl=rl.to_dict(), rollout=rollout.to_dict(), reward=run.reward
   )
   if stage.finished():
     return

@@ -6,7 +6,6 @@ import jax
 
 from opera_jax.data import traces
 from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import filters, search
 from opera_jax.train import metrics
 
@@ -44,9 +43,7 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
   Every batch of prompts is written when it is done, so that a killed run
   loses one batch at the most.
   """
-  stage = workdir_lib.Stage(
-    run.workdir, "synthesize", dataclasses.asdict(settings)
-  )
+  stage = run.stage("synthesize", synthesize=dataclasses.asdict(settings))
   if stage.finished():
     return
   params = run.load("base")
@@ -92,7 +89,7 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
 
 def select(run: setup_lib.Run, settings: Select, keywords: list[str]) -> None:
   """Writes `select/traces` and `select/rejected`, with counts by reason."""
-  stage = workdir_lib.Stage(run.workdir, "select", dataclasses.asdict(settings))
+  stage = run.stage("select", select=dataclasses.asdict(settings))
   if stage.finished():
     return
   kept, rejected, counts = filters.select(

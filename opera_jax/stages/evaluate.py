@@ -16,7 +16,6 @@ from opera_jax.evals import table
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.train import metrics
 
 MODELS = ("base", "sft", "rl")
@@ -63,8 +62,8 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
   Raises:
     FileNotFoundError: a model is missing.
   """
-  stage = workdir_lib.Stage(
-    run.workdir, "evaluate", dataclasses.asdict(settings)
+  stage = run.stage(
+    "evaluate", evaluate=dataclasses.asdict(settings), reward=run.reward
   )
   if stage.finished():
     return

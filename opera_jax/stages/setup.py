@@ -19,6 +19,7 @@ from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import tasks as tasks_lib
+from opera_jax.stages import workdir as workdir_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
 
@@ -40,6 +41,12 @@ class Run:
   pricer: price_lib.Pricer  # at temperature 1, for rewards
   policy_pricer: price_lib.Pricer  # at the policy's; the same where equal
   scorer: score_lib.Scorer
+  settings: dict[str, Any]  # what the outcome of every stage depends on
+  reward: dict[str, Any]  # and of those that reward
+
+  def stage(self, name: str, **settings: Any) -> workdir_lib.Stage:
+    """Opens a stage's folder; see `workdir.Stage` for what it refuses."""
+    return workdir_lib.Stage(self.workdir, name, self.settings | settings)
 
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
     """The chat prompt of each task, as tokens."""
@@ -161,10 +168,27 @@ def setup(
     policy_pricer=pricer
     if temperature == 1
     else price_lib.Pricer(graphdef, temperature=temperature, **sizes),
+    settings={
+      "seed": seed,
+      "tokenizer": _plain(tokenizer),
+      "model": _plain(model),
+      "data": _plain(data),
+      "max_prompt_tokens": max_prompt_tokens,
+      "max_reference_tokens": max_reference_tokens,
+    },
+    reward=_plain(reward),
     scorer=score_lib.Scorer(
       pricer, words, cache_dir=str(workdir / "automata"), **reward
     ),
   )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested mappings (of a config) as plain dicts."""
+  return {
+    name: _plain(value) if hasattr(value, "items") else value
+    for name, value in values.items()
+  }
 
 
 def _tokenizer(

@@ -45,7 +45,7 @@ def base(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
   """Pretrains the base model on the tasks' documents."""
-  stage = workdir_lib.Stage(run.workdir, "base", dataclasses.asdict(recipe))
+  stage = run.stage("base", base=dataclasses.asdict(recipe))
   if stage.finished():
     return
   words, documents = run.tokenizer, run.tasks.documents
@@ -65,7 +65,7 @@ def sft(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
   """Fine-tunes the base model on the selected traces."""
-  stage = workdir_lib.Stage(run.workdir, "sft", dataclasses.asdict(recipe))
+  stage = run.stage("sft", sft=dataclasses.asdict(recipe))
   if stage.finished():
     return
   pairs = [

@@ -1,16 +1,12 @@
 """The tasks of a run, and the documents its base model is pretrained on."""
 
 import dataclasses
-import json
-import lzma
-import pathlib
 import random
-import re
 from collections.abc import Mapping, Sequence
 
 from opera_jax import structs
+from opera_jax.data import drafts, storyworld
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.data import storyworld
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +17,7 @@ class Tasks:
   rl: list[structs.Prompt]
   held_out: list[structs.Prompt]
   documents: list[structs.Document]  # for pretraining
+  notes: tuple[str, ...] = ()  # what was left out or cut, in sentences
 
 
 def load(
@@ -34,6 +31,9 @@ def load(
   path: str,
   fields: Mapping[str, str],
   task_map: Mapping[str, str],
+  default_task: str,
+  prompt_words: int,
+  excerpt_words: int,
   math_path: str,
   math_fields: Mapping[str, str],
   math_answer: str,
@@ -49,17 +49,25 @@ def load(
     rl: tasks for RL (jsonl: at most; may be those of the cold start).
     held_out: tasks that no training stage sees.
     documents: pretraining documents; 0 where the base model is loaded.
-    path: JSONL or Parquet of open-ended tasks.
+    path: JSONL or Parquet of tasks, "" for maths tasks alone.
     fields: our field -> column of `path`.
     task_map: value of the task column -> "open_ended" or "math".
-    math_path: JSONL of maths tasks, "" for none.
+    default_task: task of rows of `path` without one; "" makes them errors.
+    prompt_words: a prompt of more words is dropped and counted; 0 keeps all.
+      (What is too long in tokens is dropped later, by `prompts`.)
+    excerpt_words: open-ended references and the answers of documents are cut
+      to so many words, see `drafts.excerpt`; 0 keeps them whole.
+    math_path: JSONL or Parquet of maths tasks, "" for none.
     math_fields: our field -> column of `math_path`.
     math_answer: regular expression whose first group is the true answer.
-    math_limit: maths tasks used at most.
-    responses_path: JSONL of `id, score, response`, the pretraining corpus.
+    math_limit: maths tasks used at most, 0 for all; the other rows of the
+      file become pretraining documents alone.
+    responses_path: JSONL of `id, score, response`, what documents are drafted
+      from; "" drafts from the references.
 
   Raises:
-    ValueError: an unknown kind, or a file without enough tasks.
+    FileNotFoundError: a file is missing.
+    ValueError: an unknown kind, a bad row, or files without enough tasks.
   """
   if kind == "storyworld":
     return Tasks(
@@ -72,100 +80,173 @@ def load(
     raise ValueError(
       f"Unknown config.data.kind {kind!r}; use 'storyworld' or 'jsonl'."
     )
-  if not path:
+  every, more_maths = _read(
+    path,
+    fields=fields,
+    task_map=task_map,
+    default_task=default_task,
+    math_path=math_path,
+    math_fields=math_fields,
+    math_answer=math_answer,
+    math_limit=math_limit,
+  )
+  every, notes = _shortened(every, prompt_words, excerpt_words)
+  more_maths, _ = _shortened(more_maths, prompt_words, excerpt_words)
+  if held_out >= len(every):
     raise ValueError(
-      "config.data.kind is 'jsonl' and config.data.path is empty. Name a "
-      "JSONL file of tasks with --config.data.path=FILE."
+      f"{' and '.join(filter(None, (path, math_path)))}: {len(every)} tasks "
+      f"are left and config.data.held_out is {held_out}; some must be left to "
+      "train on. Lower it, raise config.data.prompt_words, or add tasks."
     )
-  every = prompts_lib.load(path, fields=fields, task_map=task_map)
-  if math_path:
-    every += prompts_lib.load(
+  train, held = prompts_lib.split(every, held_out, seed)
+  rng = random.Random(f"tasks/{seed}")
+  chosen = {
+    "synthesis": rng.sample(train, min(synthesis, len(train))),
+    "rl": rng.sample(train, min(rl, len(train))),
+  }
+  notes.insert(
+    0,
+    "; ".join(
+      f"{name}: {_count(prompts)}"
+      for name, prompts in (*chosen.items(), ("held out", held))
+    )
+    + ".",
+  )
+  made = []
+  if documents:
+    unseen = {p.prompt for p in held}
+    made, drafted = _drafted(
+      train,
+      [p for p in more_maths if p.prompt not in unseen],
+      responses_path,
+      count=documents,
+      seed=seed,
+      words=excerpt_words,
+    )
+    notes += drafted
+  for note in notes:
+    print(f"tasks: {note}", flush=True)
+  return Tasks(**chosen, held_out=held, documents=made, notes=tuple(notes))
+
+
+def _read(
+  path: str,
+  *,
+  fields: Mapping[str, str],
+  task_map: Mapping[str, str],
+  default_task: str,
+  math_path: str,
+  math_fields: Mapping[str, str],
+  math_answer: str,
+  math_limit: int,
+) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
+  """All tasks, and the maths rows beyond the limit."""
+  if not path and not math_path:
+    raise ValueError(
+      "config.data.kind is 'jsonl' and both config.data.path and "
+      "config.data.math_path are empty. Name a JSONL file of tasks with "
+      "--config.data.path=FILE."
+    )
+  every = []
+  if path:
+    every = prompts_lib.load(
+      path, fields=fields, task_map=task_map, default_task=default_task or None
+    )
+  if not math_path:
+    return every, []
+  maths = [
+    # Ids of two files may clash.
+    dataclasses.replace(p, id=f"math/{p.id}")
+    for p in prompts_lib.load(
       math_path,
       fields=math_fields,
       default_task="math",
       answer_pattern=math_answer,
-      limit=math_limit,
     )
-  if held_out >= len(every):
-    raise ValueError(
-      f"{path} has {len(every)} tasks and config.data.held_out is "
-      f"{held_out}; some must be left to train on. Lower it."
+  ]
+  limit = math_limit or len(maths)
+  return every + maths[:limit], maths[limit:]
+
+
+def _shortened(
+  every: Sequence[structs.Prompt], prompt_words: int, excerpt_words: int
+) -> tuple[list[structs.Prompt], list[str]]:
+  """Drops long prompts and cuts open-ended references, saying how many."""
+  kept = [
+    p
+    for p in every
+    if not prompt_words or len(p.prompt.split()) <= prompt_words
+  ]
+  notes, out, cut = [], [], 0
+  if len(kept) < len(every):
+    lost = [p for p in every if len(p.prompt.split()) > prompt_words]
+    notes.append(
+      f"Dropped {_count(lost)} whose prompt is longer than {prompt_words} "
+      "words."
     )
-  train, held = prompts_lib.split(every, held_out, seed)
-  rng = random.Random(f"tasks/{seed}")
-  return Tasks(
-    synthesis=rng.sample(train, min(synthesis, len(train))),
-    rl=rng.sample(train, min(rl, len(train))),
-    held_out=held,
-    documents=_drafted(train, responses_path, documents, seed)
-    if documents
-    else [],
-  )
+  for prompt in kept:
+    if prompt.task == "open_ended":
+      reference = drafts.excerpt(prompt.reference, excerpt_words)
+      cut += reference != prompt.reference.strip()
+      prompt = dataclasses.replace(prompt, reference=reference)
+    out.append(prompt)
+  if cut:
+    notes.append(
+      f"The priced reference is an excerpt in {cut} open-ended tasks: its "
+      f"head, at most {excerpt_words} words, ended at a sentence if possible."
+    )
+  return out, notes
 
 
 def _drafted(
-  train: Sequence[structs.Prompt], path: str, count: int, seed: int
-) -> list[structs.Document]:
-  """Documents from many responses to each prompt: a draft, then an answer.
-
-  Nobody wrote thoughts for these prompts. A document's thought is a few
-  passages of one response, some opened by a reflection word, and its answer
-  is a better-judged response; so the base model learns the form of thinking,
-  with content that belongs to the prompt. Maths tasks think their worked
-  solution. Held-out prompts give no document.
-  """
-  rng = random.Random(f"drafts/{seed}")
-  by_id: dict[str, list[tuple[float, str]]] = {}
-  if path:
-    opener = lzma.open if path.endswith(".xz") else open
-    with opener(pathlib.Path(path), "rt", encoding="utf-8") as file:
-      for number, line in enumerate(file, start=1):
-        try:
-          row = json.loads(line)
-          item = (float(row["score"]), str(row["response"]))
-        except (ValueError, KeyError) as error:
-          raise ValueError(
-            f"{path}:{number}: not a response ({error}); a line needs id, "
-            "score and response. Mend or drop the line."
-          ) from error
-        by_id.setdefault(row["id"], []).append(item)
-  usable = [
-    p for p in train if p.task == "math" or len(by_id.get(p.id, ())) > 1
-  ]
-  if not usable:
+  train: Sequence[structs.Prompt],
+  more_maths: Sequence[structs.Prompt],
+  responses_path: str,
+  *,
+  count: int,
+  seed: int,
+  words: int,
+) -> tuple[list[structs.Document], list[str]]:
+  """Documents of training tasks, maths in its share of the tasks."""
+  opened = [p for p in train if p.task == "open_ended"]
+  maths = [p for p in train if p.task == "math"]
+  worked = [p for p in (*maths, *more_maths) if drafts.solution(p)]
+  if not opened and not worked:
     raise ValueError(
-      f"No training prompt has two responses in {path!r}; pretraining needs "
-      "them. Set config.data.responses_path, or load a base model."
+      f"None of {len(maths)} maths tasks has a worked solution (text before "
+      "'####' in its reference), so there is nothing to pretrain on. Add "
+      "solutions or open-ended tasks, or load a base model and set "
+      "config.data.documents to 0."
     )
-  out = []
-  for i in range(count):
-    prompt = usable[i % len(usable)]
-    if prompt.task == "math":
-      worked = str(prompt.columns.get("answer", prompt.reference))
-      steps = worked.split("####")[0].strip().split("\n")
-      answer = f"The answer is {prompt.reference}."
-    else:
-      worse, better = sorted(rng.sample(by_id[prompt.id], 2))
-      steps = [_opened(rng, s) for s in _passages(rng, worse[1])]
-      answer = better[1]
-    out.append(structs.Document(prompt.prompt, "\n\n".join(steps), answer))
-  return out
+  for_maths = round(count * len(maths) / len(train)) if worked else 0
+  if not opened:
+    for_maths = count
+  out, notes = [], []
+  if opened:
+    responses, empty, source = {}, 0, "the references"
+    if responses_path:
+      responses, empty = drafts.read_responses(
+        responses_path, {p.id for p in opened}
+      )
+      source = f"{sum(map(len, responses.values())):,} responses"
+    out += drafts.open_ended(
+      opened, responses, count=count - for_maths, seed=seed, words=words
+    )
+    notes.append(
+      f"{count - for_maths:,} open-ended pretraining documents drafted from "
+      f"{source} to {len(opened)} training prompts"
+      + (f" ({empty} empty ones left out)." if empty else ".")
+    )
+  if for_maths:
+    out += drafts.maths(worked, count=for_maths, seed=seed)
+    notes.append(
+      f"{for_maths:,} maths pretraining documents from {len(worked):,} worked "
+      "solutions."
+    )
+  random.Random(f"documents/{seed}").shuffle(out)
+  return out, notes
 
 
-def _passages(rng: random.Random, response: str) -> list[str]:
-  sentences = [
-    s.strip()
-    for s in re.split(r"(?<=[.!?])\s+|\n+", response)
-    if len(s.strip()) > 20
-  ]
-  if not sentences:
-    return [response[:200].strip() or "..."]
-  count = min(len(sentences), rng.randint(2, 5))
-  places = sorted(rng.sample(range(len(sentences)), count))
-  return [sentences[p][:200] for p in places]
-
-
-def _opened(rng: random.Random, step: str) -> str:
-  if rng.random() < 0.5:
-    return step
-  return f"{rng.choice(storyworld.OPENERS)} {step[0].lower()}{step[1:]}"
+def _count(prompts: Sequence[structs.Prompt]) -> str:
+  maths = sum(p.task == "math" for p in prompts)
+  return f"{len(prompts) - maths} open-ended and {maths} maths tasks"

@@ -107,7 +107,7 @@ def test_a_changed_setting_is_refused(straight):
   process = _start(workdir, "--config.sft.learning_rate=0.5")
   output, _ = process.communicate(timeout=300)
   assert process.returncode != 0
-  assert "learning_rate: 0.0005 then, 0.5 now" in output
+  assert "sft.learning_rate: 0.0005 then, 0.5 now" in output
 
 
 def test_killed_in_every_stage_equals_straight_bit_for_bit(straight, tmp_path):
