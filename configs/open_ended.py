@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
   config.base.learning_rate = 3e-3
   config.base.checkpoint_every = 50
 
-  config.engine.prompt_buckets = (128, 224, 352, 480)
+  config.engine.prompt_buckets = (128, 224, 352, 576)
   config.engine.rows = 16
   config.rollout.max_new_tokens = 256
   config.price.length_buckets = (256, 352, 480)
@@ -95,10 +95,10 @@ def get_config(arg: str = ""):
 
   config.evaluate.samples = 2
   if arg == "smoke":
-    config.data.synthesis = 24
+    config.data.synthesis = 32
     config.data.rl = 64
     config.data.held_out = 16
-    config.data.documents = 400
+    config.data.documents = 2_000
     config.data.math_limit = 20
     config.tokenizer.bpe_size = 1024
     config.model.hidden = 64
@@ -106,12 +106,9 @@ def get_config(arg: str = ""):
     config.model.head_dim = 16
     config.model.intermediate = 128
     config.base.batch_size = 8
-    config.rollout.max_new_tokens = 96
-    config.synthesis.batch = 24
+    config.base.learning_rate = 1e-2
     config.synthesis.budget = 2
-    config.synthesis.max_step_tokens = 32
-    config.synthesis.max_thought_tokens = 64
-    config.synthesis.max_answer_tokens = 32
+    config.synthesis.max_thought_tokens = 320
     config.select.min_reflections = 0
     config.sft.batch_size = 1
     config.rl.steps = 2

@@ -45,7 +45,8 @@ def load(
     default_task: our task of rows without one.
     limit: read only so many rows.
     answer_pattern: regular expression whose first group, found in the
-      reference, is the true answer of a maths task, such as `GSM8K_ANSWER`.
+      reference, is the true answer of a maths task, such as `GSM8K_ANSWER`;
+      the whole reference is then kept in `Prompt.columns["solution"]`.
 
   Returns:
     The prompts, in the file's order.
@@ -99,6 +100,7 @@ def _prompt(
   prompt = _text(place, row, "prompt", fields["prompt"])
   reference = _text(place, row, "reference", fields["reference"])
   task = _task(place, row, fields.get("task"), task_map, default_task)
+  solution = {}
   if task == "math" and answer_pattern is not None:
     hit = re.search(answer_pattern, reference)
     if hit is None or not hit.group(1).strip():
@@ -106,6 +108,7 @@ def _prompt(
         f"{place} reference {_short(reference)} holds no answer that matches"
         f" {answer_pattern!r}. Mend the row or change answer_pattern."
       )
+    solution = {"solution": reference}
     reference = hit.group(1).strip()
   column = fields.get("id")
   identity = row.get(column) if column is not None else None
@@ -122,7 +125,8 @@ def _prompt(
     task=task,
     prompt=prompt,
     reference=reference,
-    columns={name: value for name, value in row.items() if name not in used},
+    columns={name: value for name, value in row.items() if name not in used}
+    | solution,
   )
 
 

@@ -1,0 +1,277 @@
+"""Pretraining documents for prompts that nobody wrote thoughts for.
+
+An open-ended document drafts, then answers: its thought is a few sentences of
+one response to the prompt, some opened by a reflection word, some astray from
+another prompt's response; its answer is the head of a better-judged response.
+So a small base model learns the form of thinking, badly, and a step that stays
+with the prompt tells something about the answer. Some thoughts break off
+without </think>, and some documents go on, after the turn, with another
+response: places where the reward will ask the model to price a reference.
+
+A maths document thinks its worked solution, sometimes checks a sum in it, and
+states the answer.
+"""
+
+import dataclasses
+import json
+import lzma
+import math
+import pathlib
+import random
+import re
+from collections.abc import Collection, Sequence
+
+from opera_jax import structs
+
+# prompt id -> (judged quality, text) of each response
+Responses = dict[str, list[tuple[float, str]]]
+
+OPENERS = ("Wait,", "But", "Hmm,", "However,")
+CHECKS = (
+  "Wait, let me check that: {}.",
+  "Hmm, is that right? {}.",
+  "But first check the sum: {}.",
+)
+_SENTENCE = re.compile(r"(?<=[.!?])[\"')\]*]*\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<!\s\d)(?<!\s\d\d)[.!?][\"')\]*]*$")
+_MARKUP = re.compile(r"^\s*(?:#+|[-*>]|\d+[.)])\s+|\*\*|__|`")
+_SUM = re.compile(r"<<([^<>]*)>>")
+# Words that lose their capital behind a reflection word; names keep it.
+_LOWERED = frozenset((
+  "A", "An", "And", "As", "At", "By", "For", "From", "He", "His", "How", "If",
+  "In", "It", "Its", "My", "On", "One", "Our", "She", "So", "Some", "That",
+  "The", "Their", "There", "These", "They", "This", "Those", "To", "We", "What",
+  "When", "While", "With", "You", "Your",
+))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """How badly a drafted thought thinks."""
+
+  steps: tuple[int, int] = (2, 4)  # sentences of a thought, both ends in
+  words: tuple[int, int] = (5, 20)  # of a sentence that may become a step
+  reflective: float = 0.5  # a step opens with a reflection word
+  astray: float = 0.3  # a step comes from a response to another prompt
+  cut: float = 0.15  # the answer follows an open-ended thought, not </think>
+  again: float = 0.15  # another response follows the turn
+  checked: float = 0.5  # a maths thought checks one of its sums
+
+
+def excerpt(text: str, words: int) -> str:
+  """The head of a text: at most `words` words, whole sentences if possible.
+
+  The cut falls after the last sentence that ends in the second half of those
+  words, or else after the last word. White space inside stays as it is.
+
+  Args:
+    text: any text.
+    words: runs of characters that are no white space; 0 keeps everything.
+  """
+  ends = [word.end() for word in re.finditer(r"\S+", text)]
+  if not words or len(ends) <= words:
+    return text.strip()
+  for end in reversed(ends[(words + 1) // 2 - 1 : words]):
+    if _SENTENCE_END.search(text[:end]):
+      return text[:end].strip()
+  return text[: ends[words - 1]].strip()
+
+
+def read_responses(
+  path: str | pathlib.Path, ids: Collection[str]
+) -> tuple[Responses, int]:
+  """Reads judged responses to some prompts.
+
+  Args:
+    path: JSONL (.jsonl or .jsonl.xz) of `id`, `score`, `response`.
+    ids: the prompts wanted; the rest of the file is passed over.
+
+  Returns:
+    The responses of each prompt that has some, and how many empty ones were
+    left out.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a malformed line, a file that breaks off, or no response to
+      any of the prompts.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(
+      f"{path}: no such file of responses. Mend config.data.responses_path, "
+      'or set it to "" to draft from the references.'
+    )
+  found: Responses = {}
+  wanted, seen, empty = frozenset(ids), 0, 0
+  opener = lzma.open if path.suffix == ".xz" else open
+  with opener(path, "rb") as file:
+    while True:
+      try:
+        line = file.readline()
+      except (EOFError, OSError, lzma.LZMAError) as error:
+        raise ValueError(
+          f"{path}:{seen + 1}: the compressed file breaks off ({error}). "
+          "Fetch or write it again."
+        ) from error
+      if not line:
+        break
+      seen += 1
+      if not line.strip():
+        continue
+      identity, score, response = _response(f"{path}:{seen}:", line)
+      if identity not in wanted:
+        continue
+      if response.strip():
+        found.setdefault(identity, []).append((score, response))
+      else:
+        empty += 1
+  if not found:
+    raise ValueError(
+      f"{path}: none of its {seen} lines answers one of the {len(wanted)} "
+      "open-ended training prompts; ids must agree. Set the id column in "
+      'config.data.fields, or set config.data.responses_path to "".'
+    )
+  return found, empty
+
+
+def open_ended(
+  prompts: Sequence[structs.Prompt],
+  responses: Responses,
+  *,
+  count: int,
+  seed: int,
+  words: int,
+  noise: Noise | None = None,
+) -> list[structs.Document]:
+  """Documents that draft and answer; every prompt gets its share.
+
+  Args:
+    prompts: open-ended training prompts. One without responses is drafted
+      from its reference alone.
+    responses: of any prompts, see `read_responses`.
+    count: documents.
+    seed: of all choices.
+    words: an answer's longest, see `excerpt`.
+    noise: how badly a thought thinks.
+  """
+  noise = noise or Noise()
+  rng = random.Random(f"drafts/{seed}")
+  pools = [responses.get(p.id) or [(1.0, p.reference)] for p in prompts]
+  split: dict[str, list[str]] = {}
+
+  def passage(pool: list[tuple[float, str]], text: str | None = None) -> str:
+    text = rng.choice(pool)[1] if text is None else text
+    if text not in split:
+      split[text] = sentences(text, noise.words)
+    return rng.choice(split[text])
+
+  out = []
+  for i in range(count):
+    said = set()
+    prompt, pool = prompts[i % len(prompts)], pools[i % len(prompts)]
+    drawn = rng.sample(pool, 2) if len(pool) > 1 else pool * 2
+    (_, draft), (_, answer) = sorted(drawn, key=lambda item: item[0])
+    steps = []
+    for _ in range(rng.randint(*noise.steps)):
+      if rng.random() < noise.astray:
+        step = passage(rng.choice(pools))
+      else:
+        step = passage(pool, draft)
+      opened = rng.random() < noise.reflective
+      if step not in said:
+        said.add(step)
+        steps.append(_opened(rng.choice(OPENERS), step) if opened else step)
+    after = rng.choice(pool)[1] if rng.random() < noise.again else ""
+    out.append(
+      structs.Document(
+        prompt=prompt.prompt,
+        thought="\n\n".join(steps),
+        answer=excerpt(answer, words),
+        closed=rng.random() >= noise.cut,
+        after=excerpt(after, words),
+      )
+    )
+  return out
+
+
+def maths(
+  prompts: Sequence[structs.Prompt],
+  *,
+  count: int,
+  seed: int,
+  noise: Noise | None = None,
+) -> list[structs.Document]:
+  """Documents that think a worked solution and state its answer.
+
+  Args:
+    prompts: maths tasks with a worked solution, see `solution`.
+    count: documents.
+    seed: of all choices.
+    noise: how often a sum is checked.
+  """
+  noise = noise or Noise()
+  rng = random.Random(f"maths/{seed}")
+  out = []
+  for i in range(count):
+    prompt = prompts[i % len(prompts)]
+    steps = []
+    checked = rng.random() < noise.checked
+    for line in filter(str.strip, solution(prompt).split("\n")):
+      steps.append(_SUM.sub("", line).strip())
+      sums = _SUM.findall(line)
+      if checked and sums:
+        steps.append(rng.choice(CHECKS).format(sums[-1].replace("=", " = ")))
+        checked = False
+    answer = prompt.reference.rpartition("####")[2].strip()
+    out.append(
+      structs.Document(
+        prompt=prompt.prompt,
+        thought="\n\n".join(steps),
+        answer=f"The answer is {answer}.",
+      )
+    )
+  return out
+
+
+def solution(prompt: structs.Prompt) -> str:
+  """The worked solution of a maths task, "" where only the answer is known."""
+  text = str(prompt.columns.get("solution", prompt.reference))
+  return text.partition("####")[0].strip() if "####" in text else ""
+
+
+def sentences(text: str, words: tuple[int, int]) -> list[str]:
+  """Sentences of a text without markup, of so many words; never none."""
+  plain = [_MARKUP.sub("", piece).strip() for piece in _SENTENCE.split(text)]
+  fewest, most = words
+  fitting = [
+    piece
+    for piece in plain
+    if fewest <= len(piece.split()) <= most and _SENTENCE_END.search(piece)
+  ]
+  return fitting or [excerpt(" ".join(" ".join(plain).split()), most)]
+
+
+def _response(place: str, line: bytes) -> tuple[str, float, str]:
+  try:
+    row = json.loads(line)
+    identity, score, response = row["id"], row["score"], row["response"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{place} not a response ({error!r}); a line needs id, score and "
+      "response. Mend or drop the line."
+    ) from error
+  number = isinstance(score, int | float) and not isinstance(score, bool)
+  if not number or not math.isfinite(score) or not isinstance(response, str):
+    raise ValueError(
+      f"{place} score is {score!r} and response is a "
+      f"{type(response).__name__}; they must be a finite number and text. "
+      "Mend or drop the line."
+    )
+  return str(identity), float(score), response
+
+
+def _opened(opener: str, step: str) -> str:
+  first, space, rest = step.partition(" ")
+  if first in _LOWERED:
+    first = first.lower()
+  return f"{opener} {first}{space}{rest}"
