@@ -1,0 +1,219 @@
+"""One device or eight: the same prices, gradients and updates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from opera_jax import structs
+from opera_jax.models import qwen3
+from opera_jax.scoring import price
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.stages import fit
+from opera_jax.train import optimizer, step
+from opera_jax.train import state as train_state
+
+# Every axis of it divides by 8, and none of the sizes is another's.
+CONFIG = qwen3.Config(
+  vocab_size=304,
+  hidden=48,
+  layers=2,
+  heads=16,
+  kv_heads=8,
+  head_dim=6,
+  intermediate=80,
+  rope_theta=5_000.0,
+  tied=False,
+)
+MESHES = {
+  "fsdp8": {"fsdp": 8},
+  "fsdp4_tensor2": {"fsdp": 4, "tensor": 2},
+  "fsdp2_tensor4": {"fsdp": 2, "tensor": 4},
+  "tensor8": {"fsdp": 1, "tensor": 8},
+  "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+FAST = "fsdp2_tensor4"  # each takes seconds to compile
+LEARNING_RATE = 1e-3
+B1 = 0.9
+STEPS = 2
+
+
+def _batch(seed: int) -> structs.Batch:
+  """Eight rows of 24: two segments each, then padding."""
+  draw = np.random.default_rng(seed)
+  R, T = 8, 24
+  segments = np.zeros((R, T), np.int32)
+  positions = np.zeros((R, T), np.int32)
+  for row in range(R):
+    first, second = draw.integers(4, 13, 2)
+    segments[row, :first] = 1
+    segments[row, first : first + second] = 2
+    positions[row, :first] = np.arange(first)
+    positions[row, first : first + second] = np.arange(second)
+  zeros = np.zeros((R, T), np.float32)
+  return structs.Batch(
+    tokens=draw.integers(0, CONFIG.vocab_size, (R, T)).astype(np.int32),
+    positions=positions,
+    segments=segments,
+    loss_mask=((segments > 0) & (positions > 0)).astype(np.float32),
+    advantage=zeros,
+    old_logprob=zeros,
+    ref_logprob=zeros,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a mesh computes; trees on the host, leaves by name."""
+
+  logprob: np.ndarray
+  entropy: np.ndarray
+  grads: dict  # of the first update, clipped
+  params: dict  # after the last update
+  metrics: dict  # of the first update
+
+
+def _adamw():
+  return optimizer.adamw(LEARNING_RATE, b1=B1, max_grad_norm=1.0)
+
+
+def _by_name(tree) -> dict:
+  return {
+    qwen3.path_name(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _state(config, mesh) -> train_state.TrainState:
+  params = jax.tree.map(lambda x: x * 1.5, qwen3.create(config, seed=0)[1])
+  params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
+  return fit.place(
+    train_state.create(params, _adamw(), jax.random.key(0)), mesh
+  )
+
+
+def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
+  config = dataclasses.replace(CONFIG, **changes)
+  logprob_fn = price.row_logprob(qwen3.abstract(config)[0])
+  update = step.make_sft_update(
+    logprob_fn, _adamw(), micro_batches=micro_batches
+  )
+  state = _state(config, mesh)
+  rows = layout.rows(mesh)
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(_batch(0), rows)
+    prices = jax.jit(logprob_fn)(state.params, batch)
+    state, metrics = update(state, batch)
+    # After one update the first moment is (1 - b1) times the gradient.
+    grads = {
+      name: value / (1 - B1)
+      for name, value in _by_name(_moments(state)[0]).items()
+    }
+    for i in range(1, STEPS):
+      state, _ = update(state, jax.device_put(_batch(i), rows))
+  _assert_like_parameters(state)
+  # A segment's first token has no price; what stands there is noise.
+  real_RT = _batch(0).loss_mask > 0
+  return Outcome(
+    *(np.asarray(price_RT) * real_RT for price_RT in prices),
+    grads,
+    _by_name(state.params),
+    {name: float(value) for name, value in metrics.items()},
+  )
+
+
+def _moments(state: train_state.TrainState) -> list:
+  """The first and second moments, trees like the parameters."""
+  shape = jax.tree.structure(state.params)
+  found = []
+
+  def visit(node):
+    if jax.tree.structure(node) == shape:
+      found.append(node)
+      return True
+    return False
+
+  jax.tree.leaves(state.opt_state, is_leaf=visit)
+  return found
+
+
+def _assert_like_parameters(state: train_state.TrainState) -> None:
+  moments = _moments(state)
+  assert len(moments) == 2
+  for tree in moments:
+    for moment, parameter in zip(
+      jax.tree.leaves(tree), jax.tree.leaves(state.params)
+    ):
+      assert isinstance(moment.sharding, NamedSharding)
+      assert moment.sharding.is_equivalent_to(
+        parameter.sharding, parameter.ndim
+      )
+
+
+def _assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
+  """Each array to `tolerance` of its largest entry."""
+  assert ours.keys() == theirs.keys()
+  for name, value in theirs.items():
+    scale = np.abs(value).max()
+    np.testing.assert_allclose(
+      ours[name], value, rtol=0, atol=tolerance * scale, err_msg=name
+    )
+
+
+def _assert_same(ours: Outcome, theirs: Outcome) -> None:
+  np.testing.assert_allclose(ours.logprob, theirs.logprob, rtol=1e-5)
+  np.testing.assert_allclose(ours.entropy, theirs.entropy, rtol=1e-5)
+  _assert_close(ours.grads, theirs.grads, 1e-5)
+  _assert_close(ours.params, theirs.params, 1e-5)
+  assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(one_device) -> Outcome:
+  return _outcome(one_device)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow])
+    for name in MESHES
+  ],
+)
+def test_a_mesh_computes_what_one_device_does(alone, name):
+  _assert_same(_outcome(mesh_lib.create(MESHES[name])), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("name", ["fsdp8", "fsdp2_tensor4"])
+def test_remat_and_micro_batches_change_nothing(alone, name, remat):
+  mesh = mesh_lib.create(MESHES[name])
+  micro_batches = 1 if name == "fsdp8" else 4
+  ours = _outcome(mesh, micro_batches=micro_batches, remat=remat)
+  _assert_same(ours, alone)
+
+
+@pytest.mark.parametrize("name", ["tensor8", "data2_fsdp2_tensor2"])
+def test_the_optimizer_state_lies_where_its_parameters_do(name):
+  mesh = mesh_lib.create(MESHES[name])
+  state = _state(CONFIG, mesh)
+  _assert_like_parameters(state)
+  ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  for tree in (state.params, *_moments(state)):
+    gate = tree["layers"]["mlp"]["gate"][...]
+    assert gate.addressable_shards[0].data.size == gate.size // ways
+
+
+def test_the_update_moves_every_parameter(alone):
+  start = _by_name(
+    jax.tree.map(lambda x: x * 1.5, qwen3.create(CONFIG, seed=0)[1])
+  )
+  for name, value in alone.params.items():
+    moved = np.abs(value - start[name]).max()
+    assert moved > LEARNING_RATE, name
+  assert jnp.isfinite(alone.metrics["sft/loss"])

@@ -1,0 +1,109 @@
+"""The mesh, the tables and moving between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from opera_jax.models import presets, qwen3
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+
+
+def test_every_device_is_on_fsdp_unless_told():
+  assert dict(mesh_lib.create().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_one_axis_takes_what_is_left():
+  mesh = mesh_lib.create({"data": 2, "fsdp": -1, "tensor": 2})
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert mesh_lib.data_ways(mesh) == 4
+  # Neighbours share a tensor axis: its traffic is the heaviest.
+  assert [d.id for d in mesh.devices[0, 0]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [
+    ({"model": 8}, "Unknown mesh axis"),
+    ({"fsdp": -1, "tensor": -1}, "At most one mesh axis may be -1"),
+    ({"fsdp": 3, "tensor": 2}, "the number of devices, 8"),
+    ({"fsdp": -1, "tensor": 3}, "the number of devices, 8"),
+    ({"fsdp": 0, "tensor": -1}, "the number of devices, 8"),
+    ({"fsdp": -2, "tensor": -4}, "the number of devices, 8"),
+    ({}, None),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(shape, message):
+  if message is None:
+    assert mesh_lib.create(shape).size == 8
+    return
+  with pytest.raises(ValueError, match=message):
+    mesh_lib.create(shape)
+
+
+def test_check_lists_every_axis_that_does_not_divide():
+  config = qwen3.Config(
+    vocab_size=300,
+    hidden=36,
+    layers=2,
+    heads=6,
+    kv_heads=2,
+    head_dim=8,
+    intermediate=40,
+  )
+  shapes = qwen3.abstract(config)[1]
+  axes = qwen3.logical_axes(shapes)
+  fits = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  layout.check(shapes, axes, fits, rules.TRAIN)
+  wrong = mesh_lib.create({"fsdp": 2, "tensor": 4})
+  with pytest.raises(ValueError) as error:
+    layout.check(shapes, axes, wrong, rules.TRAIN)
+  text = str(error.value)
+  assert "config.mesh" in text
+  assert text.count("kv_heads has 2, mesh axis 'tensor' has 4") == 2
+  assert text.count(": heads has 6, mesh axis 'tensor' has 4") == 2
+  assert text.count("\n") == 4  # vocabulary and feed-forward divide
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+def test_the_published_sizes_divide_over_every_mesh(name, tensor):
+  shapes = qwen3.abstract(presets.PRESETS[name])[1]
+  mesh = mesh_lib.create({"fsdp": -1, "tensor": tensor})
+  for table in (rules.TRAIN, rules.ROLLOUT):
+    layout.check(shapes, qwen3.logical_axes(shapes), mesh, table)
+
+
+def test_moving_between_tables_changes_no_value(tiny_model):
+  _, _, params = tiny_model
+  axes = qwen3.logical_axes(params)
+  mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  train = layout.move(params, axes, mesh, rules.TRAIN)
+  rollout = layout.move(train, axes, mesh, rules.ROLLOUT)
+  back = layout.move(rollout, axes, mesh, rules.TRAIN)
+  for tree in (train, rollout, back):
+    jax.tree.map(np.testing.assert_array_equal, tree, params)
+  gate = train["layers"]["mlp"]["gate"][...]
+  assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+  assert gate.addressable_shards[0].data.size == gate.size // 8
+  gate = rollout["layers"]["mlp"]["gate"][...]
+  assert gate.addressable_shards[0].data.size == gate.size // 2
+
+
+def test_constraints_pin_what_divides_and_leave_the_rest():
+  mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  axes = ("batch", "length", "heads", None)
+
+  @jax.jit
+  def pin(x):
+    return rules.constrain(x * 1, axes)
+
+  with jax.set_mesh(mesh):
+    spec = pin(jnp.ones((8, 3, 6, 2))).sharding.spec
+    odd = pin(jnp.ones((8, 3, 5, 2))).sharding.spec
+  assert spec[0] in (("data", "fsdp"), "fsdp") and spec[2] == "tensor"
+  assert len(odd) < 3 or odd[2] is None
+  x = jnp.ones((8, 3, 6, 2))
+  assert rules.constrain(x, axes) is x  # no mesh in force
