@@ -74,7 +74,17 @@ def read(model, folder, mesh) -> Pair:
   return Pair(model, config, graphdef, params, folder)
 
 
-@pytest.fixture(scope="session", params=CASES)
+# The two that differ most run always, the others with the slow tests.
+FAST = ("grouped", "tied_ungrouped_other_theta")
+
+
+@pytest.fixture(
+  scope="session",
+  params=[
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name in CASES
+  ],
+)
 def pair(request, tmp_path_factory, one_device) -> Pair:
   """Each case in turn."""
   folder = tmp_path_factory.mktemp(request.param)

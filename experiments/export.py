@@ -1,0 +1,57 @@
+"""Writes a stage's model as transformers, vLLM and lm-eval load it.
+
+  python -m experiments.export --config=configs/tiny.py --workdir=runs/tiny \
+    --stage=rl --output=runs/tiny/export
+
+Reads `<stage>/model` of the workdir and writes safetensors, config.json and
+the tokenizer. float32 keeps every bit; bfloat16 is half the size, and what
+the published models come in. Left out on purpose: uploading it anywhere.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opera_jax.models import qwen3_params
+from opera_jax.stages import setup
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_STAGE = flags.DEFINE_enum(
+  "stage", "rl", ["base", "sft", "rl"], "Whose model to write."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", qwen3_params.DTYPES, "Of the weights written."
+)
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  config = _CONFIG.value
+  run = setup.setup(
+    _WORKDIR.value,
+    seed=config.seed,
+    mesh=config.mesh,
+    tokenizer=config.tokenizer,
+    model=config.model,
+    data=config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    max_reference_tokens=config.max_reference_tokens,
+    engine=config.engine,
+    price=config.price,
+    reward=config.reward,
+    temperature=config.rollout.temperature,
+  )
+  qwen3_params.save(
+    _OUTPUT.value,
+    run.load(_STAGE.value),
+    run.model,
+    run.tokenizer,
+    _DTYPE.value,
+  )
+  print(f"export: wrote the {_STAGE.value} model to {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir", "output"])
+  app.run(main)
