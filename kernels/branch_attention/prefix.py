@@ -56,7 +56,7 @@ def forward(
     logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
     a logsumexp of about -1e30.
   """
-  plan = _Plan(q_BKSQH, k_BSKTH)
+  plan = Plan(q_BKSQH, k_BSKTH)
   *outer, H = q_BKSQH.shape
   seed = seed or ()
   operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seed)
@@ -114,7 +114,7 @@ def backward(
   Returns:
     d_q float32, d_k and d_v of the keys' dtype.
   """
-  plan = _Plan(q_BKSQH, k_BSKTH)
+  plan = Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
   needed = plan.needed(seen_BSQ)
   operands = (
@@ -166,7 +166,7 @@ def backward(
   return d_q, d_k, d_v
 
 
-class _Plan:
+class Plan:
   """Block sizes, grids and index maps of one call.
 
   The grid is (b, s, head group, outer block, inner block).

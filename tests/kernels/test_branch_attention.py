@@ -137,9 +137,7 @@ def test_tpu_kernel_equals_the_reference(
   _close(got, _run("reference", exact, limit_BS, offset_BS), tolerance)
 
 
-def test_tpu_kernel_neither_fetches_nor_computes_beyond_the_limit(
-  interpreted, monkeypatch
-):
+def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
   monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
   arrays, limit_BS = _inputs(B=1, S=2, T=24)
   limit_BS = jnp.full_like(limit_BS, 8)
@@ -147,6 +145,26 @@ def test_tpu_kernel_neither_fetches_nor_computes_beyond_the_limit(
   dirty = [jnp.where(unread, jnp.nan, x) for x in arrays[1:3]]
   got = _run("pallas_tpu", [arrays[0], *dirty, *arrays[3:]], limit_BS)
   _close(got, _run("reference", arrays, limit_BS), 1e-5)
+
+
+def test_tpu_kernel_fetches_no_block_that_nothing_needs(monkeypatch):
+  monkeypatch.setattr(prefix, "BLOCK_QUERIES", 2)
+  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
+  q_BKSQH = jax.ShapeDtypeStruct((1, 2, 1, 100, 4), jnp.float32)
+  k_BSKTH = jax.ShapeDtypeStruct((1, 1, 2, 32, 4), jnp.float32)
+  plan = prefix.Plan(q_BKSQH, k_BSKTH)
+  seen_BSQ = jnp.tile(jnp.asarray([[[0, 0, 3, 9, 16, 8, 0, 32]]]), 13)
+  needed = plan.needed(seen_BSQ[:, :, :100])
+  assert needed[:4].tolist() == [0, 2, 2, 4]
+  for block in range(4):
+    needs = int(needed[block])
+    keys = [int(plan.key_needed(0, 0, block, j, needed)) for j in range(4)]
+    assert keys == [min(j, max(needs - 1, 0)) for j in range(4)]
+  queries = [
+    int(plan.query_needed(0, 0, 2, i, needed, plan.first(needed)))
+    for i in range(8)
+  ]
+  assert queries == [3, 3, 3, 3, 3, 3, 3, 7]
 
 
 def test_tpu_kernel_says_where_it_does_not_apply():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels.perplexity_reward import api, pallas_tpu
 
@@ -91,11 +92,15 @@ def test_tpu_kernels_equal_the_definition(interpreted, monkeypatch):
   monkeypatch.setattr(pallas_tpu, "BLOCK_TOKENS", 16)
   monkeypatch.setattr(pallas_tpu, "BLOCK_ROWS", 4)
   arrays = _inputs()
-  got = api.perplexity_reward(
-    *map(jnp.asarray, arrays), tau=1.5, implementation="pallas_tpu"
-  )
-  for x, y in zip(got, _by_hand(*arrays, tau=1.5), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  want = _by_hand(*arrays, tau=1.5)
+  for beyond_the_end in ("nan", "zero"):  # zero is a slot
+    params = pltpu.InterpretParams(uninitialized_memory=beyond_the_end)
+    with pltpu.force_tpu_interpret_mode(params):
+      got = api.perplexity_reward(
+        *map(jnp.asarray, arrays), tau=1.5, implementation="pallas_tpu"
+      )
+    for x, y in zip(got, want, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
   score_BN = jnp.asarray(
     [[3.0, 1.0, 3.0, 2.0, -jnp.inf], [0, 1, jnp.nan, 1, 1]]
   )
