@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding
 
-from opera_jax.models import qwen3, qwen3_params, tensor_files
+from opera_jax.models import hf_config, qwen3, qwen3_params, tensor_files
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
 
@@ -340,3 +343,69 @@ def test_other_models_are_refused(tmp_path, changes, message):
 def test_all_that_is_unsupported_comes_in_one_error(tmp_path):
   with pytest.raises(ValueError, match="attention_bias.*gelu"):
     _read_config(tmp_path, attention_bias=True, hidden_act="gelu")
+
+
+LOAD = """
+import sys
+import jax
+import jax.numpy as jnp
+from opera_jax.models import qwen3_params
+from opera_jax.sharding import mesh, rules
+
+
+def peak():
+  status = open("/proc/self/status").read()
+  return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+config = qwen3_params.config_from_hf(sys.argv[1])
+devices = mesh.create({"fsdp": 2, "tensor": 4})
+jax.jit(jnp.zeros, static_argnums=0)(8).block_until_ready()
+before = peak()
+params = qwen3_params.load(sys.argv[1], config, devices, rules.TRAIN)
+held = sum(x.nbytes for x in jax.tree.leaves(jax.block_until_ready(params)))
+print(held, peak() - before - held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_host_holds_one_tensor_beside_the_parameters(tmp_path):
+  """In 0.9 GB, of which the largest stack has 192 MiB and a tensor 16."""
+  config = _config(
+    vocab_size=1024,
+    hidden=1024,
+    layers=12,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    intermediate=4096,
+  )
+  shapes = {
+    name: value.shape
+    for name, value in qwen3_params.export_tensors(
+      qwen3.create(dataclasses.replace(config, layers=1), seed=0)[1],
+      dataclasses.replace(config, layers=1),
+    )
+  }
+  plan = [(n, s) for n, s in shapes.items() if ".layers." not in n]
+  plan += [
+    (name.replace(".0.", f".{i}."), shape)
+    for i in range(config.layers)
+    for name, shape in shapes.items()
+    if ".layers." in name
+  ]
+  writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
+  writer.write(np.ones(shape, np.float32) for _, shape in plan)
+  contents = hf_config.contents(config, "float32")
+  (tmp_path / "config.json").write_text(json.dumps(contents))
+  done = subprocess.run(
+    [sys.executable, "-c", LOAD, str(tmp_path)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  held, more = map(int, done.stdout.split())
+  assert held > 850 << 20
+  assert more < 176 << 20  # a stack would be more
