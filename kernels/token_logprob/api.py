@@ -29,7 +29,8 @@ def token_logprob(
 ) -> tuple[jax.Array, jax.Array]:
   """Prices `target_M` after `hidden_MD`; differentiable in hidden and head.
 
-  Targets must lie in [0, V): inside jit nothing can raise, so callers check.
+  A target outside of [0, V) has log-probability NaN: inside jit nothing can
+  raise, and no such token shall pass for a priced one.
   In a jitted program over a mesh, tokens may be sharded as they are; for a
   head sharded over its vocabulary call this inside `jax.shard_map` (with its
   default check_vma=True) and name the mesh axis.
@@ -57,37 +58,34 @@ def token_logprob(
   """
   _check(hidden_MD, head, target_M, transposed)
   _check_settings(temperature, block_tokens, block_vocab, implementation)
-  if implementation == "reference":
-    if axis_name is not None:
-      raise ValueError(
-        f"The reference holds the whole vocabulary, got axis_name="
-        f"{axis_name!r}. Pass implementation='xla' or axis_name=None."
-      )
-    return reference.token_logprob(
-      hidden_MD,
-      head,
-      target_M,
-      temperature=temperature,
-      transposed=transposed,
+  if implementation == "reference" and axis_name is not None:
+    raise ValueError(
+      f"The reference holds the whole vocabulary, got axis_name="
+      f"{axis_name!r}. Pass implementation='xla' or axis_name=None."
     )
-  settings = {
-    "temperature": float(temperature),
-    "transposed": transposed,
-    "axis_name": axis_name,
-  }
   if implementation is None and jax.default_backend() == "tpu":
     applies = pallas_tpu.unsupported(hidden_MD, head) is None
     implementation = "pallas_tpu" if applies else "xla"
-  if implementation == "pallas_tpu":
-    return pallas_tpu.token_logprob(hidden_MD, head, target_M, **settings)
-  return xla.token_logprob(
-    hidden_MD,
-    head,
-    target_M,
-    **settings,
-    block_tokens=block_tokens,
-    block_vocab=block_vocab,
-  )
+  arrays = (hidden_MD, head, target_M)
+  settings = {"temperature": float(temperature), "transposed": transposed}
+  if implementation == "reference":
+    logprob_M, entropy_M = reference.token_logprob(*arrays, **settings)
+  elif implementation == "pallas_tpu":
+    logprob_M, entropy_M = pallas_tpu.token_logprob(
+      *arrays, axis_name=axis_name, **settings
+    )
+  else:
+    logprob_M, entropy_M = xla.token_logprob(
+      *arrays,
+      axis_name=axis_name,
+      block_tokens=block_tokens,
+      block_vocab=block_vocab,
+      **settings,
+    )
+  shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  V = head.shape[0 if transposed else 1] * shards
+  known_M = (target_M >= 0) & (target_M < V)
+  return jnp.where(known_M, logprob_M, jnp.nan), entropy_M
 
 
 def _check(hidden_MD, head, target_M, transposed):

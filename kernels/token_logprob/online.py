@@ -90,10 +90,10 @@ def logit_cotangent(
 def local_target(
   target_M: jax.Array, columns: int, axis_name: str | None
 ) -> jax.Array:
-  """Targets counted from the first of this device's `columns`."""
-  if axis_name is None:
-    return target_M
-  return target_M - jax.lax.axis_index(axis_name) * columns
+  """Targets counted from the first of this device's `columns`, else -1."""
+  if axis_name is not None:
+    target_M = target_M - jax.lax.axis_index(axis_name) * columns
+  return jnp.where((target_M >= 0) & (target_M < columns), target_M, -1)
 
 
 def _hits(logit_bv, target_b1):

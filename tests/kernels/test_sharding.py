@@ -43,14 +43,14 @@ def _assert_close(got, want):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_vocabulary_over_a_mesh_axis(mesh, transposed):
+def _vocabulary_sharded(mesh, implementation, transposed):
   arrays = _prices(transposed)
   settings = {"temperature": 0.7, "transposed": transposed}
   sharded = jax.shard_map(
     functools.partial(
       token_logprob.token_logprob,
       axis_name="tensor",
+      implementation=implementation,
       block_tokens=4,
       block_vocab=4,
       **settings,
@@ -66,15 +66,23 @@ def test_vocabulary_over_a_mesh_axis(mesh, transposed):
   whole = functools.partial(
     token_logprob.token_logprob, implementation="reference", **settings
   )
-  got, want = (
+  return [
     jax.jit(
       jax.value_and_grad(
         functools.partial(_loss, price), argnums=(0, 1), has_aux=True
       )
     )(*arrays)
     for price in (sharded, whole)
-  )
-  _assert_close(got, want)
+  ]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_vocabulary_over_a_mesh_axis(mesh, transposed):
+  _assert_close(*_vocabulary_sharded(mesh, "xla", transposed))
+
+
+def test_vocabulary_over_a_mesh_axis_in_tpu_kernels(mesh, interpreted):
+  _assert_close(*_vocabulary_sharded(mesh, "pallas_tpu", False))
 
 
 def test_sharded_tokens_are_priced_where_they_lie(mesh):

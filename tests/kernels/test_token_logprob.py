@@ -167,6 +167,24 @@ def test_huge_logits_stay_finite_and_exact():
   )
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_token_outside_the_vocabulary_is_nan_and_moves_nothing(
+  implementation,
+):
+  hidden_MD, head_DV, target_M = _inputs()
+  bad_M = target_M.at[3].set(V).at[5].set(-1)
+
+  def total(hidden_MD):
+    logprob_M, _ = api.token_logprob(
+      hidden_MD, head_DV, bad_M, implementation=implementation, block_vocab=16
+    )
+    return jnp.nansum(logprob_M), logprob_M
+
+  d_hidden_MD, logprob_M = jax.grad(total, has_aux=True)(hidden_MD)
+  assert np.flatnonzero(np.isnan(logprob_M)).tolist() == [3, 5]
+  assert np.flatnonzero(~np.any(d_hidden_MD, axis=1)).tolist() == [3, 5]
+
+
 def test_forward_stays_under_a_gibibyte_at_qwen_size():
   """The logits alone would be 18.5 GiB; most of the rest is the float32 copy
   of a bfloat16 head that the CPU compiler makes."""
