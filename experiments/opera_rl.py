@@ -66,6 +66,12 @@ def opera(config, folder: str) -> None:
     temperature=config.rollout.temperature,
   )
   check(config, mesh.data_ways(run.mesh))
+  if "rl" in stages and len(run.tasks.rl) < config.rl.prompts:
+    raise ValueError(
+      f"config.rl.prompts asks for {config.rl.prompts} prompts a step and "
+      f"{len(run.tasks.rl)} tasks are left for RL. Lower it, or raise "
+      "config.data.rl, add tasks, or raise the length limits."
+    )
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(run, supervised.Recipe(**config.base), preemption)
@@ -211,7 +217,10 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
       # those of the reference after each reflective step, after the step
       # before it, and after the whole.
       scored = run.scorer.score(state.params, batch, ids, samples)
-      ema = opera_reward.update_ema(ema, scored.parts["score"])
+      if scored.opened_B.any():
+        ema = opera_reward.update_ema(
+          ema, scored.parts["score"][scored.opened_B]
+        )
       seconds["time/reward"] = time.monotonic()
 
       # Credit: how much better than its group.

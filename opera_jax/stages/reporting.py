@@ -68,7 +68,8 @@ def _summary(run, result, rows) -> str:
   words = [
     f"A Qwen3 of {count:,} parameters, vocabulary "
     f"{run.tokenizer.vocab_size:,}, {len(run.tasks.synthesis):,} prompts for "
-    f"the cold start, {len(run.tasks.rl):,} for RL."
+    f"the cold start, {len(run.tasks.rl):,} for RL.",
+    *run.tasks.notes,
   ]
   lost = {
     name: n for name, n in run.dropped.items() if not name.endswith("kept")

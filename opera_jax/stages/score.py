@@ -29,6 +29,7 @@ class Scored:
   prices: structs.Prices
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
   deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not priced
+  opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
 
 
 class Scorer:
@@ -166,7 +167,10 @@ class Scorer:
       ).reshape(shape),
       "steps_beyond_max": (total_R > self._max_steps).reshape(shape),
     }
-    return Scored(total_BN, parts, trunks, prices, thoughts, deltas_RJ)
+    opened_B = np.asarray([p.task == "open_ended" for p in prompts])
+    return Scored(
+      total_BN, parts, trunks, prices, thoughts, deltas_RJ, opened_B
+    )
 
   def _queries(
     self, prompts, prompt_ids, owner, flat, thoughts, rows, all_steps

@@ -151,6 +151,12 @@ def setup(
       getattr(tasks, name), words, max_prompt_tokens, max_reference_tokens
     )
     dropped |= {f"{name}/{key}": count for key, count in counts.items()}
+    if counts["kept"] < sum(counts.values()):
+      print(
+        f"{name}: {counts} (at most {max_prompt_tokens} prompt and "
+        f"{max_reference_tokens} reference tokens)",
+        flush=True,
+      )
   sizes = {"vocab_size": config.vocab_size, "mesh": device_mesh, **price}
   pricer = price_lib.Pricer(graphdef, **sizes)
   return Run(

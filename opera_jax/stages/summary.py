@@ -9,6 +9,8 @@ from opera_jax import structs
 from opera_jax.rewards import opera
 from opera_jax.stages import score as score_lib
 
+# Parts that only open-ended prompts have; "correct" is of maths alone.
+OPEN_ENDED = ("r_ppl", "r_self", "count", "score")
 NAMES = {
   "thought_tokens": "length/thought",
   "steps": "thought/steps",
@@ -22,7 +24,7 @@ def rl_step(
   scored: score_lib.Scored,
   samples: Sequence[Sequence[structs.Sample]],
   old: structs.Prices,
-  ema: float,
+  ema: float | None,
   updates: Sequence[Mapping[str, Any]],
   clock: Mapping[str, float],
 ) -> dict[str, float]:
@@ -32,7 +34,8 @@ def rl_step(
     scored: rewards of its samples.
     samples: [B][N] completions.
     old: the trainer's prices of their rows at the sampling temperature.
-    ema: moving mean of L, nats a token; a metric alone.
+    ema: moving mean of L, nats a token; a metric alone. None before the
+      first open-ended prompt.
     updates: metrics of each mini-batch.
     clock: monotonic seconds at the end of each part, in order.
 
@@ -52,8 +55,6 @@ def rl_step(
     "reward/mean": total_BN.mean(),
     "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
     "reward/groups_without_spread": (np.ptp(total_BN, axis=1) == 0).mean(),
-    "reward/score_ema": ema,
-    "reward/score_smoothed": opera.smoothed(scored.parts["score"], ema).mean(),
     "length/completion": length_R.mean(),
     "rollout/finished": np.mean([s.finished for s in flat]),
     "agreement/mean_abs_delta": gap.mean(),
@@ -61,8 +62,20 @@ def rl_step(
     "price/trunk_tokens": scored.prices.trunk_tokens,
     "price/branch_tokens": scored.prices.branch_tokens,
   }
+  opened_B = scored.opened_B
   for name, part_BN in scored.parts.items():
-    out[NAMES.get(name, f"reward/{name}")] = part_BN.mean()
+    mine_B = np.ones_like(opened_B)
+    if name in OPEN_ENDED:
+      mine_B = opened_B
+    elif name == "correct":
+      mine_B = ~opened_B
+    if mine_B.any():
+      out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
+  if ema is not None:
+    out["reward/score_ema"] = ema
+  if opened_B.any():
+    score_ON = scored.parts["score"][opened_B]
+    out["reward/score_smoothed"] = opera.smoothed(score_ON, ema).mean()
   for name in updates[0]:
     out[name] = np.mean([values[name] for values in updates])
   names = list(clock)

@@ -81,6 +81,7 @@ def test_gsm8k(shared_data):
   assert len(loaded) == 7_473
   assert loaded[0].id == "line-1" and loaded[0].reference == "72"
   assert all("#" not in prompt.reference for prompt in loaded)
+  assert all("####" in prompt.columns["solution"] for prompt in loaded)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,15 @@ def test_answer_pattern(tmp_path):
   path = write(tmp_path / "a.jsonl", [GOOD])
   with pytest.raises(ValueError, match=":1: reference '2' holds no answer"):
     prompts.load(path, answer_pattern=prompts.GSM8K_ANSWER)
+
+
+def test_the_solution_stays_beside_the_answer(tmp_path):
+  row = GOOD | {"reference": "1 + 1 = 2.\n#### 2"}
+  path = write(tmp_path / "a.jsonl", [row])
+  pattern = prompts.GSM8K_ANSWER
+  (loaded,) = prompts.load(path, answer_pattern=pattern)
+  assert loaded.reference == "2"
+  assert loaded.columns == {"solution": row["reference"]}
 
 
 def test_bad_files(tmp_path):

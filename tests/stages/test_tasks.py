@@ -1,0 +1,347 @@
+"""Files become disjoint tasks and documents, or an error that names its line.
+
+The fast tests write their own files; the real ones are `shared_data`.
+"""
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs import common, open_ended
+from experiments import opera_rl
+from opera_jax import structs
+from opera_jax.data import drafts
+from opera_jax.stages import score, summary, tasks
+
+SUBJECTS = ("storm", "garden", "harbor", "bridge", "winter", "orchard", "mill")
+
+
+def _rows(count):
+  """Tasks about distinct things."""
+  out = []
+  for i in range(count):
+    thing = f"{SUBJECTS[i % len(SUBJECTS)]} {i}"
+    out.append(
+      {
+        "id": f"t{i}",
+        "task": "chat",
+        "prompt": f"Write about the {thing}.",
+        "reference": f"The {thing} was cold and quiet. " * 6,
+      }
+    )
+  return out
+
+
+def _maths(count):
+  return [
+    {
+      "question": f"Ann has {i} cats and buys 2. How many?",
+      "answer": f"She has {i} + 2 = <<{i}+2={i + 2}>>{i + 2} cats.\n"
+      f"#### {i + 2}",
+    }
+    for i in range(count)
+  ]
+
+
+def _write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def _load(**changes):
+  data = common.get_config().data.to_dict() | {
+    "kind": "jsonl",
+    "task_map": {"chat": "open_ended", "math": "math"},
+    "synthesis": 8,
+    "rl": 100,
+    "held_out": 5,
+    "documents": 40,
+    "excerpt_words": 12,
+  }
+  return tasks.load(seed=0, **(data | changes))
+
+
+def test_no_document_knows_a_held_out_prompt(tmp_path):
+  loaded = _load(
+    path=_write(tmp_path / "a.jsonl", _rows(20)),
+    math_path=_write(tmp_path / "m.jsonl", _maths(30)),
+    math_limit=10,
+    documents=60,
+  )
+  held = {p.prompt for p in loaded.held_out}
+  train = {p.prompt for p in loaded.rl}
+  assert len(held) == 5 and len(train) == 25 and not held & train
+  assert {p.prompt for p in loaded.synthesis} < train
+  known = {d.prompt for d in loaded.documents}
+  assert len(loaded.documents) == 60 and not held & known
+  # Every training task, and maths rows beyond the limit, give documents.
+  assert train <= known and known - train
+  again = _load(
+    path=_write(tmp_path / "a.jsonl", _rows(20)),
+    math_path=_write(tmp_path / "m.jsonl", _maths(30)),
+    math_limit=10,
+    documents=60,
+  )
+  assert again == loaded
+
+
+def test_references_are_excerpts_and_the_notes_say_so(tmp_path, capsys):
+  rows = _rows(10)
+  rows[3]["prompt"] = "word " * 40
+  loaded = _load(path=_write(tmp_path / "a.jsonl", rows), prompt_words=30)
+  every = loaded.rl + loaded.held_out
+  assert len(every) == 9
+  for prompt in every:
+    assert prompt.reference.endswith("quiet.")
+    assert len(prompt.reference.split()) <= 12
+  notes = " ".join(loaded.notes)
+  assert "Dropped 1 open-ended and 0 maths tasks" in notes
+  assert "excerpt in 9 open-ended tasks" in notes
+  printed = capsys.readouterr().out
+  assert all(note in printed for note in loaded.notes)
+  whole = _load(path=_write(tmp_path / "a.jsonl", _rows(10)), excerpt_words=0)
+  assert all(len(p.reference.split()) > 12 for p in whole.rl)
+  assert "excerpt" not in " ".join(whole.notes)
+
+
+def test_maths_alone_thinks_its_solution_and_answers_it(tmp_path):
+  loaded = _load(math_path=_write(tmp_path / "m.jsonl", _maths(12)), held_out=2)
+  assert all(p.task == "math" and p.reference.isdigit() for p in loaded.rl)
+  assert all(p.id.startswith("math/") for p in loaded.rl)
+  checked = 0
+  for document in loaded.documents:
+    number = int(document.prompt.split()[2])
+    steps = document.thought.split("\n\n")
+    assert steps[0] == f"She has {number} + 2 = {number + 2} cats."
+    assert document.answer == f"The answer is {number + 2}."
+    assert "<<" not in document.thought and "#" not in document.thought
+    checked += f"{number}+2 = {number + 2}" in " ".join(steps[1:])
+  assert 0 < checked < len(loaded.documents)
+
+
+def test_the_answer_of_a_document_is_the_better_response(tmp_path):
+  rows = _rows(9)
+  responses = [
+    {
+      "id": row["id"],
+      "score": score,
+      "response": f"{name} words about {row['id']} are these words here. " * 3,
+    }
+    for row in rows
+    for score, name in ((0.2, "Weak"), (0.9, "Strong"))
+  ]
+  path = tmp_path / "r.jsonl.xz"
+  lines = [json.dumps(r) for r in responses]
+  lines.insert(1, json.dumps({"id": "t0", "score": 0.5, "response": " "}))
+  path.write_bytes(lzma.compress("\n".join(lines).encode()))
+  loaded = _load(
+    path=_write(tmp_path / "a.jsonl", rows), responses_path=str(path)
+  )
+  id_of = {row["prompt"]: row["id"] for row in rows}
+  own, steps = 0, 0
+  for document in loaded.documents:
+    name = id_of[document.prompt]
+    assert document.answer == f"Strong words about {name} are these words here."
+    for step in document.thought.split("\n\n"):
+      assert "words about t" in step
+      steps += 1
+      own += f"about {name} " in step
+  # Most steps stay with the prompt, some go astray.
+  assert steps / 2 < own < steps
+  assert {d.closed for d in loaded.documents} == {True, False}
+  assert any(d.after for d in loaded.documents)
+
+
+@pytest.mark.parametrize(
+  "words, expected",
+  [
+    (0, "One two. Three four five. Six seven"),
+    (7, "One two. Three four five. Six seven"),
+    (6, "One two. Three four five."),
+    (4, "One two."),
+    (3, "One two."),
+    (2, "One two."),
+    (1, "One"),
+  ],
+)
+def test_excerpt(words, expected):
+  text = "One two. Three four five. Six seven\n"
+  assert drafts.excerpt(text, words) == expected
+
+
+def test_excerpt_does_not_end_on_the_number_of_a_list():
+  text = "There are steps to take:\n\n1. Go on and on and on"
+  assert drafts.excerpt(text, 6) == "There are steps to take:\n\n1."
+  text = "Take a step. Then:\n\n1. Go on and on and on"
+  assert drafts.excerpt(text, 5) == "Take a step."
+
+
+def test_sentences_lose_markup_and_are_never_none():
+  text = "## A heading\n- **Bold** claims need five words.\n3. Short one.\n"
+  assert drafts.sentences(text, (4, 9)) == ["Bold claims need five words."]
+  assert drafts.sentences("no sentence here", (4, 9)) == ["no sentence here"]
+
+
+@pytest.mark.parametrize(
+  "line, rule",
+  [
+    ("{broken", r"r.jsonl:2: not a response"),
+    ('["a"]', r"r.jsonl:2: not a response"),
+    ('{"id": "t1", "response": "x"}', r"r.jsonl:2: .*'score'"),
+    ('{"id": "t1", "score": "high", "response": "x"}', r":2: score is 'high'"),
+    ('{"id": "t1", "score": NaN, "response": "x"}', r":2: score is nan"),
+    ('{"id": "t1", "score": 1, "response": null}', r":2: .*NoneType"),
+  ],
+)
+def test_bad_responses(tmp_path, line, rule):
+  path = tmp_path / "r.jsonl"
+  path.write_text('{"id": "t0", "score": 1, "response": "fine"}\n' + line)
+  with pytest.raises(ValueError, match=rule):
+    drafts.read_responses(path, ["t0", "t1"])
+
+
+def test_bad_response_files(tmp_path):
+  with pytest.raises(FileNotFoundError, match="config.data.responses_path"):
+    drafts.read_responses(tmp_path / "none.jsonl", ["t0"])
+  path = tmp_path / "r.jsonl"
+  path.write_text('{"id": "other", "score": 1, "response": "fine"}\n')
+  with pytest.raises(ValueError, match="1 lines answers one of the 2"):
+    drafts.read_responses(path, ["t0", "t1"])
+  packed = tmp_path / "r.jsonl.xz"
+  packed.write_bytes(lzma.compress(path.read_bytes())[:-12])
+  with pytest.raises(ValueError, match="r.jsonl.xz:.* breaks off"):
+    drafts.read_responses(packed, ["t0"])
+
+
+@pytest.mark.parametrize(
+  "changes, error, rule",
+  [
+    ({"kind": "books"}, ValueError, "'books'; use 'storyworld' or 'jsonl'"),
+    ({"path": ""}, ValueError, "--config.data.path=FILE"),
+    ({"path": "no/such.jsonl"}, FileNotFoundError, "no/such.jsonl: no such"),
+    ({"math_path": "none.jsonl"}, FileNotFoundError, "none.jsonl: no such"),
+    ({"held_out": 9}, ValueError, r"9 tasks are left .*held_out is 9"),
+    ({"task_map": {}}, ValueError, r"a.jsonl:1: task is 'chat'.*task_map"),
+    ({"prompt_words": 2}, ValueError, "0 tasks are left.*prompt_words"),
+  ],
+)
+def test_bad_settings(tmp_path, changes, error, rule):
+  path = _write(tmp_path / "a.jsonl", _rows(9))
+  with pytest.raises(error, match=rule):
+    _load(**({"path": path} | changes))
+
+
+def test_a_row_without_a_task_needs_a_default(tmp_path):
+  rows = [{"prompt": r["prompt"], "reference": "It is."} for r in _rows(9)]
+  path = _write(tmp_path / "a.jsonl", rows)
+  with pytest.raises(ValueError, match="a.jsonl:1: task is None.*default_task"):
+    _load(path=path)
+  loaded = _load(path=path, default_task="open_ended")
+  assert {p.task for p in loaded.rl} == {"open_ended"}
+
+
+def test_bare_maths_answers_cannot_be_pretrained_on(tmp_path):
+  rows = [
+    {"id": i, "task": "math", "prompt": f"{i} + 1?", "reference": f"{i + 1}"}
+    for i in range(9)
+  ]
+  path = _write(tmp_path / "a.jsonl", rows)
+  with pytest.raises(ValueError, match="None of 4 .*config.data.documents"):
+    _load(path=path)
+  assert _load(path=path, documents=0).documents == []
+
+
+def test_too_few_rl_tasks_stop_before_any_training(tmp_path):
+  config = open_ended.get_config()
+  config.data.path = _write(tmp_path / "a.jsonl", _rows(9))
+  config.data.held_out = 6
+  with pytest.raises(ValueError, match="for 12 prompts a step and 3 tasks"):
+    opera_rl.opera(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run" / "base").exists()
+
+
+def test_parts_of_one_task_are_averaged_over_that_task_alone():
+  parts = {
+    "score": np.asarray([[-2.0, -4.0], [0.0, 0.0]]),
+    "correct": np.asarray([[0.0, 0.0], [1.0, 0.0]]),
+    "reflections": np.asarray([[1, 1], [0, 0]]),
+  }
+  sample = structs.Sample(np.zeros(2, np.int32), np.zeros(2), True)
+  prices = structs.Prices([np.zeros(3)] * 4, [np.zeros(3)] * 4, [], 12, 0)
+
+  def metrics(opened, ema):
+    scored = score.Scored(
+      np.asarray([[0.2, 0.4], [1.0, 0.0]]),
+      parts,
+      [],
+      prices,
+      None,
+      None,
+      np.asarray(opened),
+    )
+    clock = {"time/start": 0.0, "time/rollout": 1.0}
+    return summary.rl_step(scored, [[sample] * 2] * 2, prices, ema, [{}], clock)
+
+  both = metrics([True, False], -3.0)
+  assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
+  assert both["thought/reflections"] == 0.5
+  maths = metrics([False, False], None)
+  assert "reward/score" not in maths and "reward/score_ema" not in maths
+
+
+def test_real_files_load(shared_data):
+  config = open_ended.get_config()
+  data = config.data.to_dict() | {
+    "path": str(shared_data / "open_ended" / "train.jsonl"),
+    "math_path": str(shared_data / "gsm8k" / "train.jsonl"),
+    "documents": 300,
+  }
+  loaded = tasks.load(seed=0, **data)
+  assert len(loaded.held_out) == 100
+  assert len(loaded.rl) == 438 - 147 + 150 - 100
+  assert len(loaded.documents) == 300
+  longest = max(len(p.reference.split()) for p in loaded.rl)
+  assert longest <= config.data.excerpt_words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["open_ended and maths", "maths alone"])
+def test_the_chain_runs_on_files(tmp_path, kind):
+  """Every stage finishes on a user's own small files."""
+  maths = _write(tmp_path / "m.jsonl", _maths(60))
+  flags = [f"--config.data.math_path={maths}"]
+  if kind != "maths alone":
+    flags.append(
+      f"--config.data.path={_write(tmp_path / 'a.jsonl', _rows(60))}"
+    )
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.opera_rl"),
+      "--config=configs/open_ended.py:smoke",
+      f"--workdir={tmp_path / 'run'}",
+      "--config.data.documents=1200",
+      *flags,
+    ],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": ""},  # one device
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=550,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  result = json.loads((tmp_path / "run/evaluate/DONE.json").read_text())
+  measures = {row["measure"]["key"] for row in result["table"]}
+  assert "correct" in measures
+  assert ("r_self" in measures) == (kind != "maths alone")
+  lines = (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()
+  assert len(lines) == 2
+  assert "excerpt" in (tmp_path / "run/report.html").read_text() or (
+    kind == "maths alone"
+  )
