@@ -162,17 +162,18 @@ def think(
   def step(text: str) -> None:
     steps.append((text, dict(belief)))
 
-  for slot in SLOTS:
-    if rng.random() < noise.mention:
+  plain = [slot for slot in SLOTS if rng.random() < noise.mention] or ["who"]
+  count = rng.choices(range(len(noise.reflections)), noise.reflections)[0]
+  # Reflections fall anywhere after the first step, so that a reflection does
+  # not by itself say that the thought is about to end.
+  order: list[str | None] = [*plain[1:], *(None for _ in range(count))]
+  rng.shuffle(order)
+  for slot in [plain[0], *order]:
+    if slot is not None:
       wrong = rng.random() < noise.wrong
       belief[slot] = _other(rng, slot, facts[slot]) if wrong else facts[slot]
       step(rng.choice(PLAIN[slot]).format(belief[slot]))
-  if not steps:
-    belief["who"] = facts["who"]
-    step(rng.choice(PLAIN["who"]).format(facts["who"]))
-  for _ in range(
-    rng.choices(range(len(noise.reflections)), noise.reflections)[0]
-  ):
+      continue
     opener, draw = rng.choice(OPENERS), rng.random()
     broken = [s for s in SLOTS if belief.get(s) != facts[s]]
     if draw < noise.recover and broken:
