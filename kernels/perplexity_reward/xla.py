@@ -1,7 +1,8 @@
-"""The perplexity-reduction reward in two fused reductions.
+"""The perplexity-reduction reward from one pass over the tokens.
 
-Every slot's sum is a reduction over all tokens of the row, not a scatter: its
-order is fixed, so two runs agree on which gains are positive.
+A slot's sum has a fixed order, so two runs agree on which gains are positive:
+on a CPU a sequential scatter into 32 lanes a slot, elsewhere, where a scatter
+would add in any order, a fused reduction over the row for each slot.
 
 Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt.
 """
@@ -20,11 +21,12 @@ def perplexity_reward(
   tau: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Computes `api.perplexity_reward` without a loop over slots."""
-  slot_S = jnp.arange(previous_RS.shape[1])
-  mine_RSM = branch_RM[:, None, :] == slot_S[None, :, None]
-  total_RS = jnp.sum(jnp.where(mine_RSM, logprob_RM[:, None, :], 0.0), axis=-1)
-  size_RS = jnp.sum(mine_RSM, axis=-1)
-  mean_RS = total_RS / jnp.maximum(size_RS, 1)
+  S = previous_RS.shape[1]
+  slot_S = jnp.arange(S)
+  add_up = _scatter if jax.default_backend() == "cpu" else _reduce
+  total_RS = add_up(logprob_RM, branch_RM, S)
+  size_RS = add_up(jnp.ones_like(logprob_RM), branch_RM, S)
+  mean_RS = total_RS / jnp.maximum(size_RS, 1.0)
   # An empty slot carries NaN, which no comparison takes for a gain.
   known_RS = jnp.where(size_RS > 0, mean_RS, jnp.nan)
   is_previous_RSS = previous_RS[:, :, None] == slot_S[None, None]
@@ -41,3 +43,19 @@ def perplexity_reward(
 def group_rank(score_BN: jax.Array) -> jax.Array:
   """The definition: XLA fuses its comparisons into one reduction."""
   return reference.group_rank(score_BN)
+
+
+def _scatter(x_RM, branch_RM, S):
+  """Sums by slot, [R, S]; 32 short sums each keep the rounding small."""
+  R, M = x_RM.shape
+  row_R1, lane_1M = jnp.arange(R)[:, None], jnp.arange(M)[None] % 32
+  slot_RM = jnp.where(branch_RM < 0, S, branch_RM)
+  lanes_RLS = jnp.zeros((R, 32, S), jnp.float32)
+  lanes_RLS = lanes_RLS.at[row_R1, lane_1M, slot_RM].add(x_RM, mode="drop")
+  return jnp.sum(lanes_RLS, axis=1)
+
+
+def _reduce(x_RM, branch_RM, S):
+  """Sums by slot, [R, S], as one fused reduction."""
+  mine_RSM = branch_RM[:, None, :] == jnp.arange(S)[None, :, None]
+  return jnp.sum(jnp.where(mine_RSM, x_RM[:, None, :], 0.0), axis=-1)

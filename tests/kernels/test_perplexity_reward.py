@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.perplexity_reward import api, pallas_tpu
+from kernels.perplexity_reward import api, pallas_tpu, xla
 
 IMPLEMENTATIONS = ["reference", "xla"]
 
@@ -55,6 +55,15 @@ def test_reward_is_the_definition_token_by_token(implementation):
   for x, y in zip(got, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
   assert got.count_R.dtype == jnp.int32
+
+
+def test_both_ways_to_add_up_agree():
+  logprob_RM, branch_RM, _ = map(jnp.asarray, _inputs(M=301))
+  np.testing.assert_allclose(
+    xla._scatter(logprob_RM, branch_RM, 5),
+    xla._reduce(logprob_RM, branch_RM, 5),
+    rtol=1e-6,
+  )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
