@@ -116,6 +116,8 @@ def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
     for i in range(1, STEPS):
       state, _ = update(state, jax.device_put(_batch(i), rows))
   _assert_like_parameters(state)
+  layouts = rules.shardings(qwen3.logical_axes(state.params), mesh, rules.TRAIN)
+  jax.tree.map(_assert_lies, state.params, layouts)
   # A segment's first token has no price; what stands there is noise.
   real_RT = _batch(0).loss_mask > 0
   return Outcome(
@@ -141,6 +143,10 @@ def _moments(state: train_state.TrainState) -> list:
   return found
 
 
+def _assert_lies(array: jax.Array, sharding: NamedSharding) -> None:
+  assert array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
 def _assert_like_parameters(state: train_state.TrainState) -> None:
   moments = _moments(state)
   assert len(moments) == 2
@@ -149,9 +155,7 @@ def _assert_like_parameters(state: train_state.TrainState) -> None:
       jax.tree.leaves(tree), jax.tree.leaves(state.params)
     ):
       assert isinstance(moment.sharding, NamedSharding)
-      assert moment.sharding.is_equivalent_to(
-        parameter.sharding, parameter.ndim
-      )
+      _assert_lies(moment, parameter.sharding)
 
 
 def _assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
