@@ -30,6 +30,7 @@ class Scored:
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
   deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not priced
   opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
+  separate_tokens: int  # what one row for each prefix of every step would cost
 
 
 class Scorer:
@@ -169,7 +170,16 @@ class Scorer:
     }
     opened_B = np.asarray([p.task == "open_ended" for p in prompts])
     return Scored(
-      total_BN, parts, trunks, prices, thoughts, deltas_RJ, opened_B
+      total_BN,
+      parts,
+      trunks,
+      prices,
+      thoughts,
+      deltas_RJ,
+      opened_B,
+      self._separate_tokens(
+        prompts, prompt_ids, owner, trunks, thoughts, opened
+      ),
     )
 
   def _queries(
@@ -186,3 +196,19 @@ class Scorer:
       all_steps=all_steps,
       trunks=rows,
     )
+
+  def _separate_tokens(
+    self, prompts, prompt_ids, owner, trunks, thoughts, rows
+  ) -> int:
+    """Tokens of the released code's way: a row for P_0, every P_j, and L."""
+    total = 0
+    for r in rows:
+      reference = len(self._tokenizer.encode(prompts[owner[r]].reference))
+      count = int(thoughts.count[r])
+      ends = [len(trunks[r])]
+      if count:
+        prompt = len(prompt_ids[owner[r]])
+        ends += [prompt + int(thoughts.start[r])]
+        ends += [prompt + int(e) for e in thoughts.step_end[r, :count]]
+      total += sum(ends) + len(ends) * reference
+    return total

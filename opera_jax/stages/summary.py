@@ -61,6 +61,7 @@ def rl_step(
     "agreement/max_abs_delta": gap.max(),
     "price/trunk_tokens": scored.prices.trunk_tokens,
     "price/branch_tokens": scored.prices.branch_tokens,
+    "price/separate_tokens": scored.separate_tokens,
   }
   opened_B = scored.opened_B
   for name, part_BN in scored.parts.items():
@@ -82,5 +83,6 @@ def rl_step(
   for before, name in zip(names, names[1:]):
     out[name] = clock[name] - clock[before]
   out["time/step"] = clock[names[-1]] - clock[names[0]]
+  out["time/reward_share"] = out["time/reward"] / out["time/step"]
   out["time/tokens_per_second"] = length_R.sum() / out["time/step"]
   return {name: float(value) for name, value in out.items()}

@@ -172,6 +172,11 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   np.testing.assert_allclose(
     got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
   )
+  # Priced: less than one row for each prefix of every step would cost.
+  priced = got.prices.trunk_tokens + got.prices.branch_tokens
+  steps = int(got.thoughts.count.sum()) + int((got.thoughts.count > 0).sum())
+  assert got.separate_tokens > steps * len(references[0])
+  assert priced < got.separate_tokens
   # The cases are what they are meant to be.
   assert count.max() >= 1
   assert r_ppl[1, 2] == r_ppl[1, 3]
