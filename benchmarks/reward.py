@@ -1,0 +1,366 @@
+"""The reward's price: the released way, torch, and ours, on the same weights.
+
+  python -m benchmarks.reward
+
+Every completion needs log P(y_ref | prefix) after each step's prefix.
+
+  separate  one row for each prefix of every step and for the whole, sorted
+            into length buckets, head on the reference's tokens only, jitted:
+            the released code's work, as fast as plain JAX allows
+  torch     the same rows padded to their batch's longest, transformers' Qwen3
+  ours      one pass over each completion, with the reference as branches at
+            the reflective steps, their predecessors, and the end
+
+Workloads are the full ones divided by SCALE on a CPU. Each method runs in a
+process of its own, so that its peak memory is its own; the parent checks that
+all three give the same numbers. Tokens are counted exactly.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import harness
+
+_METHOD = flags.DEFINE_string("method", None, "Run one method, for the parent.")
+_FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
+_WORKLOAD = flags.DEFINE_string("workload", None, "LONG or SHORT.")
+
+METHODS = ("separate", "torch", "ours")
+COMPLETIONS = 8
+ROWS = 8  # rows a call, for all methods alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Tokens of one completion and its reference."""
+
+  prompt: int
+  thought: int
+  steps: int
+  reflective: int
+  answer: int
+  reference: int
+
+
+FULL = {
+  "LONG": Workload(512, 4096, 32, 12, 1024, 1024),
+  "SHORT": Workload(512, 4096, 32, 12, 1024, 128),
+}
+
+
+def scaled(workload: Workload, scale: int) -> Workload:
+  """Lengths divided; the numbers of steps stay."""
+  return dataclasses.replace(
+    workload,
+    prompt=workload.prompt // scale,
+    thought=workload.thought // scale,
+    answer=workload.answer // scale,
+    reference=workload.reference // scale,
+  )
+
+
+def problem(workload: Workload, vocab: int):
+  """Random tokens, and the steps that reflect; the same for every method."""
+  rng = np.random.default_rng(0)
+  trunk = workload.prompt + workload.thought + workload.answer
+  trunks = rng.integers(0, vocab, (COMPLETIONS, trunk)).astype(np.int32)
+  references = rng.integers(0, vocab, (COMPLETIONS, workload.reference))
+  ends = workload.prompt + (
+    np.arange(workload.steps + 1) * workload.thought // workload.steps
+  )
+  # Every third step of the later ones reflects, so predecessors are their own.
+  reflective = [
+    np.sort(
+      rng.choice(
+        np.arange(1, workload.steps + 1), workload.reflective, replace=False
+      )
+    )
+    for _ in range(COMPLETIONS)
+  ]
+  return trunks, references.astype(np.int32), ends, reflective
+
+
+def main(_) -> None:
+  if _METHOD.value:
+    _run_one(_METHOD.value, _FOLDER.value, _WORKLOAD.value)
+    return
+  import jax
+
+  from opera_jax.models import qwen3, qwen3_params
+
+  on_cpu = jax.default_backend() == "cpu"
+  scale = 8 if on_cpu else 1
+  config = model_config(on_cpu)
+  blocks = []
+  with tempfile.TemporaryDirectory() as folder:
+    _, params = qwen3.create(config, 0)
+    qwen3_params.save(folder, params, config)
+    for name, full in FULL.items():
+      workload = scaled(full, scale)
+      results = {}
+      for method in METHODS if on_cpu else ("separate", "ours"):
+        print(f"{name}: {method} ...", flush=True)
+        subprocess.run(
+          [
+            *(sys.executable, "-m", "benchmarks.reward"),
+            *(f"--method={method}", f"--folder={folder}"),
+            f"--workload={name}",
+          ],
+          check=True,
+        )
+        path = pathlib.Path(folder) / f"{method}.json"
+        results[method] = json.loads(path.read_text())
+      blocks.append(_block(name, workload, results))
+  body = (
+    f"`python -m benchmarks.reward`; {harness.hardware()}; {config.dtype}; a "
+    f"Qwen3 of {qwen3.parameter_count(params):,} parameters ({config.layers} "
+    f"layers, width {config.hidden}, vocabulary {config.vocab_size:,}); "
+    f"{COMPLETIONS} completions; lengths are the full ones / {scale}; median "
+    "of 5, warm; peak memory is the process's, model and libraries "
+    "included.\n\n" + "\n\n".join(blocks)
+  )
+  harness.write_section("reward", body)
+  print(body)
+
+
+def model_config(on_cpu: bool):
+  """The model that every method runs."""
+  from opera_jax.models import presets, qwen3
+
+  if not on_cpu:
+    return dataclasses.replace(presets.PRESETS["0.6b"], dtype="bfloat16")
+  return qwen3.Config(
+    vocab_size=8192,
+    hidden=256,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    intermediate=768,
+  )
+
+
+def _block(name, workload, results) -> str:
+  prices = [np.asarray(r["prices"]) for r in results.values()]
+  worst = max(np.nanmax(np.abs(p - prices[-1])) for p in prices)
+  ours, baseline = results["ours"], results["separate"]
+  rows = []
+  for method, result in results.items():
+    rows.append(
+      (
+        method,
+        f"{result['tokens']:,}",
+        f"{result['seconds']:.2f}",
+        f"{result['peak_mib']:,.0f}",
+        f"{baseline['tokens'] / result['tokens']:.2f}",
+        f"{baseline['seconds'] / result['seconds']:.2f}",
+      )
+    )
+  fewer = baseline["tokens"] / ours["tokens"]
+  faster = baseline["seconds"] / ours["seconds"]
+  return (
+    f"**{name}**: prompt {workload.prompt}, thought {workload.thought} in "
+    f"{workload.steps} steps of which {workload.reflective} reflect, answer "
+    f"{workload.answer}, reference {workload.reference}.\n\n"
+    + harness.table(
+      ("method", "tokens", "s", "peak MiB", "fewer tokens", "faster"), rows
+    )
+    + f"\n\nTokens must fall {fewer:.2f}-fold; time falls {faster:.2f}-fold, "
+    f"{faster / fewer:.2f} of it. Largest difference between methods "
+    f"{worst:.1e} nats."
+  )
+
+
+def _run_one(method: str, folder: str, name: str) -> None:
+  import jax
+
+  on_cpu = jax.default_backend() == "cpu"
+  workload = scaled(FULL[name], 8 if on_cpu else 1)
+  config = model_config(on_cpu)
+  trunks, references, ends, reflective = problem(workload, config.vocab_size)
+  if method == "ours":
+    call, tokens = _ours(folder, config, trunks, references, ends, reflective)
+  else:
+    rows, places = _rows(trunks, references, ends)
+    tokens = sum(map(len, rows))
+    make = _separate if method == "separate" else _torch
+    means = make(folder, config, rows, references.shape[1])
+
+    def call():
+      table = np.full((COMPLETIONS, len(ends) + 1), np.nan)
+      for (row, slot), mean in zip(places, means()):
+        table[row, slot] = mean
+      return table
+
+  prices = call()
+  taken = harness.seconds(lambda: call(), repeats=5)
+  # All methods report what the reward compares: P_j at the reflective steps
+  # and their predecessors, and L.
+  keep = np.zeros(prices.shape, bool)
+  for row, steps in enumerate(reflective):
+    keep[row, steps] = keep[row, steps - 1] = True
+  keep[:, -1] = True
+  result = {
+    "seconds": taken.median,
+    "tokens": int(tokens),
+    "peak_mib": harness.peak_mib(),
+    "prices": np.where(keep, prices, 0.0).tolist(),
+  }
+  (pathlib.Path(folder) / f"{method}.json").write_text(json.dumps(result))
+
+
+def _rows(trunks, references, ends):
+  """One row for each prefix of each completion, and one for the whole."""
+  rows, places = [], []
+  for row, (trunk, reference) in enumerate(zip(trunks, references)):
+    for slot, end in enumerate([*ends, len(trunk)]):
+      rows.append(np.concatenate([trunk[:end], reference]))
+      places.append((row, slot))
+  return rows, places
+
+
+def _separate(folder, config, rows, size):
+  """Rows sorted into buckets of 64 tokens, only what is asked for priced."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from kernels.token_logprob import api as token_logprob
+  from opera_jax.models import attention
+
+  graphdef, params = _load(folder, config)
+
+  @jax.jit
+  def run(params, token_BT, length_B):
+    model = nnx.merge(graphdef, params)
+    B, T = token_BT.shape
+    position_T = jnp.arange(T)
+    segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
+    hidden_BTD, _ = model(
+      token_BT,
+      jnp.broadcast_to(position_T[None], (B, T)),
+      attention.causal(segment_BT),
+    )
+    at_BG = length_B[:, None] - size + jnp.arange(size)[None]
+    hidden_BGD = jnp.take_along_axis(hidden_BTD, at_BG[..., None] - 1, axis=1)
+    head, transposed = model.head_matrix()
+    logprob_M, _ = token_logprob.token_logprob(
+      hidden_BGD.reshape(B * size, -1),
+      head.astype(hidden_BGD.dtype),
+      jnp.take_along_axis(token_BT, at_BG, axis=1).reshape(-1),
+      transposed=transposed,
+    )
+    return logprob_M.reshape(B, size).mean(axis=1)
+
+  step = 64
+  order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+  def means():
+    waiting, out = [], np.zeros(len(rows))
+    for start in range(0, len(order), ROWS):
+      group = order[start : start + ROWS]
+      width = -(-max(len(rows[i]) for i in group) // step) * step
+      token_BT = np.zeros((ROWS, width), np.int32)
+      length_B = np.full(ROWS, size + 1, np.int32)
+      for place, i in enumerate(group):
+        token_BT[place, : len(rows[i])] = rows[i]
+        length_B[place] = len(rows[i])
+      waiting.append((group, run(params, token_BT, length_B)))
+    for group, result in waiting:
+      out[group] = np.asarray(result)[: len(group)]
+    return out
+
+  return means
+
+
+def _torch(folder, config, rows, size):
+  """Batches of sorted rows, padded to the longest, in transformers."""
+  import torch
+  import transformers
+
+  del config
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
+  order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+  def means():
+    out = np.zeros(len(rows))
+    for start in range(0, len(order), ROWS):
+      group = order[start : start + ROWS]
+      width = max(len(rows[i]) for i in group)
+      tokens = torch.zeros((len(group), width), dtype=torch.long)
+      mask = torch.zeros((len(group), width), dtype=torch.long)
+      for place, i in enumerate(group):
+        tokens[place, : len(rows[i])] = torch.from_numpy(rows[i])
+        mask[place, : len(rows[i])] = 1
+      with torch.no_grad():
+        hidden = model.model(tokens, attention_mask=mask).last_hidden_state
+        for place, i in enumerate(group):
+          at = torch.arange(len(rows[i]) - size, len(rows[i]))
+          logits = model.lm_head(hidden[place, at - 1])
+          logprob = torch.log_softmax(logits, -1)
+          picked = logprob.gather(1, tokens[place, at][:, None])
+          out[i] = picked.mean().item()
+    return out
+
+  return means
+
+
+def _ours(folder, config, trunks, references, ends, reflective):
+  """Trunks with branches, through the pricing engine of the library."""
+  import jax
+
+  from opera_jax import structs
+  from opera_jax.scoring import price
+  from opera_jax.sharding import mesh
+
+  graphdef, params = _load(folder, config)
+  branches, places = [], []
+  for row, (trunk, reference) in enumerate(zip(trunks, references)):
+    slots = sorted({s for j in reflective[row] for s in (j - 1, j)})
+    for slot in [*slots, len(ends)]:
+      fork = len(trunk) if slot == len(ends) else int(ends[slot])
+      branches.append(structs.Branch(row, fork, reference))
+      places.append((row, slot))
+  counts = np.bincount([row for row, _ in places])
+  pricer = price.Pricer(
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=mesh.create(devices=jax.devices()[:1]),
+    rows=min(ROWS, len(trunks)),
+    length_buckets=(trunks.shape[1],),
+    slot_buckets=tuple(range(2, int(counts.max()) + 2, 2)),
+    branch_buckets=(references.shape[1],),
+  )
+
+  def call():
+    prices = pricer.price(params, list(trunks), branches)
+    table = np.full((len(trunks), len(ends) + 1), np.nan)
+    for (row, slot), logprob in zip(places, prices.branch_logprob):
+      table[row, slot] = logprob.mean()
+    return table
+
+  return call, trunks.size + sum(len(b.tokens) for b in branches)
+
+
+def _load(folder, config):
+  import jax
+
+  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.sharding import mesh, rules
+
+  one = mesh.create(devices=jax.devices()[:1])
+  params = qwen3_params.load(folder, config, one, rules.TRAIN)
+  return qwen3.abstract(config)[0], params
+
+
+if __name__ == "__main__":
+  app.run(main)
