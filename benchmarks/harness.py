@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import os
 import pathlib
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,17 +32,25 @@ class Ceilings:
     return max(flops / self.flops, nbytes / self.bandwidth)
 
 
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+  """Wall seconds of repeated calls: the middle one, and the fastest."""
+
+  median: float
+  best: float
+
+
 def seconds(
   function: Callable[..., Any], *arguments: Any, repeats: int = 7
-) -> float:
-  """Median wall seconds of a call, compiled and warm, result waited for."""
+) -> Seconds:
+  """Times a warm call, its result waited for, at least half a second long."""
   jax.block_until_ready(function(*arguments))
   taken = []
-  for _ in range(repeats):
+  while len(taken) < repeats or sum(taken) < 0.5:
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     taken.append(time.perf_counter() - start)
-  return statistics.median(taken)
+  return Seconds(statistics.median(taken), min(taken))
 
 
 def ceilings(dtype: jnp.dtype) -> Ceilings:
@@ -52,16 +61,24 @@ def ceilings(dtype: jnp.dtype) -> Ceilings:
   y = jnp.ones(length, jnp.float32)
   matmul = seconds(jax.jit(jnp.matmul), x, x)
   add = seconds(jax.jit(lambda y: y + 1.0), y)
-  return Ceilings(2 * size**3 / matmul, 2 * y.nbytes / add)
+  return Ceilings(2 * size**3 / matmul.best, 2 * y.nbytes / add.best)
+
+
+def peak_mib() -> float:
+  """The most memory this process has held, MiB; the device's where it tells."""
+  stats = jax.devices()[0].memory_stats()
+  if stats and "peak_bytes_in_use" in stats:
+    return stats["peak_bytes_in_use"] / 2**20
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def hardware() -> str:
-  """One line that names the machine and the software."""
+  """One line: the machine, the software, and how busy others keep it."""
   device = jax.devices()[0]
   return (
     f"{jax.device_count()} x {device.device_kind} ({device.platform}), "
     f"{os.cpu_count()} CPU cores, jax {jax.__version__}, jaxlib "
-    f"{importlib.metadata.version('jaxlib')}"
+    f"{importlib.metadata.version('jaxlib')}, load {os.getloadavg()[0]:.1f}"
   )
 
 

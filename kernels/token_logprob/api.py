@@ -31,9 +31,10 @@ def token_logprob(
 
   A target outside of [0, V) has log-probability NaN: inside jit nothing can
   raise, and no such token shall pass for a priced one.
-  In a jitted program over a mesh, tokens may be sharded as they are; for a
-  head sharded over its vocabulary call this inside `jax.shard_map` (with its
-  default check_vma=True) and name the mesh axis.
+  Over a mesh, "xla" prices sharded tokens where they lie, in a plain jitted
+  program too. A head sharded over its vocabulary, and "pallas_tpu" (which a
+  TPU picks) on more than one device, need `jax.shard_map` around the call, with
+  its default check_vma=True; name the vocabulary's mesh axis there.
 
   Args:
     hidden_MD: [M, D] floating, the last hidden states.

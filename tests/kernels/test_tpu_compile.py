@@ -9,8 +9,10 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.sharding import PartitionSpec as P
 
 from kernels.branch_attention import api as branch_attention
 from kernels.perplexity_reward import api as perplexity_reward
@@ -165,3 +167,52 @@ def test_perplexity_reward_compiles(topology):
   )
   assert kernels == 2
   assert memory.temp_size_in_bytes < MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_kernels_compile_for_four_chips(topology):
+  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  mesh = jax.sharding.Mesh(
+    np.array(devices[:4]).reshape(2, 2), ("data", "tensor")
+  )
+  rows, heads = P("data"), P("data", None, None, "tensor")
+  price = jax.shard_map(
+    functools.partial(
+      token_logprob.token_logprob,
+      axis_name="tensor",
+      implementation="pallas_tpu",
+    ),
+    mesh=mesh,
+    in_specs=(rows, P(None, "tensor"), rows),
+    out_specs=rows,
+  )
+  trunk = P("data", None, "tensor")
+  attend = jax.shard_map(
+    functools.partial(
+      branch_attention.branch_attention, scale=0.1, implementation="pallas_tpu"
+    ),
+    mesh=mesh,
+    in_specs=(heads, trunk, trunk, heads, heads, rows),
+    out_specs=heads,
+  )
+
+  def place(shape, dtype, spec):
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  half = jnp.bfloat16
+  prices = (
+    place((1024, 256), half, rows),
+    place((256, 2000), half, P(None, "tensor")),
+    place((1024,), jnp.int32, rows),
+  )
+  branches = (
+    place((4, 4, 32, 8, 128), half, heads),
+    *[place((4, 96, 4, 128), half, trunk)] * 2,
+    *[place((4, 4, 32, 4, 128), half, heads)] * 2,
+    place((4, 4), jnp.int32, rows),
+  )
+  with jax.default_matmul_precision("default"):
+    for function, count, arrays in ((price, 2, prices), (attend, 5, branches)):
+      jax.jit(_gradients(function, range(count))).lower(*arrays).compile()
