@@ -74,14 +74,13 @@ def read(model, folder, mesh) -> Pair:
   return Pair(model, config, graphdef, params, folder)
 
 
-# The two that differ most run always, the others with the slow tests.
-FAST = ("grouped", "tied_ungrouped_other_theta")
+FAST = "grouped"  # the others run with the slow tests
 
 
 @pytest.fixture(
   scope="session",
   params=[
-    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+    pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow])
     for name in CASES
   ],
 )
