@@ -34,6 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = STAGES  # a comma-separated choice, in this order
   config.seed = 0
   config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+  # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents.
+  config.checkpoint = ""
   config.tokenizer = {
     "path": "",  # directory or hub id; "" trains a BPE on the documents
     "bpe_size": 8192,

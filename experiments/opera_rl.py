@@ -74,7 +74,12 @@ def opera(config, folder: str) -> None:
     )
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
-    supervised.base(run, supervised.Recipe(**config.base), preemption)
+    supervised.base(
+      run,
+      supervised.Recipe(**config.base),
+      preemption,
+      path=config.checkpoint,
+    )
     # 2. Cold start: brake at reflection words, branch, keep what the policy
     #    finds least perplexing.
     if "synthesize" in stages:

@@ -34,7 +34,12 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
   )
   with checkpoint.Preemption() as preemption:
-    supervised.base(run, supervised.Recipe(**config.base), preemption)
+    supervised.base(
+      run,
+      supervised.Recipe(**config.base),
+      preemption,
+      path=config.checkpoint,
+    )
     cold_start.synthesize(run, cold_start.Search(**config.synthesis))
     cold_start.select(
       run, cold_start.Select(**config.select), config.reward.keywords

@@ -9,8 +9,9 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
-from opera_jax.models import qwen3
+from opera_jax.models import qwen3, qwen3_params
 from opera_jax.scoring import price as price_lib
+from opera_jax.sharding import rules
 from opera_jax.stages import fit as fit_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
@@ -42,19 +43,36 @@ class Recipe:
 
 
 def base(
-  run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
+  run: setup_lib.Run,
+  recipe: Recipe,
+  preemption: checkpoint.Preemption,
+  *,
+  path: str = "",
 ) -> None:
-  """Pretrains the base model on the tasks' documents."""
-  stage = run.stage("base", base=dataclasses.asdict(recipe))
+  """Loads the base model, or pretrains one on the tasks' documents.
+
+  Args:
+    run: the run.
+    recipe: how to pretrain; unread where the model is loaded.
+    preemption: asked after every update.
+    path: directory or hub id of a Qwen3 checkpoint; "" pretrains.
+  """
+  settings = {"path": path} if path else dataclasses.asdict(recipe)
+  stage = run.stage("base", base=settings)
   if stage.finished():
     return
-  words, documents = run.tokenizer, run.tasks.documents
   count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
+  words, documents = run.tokenizer, run.tasks.documents
   print(
-    f"base: {count:,} parameters, vocabulary {words.vocab_size}, "
-    f"{len(documents):,} documents",
+    f"base: {count:,} parameters, vocabulary {words.vocab_size:,}, "
+    + (f"loaded from {path}" if path else f"{len(documents):,} documents"),
     flush=True,
   )
+  if path:
+    loaded = qwen3_params.load(path, run.model, run.mesh, rules.TRAIN)
+    run.save("base", loaded)
+    stage.finish({"path": path})
+    return
   pairs = [
     (words.chat_prompt(d.prompt), _completion(words, d)) for d in documents
   ]

@@ -1,0 +1,38 @@
+"""A base model can be loaded instead of trained."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from configs import tiny
+from opera_jax.models import qwen3, qwen3_params
+from opera_jax.stages import setup, supervised
+from opera_jax.train import checkpoint
+
+
+def test_a_checkpoint_becomes_the_base_model(tmp_path):
+  config = tiny.get_config("smoke")
+  run = setup.setup(
+    tmp_path / "run",
+    seed=0,
+    mesh=config.mesh,
+    tokenizer=config.tokenizer,
+    model=config.model,
+    data=config.data,
+    max_prompt_tokens=config.max_prompt_tokens,
+    max_reference_tokens=config.max_reference_tokens,
+    engine=config.engine,
+    price=config.price,
+    reward=config.reward,
+    temperature=1.0,
+  )
+  _, params = qwen3.create(run.model, seed=9)
+  qwen3_params.save(tmp_path / "model", params, run.model)
+  recipe = supervised.Recipe(**config.base)
+  with checkpoint.Preemption() as preemption:
+    for _ in range(2):
+      supervised.base(run, recipe, preemption, path=str(tmp_path / "model"))
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(run.load("base"))):
+    np.testing.assert_array_equal(a, b)
+  assert dataclasses.asdict(recipe)["epochs"] == config.base.epochs
