@@ -53,8 +53,7 @@ def test_equal_groups_give_zero_and_finite_gradients(rule):
 def test_one_sample_is_refused(rule):
   with pytest.raises(
     ValueError,
-    match="needs at least 2 samples a prompt, got 1. Raise "
-    "config.rl.samples.",
+    match="needs at least 2 samples a prompt, got 1. Raise config.rl.samples.",
   ):
     rule(np.zeros((4, 1)))
 
