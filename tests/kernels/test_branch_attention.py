@@ -116,9 +116,12 @@ def test_bfloat16_inputs_keep_float32_sums():
 @pytest.mark.parametrize(
   "shape,offset,few,dtype,tolerance",
   [
-    ({"S": 2, "G": 8, "C": 8, "T": 16}, 0, 0, jnp.float32, 1e-5),
-    ({"G": 11, "C": 11, "T": 21}, 0, 0, jnp.bfloat16, 2e-2),
-    ({"G": 1, "C": 11, "T": 13}, 5, 64, jnp.float32, 1e-5),
+    pytest.param(
+      *({"S": 2, "G": 8, "C": 8, "T": 16}, 0, 0, jnp.float32, 1e-5),
+      marks=pytest.mark.slow,
+    ),
+    ({"S": 2, "G": 11, "C": 11, "T": 21}, 0, 0, jnp.bfloat16, 2e-2),
+    ({"S": 2, "G": 1, "C": 11, "T": 13}, 9, 64, jnp.float32, 1e-5),
   ],
   ids=["aligned", "ragged-bfloat16", "decoding"],
 )

@@ -21,7 +21,7 @@ from kernels.token_logprob import api as token_logprob
 # Compiling needs no chip, so two processes may load libtpu at once.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 TOPOLOGIES = (
-  "v5e:2x2",
+  pytest.param("v5e:2x2", marks=pytest.mark.slow),
   pytest.param("v5p:2x2x1", marks=pytest.mark.slow),
   pytest.param("v6e:2x2", marks=pytest.mark.slow),
   "tpu7x:2x2x1",
