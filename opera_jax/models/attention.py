@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kernels.branch_attention import api as branch_attention
 from opera_jax.models import kv_cache
+from opera_jax.sharding import rules
 
 
 def _self_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
@@ -62,6 +63,7 @@ def trunk_and_branches(
       branches(v),
       limit_BS,
       scale=q.shape[-1] ** -0.5,
+      implementation=rules.implementation(),
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
     return jnp.concatenate([out_BTNH, out], axis=1), cache
@@ -111,6 +113,7 @@ def decode(trunk: kv_cache.Trunk, limit_B: jax.Array, step: jax.Array):
       jnp.broadcast_to(limit_B[:, None], (B, S)),
       offset_BS=jnp.full((B, S), step, jnp.int32),
       scale=q.shape[-1] ** -0.5,
+      implementation=rules.implementation(),
     )
     return out_BSGNH[:, :, 0], cache
 

@@ -17,7 +17,7 @@ from kernels.token_logprob import api as token_logprob
 from opera_jax import structs
 from opera_jax.models import attention
 from opera_jax.scoring import trunks as trunks_lib
-from opera_jax.sharding import layout
+from opera_jax.sharding import layout, rules
 
 
 def _token_prices(model, hidden_BTD, target_BT, temperature):
@@ -29,6 +29,7 @@ def _token_prices(model, hidden_BTD, target_BT, temperature):
     target_BT.reshape(B * T),
     temperature=temperature,
     transposed=transposed,
+    implementation=rules.implementation(),
   )
   return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
 

@@ -45,6 +45,16 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: dict[str, Any]):
   )
 
 
+def implementation() -> str | None:
+  """Which kernel a jitted program may take: None lets the kernel choose.
+
+  The partitioner cannot split a Pallas call, so a program over a mesh of more
+  than one device takes the streaming one, which it can.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else "xla"
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Pins an activation's layout on the mesh in force; nothing without one.
 
