@@ -54,8 +54,8 @@ def get_config(arg: str = ""):
   config.sft.epochs = 2
   config.sft.checkpoint_every = 50
 
-  # 16 prompts x 8 samples; a rate that moves 0.7M parameters in 24 steps.
-  config.rl.steps = 24
+  # 16 prompts x 8 samples; a rate that moves 0.7M parameters in 20 steps.
+  config.rl.steps = 20
   config.rl.prompts = 16
   config.rl.samples = 8
   config.rl.mini_batch = 4
