@@ -9,7 +9,7 @@ export TPU_SKIP_MDS_QUERY ?= 1
 .PHONY: demo test test-all bench lint clean
 
 demo: $(VENV)/base.done
-	@echo "Running the whole method on the embedded task (about 5 minutes on 2 cores); progress follows."
+	@echo "Running the whole method on the embedded task (about 7 minutes on 2 cores); progress follows."
 	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 	@echo "Open runs/tiny/report.html in a browser."
 
