@@ -261,6 +261,7 @@ def test_too_few_rl_tasks_stop_before_any_training(tmp_path):
   config = open_ended.get_config()
   config.data.path = _write(tmp_path / "a.jsonl", _rows(9))
   config.data.held_out = 6
+  config.base.batch_size = config.sft.batch_size = 8  # of eight devices
   with pytest.raises(ValueError, match="for 12 prompts a step and 3 tasks"):
     opera_rl.opera(config, str(tmp_path / "run"))
   assert not (tmp_path / "run" / "base").exists()
