@@ -285,8 +285,9 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       None,
       None,
       np.asarray(opened),
+      separate_tokens=20,
     )
-    clock = {"time/start": 0.0, "time/rollout": 1.0}
+    clock = {"time/start": 0.0, "time/reward": 1.0}
     return summary.rl_step(scored, [[sample] * 2] * 2, prices, ema, [{}], clock)
 
   both = metrics([True, False], -3.0)
