@@ -33,7 +33,7 @@ _FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
 _WORKLOAD = flags.DEFINE_string("workload", None, "LONG or SHORT.")
 
 METHODS = ("separate", "torch", "ours")
-COMPLETIONS = 8
+COMPLETIONS = 2
 ROWS = 8  # rows a call, for all methods alike
 
 
