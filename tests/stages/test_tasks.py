@@ -291,8 +291,8 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
     return summary.rl_step(scored, [[sample] * 2] * 2, prices, ema, [{}], clock)
 
   both = metrics([True, False], -3.0)
-  assert both["time/reward_share"] == 0.75
-  assert both["price/separate_tokens"] == 40
+  assert both["time/reward_share"] == 1.0
+  assert both["price/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
   assert both["thought/reflections"] == 0.5
   maths = metrics([False, False], None)
