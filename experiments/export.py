@@ -30,17 +30,8 @@ def main(_) -> None:
   config = _CONFIG.value
   run = setup.setup(
     _WORKDIR.value,
-    seed=config.seed,
-    mesh=config.mesh,
-    tokenizer=config.tokenizer,
-    model=config.model,
-    data=config.data,
-    max_prompt_tokens=config.max_prompt_tokens,
-    max_reference_tokens=config.max_reference_tokens,
-    engine=config.engine,
-    price=config.price,
-    reward=config.reward,
     temperature=config.rollout.temperature,
+    **{name: config[name] for name in setup.SECTIONS},
   )
   qwen3_params.save(
     _OUTPUT.value,

@@ -53,17 +53,8 @@ def opera(config, folder: str) -> None:
   stages = workdir.parse_stages(config.stages, STAGES)
   run = setup.setup(
     folder,
-    seed=config.seed,
-    mesh=config.mesh,
-    tokenizer=config.tokenizer,
-    model=config.model,
-    data=config.data,
-    max_prompt_tokens=config.max_prompt_tokens,
-    max_reference_tokens=config.max_reference_tokens,
-    engine=config.engine,
-    price=config.price,
-    reward=config.reward,
     temperature=config.rollout.temperature,
+    **{name: config[name] for name in setup.SECTIONS},
   )
   check(config, mesh.data_ways(run.mesh))
   if "rl" in stages and len(run.tasks.rl) < config.rl.prompts:

@@ -16,6 +16,7 @@ from opera_jax.evals import table
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
+from opera_jax.stages import workdir as workdir_lib
 from opera_jax.train import metrics
 
 MODELS = ("base", "sft", "rl")
@@ -67,6 +68,12 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
   )
   if stage.finished():
     return
+  for model in MODELS:
+    if not workdir_lib.result(run.workdir, model):
+      raise FileNotFoundError(
+        f"Stage {model!r} has not finished in {run.workdir}, and evaluation "
+        f"compares {', '.join(MODELS)}. Add it to config.stages."
+      )
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
   samples, scored, values = {}, {}, {}

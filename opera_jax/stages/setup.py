@@ -23,6 +23,20 @@ from opera_jax.stages import workdir as workdir_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
 
+# Arguments of `setup` that a driver takes from its config by the same name.
+SECTIONS = (
+  "seed",
+  "mesh",
+  "tokenizer",
+  "model",
+  "data",
+  "max_prompt_tokens",
+  "max_reference_tokens",
+  "engine",
+  "price",
+  "reward",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

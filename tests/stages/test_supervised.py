@@ -15,17 +15,8 @@ def test_a_checkpoint_becomes_the_base_model(tmp_path):
   config = tiny.get_config("smoke")
   run = setup.setup(
     tmp_path / "run",
-    seed=0,
-    mesh=config.mesh,
-    tokenizer=config.tokenizer,
-    model=config.model,
-    data=config.data,
-    max_prompt_tokens=config.max_prompt_tokens,
-    max_reference_tokens=config.max_reference_tokens,
-    engine=config.engine,
-    price=config.price,
-    reward=config.reward,
     temperature=1.0,
+    **{name: config[name] for name in setup.SECTIONS},
   )
   _, params = qwen3.create(run.model, seed=9)
   qwen3_params.save(tmp_path / "model", params, run.model)
