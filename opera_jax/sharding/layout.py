@@ -1,8 +1,14 @@
-"""Moves a tree of arrays from one table's layout to another's."""
+"""Moves trees: between tables, from the host to the mesh, and back.
 
+`to_devices` and `to_host` are the only ways across. On several hosts each
+process holds the shards of its own devices and no other.
+"""
+
+import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opera_jax.sharding import rules as rules_lib
@@ -52,3 +58,54 @@ def rows(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """One whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def to_devices(tree: Any, sharding: NamedSharding) -> Any:
+  """Host arrays onto the mesh; no process sends anything to another.
+
+  Args:
+    tree: numpy arrays, scalars, or arrays on one device (random keys too);
+      equal on every process, which keeps the parts its devices hold.
+    sharding: of every leaf, e.g. `rows(mesh)` or `replicated(mesh)`.
+
+  Returns:
+    The tree of global arrays.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+
+  def place(leaf):
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+      data = place(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      host.shape, sharding, lambda index: host[index]
+    )
+
+  return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+  """Whole arrays as numpy, on every process; waits for them.
+
+  Every process must call it with the same arrays in the same order.
+  """
+  leaves, shape = jax.tree.flatten(tree)
+  apart = [
+    i
+    for i, x in enumerate(leaves)
+    if isinstance(x, jax.Array)
+    and not (x.is_fully_addressable or x.is_fully_replicated)
+  ]
+  if apart:
+    mesh = leaves[apart[0]].sharding.mesh
+    whole = _gather(mesh)([leaves[i] for i in apart])
+    for i, leaf in zip(apart, whole):
+      leaves[i] = leaf
+  return jax.tree.unflatten(shape, jax.device_get(leaves))
+
+
+@functools.cache
+def _gather(mesh: Mesh):
+  return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))

@@ -107,3 +107,14 @@ def test_constraints_pin_what_divides_and_leave_the_rest():
   assert len(odd) < 3 or odd[2] is None
   x = jnp.ones((8, 3, 6, 2))
   assert rules.constrain(x, axes) is x  # no mesh in force
+
+
+def test_to_devices_and_back_changes_no_value():
+  mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  host = {"a": np.arange(16.0).reshape(8, 2), "b": np.arange(8)}
+  placed = layout.to_devices(host, layout.rows(mesh))
+  assert placed["a"].addressable_shards[0].data.shape == (2, 2)
+  jax.tree.map(np.testing.assert_array_equal, layout.to_host(placed), host)
+  key = layout.to_devices(jax.random.key(3), layout.replicated(mesh))
+  assert key.sharding.is_fully_replicated
+  assert jax.random.bits(key) == jax.random.bits(jax.random.key(3))
