@@ -15,6 +15,7 @@ key-value heads, H head features, T trunk length, C branch length.
 import jax
 import jax.numpy as jnp
 
+from kernels import target
 from kernels.branch_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
@@ -90,7 +91,7 @@ def branch_attention(
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     return reference.branch_attention(*arrays, *bounds, scale=scale)
-  if implementation is None and jax.default_backend() == "tpu":
+  if implementation is None and target.platform() == "tpu":
     applies = pallas_tpu.unsupported(*arrays) is None
     implementation = "pallas_tpu" if applies else "xla"
   if implementation == "pallas_tpu":
@@ -105,7 +106,7 @@ def branch_attention(
 
 
 def _score_budget(N, block_keys):
-  if jax.default_backend() == "cpu":
+  if target.platform() == "cpu":
     return max(1 << 17, 64 * N * block_keys)
   return 1 << 22
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels import target
 from kernels.perplexity_reward import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
@@ -107,7 +108,7 @@ def _choose(implementation, slots):
       f"The perplexity reward has the implementations {IMPLEMENTATIONS}, got "
       f"{implementation!r}. Name one of them, or None."
     )
-  if implementation is None and jax.default_backend() == "tpu":
+  if implementation is None and target.platform() == "tpu":
     applies = pallas_tpu.unsupported(slots) is None
     implementation = "pallas_tpu" if applies else "xla"
   modules = {"reference": reference, "pallas_tpu": pallas_tpu}

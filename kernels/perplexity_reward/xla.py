@@ -10,6 +10,7 @@ Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt.
 import jax
 import jax.numpy as jnp
 
+from kernels import target
 from kernels.perplexity_reward import reference
 
 
@@ -23,7 +24,7 @@ def perplexity_reward(
   """Computes `api.perplexity_reward` without a loop over slots."""
   S = previous_RS.shape[1]
   slot_S = jnp.arange(S)
-  add_up = _scatter if jax.default_backend() == "cpu" else _reduce
+  add_up = _scatter if target.platform() == "cpu" else _reduce
   total_RS = add_up(logprob_RM, branch_RM, S)
   size_RS = add_up(jnp.ones_like(logprob_RM), branch_RM, S)
   mean_RS = total_RS / jnp.maximum(size_RS, 1.0)

@@ -10,6 +10,7 @@ Shape key: M tokens, D features, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from kernels import target
 from kernels.token_logprob import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
@@ -64,7 +65,7 @@ def token_logprob(
       f"The reference holds the whole vocabulary, got axis_name="
       f"{axis_name!r}. Pass implementation='xla' or axis_name=None."
     )
-  if implementation is None and jax.default_backend() == "tpu":
+  if implementation is None and target.platform() == "tpu":
     applies = pallas_tpu.unsupported(hidden_MD, head) is None
     implementation = "pallas_tpu" if applies else "xla"
   arrays = (hidden_MD, head, target_M)
