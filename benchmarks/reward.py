@@ -137,9 +137,9 @@ def model_config(on_cpu: bool):
   if not on_cpu:
     return dataclasses.replace(presets.PRESETS["0.6b"], dtype="bfloat16")
   return qwen3.Config(
-    vocab_size=8192,
+    vocab_size=5120,
     hidden=256,
-    layers=4,
+    layers=8,
     heads=8,
     kv_heads=4,
     head_dim=32,

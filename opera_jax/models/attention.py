@@ -9,9 +9,7 @@ N query heads, K key/value heads, H head dimension.
 import jax
 import jax.numpy as jnp
 
-from kernels.branch_attention import api as branch_attention
-from opera_jax.models import kv_cache
-from opera_jax.sharding import rules
+from opera_jax.models import kv_cache, on_mesh
 
 
 def _self_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
@@ -55,15 +53,15 @@ def trunk_and_branches(
     def branches(x):
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
 
-    out_BSGNH = branch_attention.branch_attention(
+    out_BSGNH = on_mesh.branch_attention(
       branches(q),
       k[:, :T],
       v[:, :T],
       branches(k),
       branches(v),
       limit_BS,
+      jnp.zeros_like(limit_BS),
       scale=q.shape[-1] ** -0.5,
-      implementation=rules.implementation(),
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
     return jnp.concatenate([out_BTNH, out], axis=1), cache
@@ -104,16 +102,15 @@ def decode(trunk: kv_cache.Trunk, limit_B: jax.Array, step: jax.Array):
       ),
     )
     B, S = q.shape[:2]
-    out_BSGNH = branch_attention.branch_attention(
+    out_BSGNH = on_mesh.branch_attention(
       q[:, :, None],
       trunk.k[layer],
       trunk.v[layer],
       cache.k[layer],
       cache.v[layer],
       jnp.broadcast_to(limit_B[:, None], (B, S)),
-      offset_BS=jnp.full((B, S), step, jnp.int32),
+      jnp.full((B, S), step, jnp.int32),
       scale=q.shape[-1] ** -0.5,
-      implementation=rules.implementation(),
     )
     return out_BSGNH[:, :, 0], cache
 

@@ -13,25 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels.token_logprob import api as token_logprob
 from opera_jax import structs
-from opera_jax.models import attention
+from opera_jax.models import attention, on_mesh
 from opera_jax.scoring import trunks as trunks_lib
-from opera_jax.sharding import layout, rules
+from opera_jax.sharding import layout
 
 
 def _token_prices(model, hidden_BTD, target_BT, temperature):
   head, transposed = model.head_matrix()
-  B, T, D = hidden_BTD.shape
-  logprob_M, entropy_M = token_logprob.token_logprob(
-    hidden_BTD.reshape(B * T, D),
+  return on_mesh.token_logprob(
+    hidden_BTD,
     head.astype(hidden_BTD.dtype),
-    target_BT.reshape(B * T),
+    target_BT,
     temperature=temperature,
     transposed=transposed,
-    implementation=rules.implementation(),
   )
-  return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
 
 
 def _shifted(x_BT: jax.Array) -> jax.Array:

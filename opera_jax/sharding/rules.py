@@ -4,6 +4,7 @@ TRAIN shards parameters over fsdp and tensor; ROLLOUT keeps them whole over
 fsdp, because a decode step cannot afford to gather weights a token at a time.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ ACTIVATIONS = {
   "length": None,
   "heads": "tensor",
   "mlp": "tensor",
+  "vocab": "tensor",
   None: None,
 }
 
@@ -45,14 +47,19 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: dict[str, Any]):
   )
 
 
-def implementation() -> str | None:
-  """Which kernel a jitted program may take: None lets the kernel choose.
-
-  The partitioner cannot split a Pallas call, so a program over a mesh of more
-  than one device takes the streaming one, which it can.
-  """
+def alone() -> bool:
+  """Whether the program being traced is for one device."""
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 else "xla"
+  return mesh.empty or mesh.size == 1
+
+
+def activation_axis(name: str | None, size: int):
+  """The mesh axes of an activation's axis; None where they do not divide it."""
+  axis = ACTIVATIONS[name]
+  names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+  mesh = jax.sharding.get_abstract_mesh()
+  ways = math.prod(mesh.shape[n] for n in names)
+  return axis if size % ways == 0 else None
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -60,15 +67,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
   An axis that the mesh does not divide stays whole.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if alone():
     return x
-  parts = []
-  for size, name in zip(x.shape, axes):
-    axis = ACTIVATIONS[name]
-    names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-    ways = 1
-    for n in names:
-      ways *= mesh.shape[n]
-    parts.append(axis if ways and size % ways == 0 else None)
+  parts = [activation_axis(name, size) for size, name in zip(x.shape, axes)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

@@ -59,11 +59,27 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
 
 
 @pytest.mark.parametrize(
-  "shape", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 4}]
+  "shape",
+  [
+    {"fsdp": 8},
+    {"fsdp": 4, "tensor": 2},
+    {"fsdp": 2, "tensor": 4},
+    {"fsdp": 1, "tensor": 8},
+    {"data": 2, "fsdp": 4},
+  ],
 )
-def test_mesh_does_not_change_prices(tiny_model, one_device, shape):
-  config, graphdef, params = tiny_model
-  rows, branches = _problem(1)
+def test_mesh_does_not_change_prices(one_device, shape):
+  config = qwen3.Config(
+    vocab_size=304,
+    hidden=48,
+    layers=2,
+    heads=16,
+    kv_heads=8,
+    head_dim=6,
+    intermediate=80,
+  )
+  graphdef, params = qwen3.create(config, 0)
+  rows, branches = _problem(1, vocab=304)
   made = {"vocab_size": config.vocab_size, **BUCKETS}
   want = price.Pricer(graphdef, mesh=one_device, **made).price(
     params, rows, branches
