@@ -6,6 +6,7 @@ Ragged things live on the host as numpy; what is padded lives on the device.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -96,3 +97,58 @@ class Batch:
   advantage: jax.Array  # [R, T] float32, zeros in SFT
   old_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
   ref_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
+  # What only some losses read, [R, T, ...] by name: "value" and "returns" of
+  # a critic, "top_ids" and "top_logprob" of a teacher.
+  extra: dict[str, jax.Array] = struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+  """N samples of each of B prompts, as rewards and credit rules read them."""
+
+  prompts: Sequence[Prompt]  # [B]
+  samples: int  # N; rows R = B * N are prompt-major
+  prompt_ids: Sequence[np.ndarray]  # [B] int32 tokens of the chat prompts
+  completions: Sequence[Sample]  # [R]
+  texts: Sequence[str]  # [R] completions without special tokens, tags kept
+  thoughts: Thoughts  # [R] host arrays
+  encode: Callable[[str], np.ndarray]  # plain text -> int32 tokens
+  chat_prompt: Callable[[str], np.ndarray]  # a user's turn -> int32 tokens
+
+  def owner(self, row: int) -> int:
+    """The prompt of a row."""
+    return row // self.samples
+
+  def lengths(self) -> np.ndarray:
+    """Tokens of each completion, stop token included, int64 [B, N]."""
+    length_R = np.asarray([len(s.tokens) for s in self.completions])
+    return length_R.reshape(len(self.prompts), self.samples)
+
+  def after(self, turns: Sequence[str]) -> list[np.ndarray]:
+    """Each completion as a trunk after another user's turn, one a row."""
+    return [
+      np.concatenate([self.chat_prompt(turn), sample.tokens])
+      for turn, sample in zip(turns, self.completions, strict=True)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+  """What a reward or a credit rule wants priced, besides the rows.
+
+  A branch with `trunk < R` forks from that row (prompt + completion); one
+  with `trunk = R + i` forks from `trunks[i]`.
+  """
+
+  trunks: Sequence[np.ndarray] = ()
+  branches: Sequence[Branch] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Prices in the order of the `Questions`; float32, natural log."""
+
+  row_logprob: Sequence[np.ndarray]  # [R] of [C_r], completion tokens alone
+  row_entropy: Sequence[np.ndarray]  # [R] of [C_r]
+  trunk_logprob: Sequence[np.ndarray] = ()
+  branch_logprob: Sequence[np.ndarray] = ()

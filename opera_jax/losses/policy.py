@@ -1,10 +1,13 @@
-"""The clipped policy-gradient surrogate, per token.
+"""The clipped policy-gradient surrogates, per token.
 
 Shape key: R rows, T tokens of a row.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+NAMES = ("clipped", "gspo")
 
 
 def clipped_surrogate(
@@ -72,3 +75,56 @@ def clipped_surrogate(
   aux = {name: flag.astype(jnp.float32) for name, flag in flags.items()}
   aux["ratio"] = jax.lax.stop_gradient(ratio_RT)
   return loss_RT, aux
+
+
+def sequence_ratio(
+  logprob_RT: jax.Array,
+  old_logprob_RT: jax.Array,
+  weight_RT: jax.Array,
+) -> jax.Array:
+  """GSPO's log-ratio of each token (arXiv 2507.18071), for `clipped_surrogate`.
+
+  With `s = exp(mean_t(logprob_t - old_t))` over the row's targets, the value
+  is `log s` on every token, and its gradient that of the mean, so that the
+  sum over a row's tokens with equal weights is the gradient of `s A`.
+
+  Args:
+    logprob_RT: float32, under the live policy.
+    old_logprob_RT: float32, under the policy that sampled.
+    weight_RT: 1 where token t is a target; one sequence a row.
+
+  Returns:
+    float32 [R, T], the row's mean log-ratio on every token.
+  """
+  count_R1 = jnp.maximum(jnp.sum(weight_RT, axis=1, keepdims=True), 1.0)
+  delta_RT = jnp.where(weight_RT > 0, logprob_RT - old_logprob_RT, 0.0)
+  mean_R1 = jnp.sum(delta_RT, axis=1, keepdims=True) / count_R1
+  return jnp.broadcast_to(mean_R1, logprob_RT.shape)
+
+
+def truncated_weight(
+  old_logprob: np.ndarray, sampler_logprob: np.ndarray, cap: float
+) -> np.ndarray:
+  """`min(exp(old - sampler), cap)`, the truncated importance weight.
+
+  It corrects a gradient for a sampler whose probabilities differ from the
+  trainer's, with bounded variance (Ionides, "Truncated importance sampling",
+  2008; a cap of 2 is usual). It multiplies the advantage, so no gradient
+  passes through it.
+
+  Args:
+    old_logprob: float32 of each sampled token, under the trainer's policy
+      before the update; any shape.
+    sampler_logprob: float32, the same by the sampler.
+    cap: bound, positive.
+
+  Raises:
+    ValueError: a cap of 0 or less.
+  """
+  if cap <= 0:
+    raise ValueError(
+      f"Importance weights are cut at a positive cap, got {cap}. Use 2.0, or "
+      "leave the weights out with config.rl.importance_cap = 0."
+    )
+  gap = np.minimum(old_logprob - sampler_logprob, np.log(cap))
+  return np.exp(gap).astype(np.float32)

@@ -1,7 +1,9 @@
 """One optimizer update on one mini-batch, for SFT and for the policy.
 
 The model comes as `logprob_fn(params, batch) -> (logprob_RT, entropy_RT)`:
-float32, entry t for token t given the tokens before it in its segment.
+float32, entry t for token t given the tokens before it in its segment. One
+with further heads returns a third value, a dict: "value" [R, T] of a critic,
+"top_logprob" [R, T, K] of the tokens `batch.extra["top_ids"]`.
 
 Micro-batches are rows r, r + M, r + 2M, ... of the mini-batch, so that each
 still covers every device that holds rows. Token weights are made on the whole
@@ -19,10 +21,18 @@ import numpy as np
 import optax
 
 from opera_jax import structs
-from opera_jax.losses import cross_entropy, kl, policy, reduce
+from opera_jax.losses import (
+  cross_entropy,
+  distillation,
+  kl,
+  policy,
+  preference,
+  reduce,
+  value,
+)
 from opera_jax.train import state as train_state
 
-LogprobFn = Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]]
+LogprobFn = Callable[[Any, structs.Batch], tuple[Any, ...]]
 Metrics = dict[str, jax.Array]
 Update = Callable[
   [train_state.TrainState, structs.Batch],
@@ -87,26 +97,42 @@ def make_policy_update(
   logprob_fn: LogprobFn,
   optimizer: optax.GradientTransformation,
   *,
+  loss: str = "clipped",
   clip_low: float = 0.2,
   clip_high: float = 0.2,
   dual_clip: float | None = 3.0,
   kl_coef: float = 0.001,
   kl_estimator: str = "k3",
+  entropy_coef: float = 0.0,
+  value_coef: float = 0.0,
+  value_clip: float = 0.2,
+  divergence_coef: float = 0.0,
   reduction: str = "sequence_mean",
   constant: float | None = None,
   micro_batches: int = 1,
   state_sharding: Any = None,
 ) -> Update:
-  """An update of `clipped_surrogate + kl_coef * KL(policy || reference)`.
+  """An update of `surrogate + kl_coef * KL(policy || reference)`, and more.
+
+  `- entropy_coef * entropy`, `+ value_coef * critic's loss` and
+  `+ divergence_coef * JS(policy, teacher)` join it where they are not 0.
 
   Args:
     logprob_fn: see the module; its entropies are logged.
     optimizer: an optax transformation.
+    loss: "clipped", token ratios; or "gspo", the ratio of the sequence, with
+      one sequence a row.
     clip_low: see `policy.clipped_surrogate`.
     clip_high: see `policy.clipped_surrogate`.
     dual_clip: see `policy.clipped_surrogate`.
     kl_coef: weight of the KL term; 0 leaves it out, and `ref_logprob` unread.
     kl_estimator: "k1", "k2" or "k3".
+    entropy_coef: weight of the entropy bonus.
+    value_coef: weight of `value.clipped_value`; needs a critic's head, and
+      "value" and "returns" in `batch.extra`.
+    value_clip: see `value.clipped_value`.
+    divergence_coef: weight of `distillation.top_k_jensen_shannon`; needs
+      "top_ids" and "top_logprob" in `batch.extra`.
     reduction: one of `reduce.NAMES`.
     constant: the divisor of reduction "constant".
     micro_batches: parts the rows are split in, one after the other.
@@ -122,27 +148,34 @@ def make_policy_update(
     (before clipping), `optim/update_norm`, `optim/param_norm`.
 
   Raises:
-    ValueError: an unknown estimator; when traced, an unknown reduction, a bad
-      clip bound, or rows that do not divide into micro-batches.
+    ValueError: an unknown estimator or loss; when traced, an unknown
+      reduction, a bad clip bound, or rows that do not divide into
+      micro-batches.
   """
   divergence = kl.estimator(kl_estimator)
+  if loss not in policy.NAMES:
+    raise ValueError(f"Unknown loss {loss!r}. Use one of {policy.NAMES}.")
 
   def objective(
     params: Any, batch: structs.Batch, weight_RT: jax.Array, mean_RT: jax.Array
   ) -> tuple[jax.Array, Metrics]:
     target_RT = weight_RT > 0
-    logprob_RT, entropy_RT = logprob_fn(params, batch)
+    logprob_RT, entropy_RT, *heads = logprob_fn(params, batch)
     # Elsewhere a row may hold anything, NaN too; no gradient comes from it.
     logprob_RT = jnp.where(target_RT, logprob_RT, 0.0)
+    now_RT, then_RT = logprob_RT, batch.old_logprob
+    if loss == "gspo":
+      now_RT = policy.sequence_ratio(now_RT, then_RT, batch.loss_mask)
+      then_RT = jnp.zeros_like(now_RT)
     loss_RT, aux = policy.clipped_surrogate(
-      logprob_RT,
-      batch.old_logprob,
+      now_RT,
+      then_RT,
       batch.advantage,
       clip_low=clip_low,
       clip_high=clip_high,
       dual_clip=dual_clip,
     )
-    loss = surrogate = reduce.weighted_sum(weight_RT, loss_RT)
+    total = surrogate = reduce.weighted_sum(weight_RT, loss_RT)
     per_token = {
       "ratio_mean": aux["ratio"],
       "clip_low": aux["clip_low"],
@@ -153,19 +186,89 @@ def make_policy_update(
     }
     if kl_coef:
       kl_RT = divergence(logprob_RT, batch.ref_logprob)
-      loss = loss + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
+      total = total + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
       per_token["kl"] = kl_RT
+    if entropy_coef:
+      total -= entropy_coef * reduce.weighted_sum(weight_RT, entropy_RT)
+    if value_coef:
+      critic_RT = value.clipped_value(
+        heads[0]["value"],
+        batch.extra["value"],
+        batch.extra["returns"],
+        clip=value_clip,
+      )
+      total += value_coef * reduce.weighted_sum(weight_RT, critic_RT)
+      per_token["value_loss"] = critic_RT
+    if divergence_coef:
+      gap_RT = distillation.top_k_jensen_shannon(
+        heads[0]["top_logprob"], batch.extra["top_logprob"]
+      )
+      total += divergence_coef * reduce.weighted_sum(weight_RT, gap_RT)
+      per_token["divergence"] = gap_RT
     metrics = {
       f"policy/{name}": reduce.weighted_sum(mean_RT, value_RT)
       for name, value_RT in per_token.items()
     }
-    metrics["policy/loss"] = loss
+    metrics["policy/loss"] = total
     metrics["policy/surrogate"] = surrogate
     metrics["policy/tokens"] = jnp.sum(target_RT)
-    return loss, metrics
+    return total, metrics
 
   return _make_update(
     objective, optimizer, reduction, constant, micro_batches, state_sharding
+  )
+
+
+def make_preference_update(
+  logprob_fn: LogprobFn,
+  optimizer: optax.GradientTransformation,
+  *,
+  beta: float = 0.1,
+  micro_batches: int = 1,
+  state_sharding: Any = None,
+) -> Update:
+  """An update of DPO, see `preference.dpo`.
+
+  Rows hold the better sample of every pair first, then the worse ones in the
+  same order; a pair without targets does not count.
+
+  Args:
+    logprob_fn: see the module; its entropies are logged.
+    optimizer: an optax transformation.
+    beta: see `preference.dpo`.
+    micro_batches: parts the rows are split in; must divide the pairs.
+    state_sharding: see `make_policy_update`.
+
+  Returns:
+    A jitted `update(state, batch) -> (state, metrics)`. Metrics: `policy/`
+    `loss` (mean over pairs), `margin`, `preferred` (share of pairs), `entropy`,
+    `tokens`, and the norms of `make_policy_update`.
+  """
+
+  def objective(
+    params: Any, batch: structs.Batch, weight_RT: jax.Array, mean_RT: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    logprob_RT, entropy_RT, *_ = logprob_fn(params, batch)
+    better_P, worse_P = preference.paired_sums(logprob_RT, weight_RT)
+    loss_P, margin_P = preference.dpo(
+      better_P,
+      worse_P,
+      *preference.paired_sums(batch.ref_logprob, weight_RT),
+      beta=beta,
+    )
+    # A row's weights add up to 1 / rows, a pair's to 1 / pairs.
+    pair_P = sum(preference.paired_sums(weight_RT, weight_RT))
+    total = jnp.sum(pair_P * loss_P)
+    return total, {
+      "policy/loss": total,
+      "policy/margin": jnp.sum(pair_P * margin_P),
+      "policy/preferred": jnp.sum(pair_P * (margin_P > 0)),
+      "policy/entropy": reduce.weighted_sum(mean_RT, entropy_RT),
+      "policy/tokens": jnp.sum(weight_RT > 0),
+    }
+
+  return _make_update(
+    objective, optimizer, "sequence_mean", None, micro_batches, state_sharding
   )
 
 

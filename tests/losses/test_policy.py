@@ -110,3 +110,48 @@ def test_flags_mark_the_tokens_that_lost_their_gradient():
 def test_bounds_out_of_range_are_refused(bounds):
   with pytest.raises(ValueError, match="clip"):
     policy.clipped_surrogate(*_rows(), **bounds)
+
+
+def test_gspo_is_the_sequence_ratio():
+  rng = np.random.default_rng(3)
+  now, old = rng.normal(-1, 0.3, (2, 3, 5))
+  mask = np.asarray([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
+  advantage = np.asarray([[2.0], [-1.0], [5.0]])
+
+  def loss(now):
+    ratio = policy.sequence_ratio(now, jnp.asarray(old), jnp.asarray(mask))
+    per_token, _ = policy.clipped_surrogate(
+      ratio,
+      jnp.zeros((3, 5)),
+      jnp.broadcast_to(jnp.asarray(advantage), (3, 5)),
+      clip_low=0.05,
+      clip_high=0.1,
+      dual_clip=None,
+    )
+    count = np.maximum(mask.sum(1, keepdims=True), 1)
+    return (per_token * mask / count).sum()
+
+  want = 0.0
+  for r in range(2):
+    s = np.exp((now[r] - old[r])[mask[r] > 0].mean())
+    a = advantage[r, 0]
+    want += max(-a * s, -a * np.clip(s, 0.95, 1.1))
+  now = now.astype(np.float32)
+  np.testing.assert_allclose(loss(jnp.asarray(now)), want, rtol=1e-5)
+  gradient = jax.grad(loss)(jnp.asarray(now))
+  for place in np.ndindex(now.shape):
+    step = np.zeros_like(now)
+    step[place] = 1e-2
+    slope = (
+      loss(jnp.asarray(now + step)) - loss(jnp.asarray(now - step))
+    ) / 2e-2
+    np.testing.assert_allclose(gradient[place], slope, atol=2e-3)
+
+
+def test_importance_weights_are_cut():
+  old, sampler = np.log([0.5, 0.5, 0.1]), np.log([0.5, 0.1, 0.4])
+  np.testing.assert_allclose(
+    policy.truncated_weight(old, sampler, 2.0), [1.0, 2.0, 0.25], rtol=1e-6
+  )
+  with pytest.raises(ValueError, match="importance_cap"):
+    policy.truncated_weight(old, sampler, 0.0)

@@ -180,3 +180,109 @@ def test_non_finite_numbers_stop_the_run():
     step.NonFiniteError, match="Step 7: optim/grad_norm = nan"
   ):
     step.check_finite(metrics, 7)
+
+
+def test_gspo_on_policy_is_reinforce_too():
+  batch = _batch()
+  old, _ = _logprob_fn(_params(), batch)
+  batch = batch.replace(old_logprob=old)
+  settings = {"kl_coef": 0.0, "reduction": "sequence_mean"}
+  want, _, _ = _sgd_step(step.make_policy_update, batch, **settings)
+  got, _, _ = _sgd_step(
+    step.make_policy_update,
+    batch,
+    loss="gspo",
+    clip_low=3e-4,
+    clip_high=4e-4,
+    **settings,
+  )
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  with pytest.raises(ValueError, match="Unknown loss 'ppo'"):
+    _sgd_step(step.make_policy_update, batch, loss="ppo")
+
+
+def test_entropy_bonus_adds_its_gradient():
+  batch = _batch()
+  plain, _, _ = _sgd_step(step.make_policy_update, batch)
+  bonus, _, _ = _sgd_step(step.make_policy_update, batch, entropy_coef=0.1)
+
+  def mean_entropy(params):
+    _, entropy = _logprob_fn(params, batch)
+    rows = (entropy * batch.loss_mask).sum(1) / batch.loss_mask.sum(1)
+    return rows.mean()
+
+  want = -0.1 * jax.grad(mean_entropy)(_params())["table"]
+  np.testing.assert_allclose(bonus - plain, want, atol=1e-6)
+
+
+def test_critic_and_teacher_join_the_loss():
+  batch = _batch()
+  shape = (*batch.tokens.shape, 2)
+  rng = np.random.default_rng(5)
+  top_ids = jnp.asarray(rng.integers(0, VOCABULARY, shape))
+  extra = {
+    "value": jnp.zeros(shape[:2]),
+    "returns": jnp.asarray(rng.normal(size=shape[:2]), jnp.float32),
+    "top_ids": top_ids,
+    "top_logprob": jnp.full(shape, -2.0),
+  }
+  batch = batch.replace(extra=extra)
+
+  def heads(params, batch):
+    logits = params["table"][jnp.roll(batch.tokens, 1, axis=1)]
+    table = jax.nn.log_softmax(logits)
+    out = {
+      "value": logits.mean(-1),
+      "top_logprob": jnp.take_along_axis(
+        table, batch.extra["top_ids"], axis=-1
+      ),
+    }
+    return *_logprob_fn(params, batch), out
+
+  def run(**settings):
+    state = train_state.create(_params(), optax.sgd(1.0), jax.random.key(0))
+    update = step.make_policy_update(heads, optax.sgd(1.0), **settings)
+    return update(state, batch)[1]
+
+  plain = run()
+  for micro_batches in (1, 2):
+    both = run(
+      value_coef=0.5, divergence_coef=2.0, micro_batches=micro_batches,
+      reduction="token_mean",
+    )  # fmt: skip
+    base = run(reduction="token_mean")
+    np.testing.assert_allclose(
+      both["policy/loss"],
+      base["policy/loss"]
+      + 0.5 * both["policy/value_loss"]
+      + 2.0 * both["policy/divergence"],
+      rtol=1e-5,
+    )
+  assert "policy/value_loss" not in plain
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_dpo_update_is_the_gradient_of_the_pairs(micro_batches):
+  batch = _batch()
+  mask = np.asarray(batch.loss_mask).copy()
+  mask[[1, 5]] = 0  # a pair without spread
+  batch = batch.replace(loss_mask=jnp.asarray(mask))
+  got, _, metrics = _sgd_step(
+    step.make_preference_update,
+    batch,
+    beta=0.5,
+    micro_batches=micro_batches,
+  )
+
+  def slow(params):
+    logprob, _ = _logprob_fn(params, batch)
+    total = 0.0
+    for p in (0, 2, 3):
+      gains = [
+        jnp.sum((logprob - batch.ref_logprob)[r] * mask[r]) for r in (p, p + 4)
+      ]
+      total -= jax.nn.log_sigmoid(0.5 * (gains[0] - gains[1]))
+    return total / 3
+
+  np.testing.assert_allclose(metrics["policy/loss"], slow(_params()), rtol=1e-5)
+  np.testing.assert_allclose(got, jax.grad(slow)(_params())["table"], atol=1e-5)

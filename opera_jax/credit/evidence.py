@@ -1,0 +1,112 @@
+"""What a credit rule reads, and what it gives back.
+
+A rule is one file of this package with a frozen dataclass `Rule`, whose fields
+are its settings, and two methods:
+
+    asks(rollouts, reward_BN) -> dict[str, Ask]   what it wants priced
+    credit(evidence) -> Credit                    advantages token by token
+
+`config.rl.credit` names rules and their weights, as in "grpo" or
+"grpo + 0.5*oppo"; weighted advantages add up token by token, so sequence and
+token rules combine.
+
+Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), C_r
+tokens of the completion of row r.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from opera_jax import structs
+
+MODELS = ("policy", "teacher", "ema")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+  """Every completion priced after a user's turn of its own, by one model.
+
+  "policy" is the policy before this step's update, "teacher" the frozen model
+  of `config.rl.teacher`, "ema" the moving mean of the policy.
+  """
+
+  model: str
+  turns: Sequence[str]  # [R]
+
+  def __post_init__(self):
+    """Refuses a model that no run has."""
+    if self.model not in MODELS:
+      raise ValueError(
+        f"A credit rule asks the model {self.model!r}. Use one of {MODELS}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """Rewards and prices of a step's samples; host arrays."""
+
+  rollouts: structs.Rollouts
+  reward_BN: np.ndarray  # float32
+  success_BN: np.ndarray  # float in 0..1: right or wrong, else the reward
+  logprob: Sequence[np.ndarray]  # [R] of float32 [C_r], old policy
+  penalty: Sequence[np.ndarray]  # [R] of float32 [C_r], KL taken off rewards
+  prices: Mapping[str, Sequence[np.ndarray]]  # by name of an Ask, [R] of [C_r]
+  value: Sequence[np.ndarray] | None = None  # [R] of [C_r], before each token
+
+  def returns(self) -> np.ndarray:
+    """Reward less the sequence's penalty, float32 [B, N]."""
+    taken_R = np.asarray([p.sum() for p in self.penalty], np.float32)
+    return self.reward_BN - taken_R.reshape(self.reward_BN.shape)
+
+  def spread(self, advantage_BN: np.ndarray) -> list[np.ndarray]:
+    """One number a sequence put on each of its tokens, [R] of [C_r]."""
+    return [
+      np.full(len(tokens), a, np.float32)
+      for a, tokens in zip(np.asarray(advantage_BN).reshape(-1), self.logprob)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+  """Advantages of every token, and what else came of them."""
+
+  advantage: Sequence[np.ndarray]  # [R] of float32 [C_r]
+  metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  returns: Sequence[np.ndarray] | None = None  # what a critic should predict
+
+
+def combine(parts: Mapping[str, tuple[float, Credit]]) -> Credit:
+  """`A_t = sum over rules of weight * A_t`, metrics by rule.
+
+  Args:
+    parts: rule name -> (weight, its credit); at least one.
+
+  Returns:
+    The sum. The critic's targets are those of the one rule that has some.
+
+  Raises:
+    ValueError: an advantage that is not finite, or two rules with targets.
+  """
+  metrics, returns = {}, None
+  for name, (_, credit) in parts.items():
+    for row, advantage in enumerate(credit.advantage):
+      if not np.isfinite(advantage).all():
+        raise ValueError(
+          f"Credit {name!r} gives row {row} an advantage that is not finite. "
+          "Look at that row's reward and log-probabilities."
+        )
+    metrics |= {f"credit/{name}/{k}": v for k, v in credit.metrics.items()}
+    if credit.returns is not None:
+      if returns is not None:
+        raise ValueError(
+          f"Two of the credit rules {sorted(parts)} train a critic. Keep one."
+        )
+      returns = credit.returns
+  rows = zip(*(credit.advantage for _, credit in parts.values()))
+  weights = [weight for weight, _ in parts.values()]
+  total = [
+    sum(w * a for w, a in zip(weights, row)).astype(np.float32) for row in rows
+  ]
+  return Credit(total, metrics, returns)

@@ -1,0 +1,62 @@
+"""DPO (arXiv 2305.18290): prefer the better of two samples.
+
+Shape key: P pairs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def dpo(
+  better_P: jax.Array,
+  worse_P: jax.Array,
+  better_ref_P: jax.Array,
+  worse_ref_P: jax.Array,
+  *,
+  beta: float = 0.1,
+) -> tuple[jax.Array, jax.Array]:
+  """`-log sigmoid(beta (log p/p_ref of better - log p/p_ref of worse))`.
+
+  Args:
+    better_P: float32, log-probability of the whole preferred completion.
+    worse_P: the same of the other.
+    better_ref_P: under the frozen reference policy.
+    worse_ref_P: the same.
+    beta: how strongly the reference holds, positive.
+
+  Returns:
+    The loss of each pair and its margin `beta (...)`, float32 [P].
+
+  Raises:
+    ValueError: beta of 0 or less.
+  """
+  if beta <= 0:
+    raise ValueError(f"DPO takes a positive beta, got {beta}. 0.1 is usual.")
+  gain_P = (better_P - better_ref_P) - (worse_P - worse_ref_P)
+  margin_P = beta * gain_P
+  return jax.nn.softplus(-margin_P), jax.lax.stop_gradient(margin_P)
+
+
+def paired_sums(
+  value_RT: jax.Array, weight_RT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Row sums of the first half of the rows, and of the second.
+
+  Rows hold the better sample of every pair first, then the worse ones in the
+  same order.
+
+  Returns:
+    float32 [P] each, R = 2 P.
+
+  Raises:
+    ValueError: an odd number of rows.
+  """
+  rows = value_RT.shape[0]
+  if rows % 2:
+    raise ValueError(
+      f"Preference pairs take an even number of rows, got {rows}. Give the "
+      "better samples first, then the worse ones."
+    )
+  kept_RT = jnp.where(weight_RT > 0, value_RT, 0.0).astype(jnp.float32)
+  sum_R = jnp.sum(kept_RT, axis=1)
+  return sum_R[: rows // 2], sum_R[rows // 2 :]

@@ -1,0 +1,151 @@
+"""Each credit rule against a few lines of arithmetic, and their sums."""
+
+import dataclasses
+import importlib
+
+import numpy as np
+import pytest
+
+from opera_jax.credit import distillation, evidence, gae, group, sdpo
+
+REWARD = [[0.2, 0.9, 0.4], [0.5, 0.5, 0.5]]
+SEQUENCE = ("grpo", "dr_grpo", "rloo", "reinforce", "pairs")
+
+
+def _rule(name):
+  return importlib.import_module(f"opera_jax.credit.{name}").Rule
+
+
+@pytest.mark.parametrize("name", SEQUENCE)
+def test_sequence_rules_put_one_number_on_every_token(make, name):
+  case = make(REWARD)
+  got = _rule(name)().credit(case)
+  assert _rule(name)().asks(case.rollouts, case.reward_BN) == {}
+  for advantage, tokens in zip(got.advantage, case.logprob):
+    assert advantage.shape == tokens.shape
+    assert np.ptp(advantage) == 0
+  if name in ("grpo", "dr_grpo", "rloo"):
+    want = np.asarray(getattr(group, name)(case.reward_BN)).reshape(-1)
+    np.testing.assert_allclose([a[0] for a in got.advantage], want, rtol=1e-6)
+
+
+def test_reinforce_takes_off_the_mean_of_all_others(make):
+  case = make(REWARD)
+  got = [a[0] for a in _rule("reinforce")().credit(case).advantage]
+  flat = np.reshape(REWARD, -1)
+  want = [r - np.delete(flat, i).mean() for i, r in enumerate(flat)]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  bare = _rule("reinforce")(baseline="none").credit(case)
+  np.testing.assert_allclose([a[0] for a in bare.advantage], flat)
+  with pytest.raises(ValueError, match="critic"):
+    _rule("reinforce")(baseline="critic")
+
+
+def test_the_penalty_comes_off_the_reward(make):
+  case = make(REWARD)
+  penalty = [np.full(len(p), 0.1, np.float32) for p in case.penalty]
+  taxed = dataclasses.replace(case, penalty=penalty)
+  lengths = [len(p) for p in penalty]
+  want = np.reshape(REWARD, -1) - 0.1 * np.asarray(lengths)
+  np.testing.assert_allclose(taxed.returns().reshape(-1), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0)])
+def test_gae_is_the_double_sum(gamma, lam):
+  rng = np.random.default_rng(0)
+  reward, value = rng.normal(size=6), rng.normal(size=6)
+  ahead = np.append(value[1:], 0)
+  delta = reward + gamma * ahead - value
+  want = [
+    sum((gamma * lam) ** k * delta[t + k] for k in range(6 - t))
+    for t in range(6)
+  ]
+  got = gae.estimate(reward, value, gamma=gamma, lam=lam)
+  np.testing.assert_allclose(got, want)
+
+
+def test_gae_at_one_is_return_minus_value(make):
+  case = make(REWARD)
+  value = [np.linspace(0, 1, len(p)) for p in case.logprob]
+  case = dataclasses.replace(case, value=value)
+  got = gae.Rule(whiten=False).credit(case)
+  for row, reward in enumerate(np.reshape(REWARD, -1)):
+    np.testing.assert_allclose(
+      got.advantage[row], reward - value[row], atol=1e-6
+    )
+    np.testing.assert_allclose(got.returns[row], reward, rtol=1e-5)
+  white = np.concatenate(gae.Rule().credit(case).advantage)
+  np.testing.assert_allclose([white.mean(), white.std()], [0, 1], atol=1e-6)
+  with pytest.raises(ValueError, match="config.rl.value_coef"):
+    gae.Rule().credit(make(REWARD))
+
+
+def test_gae_of_an_empty_response_is_empty():
+  assert gae.estimate(np.zeros(0), np.zeros(0), gamma=1.0, lam=1.0).size == 0
+
+
+def test_distillation_is_teacher_minus_student(make):
+  case = make(REWARD)
+  got = distillation.Rule().credit(case)
+  for a, t, s in zip(got.advantage, case.prices["teacher"], case.logprob):
+    np.testing.assert_allclose(a, t - s, rtol=1e-6)
+  ask = distillation.Rule().asks(case.rollouts, case.reward_BN)["teacher"]
+  assert ask.model == "teacher"
+  assert ask.turns == ["q0"] * 3 + ["q1"] * 3
+
+
+def test_sdpo_shows_the_best_other_success(make):
+  case = make([[0.2, 0.9, 0.6], [0.1, 0.2, 0.3]])
+  rule = sdpo.Rule()
+  np.testing.assert_array_equal(
+    rule.shown(case.reward_BN), [1, 2, 1, -1, -1, -1]
+  )
+  ask = rule.asks(case.rollouts, case.reward_BN)["teacher"]
+  assert ask.model == "ema"
+  assert "text 2" in ask.turns[1] and "text 1" not in ask.turns[1]
+  assert ask.turns[4] == "q1"
+  got = rule.credit(case)
+  assert not np.concatenate(got.advantage[3:]).any()
+  np.testing.assert_allclose(
+    got.advantage[1], case.prices["teacher"][1] - case.logprob[1], rtol=1e-6
+  )
+  assert got.metrics["taught"] == 0.5
+
+
+def test_pairs_are_best_and_worst_of_groups_with_spread(make):
+  got = _rule("pairs")().credit(make([[0.2, 0.9, 0.9, 0.1], [1.0] * 4]))
+  sides = [a[0] for a in got.advantage]
+  assert sides == [0, 1, 0, -1, 0, 0, 0, 0]
+
+
+def test_weighted_rules_add_up_token_by_token(make):
+  case = make(REWARD)
+  one, two = _rule("grpo")().credit(case), distillation.Rule().credit(case)
+  got = evidence.combine({"grpo": (1.0, one), "distillation": (0.5, two)})
+  for total, a, b in zip(got.advantage, one.advantage, two.advantage):
+    np.testing.assert_allclose(total, a + 0.5 * b, rtol=1e-5, atol=1e-6)
+  assert "credit/distillation/kl" in got.metrics
+
+
+def test_a_bad_advantage_names_its_row(make):
+  case = make(REWARD)
+  one = _rule("grpo")().credit(case)
+  one.advantage[4][0] = np.nan
+  with pytest.raises(ValueError, match="'grpo' gives row 4"):
+    evidence.combine({"grpo": (1.0, one)})
+
+
+def test_an_unknown_model_is_refused():
+  with pytest.raises(ValueError, match="oracle"):
+    evidence.Ask("oracle", [])
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce",
+                                  "pairs", "distillation", "sdpo"])  # fmt: skip
+@pytest.mark.parametrize("reward", [[[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
+def test_degenerate_groups_are_finite(make, name, reward):
+  got = _rule(name)().credit(make(reward, [0, 4]))
+  assert [len(a) for a in got.advantage] == [0, 4]
+  assert all(np.isfinite(a).all() for a in got.advantage)
+  if name in ("grpo", "dr_grpo", "rloo") and np.ptp(reward) == 0:
+    assert not got.advantage[1].any()
