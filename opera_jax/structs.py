@@ -66,6 +66,7 @@ class Prices:
   trunk_logprob: list[np.ndarray]  # [T_i]; entry 0 of each is 0 (no context)
   trunk_entropy: list[np.ndarray]  # [T_i]
   branch_logprob: list[np.ndarray]  # [G_b - skip_b]
+  branch_entropy: list[np.ndarray]  # [G_b - skip_b]
   trunk_tokens: int  # tokens pushed through the model as trunk
   branch_tokens: int  # tokens pushed through the model as branches
 

@@ -59,6 +59,55 @@ def row_logprob(
   return fn
 
 
+def trunks_and_branches(
+  graphdef: nnx.GraphDef, *, temperature: float = 1.0
+) -> Callable[..., tuple[jax.Array, ...]]:
+  """The reward's view of the model: one pass over trunks and their branches.
+
+  Returns:
+    `f(params, token_BT, length_B, input_BSG, target_BSG, limit_BS)`, the
+    arrays of a `trunks.MicroBatch`, to be jitted. It gives log-probability
+    and entropy of the trunk's tokens [B, T] (entry t for token t after those
+    before it, entry 0 is 0) and of the branches' targets [B, S, G], float32.
+  """
+
+  def fn(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
+    model = nnx.merge(graphdef, params)
+    B, T = token_BT.shape
+    S, G = input_BSG.shape[1:]
+    position_T = jnp.arange(T, dtype=jnp.int32)
+    segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
+    position_BSG = (
+      limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[None, None]
+    )
+    flat = (B, S * G)
+    hidden_BXD, _ = model(
+      jnp.concatenate([token_BT, input_BSG.reshape(flat)], axis=1),
+      jnp.concatenate(
+        [
+          jnp.broadcast_to(position_T[None], (B, T)),
+          position_BSG.reshape(flat),
+        ],
+        axis=1,
+      ),
+      attention.trunk_and_branches(segment_BT, limit_BS, G),
+    )
+    target_BX = jnp.concatenate(
+      [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
+    )
+    logprob_BX, entropy_BX = _token_prices(
+      model, hidden_BXD, target_BX, temperature
+    )
+    return (
+      _shifted(logprob_BX[:, :T]),
+      _shifted(entropy_BX[:, :T]),
+      logprob_BX[:, T:].reshape(B, S, G),
+      entropy_BX[:, T:].reshape(B, S, G),
+    )
+
+  return fn
+
+
 class Pricer:
   """Prices trunks and branches: one pass over each trunk and its branches."""
 
@@ -104,40 +153,7 @@ class Pricer:
       "branch_buckets": tuple(branch_buckets),
     }
 
-    def run(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
-      model = nnx.merge(graphdef, params)
-      B, T = token_BT.shape
-      S, G = input_BSG.shape[1:]
-      position_T = jnp.arange(T, dtype=jnp.int32)
-      segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
-      position_BSG = (
-        limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[None, None]
-      )
-      flat = (B, S * G)
-      hidden_BXD, _ = model(
-        jnp.concatenate([token_BT, input_BSG.reshape(flat)], axis=1),
-        jnp.concatenate(
-          [
-            jnp.broadcast_to(position_T[None], (B, T)),
-            position_BSG.reshape(flat),
-          ],
-          axis=1,
-        ),
-        attention.trunk_and_branches(segment_BT, limit_BS, G),
-      )
-      target_BX = jnp.concatenate(
-        [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
-      )
-      logprob_BX, entropy_BX = _token_prices(
-        model, hidden_BXD, target_BX, temperature
-      )
-      return (
-        _shifted(logprob_BX[:, :T]),
-        _shifted(entropy_BX[:, :T]),
-        logprob_BX[:, T:].reshape(B, S, G),
-      )
-
-    self._run = jax.jit(run)
+    self._run = jax.jit(trunks_and_branches(graphdef, temperature=temperature))
 
   def price(
     self,
@@ -172,7 +188,7 @@ class Pricer:
       moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
     )
     priced = self._run_all(params, own_trunks, own_branches, advance)
-    for name, prices in zip(("trunk", "trunk", "branch"), priced):
+    for name, prices in zip(("trunk", "trunk", "branch", "branch"), priced):
       for index, price in enumerate(prices):
         if not np.isfinite(price).all():
           raise FloatingPointError(
@@ -180,11 +196,12 @@ class Pricer:
             "parameters have diverged; lower the learning rate or resume "
             "from an earlier checkpoint."
           )
-    trunk_logprob, trunk_entropy, branch_logprob = priced
+    trunk_logprob, trunk_entropy, branch_logprob, branch_entropy = priced
     return structs.Prices(
       trunk_logprob=[trunk_logprob[i] for i in trunk_place],
       trunk_entropy=[trunk_entropy[i] for i in trunk_place],
       branch_logprob=[branch_logprob[i] for i in branch_place],
+      branch_entropy=[branch_entropy[i] for i in branch_place],
       trunk_tokens=sum(len(t) for t in own_trunks),
       branch_tokens=sum(len(b.tokens) for b in own_branches),
     )
@@ -194,26 +211,26 @@ class Pricer:
     trunk_logprob = [None] * len(trunks)
     trunk_entropy = [None] * len(trunks)
     branch_logprob = [None] * len(branches)
+    branch_entropy = [None] * len(branches)
     sharding = layout.rows(self._mesh)
 
     def finish(batch, results):
-      logprob_BT, entropy_BT, logprob_BSG = jax.device_get(results)
+      logprob_BT, entropy_BT, logprob_BSG, entropy_BSG = layout.to_host(results)
       for row, trunk in enumerate(batch.trunk_of):
         size = len(trunks[trunk])
         trunk_logprob[trunk] = logprob_BT[row, :size]
         trunk_entropy[trunk] = entropy_BT[row, :size]
       for row, slot, index in batch.branch_of:
-        branch = branches[index]
-        branch_logprob[index] = logprob_BSG[
-          row, slot, branch.skip : len(branch.tokens)
-        ]
+        own = slice(branches[index].skip, len(branches[index].tokens))
+        branch_logprob[index] = logprob_BSG[row, slot, own]
+        branch_entropy[index] = entropy_BSG[row, slot, own]
       if advance is not None:
         advance(int(batch.length_B.sum()))
 
     waiting = None
     with jax.set_mesh(self._mesh):
       for batch in trunks_lib.pack(trunks, branches, **self._pack):
-        arrays = jax.device_put(
+        arrays = layout.to_devices(
           (
             batch.token_BT,
             batch.length_B,
@@ -229,7 +246,7 @@ class Pricer:
         waiting = (batch, results)
     if waiting is not None:
       finish(*waiting)
-    return trunk_logprob, trunk_entropy, branch_logprob
+    return trunk_logprob, trunk_entropy, branch_logprob, branch_entropy
 
 
 def _distinct(items: Sequence[Any], keys: Sequence[Any]):

@@ -56,6 +56,18 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
     want = whole[branch.fork - 1 + branch.skip :]
     np.testing.assert_allclose(got, want, atol=1e-5)
   assert prices.trunk_tokens == sum(map(len, rows))
+  # Entropies of branches are those of the same tokens as rows of their own,
+  # whose entropies are held to torch's in tests/models/test_parity.py.
+  whole = pricer.price(
+    params,
+    [np.concatenate([rows[b.trunk][: b.fork], b.tokens]) for b in branches],
+  )
+  for branch, got, want in zip(
+    branches, prices.branch_entropy, whole.trunk_entropy
+  ):
+    np.testing.assert_allclose(
+      got, want[branch.fork + branch.skip :], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,6 +100,8 @@ def test_mesh_does_not_change_prices(one_device, shape):
   sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
   got = price.Pricer(graphdef, mesh=many, **made).price(sharded, rows, branches)
   for a, b in zip(want.branch_logprob, got.branch_logprob):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  for a, b in zip(want.branch_entropy, got.branch_entropy):
     np.testing.assert_allclose(a, b, atol=1e-5)
   for a, b in zip(want.trunk_logprob, got.trunk_logprob):
     np.testing.assert_allclose(a, b, atol=1e-5)

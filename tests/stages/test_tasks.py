@@ -274,7 +274,7 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
     "reflections": np.asarray([[1, 1], [0, 0]]),
   }
   sample = structs.Sample(np.zeros(2, np.int32), np.zeros(2), True)
-  prices = structs.Prices([np.zeros(3)] * 4, [np.zeros(3)] * 4, [], 12, 0)
+  prices = structs.Prices([np.zeros(3)] * 4, [np.zeros(3)] * 4, [], [], 12, 0)
 
   def metrics(opened, ema):
     scored = score.Scored(
