@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.stages = STAGES  # a comma-separated choice, in this order
   config.seed = 0
-  config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+  config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
   # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents.
   config.checkpoint = ""
   config.tokenizer = {
@@ -55,7 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
     "norm_epsilon": 1e-6,
     "tied": True,
     "dtype": "float32",
-    "remat": "none",
+    "remat": "none",  # or full, attention, dots
+    "attention": "",  # splash, cudnn or xla; "" goes by the device
   }
   config.data = {
       "kind": "storyworld",

@@ -9,43 +9,50 @@ N query heads, K key/value heads, H head dimension.
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import kv_cache, on_mesh
+from opera_jax.models import kv_cache, on_mesh, self_attention
 
 
-def _self_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT):
-  return jax.nn.dot_product_attention(
-    q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None], implementation="xla"
-  )
-
-
-def causal(segment_BT: jax.Array):
-  """Causal attention within segments; segment 0 is padding.
-
-  A padding token sees padding only, so its row stays finite and reaches
-  no real token.
-  """
-  T = segment_BT.shape[1]
-  same = segment_BT[:, :, None] == segment_BT[:, None, :]
-  mask_BTT = same & jnp.tri(T, dtype=bool)[None]
+def causal(
+  segment_BT: jax.Array,
+  *,
+  right_padded: bool = False,
+  implementation: str | None = None,
+):
+  """Causal attention within segments; see `self_attention` for both options."""
 
   def attend(cache, layer, q, k, v):
     del layer
-    return _self_attention(q, k, v, mask_BTT), cache
+    out_BTNH = self_attention.self_attention(
+      q,
+      k,
+      v,
+      segment_BT,
+      right_padded=right_padded,
+      implementation=implementation,
+    )
+    return out_BTNH, cache
 
   return attend
 
 
 def trunk_and_branches(
-  trunk_segment_BT: jax.Array, limit_BS: jax.Array, branch_tokens: int
+  trunk_segment_BT: jax.Array,
+  limit_BS: jax.Array,
+  branch_tokens: int,
+  *,
+  implementation: str | None = None,
 ):
   """A trunk of T tokens followed, on the token axis, by S branches of G.
 
-  The trunk is causal; branch s of row b sees trunk positions below
-  `limit[b, s]` and its own tokens causally. Nothing sees a branch but itself.
+  The trunk is causal, and each row of it one segment, then padding; branch s
+  of row b sees trunk positions below `limit[b, s]` and its own tokens
+  causally. Nothing sees a branch but itself.
   """
   B, T = trunk_segment_BT.shape
   S, G = limit_BS.shape[1], branch_tokens
-  trunk = causal(trunk_segment_BT)
+  trunk = causal(
+    trunk_segment_BT, right_padded=True, implementation=implementation
+  )
 
   def attend(cache, layer, q, k, v):
     out_BTNH, cache = trunk(cache, layer, q[:, :T], k[:, :T], v[:, :T])
@@ -69,9 +76,12 @@ def trunk_and_branches(
   return attend
 
 
-def prefill(segment_BT: jax.Array):
-  """Causal attention that also fills `kv_cache.Trunk` layer by layer."""
-  inner = causal(segment_BT)
+def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
+  """Causal attention that also fills `kv_cache.Trunk` layer by layer.
+
+  Each row is one segment, then padding.
+  """
+  inner = causal(segment_BT, right_padded=True, implementation=implementation)
 
   def attend(cache, layer, q, k, v):
     cache = kv_cache.Trunk(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from opera_jax.models import self_attention
 from opera_jax.sharding import rules
 
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -25,6 +26,9 @@ Attend = Callable[..., tuple[jax.Array, Any]]
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    self_attention.OUTPUT
+  ),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -45,6 +49,7 @@ class Config:
   tied: bool = True
   dtype: str = "float32"
   remat: str = "none"
+  attention: str = ""  # see `self_attention`; "" goes by the device
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -61,6 +66,11 @@ class Config:
     if self.remat not in REMAT:
       raise ValueError(
         f"Unknown model.remat {self.remat!r}; use one of {sorted(REMAT)}."
+      )
+    if self.attention not in ("", *self_attention.IMPLEMENTATIONS):
+      raise ValueError(
+        f"Unknown model.attention {self.attention!r}; use one of "
+        f"{self_attention.IMPLEMENTATIONS}, or '' to go by the device."
       )
 
 

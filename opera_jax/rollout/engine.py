@@ -228,7 +228,7 @@ def _generate(
   hidden_BPD, trunk = model(
     prompt_BP,
     jnp.broadcast_to(position_P[None], (B, P)),
-    attention.prefill(segment_BP),
+    attention.prefill(segment_BP, implementation=config.attention or None),
     kv_cache.empty_trunk(config.layers, B, P, *sizes),
   )
   last_BD = hidden_BPD[jnp.arange(B), length_B - 1]

@@ -49,7 +49,11 @@ def row_logprob(
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
     hidden_RTD, _ = model(
-      batch.tokens, batch.positions, attention.causal(batch.segments)
+      batch.tokens,
+      batch.positions,
+      attention.causal(
+        batch.segments, implementation=model.config.attention or None
+      ),
     )
     logprob_RT, entropy_RT = _token_prices(
       model, hidden_RTD, jnp.roll(batch.tokens, -1, axis=1), temperature
@@ -90,7 +94,12 @@ def trunks_and_branches(
         ],
         axis=1,
       ),
-      attention.trunk_and_branches(segment_BT, limit_BS, G),
+      attention.trunk_and_branches(
+        segment_BT,
+        limit_BS,
+        G,
+        implementation=model.config.attention or None,
+      ),
     )
     target_BX = jnp.concatenate(
       [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1

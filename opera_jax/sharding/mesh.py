@@ -8,7 +8,7 @@ from opera_jax.sharding import rules
 
 
 def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
-  """Lays the devices out on the axes (data, fsdp, tensor).
+  """Lays the devices out on the axes of `rules.MESH_AXES`.
 
   Args:
     shape: size of each axis; -1 for one of them takes what is left. None

@@ -2,6 +2,7 @@
 
 TRAIN shards parameters over fsdp and tensor; ROLLOUT keeps them whole over
 fsdp, because a decode step cannot afford to gather weights a token at a time.
+ACTIVATIONS splits rows over data and fsdp, and their length over sequence.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 TRAIN = {
   "layers": None,
@@ -25,7 +26,7 @@ TRAIN = {
 ROLLOUT = {**TRAIN, "embed": None}
 ACTIVATIONS = {
   "batch": ("data", "fsdp"),
-  "length": None,
+  "length": "sequence",
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",

@@ -12,15 +12,20 @@ from opera_jax.sharding import mesh as mesh_lib
 
 
 def test_every_device_is_on_fsdp_unless_told():
-  assert dict(mesh_lib.create().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert dict(mesh_lib.create().shape) == {
+    "data": 1,
+    "fsdp": 8,
+    "sequence": 1,
+    "tensor": 1,
+  }
 
 
 def test_one_axis_takes_what_is_left():
   mesh = mesh_lib.create({"data": 2, "fsdp": -1, "tensor": 2})
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert mesh.devices.shape == (2, 2, 1, 2)
   assert mesh_lib.data_ways(mesh) == 4
   # Neighbours share a tensor axis: its traffic is the heaviest.
-  assert [d.id for d in mesh.devices[0, 0]] == [0, 1]
+  assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1]
 
 
 @pytest.mark.parametrize(

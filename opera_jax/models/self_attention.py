@@ -1,0 +1,226 @@
+"""Causal attention within segments: one function, three ways to compute it.
+
+Token t of a row sees the tokens at or before t of its own segment:
+
+  out_t = softmax_{s <= t, segment_s = segment_t}(q_t k_s / sqrt(H)) v_s
+
+Padding is segment 0 and sees padding, so its rows stay finite. Over a mesh,
+rows lie on the data axes, heads on `tensor`, queries on `sequence`; keys and
+values are gathered over `sequence`.
+
+Shape key: B rows, T tokens (queries), N query heads, K key/value heads,
+H head dimension, C queries of a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+
+from kernels import target
+from opera_jax.sharding import rules
+
+IMPLEMENTATIONS = ("splash", "cudnn", "xla")
+# What the remat policy "attention" keeps.
+OUTPUT = "attention"
+# "xla" holds the scores of so many queries of a row at once.
+_CHUNK = 512
+_LANES = 128
+_BLOCKS = (512, 384, 256, _LANES)
+
+
+def self_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+  *,
+  right_padded: bool = False,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Attends; differentiable in queries, keys and values.
+
+  Softmax is float32 whatever the inputs. Query head n reads key head
+  n // (N / K).
+
+  Args:
+    q_BTNH: [B, T, N, H] floating.
+    k_BTKH: [B, T, K, H] floating, N a multiple of K.
+    v_BTKH: like the keys.
+    segment_BT: [B, T] integer; 0 is padding.
+    right_padded: the caller's word that every row is one segment from its
+      first token on, then padding.
+    implementation: "splash" (the TPU kernel that comes with JAX; interpreted,
+      slowly, elsewhere), "cudnn" or "xla"; None takes "splash" for a TPU and
+      "xla" elsewhere.
+
+  Returns:
+    [B, T, N, H], of q's dtype.
+
+  Raises:
+    ValueError: an unknown implementation.
+    NotImplementedError: "cudnn" where it would not honour the segments, or
+      in float32.
+  """
+  if implementation is None:
+    implementation = "splash" if target.platform() == "tpu" else "xla"
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"Attention has the implementations {IMPLEMENTATIONS}, got "
+      f"{implementation!r}. Name one of them in config.model.attention, or "
+      "leave it empty to choose by the device."
+    )
+  arrays = (q_BTNH, k_BTKH, v_BTKH, segment_BT)
+  if implementation == "splash":
+    out_BTNH = _splash(*arrays)
+  elif implementation == "cudnn":
+    out_BTNH = _cudnn(*arrays, right_padded)
+  else:
+    out_BTNH = _xla(*arrays)
+  return checkpoint_name(out_BTNH, OUTPUT)
+
+
+def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+  """Chunks of queries, one after the other, made anew in the backward pass.
+
+  A chunk takes every n-th query, so that it covers all shards of a length
+  that is split over devices. No [B, N, T, T] array is ever whole.
+  """
+  B, T, N, H = q_BTNH.shape
+  if T <= _CHUNK:
+    position_T = jnp.arange(T, dtype=jnp.int32)
+    return _attend(q_BTNH, segment_BT, position_T, k_BTKH, v_BTKH, segment_BT)
+  chunks = -(-T // _CHUNK)
+  pad = -T % chunks
+  q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
+  query_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
+  q_BCXNH = q_BTNH.reshape(B, -1, chunks, N, H)
+  query_BCX = query_BT.reshape(B, -1, chunks)
+  offset_C = chunks * jnp.arange(q_BCXNH.shape[1], dtype=jnp.int32)
+
+  @jax.checkpoint
+  def chunk(_, inputs):
+    start, q_BCNH, query_BC = inputs
+    q_BCNH = rules.constrain(q_BCNH, ("batch", "length", "heads", None))
+    return None, _attend(
+      q_BCNH, query_BC, offset_C + start, k_BTKH, v_BTKH, segment_BT
+    )
+
+  _, out_XBCNH = jax.lax.scan(
+    chunk,
+    None,
+    (
+      jnp.arange(chunks, dtype=jnp.int32),
+      jnp.moveaxis(q_BCXNH, 2, 0),
+      jnp.moveaxis(query_BCX, 2, 0),
+    ),
+  )
+  return jnp.moveaxis(out_XBCNH, 0, 2).reshape(B, -1, N, H)[:, :T]
+
+
+def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):
+  """Some queries, at their positions of the row, over all its keys."""
+  T = segment_BT.shape[1]
+  key_T = jnp.arange(T, dtype=jnp.int32)
+  seen_CT = key_T[None] <= position_C[:, None]
+  mask_BCT = seen_CT[None] & (query_BC[:, :, None] == segment_BT[:, None])
+  return jax.nn.dot_product_attention(
+    q_BCNH, k_BTKH, v_BTKH, mask=mask_BCT[:, None], implementation="xla"
+  )
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_BT, right_padded):
+  if not right_padded:
+    raise NotImplementedError(
+      "cuDNN attention knows lengths, not segments: rows that are packed or "
+      "padded on the left would attend across segments. Use "
+      "config.model.attention='xla' where rows are packed."
+    )
+  if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+    raise NotImplementedError(
+      f"cuDNN attention computes in half precision, got {q_BTNH.dtype}. Set "
+      "config.model.dtype='bfloat16', or config.model.attention='xla'."
+    )
+  length_B = jnp.maximum(jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32), 1)
+  return jax.nn.dot_product_attention(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    is_causal=True,
+    query_seq_lengths=length_B,
+    key_value_seq_lengths=length_B,
+    implementation="cudnn",
+  )
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+  """JAX's own kernel; each device runs it on the rows and heads it holds."""
+  B, T, N, H = q_BTNH.shape
+  shards = head_shards = 1
+  if not rules.alone():
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = rules.activation_axis("batch", B)
+    heads = rules.activation_axis("heads", k_BTKH.shape[2])
+    sequence = rules.ACTIVATIONS["length"]
+    shards = mesh.shape[sequence]
+    head_shards = mesh.shape[heads] if heads else 1
+  block, length = _blocks(-(-T // shards))
+  pad = length * shards - T
+  wide = ((0, 0), (0, pad), (0, 0), (0, -H % _LANES))
+  q_BTNH, k_BTKH, v_BTKH = (
+    jnp.pad(x, wide) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
+  )
+  segment_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
+  mask = splash.CausalMask((T + pad, T + pad))
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * (N // head_shards)),
+    block_sizes=splash.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
+    head_shards=1,
+    q_seq_shards=shards,
+    residual_checkpoint_name=OUTPUT,
+    interpret=target.platform() != "tpu",
+  )
+
+  def run(kernel, q_BTNH, k_BTKH, v_BTKH, query_BT, segment_BT):
+    q_BNTH, k_BKTH, v_BKTH = (
+      jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    out_BNTH = jax.vmap(kernel)(
+      q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(q=query_BT, kv=segment_BT)
+    )
+    return jnp.swapaxes(out_BNTH, 1, 2)
+
+  if not rules.alone():
+    places = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sequence))
+    keys = PartitionSpec(rows, None, heads)
+    queries = PartitionSpec(rows, sequence, heads)
+    run = jax.shard_map(
+      run,
+      in_specs=(
+        kernel.manual_sharding_spec(places),
+        queries,
+        keys,
+        keys,
+        PartitionSpec(rows, sequence),
+        PartitionSpec(rows),
+      ),
+      out_specs=queries,
+      check_vma=False,  # the kernel does not say what varies
+    )
+  out_BTNH = run(kernel, q_BTNH, k_BTKH, v_BTKH, segment_BT, segment_BT)
+  return out_BTNH[:, :T, :, :H]
+
+
+def _blocks(length: int) -> tuple[int, int]:
+  """The largest block that pads `length` by no more than an eighth in vain."""
+  least = length + -length % _LANES
+  fitting = [b for b in _BLOCKS if 8 * (length + -length % b) <= 9 * least]
+  return fitting[0], length + -length % fitting[0]
