@@ -64,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
       "rl": 1_674,  # [P]
       "held_out": 200,
       "documents": 0,
+      "math_share": 0.0,  # of storyworld's tasks: sums
       "path": "",
       "fields": {"id": "id", "task": "task", "prompt": "prompt",
                  "reference": "reference"},
@@ -98,11 +99,18 @@ def get_config() -> ml_collections.ConfigDict:
     "branch_buckets": (256, 512, 1024, 2048, 4096),
   }
   config.reward = {
+    # Weighted rewards by name, as in "verifiable + 0.2*sar": files of
+    # opera_jax/rewards, or "package.module:function". Weight 0 measures.
+    "parts": "opera + verifiable",
+    # Settings of those rewards by name, where their defaults do not do.
+    "options": {},
+    "timeout": 60.0,  # seconds of a user's function, a step
     "alpha": 0.3,  # [P]
     "tau": 2.0,  # [P]
     "mode": "both",  # or r_self, r_ppl, one_hot: the paper's ablations
     "keywords": ("But", "Wait", "Hmm", "However", "Let me think"),
-    "match": "word",  # "substring" as the release does
+    "match": "word",  # "substring" as the release does; "any": every step
+    "compare": "previous",  # [P]; or "reflective", "start"
     "separator": "\n\n",  # [C]
     "bridge": "",  # [C]; "\n</think>\n\n" closes the thought first
     "max_steps": 64,
@@ -146,7 +154,25 @@ def get_config() -> ml_collections.ConfigDict:
     "kl_coef": 0.001,  # [C]
     "kl_estimator": "k3",  # [C]
     "reduction": "sequence_mean",  # [C]
-    "scale_by_std": True,  # [P]; False is Dr.GRPO's advantage
+    "constant": 0.0,  # divisor of reduction "constant"
+    "kl_in": "loss",  # [C]; or "reward"
+    "loss": "clipped",  # [C]; or "gspo", "dpo"
+    "beta": 0.1,  # of DPO
+    "entropy_coef": 0.0,  # [C]
+    # Weighted credit rules by name: files of opera_jax/credit.
+    "credit": "grpo",  # [P]
+    "credit_options": {},
+    "importance_cap": 0.0,  # of trainer against sampler; 0 weighs nothing
+    "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
+    "value_coef": 0.0,  # above 0: a critic, for credit "gae"
+    "value_clip": 0.2,
+    "ema": 0.0,  # above 0: a moving mean of the policy, for "sdpo"
+    "divergence_coef": 0.0,  # above 0: from the teacher's top tokens
+    "top": 100,  # of them
+    "teacher": "",  # a finished stage's folder; "" takes the SFT model
+    "tasks": ("open_ended", "math"),
+    "seed": -1,  # of this stage alone; -1 takes the run's
+    "token_budget": 0,  # above 0: stops once so many tokens are sampled
     "checkpoint_every": 1,
   }
   config.evaluate = {

@@ -5,7 +5,8 @@
 prompts -> base model -> trace synthesis -> selection -> SFT -> RL ->
 evaluation -> report. Every stage leaves its outcome in the workdir and is not
 repeated; a killed run goes on where it was when the same command is given
-again. Left out on purpose: a learned reward, a critic, a judge.
+again. Rewards, credit and loss go by name: `configs/methods/` has the recipes
+of OPERA's neighbours.
 
 Shape key: B prompts a step, N samples a prompt.
 """
@@ -13,21 +14,21 @@ Shape key: B prompts a step, N samples a prompt.
 import time
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from opera_jax.credit import group
 from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
 from opera_jax.rewards import opera as opera_reward
 from opera_jax.rollout import engine
-from opera_jax.scoring import price
 from opera_jax.sharding import layout, mesh
 from opera_jax.stages import (
   cold_start,
+  collect,
+  crediting,
   evaluate,
   fit,
+  learner,
   reporting,
   setup,
   summary,
@@ -113,6 +114,10 @@ def check(config, ways: int) -> None:
         f"R_ppl ranks a group of at least 2 samples, got {samples}. Raise "
         f"config.{name}.samples."
       )
+  if rl.kl_in not in ("loss", "reward"):
+    raise ValueError(
+      f'config.rl.kl_in is {rl.kl_in!r}. Use "loss" or "reward".'
+    )
   if rl.prompts % rl.mini_batch:
     raise ValueError(
       f"A step's {rl.prompts} prompts do not divide into mini-batches of "
@@ -131,7 +136,10 @@ def check(config, ways: int) -> None:
 
 
 def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
-  """GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths)."""
+  """RL by the rewards, the credit and the loss that the config names.
+
+  OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
+  """
   stage = run.stage(
     "rl", rl=rl.to_dict(), rollout=rollout.to_dict(), reward=run.reward
   )
@@ -140,9 +148,12 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
   # The SFT model is where the policy starts, and what KL holds it to.
   reference = run.load("sft")
-  prompts, prompt_ids = run.tasks.rl, run.prompt_ids(run.tasks.rl)
-  epochs = -(-rl.steps * rl.prompts // max(len(prompts), 1))
-  order = batching.batch_order(len(prompts), rl.prompts, epochs, run.seed)
+  teacher = run.load(rl.teacher) if rl.teacher else reference
+  seed = run.seed if rl.seed < 0 else rl.seed
+  prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
+  prompt_ids = run.prompt_ids(prompts)
+  epochs = -(-rl.steps * rl.draws * rl.prompts // max(len(prompts), 1))
+  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
     optimizer.schedule(
@@ -153,16 +164,15 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     weight_decay=rl.weight_decay,
     max_grad_norm=rl.max_grad_norm,
   )
-  update = train_step.make_policy_update(
-    price.row_logprob(run.graphdef, temperature=rollout.temperature),
+  learn = learner.build(
+    run,
     adamw,
-    clip_low=rl.clip_low,
-    clip_high=rl.clip_high,
-    dual_clip=rl.dual_clip,
-    kl_coef=rl.kl_coef,
-    kl_estimator=rl.kl_estimator,
-    reduction=rl.reduction,
-    micro_batches=rl.micro_batches,
+    temperature=rollout.temperature,
+    kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
+    **{name: rl[name] for name in learner.SETTINGS},
+  )
+  creditor = crediting.Creditor(
+    rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
   settings = engine.Sampling(
     max_new_tokens=rollout.max_new_tokens,
@@ -174,98 +184,113 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
   state = fit.place(
-    train_state.create(run.load("sft"), adamw, jax.random.key(run.seed + 2)),
+    train_state.create(
+      learn.initial(run.load("sft"), run.model.hidden),
+      learn.optimizer,
+      jax.random.key(seed + 2),
+    ),
     run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
-  start, ema = 0, None
+  step, ema, sampled = 0, None, 0
   restored = saves.restore(state)
   if restored is not None:
-    start, state, host = restored
-    ema = host["reward_ema"]
-    print(f"rl: goes on after step {start}", flush=True)
+    step, state, host = restored
+    ema, sampled = host["reward_ema"], host["sampled_tokens"]
+    print(f"rl: goes on after step {step}", flush=True)
   log = metrics.Metrics(
-    stage.path, "metrics", last_step=None if restored is None else start
+    stage.path, "metrics", last_step=None if restored is None else step
   )
 
   with (
     jax.set_mesh(run.mesh),
-    metrics.Progress(rl.steps, "rl", done=start) as progress,
+    metrics.Progress(rl.steps, "rl", done=step) as progress,
   ):
-    for step in range(start, rl.steps):
+    while step < rl.steps and not 0 < rl.token_budget <= sampled:
       seconds = {"time/start": time.monotonic()}
-      chosen = order[step]
-      batch = [prompts[i] for i in chosen]
-      ids = [prompt_ids[i] for i in chosen]
+      policy = learn.policy(state.params)
 
-      # Rollout: N samples of each prompt.
-      samples = run.engine.sample(
-        run.for_rollout(state.params),
-        ids,
+      # Rollout: N samples of each prompt. Reward: one pass over every
+      # completion gives its tokens' prices, and those of the reference after
+      # each reflective step, after the step before it, and after the whole.
+      drawn = [order[step * rl.draws + at] for at in range(rl.draws)]
+      got = collect.collect(
+        run,
+        policy,
+        [([prompts[i] for i in d], [prompt_ids[i] for i in d]) for d in drawn],
         settings,
         jax.random.fold_in(state.key, step),
         samples=rl.samples,
-        ids=[p.id for p in batch],
       )
-      seconds["time/rollout"] = time.monotonic()
-
-      # Reward: one pass over every completion gives its tokens' prices, and
-      # those of the reference after each reflective step, after the step
-      # before it, and after the whole.
-      scored = run.scorer.score(state.params, batch, ids, samples)
-      if scored.opened_B.any():
+      scored = got.scored
+      sampled += got.sampled_tokens
+      if scored.opened_B.any() and "score" in scored.parts:
         ema = opera_reward.update_ema(
           ema, scored.parts["score"][scored.opened_B]
         )
-      seconds["time/reward"] = time.monotonic()
-
-      # Credit: how much better than its group.
-      advantage_BN = np.asarray(
-        group.grpo(scored.total_BN, scale_by_std=rl.scale_by_std)
-      )
+      seconds["time/rollout"] = seconds["time/start"] + got.rollout_seconds
+      seconds["time/reward"] = seconds["time/rollout"] + got.reward_seconds
 
       # The policy that the updates start from, and the one KL holds it to.
-      old = scored.prices
+      old = ref = scored.prices
       if run.policy_pricer is not run.pricer:
-        old = run.policy_pricer.price(state.params, scored.trunks)
-      ref = run.policy_pricer.price(reference, scored.trunks)
+        old = run.policy_pricer.price(policy, scored.trunks)
+      if rl.kl_coef or learn.pairs:
+        ref = run.policy_pricer.price(reference, scored.trunks)
       seconds["time/reference"] = time.monotonic()
 
-      # Update: one epoch over the samples, in mini-batches of prompts.
-      rows = rl_data.rows(
-        scored.trunks,
-        [len(i) for i in ids for _ in range(rl.samples)],
-        advantage_BN.reshape(-1),
-        old.trunk_logprob,
-        ref.trunk_logprob,
+      # Credit: how much better than its group, or what its tokens did.
+      rows, credit = crediting.assign(
+        run,
+        learn,
+        creditor,
+        {
+          "policy": policy,
+          "teacher": teacher,
+          "ema": learn.mean(state.opt_state),
+        },
+        state.params,
+        scored,
+        old,
+        ref,
+        kl_coef=rl.kl_coef if rl.kl_in == "reward" else 0.0,
+        kl_estimator=rl.kl_estimator,
+        importance_cap=rl.importance_cap,
         buckets=rl.row_buckets,
+        parts=updates_a_step,
       )
+      seconds["time/credit"] = time.monotonic()
+
+      # Update: one epoch over the samples, in mini-batches of prompts.
       updates = []
       for part in rl_data.mini_batches(rows, updates_a_step):
-        state, values = update(
-          state, jax.device_put(part, layout.rows(run.mesh))
+        state, values = learn.update(
+          state, layout.to_devices(part, layout.rows(run.mesh))
         )
         updates.append(values)
-      updates = jax.device_get(updates)
+      updates = layout.to_host(updates)
       for values in updates:
         train_step.check_finite(values, step + 1)
       seconds["time/update"] = time.monotonic()
 
       # One line of metrics, one checkpoint.
+      step += 1
       log.write(
-        step + 1,
-        summary.rl_step(scored, samples, old, ema, updates, seconds),
+        step,
+        summary.rl_step(scored, got.samples, old, ema, updates, seconds)
+        | credit
+        | got.metrics(),
       )
-      progress.update(tokens=sum(len(s.tokens) for g in samples for s in g))
+      progress.update(tokens=got.sampled_tokens)
       leave = preemption.requested()
-      if leave or (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
-        saves.save(step + 1, state, {"reward_ema": ema})
+      if leave or step % rl.checkpoint_every == 0 or step == rl.steps:
+        saves.save(step, state, {"reward_ema": ema, "sampled_tokens": sampled})
       if leave:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
-  run.save("rl", state.params)
-  stage.finish({"steps": rl.steps, "dropped": run.dropped})
+  run.save("rl", learn.policy(state.params))
+  stage.finish({"steps": step, "dropped": run.dropped})
 
 
 if __name__ == "__main__":

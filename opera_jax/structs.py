@@ -143,6 +143,7 @@ class Questions:
 
   trunks: Sequence[np.ndarray] = ()
   branches: Sequence[Branch] = ()
+  memo: Any = None  # comes back with the answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,3 +154,4 @@ class Answers:
   row_entropy: Sequence[np.ndarray]  # [R] of [C_r]
   trunk_logprob: Sequence[np.ndarray] = ()
   branch_logprob: Sequence[np.ndarray] = ()
+  memo: Any = None

@@ -1,8 +1,8 @@
 """Rows of a policy update from completions, prices and advantages."""
 
-import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from opera_jax import structs
@@ -12,7 +12,7 @@ from opera_jax.data import batching
 def rows(
   trunks: Sequence[np.ndarray],
   prompt_lengths: Sequence[int],
-  advantages: Sequence[float],
+  advantages: Sequence[np.ndarray],
   old_logprob: Sequence[np.ndarray],
   ref_logprob: Sequence[np.ndarray],
   *,
@@ -23,7 +23,7 @@ def rows(
   Args:
     trunks: int32 [T_r], prompt + completion.
     prompt_lengths: tokens of each row that are prompt.
-    advantages: one a row, spread over its completion's tokens.
+    advantages: float32 [C_r] of each row, one a completion token.
     old_logprob: float32 [T_r] of each row under the policy that the updates
       start from.
     ref_logprob: float32 [T_r] under the reference policy.
@@ -63,6 +63,26 @@ def rows(
   )
 
 
+def spread(
+  values: Sequence[np.ndarray], begins: Sequence[int], length: int
+) -> np.ndarray:
+  """Values of completion tokens put at their places, 0 elsewhere.
+
+  Args:
+    values: [C_r, ...] of each row.
+    begins: prompt tokens of each row.
+    length: T.
+
+  Returns:
+    [R, T, ...], dtype of the values.
+  """
+  rest = values[0].shape[1:]
+  out = np.zeros((len(values), length, *rest), values[0].dtype)
+  for row, (value, begin) in enumerate(zip(values, begins)):
+    out[row, begin : begin + len(value)] = value
+  return out
+
+
 def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
   """`count` batches of consecutive rows, so that groups stay together.
 
@@ -77,11 +97,37 @@ def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
     )
   size = rows // count
   return [
-    structs.Batch(
-      **{
-        field.name: getattr(batch, field.name)[i * size : (i + 1) * size]
-        for field in dataclasses.fields(batch)
-      }
-    )
+    jax.tree.map(lambda leaf, i=i: leaf[i * size : (i + 1) * size], batch)
     for i in range(count)
   ]
+
+
+def pairs(batch: structs.Batch, samples: int, count: int) -> structs.Batch:
+  """Two rows of each group: its better sample, and its worse one.
+
+  Args:
+    batch: rows of whole groups, whose advantage is above 0 on the tokens of
+      the better sample and below on those of the worse.
+    samples: N, rows of a group.
+    count: mini-batches to come; in each, the better rows come first.
+
+  Returns:
+    The batch of 2 rows a group. A group that names no pair keeps its first
+    two rows, without targets.
+  """
+  side_RT = batch.advantage * batch.loss_mask
+  side_BN = side_RT.sum(axis=1).reshape(-1, samples)
+  begin_B = np.arange(len(side_BN)) * samples
+  named_B = (side_BN.max(axis=1) > 0) & (side_BN.min(axis=1) < 0)
+  better_B = begin_B + np.where(named_B, side_BN.argmax(axis=1), 0)
+  worse_B = begin_B + np.where(named_B, side_BN.argmin(axis=1), 1)
+  order = np.concatenate(
+    [
+      np.concatenate([b, w])
+      for b, w in zip(np.split(better_B, count), np.split(worse_B, count))
+    ]
+  )
+  chosen = jax.tree.map(lambda leaf: leaf[order], batch)
+  used_R = np.repeat(named_B.reshape(count, -1), 2, axis=0).reshape(-1)
+  mask_RT = chosen.loss_mask * used_R[:, None]
+  return chosen.replace(loss_mask=mask_RT.astype(np.float32))

@@ -1,92 +1,124 @@
-"""One reward a sample, chosen by the task of its prompt.
+"""Weighted sums of rewards, by name.
 
-Shape key: B prompts, N samples a prompt, O open-ended prompts, V maths
-prompts, O + V = B.
+A reward is one file of this package with a frozen dataclass `Reward`, whose
+fields are its settings, and two pure methods:
+
+    questions(rollouts) -> structs.Questions      what it wants priced
+    rewards(rollouts, answers) -> dict            "total" and parts, [B, N]
+
+`config.reward.parts` names rewards and their weights, as in
+"verifiable + 0.2*sar"; a name with a colon is the import path of a user's
+function, see `rewards.function`.
+
+Shape key: B prompts, N samples a prompt.
 """
 
-from collections.abc import Mapping, Sequence
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-OPEN_ENDED, MATH = "open_ended", "math"
-TASKS = (OPEN_ENDED, MATH)
+_TERM = re.compile(
+  r"^(?:([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?([\w.]+(?::\w+)?)$"
+)
 
 
-def compose(
-  tasks: Sequence[str],
-  *,
-  open_ended: Mapping[str, np.ndarray] | None = None,
-  correct_VN: np.ndarray | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """Open-ended prompts get OPERA's total, maths prompts get 0 or 1.
-
-  Args:
-    tasks: "open_ended" or "math" for each of the B prompts.
-    open_ended: float32 [O, N] parts of the open-ended prompts in their order,
-      `total` among them; None if there are none.
-    correct_VN: bool or 0/1, of the maths prompts in their order; None if
-      there are none.
-
-  Returns:
-    The total, float32 [B, N], and the parts, float32 [B, N] each: those of
-    `open_ended` without `total`, 0 for maths prompts, and `correct`, 0 for
-    open-ended prompts.
+def weights(text: str) -> dict[str, float]:
+  """Reads "verifiable + 0.2*sar" as {"verifiable": 1.0, "sar": 0.2}.
 
   Raises:
-    ValueError: an unknown task, parts whose prompts do not match the tasks,
-      or a value that is not finite.
+    ValueError: a term that is no name, weight*name or weight*path:function;
+      a name that comes twice; or no term.
   """
-  unknown = sorted(set(tasks) - set(TASKS))
-  if unknown:
+  out: dict[str, float] = {}
+  for term in text.split(" + "):
+    match = _TERM.match(term.strip())
+    if match is None or match[2] in out:
+      raise ValueError(
+        f"{term.strip()!r} in {text!r} is no term of a weighted sum, or comes "
+        'twice. Write "name + 0.5*other", with spaces around the plus.'
+      )
+    out[match[2]] = float(match[1] or 1)
+  return out
+
+
+def build(name: str, settings: Mapping[str, Any], timeout: float) -> Any:
+  """The reward of a name: `opera_jax.rewards.NAME`, or a user's function.
+
+  Args:
+    name: a file of this package, or "package.module:function".
+    settings: fields of its `Reward`; the rest keep their defaults.
+    timeout: seconds that a user's function may take.
+
+  Raises:
+    ValueError: no such reward, or a setting that it does not have.
+  """
+  if ":" in name:
+    from opera_jax.rewards import function
+
+    function.load(name)
+    return function.Reward(name, timeout)
+  try:
+    made = importlib.import_module(f"opera_jax.rewards.{name}").Reward
+  except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
-      f"Unknown task {unknown[0]!r} at prompt "
-      f"{list(tasks).index(unknown[0])}. Use one of {TASKS}."
-    )
-  open_B = np.asarray([task == OPEN_ENDED for task in tasks])
-  given = dict(open_ended or {})
-  if "total" not in given and open_B.any():
+      f"There is no reward {name!r}. Name a file of opera_jax/rewards that has "
+      'a Reward, or a function as "package.module:function".'
+    ) from error
+  try:
+    return made(**settings)
+  except TypeError as error:
     raise ValueError(
-      f"{open_B.sum()} prompts are open-ended and no `total` was given for "
-      "them. Pass the parts of rewards.opera."
-    )
-  if correct_VN is None and not open_B.all():
-    raise ValueError(
-      f"{(~open_B).sum()} prompts are maths and correct_VN is None. Pass 0 "
-      "or 1 for each of their samples."
-    )
-  samples = (given["total"] if given else correct_VN).shape[1]
-  parts = {
-    name: _scattered(name, part_ON, open_B, samples)
-    for name, part_ON in given.items()
-  }
-  nothing_VN = np.zeros((0, samples))
-  parts["correct"] = _scattered(
-    "correct",
-    nothing_VN if correct_VN is None else correct_VN,
-    ~open_B,
-    samples,
-  )
-  total_BN = parts.pop("total", 0.0) + parts["correct"]
+      f"Reward {name!r} takes the settings "
+      f"{sorted(made.__dataclass_fields__)}, got {sorted(settings)}: {error}."
+    ) from error
+
+
+def weighted_sum(
+  rewards: Mapping[str, Mapping[str, np.ndarray]],
+  weight: Mapping[str, float],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """`sum of weight * total`, and every part by name.
+
+  Args:
+    rewards: by reward name its parts, [B, N] each, `total` among them.
+    weight: by reward name; one of weight 0 is measured and not paid.
+
+  Returns:
+    The sum, float32 [B, N], and the parts, float32 [B, N] each: a reward's
+    total under the reward's name, its other parts under their own.
+
+  Raises:
+    ValueError: parts of different shapes, a value that is not finite, or two
+      parts of one name.
+  """
+  parts: dict[str, np.ndarray] = {}
+  total_BN, shape = np.float32(0.0), None
+  for reward, mine in rewards.items():
+    for part, value_BN in mine.items():
+      name = reward if part == "total" else part
+      shape = shape or value_BN.shape
+      _check(name, value_BN, shape, parts)
+      parts[name] = value_BN.astype(np.float32)
+    total_BN = total_BN + np.float32(weight[reward]) * parts[reward]
   return total_BN, parts
 
 
-def _scattered(
-  name: str, part_ON: np.ndarray, mine_B: np.ndarray, samples: int
-) -> np.ndarray:
-  """A part put at its prompts, 0 elsewhere, float32 [B, N]."""
-  if part_ON.shape != (mine_B.sum(), samples):
+def _check(name, value_BN, shape, parts) -> None:
+  if name in parts:
+    raise ValueError(f"Two rewards have a part {name!r}. Rename one.")
+  if value_BN.shape != shape:
     raise ValueError(
-      f"Reward part {name!r} has shape {part_ON.shape}; the tasks name "
-      f"{mine_B.sum()} such prompts, with {samples} samples each."
+      f"Reward part {name!r} has shape {value_BN.shape}, the others {shape}. "
+      "Give one number a sample."
     )
-  full_BN = np.zeros((len(mine_B), samples), np.float32)
-  full_BN[mine_B] = part_ON
-  wrong = np.argwhere(~np.isfinite(full_BN))
+  wrong = np.argwhere(~np.isfinite(value_BN))
   if wrong.size:
     prompt, sample = wrong[0]
     raise ValueError(
       f"Reward part {name!r} of prompt {prompt}, sample {sample} is "
-      f"{full_BN[prompt, sample]}; rewards must be finite. Look at that "
+      f"{value_BN[prompt, sample]}; rewards must be finite. Look at that "
       "sample's log-probabilities and reference."
     )
-  return full_BN

@@ -28,7 +28,87 @@ from kernels.perplexity_reward import api as perplexity_reward
 from opera_jax import structs
 
 MODES = ("both", "r_self", "r_ppl", "one_hot")
+COMPARED = ("previous", "reflective", "start")
 _NONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """OPERA as one of a run's rewards; open-ended prompts alone.
+
+  Attributes:
+    alpha: see `rewards`.
+    tau: see `rewards`.
+    mode: see `rewards`.
+    bridge_ids: see `queries`.
+    compare: see `queries`.
+    every_step: any step may count, with or without a keyword.
+    all_steps: see `queries`.
+  """
+
+  alpha: float = 0.3
+  tau: float = 2.0
+  mode: str = "both"
+  bridge_ids: tuple[int, ...] = ()
+  compare: str = "previous"
+  every_step: bool = False
+  all_steps: bool = False
+
+  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+    """The branches of open-ended rows; the memo is their `Layout`."""
+    rows = _open_ended(rollouts)
+    if not rows:
+      return structs.Questions()
+    thoughts = jax.tree.map(lambda x: x[rows], rollouts.thoughts)
+    if self.every_step:
+      steps = np.arange(thoughts.reflective.shape[1])
+      thoughts = thoughts.replace(
+        reflective=steps[None] < thoughts.count[:, None]
+      )
+    owners = [rollouts.owner(r) for r in rows]
+    branches, layout = queries(
+      thoughts,
+      np.asarray([len(rollouts.prompt_ids[b]) for b in owners]),
+      np.asarray([len(rollouts.completions[r].tokens) for r in rows]),
+      [rollouts.encode(rollouts.prompts[b].reference) for b in owners],
+      bridge_ids=self.bridge_ids,
+      all_steps=self.all_steps,
+      compare=self.compare,
+      trunks=rows,
+    )
+    return structs.Questions(branches=branches, memo=layout)
+
+  def rewards(
+    self, rollouts: structs.Rollouts, answers: structs.Answers
+  ) -> dict[str, np.ndarray]:
+    """`rewards` of the open-ended prompts, 0 for the others; [B, N] each."""
+    shape = (len(rollouts.prompts), rollouts.samples)
+    rows = _open_ended(rollouts)
+    if not rows:
+      return {"total": np.zeros(shape, np.float32)}
+    parts = rewards(
+      answers.branch_logprob,
+      answers.memo,
+      samples=rollouts.samples,
+      alpha=self.alpha,
+      tau=self.tau,
+      mode=self.mode,
+    )
+    out = {}
+    for name, part in parts.items():
+      full_R = np.zeros(np.prod(shape), np.float32)
+      full_R[rows] = part.reshape(-1)
+      out[name] = full_R.reshape(shape)
+    return out
+
+
+def _open_ended(rollouts: structs.Rollouts) -> list[int]:
+  """Rows of open-ended prompts."""
+  return [
+    r
+    for r in range(len(rollouts.completions))
+    if rollouts.prompts[rollouts.owner(r)].task == "open_ended"
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +131,7 @@ def queries(
   *,
   bridge_ids: Sequence[int] = (),
   all_steps: bool = False,
+  compare: str = "previous",
   trunks: Sequence[int] | None = None,
 ) -> tuple[list[structs.Branch], Layout]:
   """The branches whose prices the reward needs, each position once.
@@ -70,15 +151,20 @@ def queries(
       and not priced; never after the whole completion.
     all_steps: ask at the end of every step, for pictures; the reward is the
       same.
+    compare: what a reflective step must beat: "previous", the end of the step
+      before it, whatever it holds (the paper); "reflective", the end of the
+      last reflective step; "start", the thought's start.
     trunks: index of each row's trunk in the scorer's list; default 0 .. R - 1.
 
   Returns:
     The branches, and the layout that `rewards` needs to read their prices.
 
   Raises:
-    ValueError: rows that do not match, an empty reference, or a step outside
-      its completion.
+    ValueError: rows that do not match, an empty reference, a step outside its
+      completion, or an unknown `compare`.
   """
+  if compare not in COMPARED:
+    raise ValueError(f"Unknown comparison {compare!r}. Use one of {COMPARED}.")
   thoughts = jax.tree.map(np.asarray, thoughts)  # one fetch, not one an entry
   rows = len(prompt_length_R)
   trunks = range(rows) if trunks is None else trunks
@@ -111,15 +197,18 @@ def queries(
     bridged = np.concatenate([np.asarray(bridge_ids, np.int32), reference])
     slots: dict[int, int] = {}
     end_J, reflective_J = _steps_of_row(thoughts, r, completion_length_R[r])
-    begin = int(thoughts.start[r])
+    start = int(thoughts.start[r])
+    base = {"previous": start, "reflective": start, "start": start}
     compared = {}
     for j, end in enumerate(end_J):
       if reflective_J[j] or all_steps:
-        before_RJ[r, j] = slots.setdefault(begin, len(slots))
+        before_RJ[r, j] = slots.setdefault(base[compare], len(slots))
         after_RJ[r, j] = slots.setdefault(end, len(slots))
-      if reflective_J[j] and end != begin:
+      if reflective_J[j] and end != base[compare]:
         compared[int(after_RJ[r, j])] = int(before_RJ[r, j])
-      begin = end
+      base["previous"] = end
+      if reflective_J[j]:
+        base["reflective"] = end
     for position in slots:
       branches.append(
         structs.Branch(

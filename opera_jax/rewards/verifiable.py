@@ -3,11 +3,23 @@
 The answer is what stands after the thought: the last `\\boxed{...}`, or else
 the last number or fraction. Two answers agree when they are the same number or
 the same string after normalisation; math-verify, where asked for, decides the
-rest (equal expressions, intervals, sets).
+rest (equal expressions, intervals, sets) in other processes, with time-outs.
 """
 
+import atexit
+import dataclasses
 import fractions
+import functools
+import multiprocessing
 import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.rewards import math_worker
+
+METHODS = ("exact", "math_verify")
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _NUMBER = re.compile(
@@ -72,43 +84,158 @@ def normalise(answer: str) -> str:
   return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
 
 
-def correct(
-  text: str, reference: str, *, method: str = "exact", timeout: int = 5
-) -> bool:
-  """Whether a completion states the reference's answer.
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """1 for a right answer to a maths prompt, else 0; open-ended prompts get 0.
+
+  Attributes:
+    method: "exact" or "math_verify".
+    timeout: seconds that one answer may take in math-verify.
+    workers: processes of math-verify.
+  """
+
+  method: str = "exact"
+  timeout: int = 5
+  workers: int = 2
+
+  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+    """Nothing is priced."""
+    return structs.Questions()
+
+  def rewards(
+    self, rollouts: structs.Rollouts, answers: structs.Answers
+  ) -> dict[str, np.ndarray]:
+    """`total` and the same as `correct`, float32 [B, N]."""
+    right_BN = right(
+      rollouts,
+      method=self.method,
+      timeout=self.timeout,
+      workers=self.workers,
+    ).astype(np.float32)
+    return {"total": right_BN, "correct": right_BN}
+
+
+def right(
+  rollouts: structs.Rollouts,
+  *,
+  method: str = "exact",
+  timeout: int = 5,
+  workers: int = 2,
+) -> np.ndarray:
+  """Which samples answer their maths prompt rightly, bool [B, N].
 
   Args:
-    text: the whole completion, thought included.
-    reference: see `true_answer`.
-    method: "exact", or "math_verify" to also ask that package, which must be
-      installed and works in the main thread alone.
+    rollouts: samples; those of open-ended prompts are never right.
+    method: see `correct_many`.
+    timeout: see `correct_many`.
+    workers: see `correct_many`.
+  """
+  tasks = [
+    rollouts.prompts[rollouts.owner(r)]
+    for r in range(len(rollouts.completions))
+  ]
+  maths = [r for r, task in enumerate(tasks) if task.task == "math"]
+  out_R = np.zeros(len(tasks), bool)
+  out_R[maths] = correct_many(
+    [rollouts.texts[r] for r in maths],
+    [tasks[r].reference for r in maths],
+    method=method,
+    timeout=timeout,
+    workers=workers,
+  )
+  return out_R.reshape(len(rollouts.prompts), rollouts.samples)
+
+
+def correct(
+  text: str,
+  reference: str,
+  *,
+  method: str = "exact",
+  timeout: int = 5,
+  workers: int = 1,
+) -> bool:
+  """`correct_many` of one completion."""
+  return correct_many(
+    [text], [reference], method=method, timeout=timeout, workers=workers
+  )[0]
+
+
+def correct_many(
+  texts: Sequence[str],
+  references: Sequence[str],
+  *,
+  method: str = "exact",
+  timeout: int = 5,
+  workers: int = 2,
+) -> list[bool]:
+  """Whether each completion states its reference's answer.
+
+  Args:
+    texts: whole completions, thoughts included.
+    references: see `true_answer`.
+    method: "exact"; or "math_verify" to also ask that package about answers
+      that are not the same number or string. Where it runs out of time or
+      dies, the exact comparison stands.
     timeout: seconds that math-verify may take for one answer.
+    workers: its processes.
 
   Raises:
     ValueError: an unknown method, or an empty reference.
   """
-  if method not in ("exact", "math_verify"):
-    raise ValueError(
-      f'Unknown method {method!r}. Use "exact" or "math_verify".'
-    )
-  truth = true_answer(reference)
-  answer = final_answer(text)
-  if answer is None:
-    return False
-  if answer == truth:
-    return True
-  number, true_number = _number(answer), _number(truth)
-  if number is not None and true_number is not None:
-    return number == true_number
-  if method == "exact":
-    return False
-  import math_verify
+  if method not in METHODS:
+    raise ValueError(f"Unknown method {method!r}. Use one of {METHODS}.")
+  out, open_questions = [], []
+  for text, reference in zip(texts, references, strict=True):
+    truth, answer = true_answer(reference), final_answer(text)
+    same = answer is not None and answer == truth
+    if answer is not None and not same:
+      number, true_number = _number(answer), _number(truth)
+      if number is not None and true_number is not None:
+        same = number == true_number
+      else:
+        open_questions.append((len(out), truth, answer))
+    out.append(same)
+  if method == "math_verify" and open_questions:
+    asked = [(truth, answer) for _, truth, answer in open_questions]
+    decided = _verified(asked, timeout, workers)
+    for (place, _, _), same in zip(open_questions, decided):
+      out[place] = same
+  return out
 
-  parsed = [
-    math_verify.parse(f"${side}$", parsing_timeout=timeout)
-    for side in (truth, answer)
+
+def _verified(
+  asked: Sequence[tuple[str, str]], timeout: int, workers: int
+) -> list[bool]:
+  """math-verify's word on pairs of answers; False where it gives none.
+
+  Its own time-outs are signals, which a busy C extension may not hear, so the
+  processes are killed when an answer is overdue, and the rest asked anew.
+  """
+  pool = _pool(workers)
+  waiting = [
+    pool.apply_async(math_worker.equal, (*pair, timeout)) for pair in asked
   ]
-  return math_verify.verify(*parsed, timeout_seconds=timeout)
+  out = []
+  for call in waiting:
+    try:
+      out.append(call.get(timeout=4 * timeout + 1))
+    except multiprocessing.TimeoutError:
+      out.append(False)
+      pool.terminate()
+      _pool.cache_clear()
+      rest = asked[len(out) :]
+      return out + (_verified(rest, timeout, workers) if rest else [])
+  return out
+
+
+@functools.cache
+def _pool(workers: int):
+  """Processes that have math-verify loaded; they fork from no JAX process."""
+  context = multiprocessing.get_context("spawn")
+  pool = context.Pool(workers)
+  atexit.register(pool.terminate)
+  pool.apply(math_worker.warm)
+  return pool
 
 
 def _last_boxed(text: str) -> str | None:

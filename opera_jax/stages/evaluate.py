@@ -94,7 +94,7 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
         ids=[p.id for p in prompts],
         advance=lambda tokens: progress.update(0, tokens=tokens),
       )
-      scored[model] = run.scorer.score(params, prompts, ids, samples[model])
+      scored[model] = run.measurer.score(params, prompts, ids, samples[model])
       values[model] = _measures(
         run, params, prompts, ids, samples[model], scored[model]
       )
@@ -201,7 +201,7 @@ def _pooled_rank(run, prompts, ids, samples, opened) -> dict[str, np.ndarray]:
   judge = run.load("sft")
   chosen = [b for b in range(len(prompts)) if opened[b]]
   pooled = [[s for m in MODELS for s in samples[m][b]] for b in chosen]
-  scored = run.scorer.score(
+  scored = run.measurer.score(
     judge, [prompts[b] for b in chosen], [ids[b] for b in chosen], pooled
   )
   out = {}
@@ -246,7 +246,7 @@ def _shown(
   out = []
   for model in MODELS if chosen else ():
     groups = [samples[model][b] for b in chosen]
-    scored = run.scorer.score(
+    scored = run.measurer.score(
       run.load(model),
       [prompts[b] for b in chosen],
       [ids[b] for b in chosen],

@@ -1,11 +1,14 @@
-"""Completions to rewards: mark the steps, price one pass, count.
+"""Completions to rewards: mark the steps, price one pass, weigh and add.
 
-The trunk pass that prices a completion's branches also gives its own tokens'
-log-probabilities, which the update needs as those of the old policy.
+All questions of all rewards go into one pricing pass. The trunk pass that
+prices a completion's branches also gives its own tokens' log-probabilities,
+which the update needs as those of the old policy.
+
+Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.data import batching
-from opera_jax.rewards import compose, opera, verifiable
+from opera_jax.rewards import compose, opera
 from opera_jax.scoring import price as price_lib
 from opera_jax.text import automaton, thought
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -26,11 +29,12 @@ class Scored:
   total_BN: np.ndarray
   parts: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
   trunks: list[np.ndarray]  # prompt + completion tokens, prompt-major
-  prices: structs.Prices
+  prices: structs.Prices  # of the trunks, and of all branches
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
   deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not priced
   opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
   separate_tokens: int  # what one row for each prefix of every step would cost
+  rollouts: structs.Rollouts
 
 
 class Scorer:
@@ -41,9 +45,13 @@ class Scorer:
     pricer: price_lib.Pricer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
+    parts: str = "opera + verifiable",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    timeout: float = 60.0,
     alpha: float = 0.3,
     tau: float = 2.0,
     mode: str = "both",
+    compare: str = "previous",
     keywords: Sequence[str] = thought.KEYWORDS,
     match: str = "word",
     separator: str = thought.SEPARATOR,
@@ -52,30 +60,51 @@ class Scorer:
     math_check: str = "exact",
     cache_dir: str | None = None,
   ):
-    """Builds the automaton of the reflective states.
+    """Builds the rewards, and the automaton of the reflective states.
 
     Args:
       pricer: prices trunks and branches at temperature 1.
       tokenizer: of the policy.
+      parts: which rewards, with which weights; see `compose.weights`.
+      options: settings of rewards by name, where their defaults do not do.
+      timeout: seconds that a user's function may take for one step.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
       mode: see `opera.rewards`.
+      compare: what a reflective step must beat, see `opera.queries`.
       keywords: words that make a step reflective.
-      match: "word" or "substring".
+      match: "word" or "substring"; "any" drops the condition: every step may
+        count.
       separator: what parts steps.
       bridge: text between a partial thought and the reference.
       max_steps: steps told apart in a thought; more are counted in a metric.
-      math_check: see `verifiable.correct`.
+      math_check: see `verifiable.correct_many`.
       cache_dir: where built automata are kept; None builds anew.
+
+    Raises:
+      ValueError: an unknown reward, setting or comparison.
     """
     self._pricer, self._tokenizer = pricer, tokenizer
-    self._reward = {"alpha": alpha, "tau": tau, "mode": mode}
-    self._bridge = tokenizer.encode_template(bridge)
-    self._max_steps, self._math_check = max_steps, math_check
+    self._max_steps = max_steps
+    given = {name: dict(value) for name, value in (options or {}).items()}
+    given["opera"] = {
+      "alpha": alpha,
+      "tau": tau,
+      "mode": mode,
+      "bridge_ids": tuple(tokenizer.encode_template(bridge)),
+      "compare": compare,
+      "every_step": match == "any",
+    }
+    given["verifiable"] = {"method": math_check}
+    self._weights = compose.weights(parts)
+    self._rewards = {
+      name: compose.build(name, given.get(name, {}), timeout)
+      for name in self._weights
+    }
     self._table = automaton.compile(
       keywords,
       separator,
-      match,
+      "word" if match == "any" else match,
       tokenizer.vocab_bytes,
       tokenizer.think_open_id,
       tokenizer.think_close_id,
@@ -119,46 +148,33 @@ class Scorer:
       Rewards, parts and prices.
 
     Raises:
-      ValueError: an empty reference, fewer than two samples, a reward that
-        is not finite.
+      ValueError: an empty reference, fewer than two samples for a reward that
+        ranks, a reward that is not finite.
     """
-    flat = [s for group in groups for s in group]
-    count = len(groups[0])
-    owner = [b for b, group in enumerate(groups) for _ in group]
-    thoughts, total_R = self.thoughts(flat)
+    rollouts, total_R = self._rollouts(prompts, prompt_ids, groups)
     trunks = [
-      np.concatenate([prompt_ids[b], s.tokens]) for b, s in zip(owner, flat)
+      np.concatenate([prompt_ids[rollouts.owner(r)], s.tokens])
+      for r, s in enumerate(rollouts.completions)
     ]
-    opened = [r for r, b in enumerate(owner) if prompts[b].task == "open_ended"]
-    branches, layout = self._queries(
-      prompts, prompt_ids, owner, flat, thoughts, opened, all_steps
+    rewards = dict(self._rewards)
+    if all_steps and "opera" in rewards:
+      rewards["opera"] = dataclasses.replace(rewards["opera"], all_steps=True)
+    asked = {n: reward.questions(rollouts) for n, reward in rewards.items()}
+    every, branches = _joined(trunks, asked)
+    prices = self._pricer.price(params, every, branches, advance=advance)
+    answers = _answers(prices, rollouts, asked)
+    total_BN, parts = compose.weighted_sum(
+      {n: r.rewards(rollouts, answers[n]) for n, r in rewards.items()},
+      self._weights,
     )
-    prices = self._pricer.price(params, trunks, branches, advance=advance)
+    thoughts = rollouts.thoughts
     deltas_RJ = np.full(thoughts.step_end.shape, np.nan, np.float32)
-    parts = None
-    if opened:
-      parts = opera.rewards(
-        prices.branch_logprob, layout, samples=count, **self._reward
-      )
-      deltas_RJ[opened] = opera.step_deltas(prices.branch_logprob, layout)
-    correct = [
-      [
-        verifiable.correct(
-          self._tokenizer.decode(s.tokens, skip_special=True),
-          prompt.reference,
-          method=self._math_check,
-        )
-        for s in group
-      ]
-      for prompt, group in zip(prompts, groups)
-      if prompt.task == "math"
-    ]
-    total_BN, parts = compose.compose(
-      [p.task for p in prompts],
-      open_ended=parts,
-      correct_VN=np.asarray(correct) if correct else None,
-    )
-    shape = (len(groups), count)
+    opened_B = np.asarray([p.task == "open_ended" for p in prompts])
+    opened = np.flatnonzero(np.repeat(opened_B, rollouts.samples))
+    if "opera" in rewards and opened.size:
+      mine = answers["opera"]
+      deltas_RJ[opened] = opera.step_deltas(mine.branch_logprob, mine.memo)
+    shape = total_BN.shape
     parts |= {
       "reflections": thoughts.reflective.sum(1).reshape(shape),
       "steps": total_R.reshape(shape),
@@ -168,47 +184,156 @@ class Scorer:
       ).reshape(shape),
       "steps_beyond_max": (total_R > self._max_steps).reshape(shape),
     }
-    opened_B = np.asarray([p.task == "open_ended" for p in prompts])
     return Scored(
       total_BN,
       parts,
       trunks,
-      prices,
+      dataclasses.replace(
+        prices,
+        trunk_logprob=prices.trunk_logprob[: len(trunks)],
+        trunk_entropy=prices.trunk_entropy[: len(trunks)],
+      ),
       thoughts,
       deltas_RJ,
       opened_B,
-      self._separate_tokens(
-        prompts, prompt_ids, owner, trunks, thoughts, opened
-      ),
+      self._separate_tokens(rollouts, trunks, opened),
+      rollouts,
     )
 
-  def _queries(
-    self, prompts, prompt_ids, owner, flat, thoughts, rows, all_steps
-  ):
-    if not rows:
-      return [], None
-    return opera.queries(
-      jax.tree.map(lambda x: x[rows], thoughts),
-      np.asarray([len(prompt_ids[owner[r]]) for r in rows]),
-      np.asarray([len(flat[r].tokens) for r in rows]),
-      [self._tokenizer.encode(prompts[owner[r]].reference) for r in rows],
-      bridge_ids=self._bridge,
-      all_steps=all_steps,
-      trunks=rows,
-    )
+  def _rollouts(self, prompts, prompt_ids, groups):
+    """What rewards see of the samples, and each row's true count of steps."""
+    flat = [s for group in groups for s in group]
+    thoughts, total_R = self.thoughts(flat)
+    words = self._tokenizer
+    return structs.Rollouts(
+      prompts=prompts,
+      samples=len(groups[0]),
+      prompt_ids=prompt_ids,
+      completions=flat,
+      texts=[words.decode(s.tokens, skip_special=True) for s in flat],
+      thoughts=thoughts,
+      encode=words.encode,
+      chat_prompt=words.chat_prompt,
+    ), total_R
 
-  def _separate_tokens(
-    self, prompts, prompt_ids, owner, trunks, thoughts, rows
-  ) -> int:
+  def _separate_tokens(self, rollouts, trunks, rows) -> int:
     """Tokens of the released code's way: a row for P_0, every P_j, and L."""
-    total = 0
+    total, thoughts = 0, rollouts.thoughts
     for r in rows:
-      reference = len(self._tokenizer.encode(prompts[owner[r]].reference))
+      owner = rollouts.owner(r)
+      reference = len(rollouts.encode(rollouts.prompts[owner].reference))
       count = int(thoughts.count[r])
       ends = [len(trunks[r])]
       if count:
-        prompt = len(prompt_ids[owner[r]])
+        prompt = len(rollouts.prompt_ids[owner])
         ends += [prompt + int(thoughts.start[r])]
         ends += [prompt + int(e) for e in thoughts.step_end[r, :count]]
       total += sum(ends) + len(ends) * reference
     return total
+
+
+def _joined(trunks, asked: Mapping[str, structs.Questions]):
+  """All rewards' trunks behind the rows, and all their branches."""
+  every, branches = list(trunks), []
+  for questions in asked.values():
+    shift = len(every) - len(trunks)
+    branches += [
+      b
+      if b.trunk < len(trunks)
+      else dataclasses.replace(b, trunk=b.trunk + shift)
+      for b in questions.branches
+    ]
+    every += questions.trunks
+  return every, branches
+
+
+def _answers(
+  prices: structs.Prices,
+  rollouts: structs.Rollouts,
+  asked: Mapping[str, structs.Questions],
+) -> dict[str, structs.Answers]:
+  """Each reward's share of the prices, in the order it asked."""
+  rows = len(rollouts.completions)
+  begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
+  row_logprob = [prices.trunk_logprob[r][b:] for r, b in enumerate(begins)]
+  row_entropy = [prices.trunk_entropy[r][b:] for r, b in enumerate(begins)]
+  trunk, branch, out = rows, 0, {}
+  for name, questions in asked.items():
+    trunk_end = trunk + len(questions.trunks)
+    branch_end = branch + len(questions.branches)
+    out[name] = structs.Answers(
+      row_logprob=row_logprob,
+      row_entropy=row_entropy,
+      trunk_logprob=prices.trunk_logprob[trunk:trunk_end],
+      branch_logprob=prices.branch_logprob[branch:branch_end],
+      memo=questions.memo,
+    )
+    trunk, branch = trunk_end, branch_end
+  return out
+
+
+def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
+  """Some groups of several scorings, as one.
+
+  Prices of branches are left out; the counts of tokens are those of all that
+  was scored.
+
+  Args:
+    chosen: scorings with the places of their prompts to be kept; a scoring
+      that comes twice counts once.
+
+  Returns:
+    The groups in the order given.
+  """
+  if len(chosen) == 1 and len(chosen[0][1]) == len(chosen[0][0].opened_B):
+    return chosen[0][0]
+  distinct = list({id(scored): scored for scored, _ in chosen}.values())
+  samples = distinct[0].rollouts.samples
+  rows = [
+    [b * samples + n for b in kept for n in range(samples)]
+    for _, kept in chosen
+  ]
+
+  def prompts(get):
+    return np.concatenate([get(s)[list(kept)] for s, kept in chosen])
+
+  def flat(get):
+    return [get(s)[r] for (s, _), mine in zip(chosen, rows) for r in mine]
+
+  thoughts = jax.tree.map(
+    lambda *leaves: np.concatenate(
+      [leaf[mine] for leaf, mine in zip(leaves, rows)]
+    ),
+    *(s.thoughts for s, _ in chosen),
+  )
+  rollouts = dataclasses.replace(
+    distinct[0].rollouts,
+    prompts=[s.rollouts.prompts[b] for s, kept in chosen for b in kept],
+    prompt_ids=[s.rollouts.prompt_ids[b] for s, kept in chosen for b in kept],
+    completions=flat(lambda s: s.rollouts.completions),
+    texts=flat(lambda s: s.rollouts.texts),
+    thoughts=thoughts,
+  )
+  return Scored(
+    total_BN=prompts(lambda s: s.total_BN),
+    parts={
+      name: prompts(lambda s, name=name: s.parts[name])
+      for name in distinct[0].parts
+    },
+    trunks=flat(lambda s: s.trunks),
+    prices=structs.Prices(
+      trunk_logprob=flat(lambda s: s.prices.trunk_logprob),
+      trunk_entropy=flat(lambda s: s.prices.trunk_entropy),
+      branch_logprob=[],
+      branch_entropy=[],
+      trunk_tokens=sum(s.prices.trunk_tokens for s in distinct),
+      branch_tokens=sum(s.prices.branch_tokens for s in distinct),
+    ),
+    thoughts=thoughts,
+    deltas_RJ=np.concatenate(
+      [s.deltas_RJ[mine] for (s, _), mine in zip(chosen, rows)]
+    ),
+    opened_B=prompts(lambda s: s.opened_B),
+    separate_tokens=sum(s.separate_tokens for s in distinct),
+    rollouts=rollouts,
+  )

@@ -36,6 +36,7 @@ SECTIONS = (
   "price",
   "reward",
 )
+MEASURED = "opera + verifiable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Run:
   engine: engine_lib.Engine
   pricer: price_lib.Pricer  # at temperature 1, for rewards
   policy_pricer: price_lib.Pricer  # at the policy's; the same where equal
-  scorer: score_lib.Scorer
+  scorer: score_lib.Scorer  # of the run's rewards
+  measurer: score_lib.Scorer  # of OPERA's, for evaluation
   settings: dict[str, Any]  # what the outcome of every stage depends on
   reward: dict[str, Any]  # and of those that reward
 
@@ -171,6 +173,7 @@ def setup(
         f"{max_reference_tokens} reference tokens)",
         flush=True,
       )
+  reward, automata = _plain(reward), str(workdir / "automata")
   sizes = {"vocab_size": config.vocab_size, "mesh": device_mesh, **price}
   pricer = price_lib.Pricer(graphdef, **sizes)
   return Run(
@@ -196,9 +199,10 @@ def setup(
       "max_prompt_tokens": max_prompt_tokens,
       "max_reference_tokens": max_reference_tokens,
     },
-    reward=_plain(reward),
-    scorer=score_lib.Scorer(
-      pricer, words, cache_dir=str(workdir / "automata"), **reward
+    reward=reward,
+    scorer=score_lib.Scorer(pricer, words, cache_dir=automata, **reward),
+    measurer=score_lib.Scorer(
+      pricer, words, cache_dir=automata, **reward | {"parts": MEASURED}
     ),
   )
 

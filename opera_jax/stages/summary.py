@@ -9,8 +9,9 @@ from opera_jax import structs
 from opera_jax.rewards import opera
 from opera_jax.stages import score as score_lib
 
-# Parts that only open-ended prompts have; "correct" is of maths alone.
-OPEN_ENDED = ("r_ppl", "r_self", "count", "score")
+# Parts that only open-ended prompts have, and those of maths alone.
+OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")
+MATHS = ("verifiable", "correct")
 NAMES = {
   "thought_tokens": "length/thought",
   "steps": "thought/steps",
@@ -68,13 +69,13 @@ def rl_step(
     mine_B = np.ones_like(opened_B)
     if name in OPEN_ENDED:
       mine_B = opened_B
-    elif name == "correct":
+    elif name in MATHS:
       mine_B = ~opened_B
     if mine_B.any():
       out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
   if ema is not None:
     out["reward/score_ema"] = ema
-  if opened_B.any():
+  if opened_B.any() and "score" in scored.parts:
     score_ON = scored.parts["score"][opened_B]
     out["reward/score_smoothed"] = opera.smoothed(score_ON, ema).mean()
   for name in updates[0]:

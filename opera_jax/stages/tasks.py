@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from opera_jax import structs
-from opera_jax.data import drafts, storyworld
+from opera_jax.data import drafts, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 
 
@@ -28,6 +28,7 @@ def load(
   rl: int,
   held_out: int,
   documents: int,
+  math_share: float,
   path: str,
   fields: Mapping[str, str],
   task_map: Mapping[str, str],
@@ -49,6 +50,7 @@ def load(
     rl: tasks for RL (jsonl: at most; may be those of the cold start).
     held_out: tasks that no training stage sees.
     documents: pretraining documents; 0 where the base model is loaded.
+    math_share: share of storyworld's tasks and documents that are sums.
     path: JSONL or Parquet of tasks, "" for maths tasks alone.
     fields: our field -> column of `path`.
     task_map: value of the task column -> "open_ended" or "math".
@@ -70,11 +72,16 @@ def load(
     ValueError: an unknown kind, a bad row, or files without enough tasks.
   """
   if kind == "storyworld":
+
+    def mix(story, sum_, count, at):
+      few = round(count * math_share)
+      return sums.mixed(story(count - few, at), sum_(few, at), at)
+
     return Tasks(
-      synthesis=storyworld.prompts(synthesis, seed + 1),
-      rl=storyworld.prompts(rl, seed + 2),
-      held_out=storyworld.prompts(held_out, seed + 3),
-      documents=storyworld.corpus(documents, seed),
+      synthesis=mix(storyworld.prompts, sums.prompts, synthesis, seed + 1),
+      rl=mix(storyworld.prompts, sums.prompts, rl, seed + 2),
+      held_out=mix(storyworld.prompts, sums.prompts, held_out, seed + 3),
+      documents=mix(storyworld.corpus, sums.corpus, documents, seed),
     )
   if kind != "jsonl":
     raise ValueError(

@@ -20,6 +20,7 @@ from opera_jax.sharding import rules
 from opera_jax.stages import (
   cold_start,
   evaluate,
+  learner,
   score,
   setup,
   supervised,
@@ -75,6 +76,7 @@ def _read_in_driver() -> set[str]:
 
 def test_every_field_is_read():
   read, unread = _read_in_driver() | set(setup.SECTIONS), []
+  read |= {f"rl.{name}" for name in learner.SETTINGS}
   for name, value in common.get_config().items():
     if name in WHOLE:
       assert name in read, name

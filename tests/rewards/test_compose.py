@@ -1,50 +1,73 @@
-"""Each prompt is paid by its own task's reward."""
+"""Rewards add up by weight; every part is kept, and names are checked."""
 
 import numpy as np
 import pytest
 
-from opera_jax.rewards import compose
+from opera_jax.rewards import compose, length, sar
 
-TASKS = ["open_ended", "math", "open_ended"]
-OPEN = {
-  "total": np.asarray([[0.1, 0.2], [0.3, 0.4]]),
-  "r_ppl": np.asarray([[0.0, 1.0], [0.0, 1.0]]),
-  "r_self": np.asarray([[0.5, 0.6], [0.7, 0.8]]),
+PARTS = {
+  "sar": {"total": np.asarray([[0.5, -0.5]]), "gain": np.asarray([[1.0, 2.0]])},
+  "verifiable": {"total": np.asarray([[1.0, 0.0]])},
 }
-CORRECT = np.asarray([[True, False]])
+WEIGHT = {"sar": 0.2, "verifiable": 1.0}
 
 
-def test_rewards_go_to_their_prompts():
-  total, parts = compose.compose(TASKS, open_ended=OPEN, correct_VN=CORRECT)
+def test_weights_are_read_from_one_line():
+  assert compose.weights("opera + verifiable") == {
+    "opera": 1.0,
+    "verifiable": 1.0,
+  }
+  assert compose.weights("verifiable + 0.2*sar") == {
+    "verifiable": 1.0,
+    "sar": 0.2,
+  }
+  assert compose.weights("-1.5e-1*a.b:c + 0*opera") == {
+    "a.b:c": -0.15,
+    "opera": 0.0,
+  }
+
+
+@pytest.mark.parametrize("text", ["", "sar +", "2 sar", "sar + sar", "a,b"])
+def test_what_is_no_sum_is_refused(text):
+  with pytest.raises(ValueError, match="no term of a weighted sum"):
+    compose.weights(text)
+
+
+def test_totals_add_up_and_parts_are_kept():
+  total, parts = compose.weighted_sum(PARTS, WEIGHT)
   assert total.dtype == np.float32
-  np.testing.assert_allclose(total, [[0.1, 0.2], [1, 0], [0.3, 0.4]])
-  np.testing.assert_allclose(parts["correct"], [[0, 0], [1, 0], [0, 0]])
-  np.testing.assert_allclose(parts["r_ppl"], [[0, 1], [0, 0], [0, 1]])
-  np.testing.assert_allclose(parts["r_self"][1], 0)
-  assert "total" not in parts
+  np.testing.assert_allclose(total, [[1.1, -0.1]], rtol=1e-6)
+  assert set(parts) == {"sar", "gain", "verifiable"}
+  np.testing.assert_allclose(parts["gain"], [[1.0, 2.0]])
 
 
-def test_one_task_alone():
-  total, parts = compose.compose(["math"], correct_VN=CORRECT)
+def test_a_reward_of_weight_zero_is_measured_and_not_paid():
+  total, parts = compose.weighted_sum(PARTS, WEIGHT | {"sar": 0.0})
   np.testing.assert_array_equal(total, [[1, 0]])
-  assert set(parts) == {"correct"}
-  total, parts = compose.compose(["open_ended"] * 2, open_ended=OPEN)
-  np.testing.assert_allclose(total, OPEN["total"])
-  np.testing.assert_array_equal(parts["correct"], 0)
+  assert "sar" in parts
+
+
+def test_rewards_are_found_by_file_name():
+  assert compose.build("sar", {"form": "log"}, 1.0) == sar.Reward("log")
+  assert compose.build("length", {}, 1.0) == length.Reward()
+  assert compose.build("os.path:join", {}, 1.0).path == "os.path:join"
+  for name in ("kindness", "compose", "os:no_such_function", "nowhere:f"):
+    with pytest.raises(ValueError, match=name):
+      compose.build(name, {}, 1.0)
+  with pytest.raises(ValueError, match="takes the settings.*'form'"):
+    compose.build("sar", {"shape": "round"}, 1.0)
 
 
 def test_nan_names_its_sample():
-  broken = OPEN | {"r_ppl": np.asarray([[0.0, 1.0], [0.0, np.nan]])}
-  with pytest.raises(ValueError, match="'r_ppl' of prompt 2, sample 1 is nan"):
-    compose.compose(TASKS, open_ended=broken, correct_VN=CORRECT)
+  broken = {"sar": {"total": np.asarray([[0.0, np.nan]])}}
+  with pytest.raises(ValueError, match="'sar' of prompt 0, sample 1 is nan"):
+    compose.weighted_sum(broken, WEIGHT)
 
 
-def test_bad_input_is_refused():
-  with pytest.raises(ValueError, match="Unknown task 'poem' at prompt 1"):
-    compose.compose(["math", "poem"], correct_VN=CORRECT)
-  with pytest.raises(ValueError, match="1 prompts are maths"):
-    compose.compose(TASKS, open_ended=OPEN)
-  with pytest.raises(ValueError, match="2 prompts are open-ended"):
-    compose.compose(TASKS, correct_VN=CORRECT)
-  with pytest.raises(ValueError, match="has shape"):
-    compose.compose(TASKS + ["math"], open_ended=OPEN, correct_VN=CORRECT)
+def test_parts_that_do_not_fit_are_refused():
+  with pytest.raises(ValueError, match=r"has shape \(1, 3\)"):
+    compose.weighted_sum(
+      PARTS | {"verifiable": {"total": np.zeros((1, 3))}}, WEIGHT
+    )
+  with pytest.raises(ValueError, match="Two rewards have a part 'gain'"):
+    compose.weighted_sum(PARTS | {"verifiable": PARTS["sar"]}, WEIGHT)

@@ -1,7 +1,11 @@
 """What counts as the final answer, and as the right one."""
 
+import time
+
+import numpy as np
 import pytest
 
+from opera_jax import structs
 from opera_jax.rewards import verifiable
 
 
@@ -61,3 +65,42 @@ def test_bad_input_is_refused():
     verifiable.correct("7", " #### ")
   with pytest.raises(ValueError, match="Unknown method 'eval'"):
     verifiable.correct("7", "7", method="eval")
+
+
+def _warm():
+  """Loads this module in the other process."""
+
+
+def _forever(truth, answer, timeout):
+  """Hears no signal of math-verify."""
+  import time
+
+  if truth == "1+x":
+    time.sleep(60)
+  return truth == "y+2"
+
+
+def test_an_overdue_answer_falls_back_and_the_rest_goes_on(monkeypatch):
+  monkeypatch.setattr(verifiable.math_worker, "equal", _forever)
+  monkeypatch.setattr(verifiable.math_worker, "warm", _warm)
+  begin = time.monotonic()
+  got = verifiable.correct_many(
+    [r"\boxed{x+1}", r"\boxed{2+y}", "7", "no answer"],
+    ["1+x", "y+2", "7", "8"],
+    method="math_verify",
+    timeout=0,
+    workers=1,
+  )
+  assert got == [False, True, True, False]
+  assert time.monotonic() - begin < 40
+
+
+def test_only_maths_prompts_are_ever_right(rollouts):
+  tasks = [
+    structs.Prompt("a", "math", "q", "#### 4"),
+    structs.Prompt("b", "open_ended", "q", "4"),
+  ]
+  case = rollouts([["4", "5"], ["4", "4"]], tasks)
+  parts = verifiable.Reward().rewards(case, None)
+  np.testing.assert_array_equal(parts["correct"], [[1, 0], [0, 0]])
+  np.testing.assert_array_equal(parts["total"], parts["correct"])

@@ -286,6 +286,7 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       None,
       np.asarray(opened),
       separate_tokens=20,
+      rollouts=None,
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
     return summary.rl_step(scored, [[sample] * 2] * 2, prices, ema, [{}], clock)

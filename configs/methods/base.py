@@ -1,0 +1,76 @@
+"""What the method configs share: three sizes of one recipe.
+
+  ""          the paper's sizes, without a model or data
+  "smoke"     seconds a step, for tests
+  "ablation"  storyworld with sums, for `experiments.ablate`
+
+A method's file states what defines it at any size (`method`) and the sizes of
+its paper (`paper`); everything else is OPERA's recipe.
+"""
+
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import common, tiny
+
+Config = ml_collections.ConfigDict
+
+
+def build(
+  arg: str,
+  method: Callable[[Config], None],
+  paper: Callable[[Config], None] | None = None,
+) -> Config:
+  """The locked config of a method at a size."""
+  if arg == "":
+    config = common.get_config()
+    if paper is not None:
+      paper(config)
+  elif arg == "smoke":
+    config = smoke()
+  elif arg == "ablation":
+    config = ablation()
+  else:
+    raise ValueError(
+      f"A method config takes '', 'smoke' or 'ablation', got {arg!r}."
+    )
+  method(config)
+  return config.lock()
+
+
+def smoke() -> Config:
+  """One step of a model that has learned next to nothing."""
+  config = tiny.get_config("smoke").copy_and_resolve_references()
+  config.unlock()
+  config.data.math_share = 0.5
+  config.data.documents = 160
+  config.data.synthesis = 12
+  config.rl.steps = 1
+  config.rollout.max_new_tokens = 48
+  config.price.length_buckets = (192, 384)
+  config.price.slot_buckets = (8,)
+  config.price.branch_buckets = (96,)
+  config.rl.row_buckets = (192, 384)
+  config.rl.constant = 48.0
+  config.rl.top = 8
+  return config
+
+
+def ablation() -> Config:
+  """The task and the sizes of the ablations."""
+  config = tiny.get_config().copy_and_resolve_references()
+  config.unlock()
+  config.data.math_share = 0.35
+  config.data.held_out = 120
+  config.rollout.max_new_tokens = 160
+  config.rl.steps = 40  # the token budget ends it before
+  config.rl.prompts = 8
+  config.rl.samples = 8
+  config.rl.mini_batch = 4
+  config.rl.learning_rate = 2e-4
+  config.rl.checkpoint_every = 10
+  config.rl.row_buckets = (192, 256)
+  config.rl.constant = 160.0
+  config.rl.top = 16
+  return config

@@ -1,0 +1,32 @@
+"""DAPO (arXiv 2503.14476): higher upper clip, token mean, groups with spread.
+
+Overlong shaping counts tokens.
+"""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "verifiable + length"
+  limit = config.rollout.max_new_tokens
+  config.reward.options = {
+    "length": {"kind": "overlong", "limit": limit, "buffer": limit // 5}
+  }
+  config.rl.clip_low, config.rl.clip_high = 0.2, 0.28
+  config.rl.dual_clip = 10.0
+  config.rl.kl_coef = 0.0
+  config.rl.reduction = "token_mean"
+  config.rl.draws = 10
+
+
+def paper(config):
+  """The paper's sizes."""
+  config.rl.prompts = 512
+  config.rl.mini_batch = 32
+  config.rollout.max_new_tokens = 20_480
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method, paper)

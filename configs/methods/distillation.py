@@ -1,0 +1,19 @@
+"""On-policy distillation: the teacher's log-ratio on every sampled token.
+
+The teacher is the model of config.rl.teacher, a finished stage's folder; the
+SFT model where none is named.
+"""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "0*verifiable + 0*opera"
+  config.rl.credit = "distillation"
+  config.rl.kl_coef = 0.0
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

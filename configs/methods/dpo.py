@@ -1,0 +1,16 @@
+"""DPO (arXiv 2305.18290) on the best and the worst sample of each group."""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "opera + verifiable"
+  config.rl.credit = "pairs"
+  config.rl.loss = "dpo"
+  config.rl.beta = 0.1
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

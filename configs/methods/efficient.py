@@ -1,0 +1,15 @@
+"""Efficient Reasoner (arXiv 2502.04463): short among the right ones pays."""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "verifiable + 0.2*length + 0*opera"
+  config.reward.options = {"length": {"kind": "efficient"}}
+  config.rl.credit = "rloo"
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

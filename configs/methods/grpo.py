@@ -1,0 +1,14 @@
+"""GRPO (arXiv 2402.03300) on answers that can be checked."""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "verifiable + 0*opera"
+  config.rl.credit = "grpo"
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

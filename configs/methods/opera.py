@@ -1,0 +1,21 @@
+"""OPERA (arXiv 2606.25757): GRPO on the policy's price of the reference.
+
+  python -m experiments.opera_rl --config=configs/methods/opera.py:smoke \
+    --workdir=runs/opera
+
+The paper's ablations are one value away: config.reward.mode (r_self, r_ppl,
+one_hot), .match (substring, any), .compare, .bridge, and config.rl.tasks.
+"""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "opera + verifiable"
+  config.rl.credit = "grpo"
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

@@ -1,0 +1,22 @@
+"""PPO (arXiv 1707.06347) with GAE (arXiv 1506.02438), KL in the reward.
+
+The critic is a head on the policy, trained in the same update.
+"""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "verifiable + 0*opera"
+  config.rl.credit = "gae"
+  config.rl.credit_options = {"gae": {"gamma": 1.0, "lam": 0.95}}
+  config.rl.value_coef = 0.5
+  config.rl.kl_in = "reward"
+  config.rl.kl_estimator = "k1"
+  config.rl.dual_clip = 0.0
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method)

@@ -1,0 +1,27 @@
+"""SAR (arXiv 2509.05489): R_VR + 0.2 R_SA, hosted by Dr.GRPO."""
+
+from configs.methods import base
+
+
+def method(config):
+  """What defines it."""
+  config.reward.parts = "verifiable + 0.2*sar + 0*opera"
+  config.rl.credit = "dr_grpo"
+  config.rl.reduction = "constant"
+  # Token losses are summed over a response, divided by the constant, and
+  # averaged over the responses of an update.
+  config.rl.constant *= config.rl.mini_batch * config.rl.samples
+
+
+def paper(config):
+  """The paper's sizes."""
+  config.rl.prompts = 128
+  config.rl.samples = 6
+  config.rl.mini_batch = 64
+  config.rl.constant = 4_096.0
+  config.rl.kl_coef = 0.001
+
+
+def get_config(arg: str = ""):
+  """Returns the config; see `base` for `arg`."""
+  return base.build(arg, method, paper)

@@ -1,0 +1,29 @@
+"""Entropy minimisation (as a baseline in arXiv 2509.05489).
+
+    R_EM = -log ppl(a | q) = mean log p of the sampled tokens
+
+The likelier the policy finds its own answer, the more it is paid.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from opera_jax import structs
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """R_EM of every sample, nats a token, at most 0."""
+
+  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+    """Nothing: the rows are priced anyway."""
+    return structs.Questions()
+
+  def rewards(
+    self, rollouts: structs.Rollouts, answers: structs.Answers
+  ) -> dict[str, np.ndarray]:
+    """Float32 [B, N]; 0 for an answer without tokens."""
+    mean_R = [np.mean(row) if len(row) else 0.0 for row in answers.row_logprob]
+    shape = (len(rollouts.prompts), rollouts.samples)
+    return {"total": np.asarray(mean_R, np.float32).reshape(shape)}

@@ -1,0 +1,97 @@
+"""SAR, the self-aligned reward (arXiv 2509.05489): does the answer need the
+question?
+
+    ppl(a|q) = exp(-lp(a | q)),   ppl(a) = exp(-lp(a | null prompt))
+    R_SA = clip((ppl(a) - ppl(a|q)) / ppl(a), -1, 1)
+         = clip(1 - exp(-mean_j v_j), -1, 1)
+    v_j  = log p(a_j | q, a_<j) - log p(a_j | a_<j)
+
+The null prompt is the same chat template with an empty user turn. The end of
+turn is part of the answer; wrong and truncated answers are paid too.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from opera_jax import structs
+
+FORMS = ("ratio", "difference", "log")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """R_SA of every sample.
+
+  Attributes:
+    form: "ratio" is the paper's; "difference" is `clip(ppl(a) - ppl(a|q))`;
+      "log" is `clip(mean v)`; all clipped to -1..1.
+  """
+
+  form: str = "ratio"
+
+  def __post_init__(self):
+    """Refuses an unknown form."""
+    if self.form not in FORMS:
+      raise ValueError(f"Unknown form {self.form!r}. Use one of {FORMS}.")
+
+  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+    """Every completion after the null prompt."""
+    return structs.Questions(
+      trunks=rollouts.after([""] * len(rollouts.completions))
+    )
+
+  def rewards(
+    self, rollouts: structs.Rollouts, answers: structs.Answers
+  ) -> dict[str, np.ndarray]:
+    """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
+    null = [
+      price[len(price) - len(row) :]
+      for price, row in zip(answers.trunk_logprob, answers.row_logprob)
+    ]
+    reward_R = self_aligned(answers.row_logprob, null, form=self.form)
+    gain_R = np.asarray(
+      [
+        np.mean(row - bare) if len(row) else 0.0
+        for row, bare in zip(answers.row_logprob, null)
+      ]
+    )
+    shape = (len(rollouts.prompts), rollouts.samples)
+    return {
+      "total": reward_R.reshape(shape),
+      "gain": gain_R.reshape(shape).astype(np.float32),
+    }
+
+
+def self_aligned(
+  given: Sequence[np.ndarray],
+  null: Sequence[np.ndarray],
+  *,
+  form: str = "ratio",
+) -> np.ndarray:
+  """The formula above.
+
+  Args:
+    given: [R] of float32 [C_r], log p of the answer's tokens after q.
+    null: the same after the null prompt.
+    form: see `Reward`.
+
+  Returns:
+    float32 [R]; 0 for an answer without tokens.
+  """
+  out = np.zeros(len(given), np.float32)
+  for row, (with_q, without) in enumerate(zip(given, null)):
+    if not len(with_q):
+      continue
+    with_q, without = (
+      np.mean(with_q, dtype=float),
+      np.mean(without, dtype=float),
+    )
+    value = {
+      "ratio": -np.expm1(without - with_q),
+      "difference": np.exp(-without) - np.exp(-with_q),
+      "log": with_q - without,
+    }[form]
+    out[row] = np.clip(value, -1, 1)
+  return out

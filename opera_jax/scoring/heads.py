@@ -1,0 +1,148 @@
+"""What some losses ask of the model besides the sampled token's price.
+
+A critic is a linear head on the policy's last hidden state. A teacher's top
+tokens are found block by block of the vocabulary, so that no
+[tokens, vocabulary] array is ever whole.
+
+Shape key: R rows, T tokens of a row, K top tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opera_jax import structs
+from opera_jax.models import attention, on_mesh
+
+
+def init_value(hidden: int) -> dict[str, jax.Array]:
+  """A critic that says 0 everywhere: kernel [D] and bias []."""
+  return {"kernel": jnp.zeros(hidden), "bias": jnp.zeros(())}
+
+
+def row_heads(
+  graphdef: nnx.GraphDef, *, temperature: float = 1.0
+) -> Callable[[Any, structs.Batch], tuple[Any, ...]]:
+  """`price.row_logprob` with further heads.
+
+  Returns:
+    `f(params, batch) -> (logprob_RT, entropy_RT, heads)` where params is
+    {"policy": the model's, "value": a critic's}. heads["value"] [R, T] is the
+    critic's word before token t; heads["top_logprob"] [R, T, K], where
+    `batch.extra` has "top_ids" [R, T, K], the log-probability of those tokens
+    in the place of token t.
+  """
+
+  def fn(params, batch: structs.Batch):
+    model, hidden_RTD = _hidden(graphdef, params["policy"], batch)
+    head, transposed = model.head_matrix()
+    head = head.astype(hidden_RTD.dtype)
+    target_RT = jnp.roll(batch.tokens, -1, axis=1)
+    logprob_RT, entropy_RT = on_mesh.token_logprob(
+      hidden_RTD,
+      head,
+      target_RT,
+      temperature=temperature,
+      transposed=transposed,
+    )
+    critic = params["value"]
+    value_RT = hidden_RTD.astype(jnp.float32) @ critic["kernel"]
+    heads = {"value": _shifted(value_RT + critic["bias"])}
+    if "top_ids" in batch.extra:
+      rows_VD = head if transposed else head.T
+      ids_RTK = jnp.roll(batch.extra["top_ids"], -1, axis=1)
+      logit_RT = _logits(hidden_RTD, rows_VD, target_RT[..., None], temperature)
+      scale_RT1 = logit_RT - logprob_RT[..., None]
+      logit_RTK = _logits(hidden_RTD, rows_VD, ids_RTK, temperature)
+      heads["top_logprob"] = _shifted(logit_RTK - scale_RT1)
+    return _shifted(logprob_RT), _shifted(entropy_RT), heads
+
+  return fn
+
+
+def row_top(
+  graphdef: nnx.GraphDef,
+  top: int,
+  *,
+  temperature: float = 1.0,
+  block: int = 8192,
+) -> Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]]:
+  """The likeliest tokens in the place of every token.
+
+  Args:
+    graphdef: of the model.
+    top: K, at most the vocabulary.
+    temperature: divides the logits.
+    block: columns of the vocabulary at a time.
+
+  Returns:
+    `f(params, batch) -> (ids_RTK int32, logprob_RTK float32)`, likeliest
+    first; entry t stands in the place of token t.
+  """
+
+  def fn(params, batch: structs.Batch):
+    model, hidden_RTD = _hidden(graphdef, params, batch)
+    head, transposed = model.head_matrix()
+    rows_VD = (head if transposed else head.T).astype(jnp.float32)
+    V = rows_VD.shape[0]
+    starts = range(0, V, block)
+
+    def row(hidden_TD):
+      hidden_TD = hidden_TD.astype(jnp.float32)
+      best_TK = jnp.full((hidden_TD.shape[0], top), -jnp.inf)
+      ids_TK = jnp.zeros(best_TK.shape, jnp.int32)
+      norm_T = jnp.full(hidden_TD.shape[0], -jnp.inf)
+      for start in starts:
+        part = rows_VD[start : start + block]
+        logit = hidden_TD @ part.T / temperature
+        norm_T = jnp.logaddexp(norm_T, jax.nn.logsumexp(logit, axis=-1))
+        every = jnp.concatenate([best_TK, logit], axis=1)
+        named = jnp.broadcast_to(
+          jnp.arange(start, start + part.shape[0]), logit.shape
+        )
+        names = jnp.concatenate([ids_TK, named], axis=1)
+        best_TK, place = jax.lax.top_k(every, top)
+        ids_TK = jnp.take_along_axis(names, place, axis=1)
+      return ids_TK, best_TK - norm_T[:, None]
+
+    ids_RTK, logprob_RTK = jax.lax.map(row, hidden_RTD)
+    return _shifted(ids_RTK), _shifted(logprob_RTK)
+
+  return fn
+
+
+def _hidden(graphdef, params, batch):
+  model = nnx.merge(graphdef, params)
+  hidden_RTD, _ = model(
+    batch.tokens,
+    batch.positions,
+    attention.causal(
+      batch.segments, implementation=model.config.attention or None
+    ),
+  )
+  return model, hidden_RTD
+
+
+def _logits(hidden_RTD, rows_VD, ids_RTK, temperature):
+  """Logits of a few tokens at each place; one row's head rows at a time."""
+
+  @jax.checkpoint
+  def row(carry):
+    hidden_TD, ids_TK = carry
+    return jnp.einsum(
+      "td,tkd->tk",
+      hidden_TD,
+      rows_VD[ids_TK],
+      preferred_element_type=jnp.float32,
+    )
+
+  return jax.lax.map(row, (hidden_RTD, ids_RTK)) / temperature
+
+
+def _shifted(x_RT: jax.Array) -> jax.Array:
+  """What is said before token t, put at t; token 0 has none."""
+  rest = ((0, 0),) * (x_RT.ndim - 2)
+  return jnp.pad(x_RT[:, :-1], ((0, 0), (1, 0), *rest))

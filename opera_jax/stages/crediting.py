@@ -1,0 +1,277 @@
+"""Rewards to advantages, by the rules that a config names.
+
+Shape key: B prompts, N samples a prompt, R = B * N rows.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.credit import evidence as evidence_lib
+from opera_jax.data import rl as rl_data
+from opera_jax.losses import kl
+from opera_jax.losses import policy as policy_loss
+from opera_jax.rewards import compose
+from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.stages import learner as learner_lib
+from opera_jax.stages import score as score_lib
+from opera_jax.stages import setup as setup_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Advantages of a step, and what they took."""
+
+  credit: evidence_lib.Credit
+  asks: Mapping[str, evidence_lib.Ask]  # what was priced
+  tokens: int  # priced for it
+
+
+class Creditor:
+  """Weighted credit rules, see `credit.evidence`."""
+
+  def __init__(
+    self,
+    rules: str,
+    options: Mapping[str, Mapping[str, Any]],
+    pricer: price_lib.Pricer,
+  ):
+    """Builds the rules.
+
+    Args:
+      rules: names and weights, as in "grpo + 0.5*oppo".
+      options: settings of rules by name, where their defaults do not do.
+      pricer: prices completions at the policy's temperature.
+
+    Raises:
+      ValueError: an unknown rule or setting.
+    """
+    self._weights = compose.weights(rules)
+    self._rules = {
+      name: _build(name, dict(options.get(name, {}))) for name in self._weights
+    }
+    self._pricer = pricer
+
+  def credit(
+    self,
+    models: Mapping[str, Any],
+    scored: score_lib.Scored,
+    old: Sequence[np.ndarray],
+    *,
+    penalty: Sequence[np.ndarray],
+    value: Sequence[np.ndarray] | None = None,
+  ) -> Outcome:
+    """Advantages of every token of a step's completions.
+
+    Args:
+      models: parameters of "policy", "teacher" and "ema"; None for one that
+        the run does not have.
+      scored: rewards of the samples.
+      old: [R] of [C_r], log-probabilities under the old policy.
+      penalty: [R] of [C_r], KL to be taken off the reward.
+      value: [R] of [C_r], a critic's values.
+
+    Raises:
+      ValueError: a rule asks for a model that the run does not have.
+    """
+    rollouts, reward_BN = scored.rollouts, scored.total_BN
+    credits, asks, tokens = {}, {}, 0
+    for name, rule in self._rules.items():
+      prices = {}
+      for key, ask in rule.asks(rollouts, reward_BN).items():
+        if models[ask.model] is None:
+          raise ValueError(
+            f"Credit {name!r} asks for the model {ask.model!r}, which this run "
+            "does not have. Set config.rl.ema above 0."
+          )
+        priced = self._pricer.price(
+          models[ask.model], rollouts.after(ask.turns)
+        )
+        tokens += priced.trunk_tokens
+        asks[key] = ask
+        prices[key] = [
+          row[len(row) - len(s.tokens) :]
+          for row, s in zip(priced.trunk_logprob, rollouts.completions)
+        ]
+      evidence = evidence_lib.Evidence(
+        rollouts=rollouts,
+        reward_BN=reward_BN,
+        success_BN=success(rollouts, scored),
+        logprob=old,
+        penalty=penalty,
+        prices=prices,
+        value=value,
+      )
+      credits[name] = (self._weights[name], rule.credit(evidence))
+    return Outcome(evidence_lib.combine(credits), asks, tokens)
+
+
+def assign(
+  run: setup_lib.Run,
+  learn: learner_lib.Learner,
+  creditor: Creditor,
+  models: Mapping[str, Any],
+  params: Any,
+  scored: score_lib.Scored,
+  old: structs.Prices,
+  ref: structs.Prices,
+  *,
+  kl_coef: float,
+  kl_estimator: str,
+  importance_cap: float,
+  buckets: Sequence[int],
+  parts: int,
+) -> tuple[structs.Batch, dict[str, float]]:
+  """The rows of a step's updates, with every token's advantage.
+
+  Args:
+    run: the run.
+    learn: what the update needs besides advantages.
+    creditor: its rules.
+    models: see `Creditor.credit`.
+    params: what the update changes; a critic's are among them.
+    scored: the samples.
+    old: prices of their rows under the policy before the update.
+    ref: the same under the reference policy.
+    kl_coef: weight of KL taken off the reward.
+    kl_estimator: see `losses.kl`.
+    importance_cap: see `policy.truncated_weight`; 0 weighs nothing.
+    buckets: allowed row lengths.
+    parts: mini-batches of the step.
+
+  Returns:
+    The host batch, and metrics.
+  """
+  rollouts, trunks = scored.rollouts, scored.trunks
+  sizes = [len(s.tokens) for s in rollouts.completions]
+  begins = [len(trunk) - size for trunk, size in zip(trunks, sizes)]
+
+  def cut(rows):
+    return [row[b : b + s] for row, b, s in zip(rows, begins, sizes)]
+
+  rows = rl_data.rows(
+    trunks,
+    begins,
+    [np.zeros(size, np.float32) for size in sizes],
+    old.trunk_logprob,
+    ref.trunk_logprob,
+    buckets=buckets,
+  )
+  old_logprob, extra, value = cut(old.trunk_logprob), {}, None
+  if learn.values is not None:
+    extra["value"] = learner_lib.by_parts(
+      run, learn.values, params, rows, parts
+    )
+    value = cut(extra["value"])
+  outcome = creditor.credit(
+    models,
+    scored,
+    old_logprob,
+    penalty=penalties(
+      old_logprob, cut(ref.trunk_logprob), coef=kl_coef, estimator=kl_estimator
+    ),
+    value=value,
+  )
+  advantage = outcome.credit.advantage
+  if importance_cap:
+    advantage = [
+      a * policy_loss.truncated_weight(o, s.logprob, importance_cap)
+      for a, o, s in zip(advantage, old_logprob, rollouts.completions)
+    ]
+  length = rows.tokens.shape[1]
+  if learn.values is not None:
+    if outcome.credit.returns is None:
+      raise ValueError(
+        "config.rl.value_coef trains a critic, and no credit rule gives it "
+        "targets. Add gae to config.rl.credit, or set it to 0."
+      )
+    extra["returns"] = rl_data.spread(outcome.credit.returns, begins, length)
+  metrics = {**outcome.credit.metrics, "price/credit_tokens": outcome.tokens}
+  if learn.top is not None:
+    top_ids, top_logprob = _teacher_tops(
+      run, learn, outcome, models, rollouts, buckets, parts
+    )
+    extra["top_ids"] = rl_data.spread(top_ids, begins, length)
+    extra["top_logprob"] = rl_data.spread(top_logprob, begins, length)
+  rows = rows.replace(
+    advantage=rl_data.spread(advantage, begins, length), extra=extra
+  )
+  if learn.pairs:
+    rows = rl_data.pairs(rows, rollouts.samples, parts)
+  return rows, {name: float(value) for name, value in metrics.items()}
+
+
+def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
+  """The likeliest tokens of the teacher in its own context, [R] of [C_r, K]."""
+  ask = outcome.asks.get("teacher")
+  if ask is None:
+    raise ValueError(
+      "config.rl.divergence_coef needs a credit rule with a teacher. Add "
+      '"0*sdpo" or "0*distillation" to config.rl.credit.'
+    )
+  trunks = rollouts.after(ask.turns)
+  longest = max(map(len, trunks))
+  zeros = [np.zeros(len(trunk), np.float32) for trunk in trunks]
+  batch = rl_data.rows(
+    trunks,
+    [0] * len(trunks),
+    zeros,
+    zeros,
+    zeros,
+    buckets=(trunks_lib.bucket(longest, buckets),),
+  )
+  tops = learner_lib.by_parts(run, learn.top, models[ask.model], batch, parts)
+  return tuple(
+    [
+      row[len(trunk) - len(s.tokens) : len(trunk)]
+      for row, trunk, s in zip(top, trunks, rollouts.completions)
+    ]
+    for top in tops
+  )
+
+
+def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
+  """How right each sample is, 0 to 1: of maths whether it is correct, where
+  that was checked; else the reward, clipped."""
+  clipped_BN = np.clip(scored.total_BN, 0.0, 1.0)
+  if "correct" not in scored.parts:
+    return clipped_BN
+  maths_B1 = np.asarray([[p.task == "math"] for p in rollouts.prompts])
+  return np.where(maths_B1, scored.parts["correct"], clipped_BN)
+
+
+def penalties(
+  old: Sequence[np.ndarray],
+  ref: Sequence[np.ndarray],
+  *,
+  coef: float,
+  estimator: str,
+) -> list[np.ndarray]:
+  """`coef * KL` of each token, to be taken off rewards; [R] of [C_r]."""
+  divergence = kl.estimator(estimator)
+  return [
+    np.asarray(coef * divergence(o, r), np.float32) if coef else 0.0 * o
+    for o, r in zip(old, ref)
+  ]
+
+
+def _build(name: str, settings: dict[str, Any]) -> Any:
+  try:
+    rule = importlib.import_module(f"opera_jax.credit.{name}").Rule
+  except (ModuleNotFoundError, AttributeError) as error:
+    raise ValueError(
+      f"There is no credit rule {name!r}. Name a file of opera_jax/credit that "
+      "has a Rule."
+    ) from error
+  try:
+    return rule(**settings)
+  except TypeError as error:
+    raise ValueError(
+      f"Credit rule {name!r} takes the settings "
+      f"{sorted(rule.__dataclass_fields__)}, got {sorted(settings)}: {error}."
+    ) from error

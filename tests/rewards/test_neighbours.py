@@ -1,0 +1,151 @@
+"""SAR, entropy, length and format against their formulas in plain numpy."""
+
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.rewards import entropy, format, function, length, sar
+
+THINK = "<think>\nWait.\n</think>\n\n"
+
+
+def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
+  case = rollouts([["abc", "defgh"], ["i", "jk"]])
+  questions = sar.Reward().questions(case)
+  assert len(questions.trunks) == 4
+  assert bytes(questions.trunks[0].astype(np.uint8)) == b"<>abc"
+  prices = answers(case, questions)
+  for form in sar.FORMS:
+    got = sar.Reward(form).rewards(case, prices)
+    for r in range(4):
+      given = prices.row_logprob[r]
+      bare = prices.trunk_logprob[r][2:]
+      ppl_given, ppl = np.exp(-given.mean()), np.exp(-bare.mean())
+      want = {
+        "ratio": np.clip((ppl - ppl_given) / ppl, -1, 1),
+        "difference": np.clip(ppl - ppl_given, -1, 1),
+        "log": np.clip(np.mean(given - bare), -1, 1),
+      }[form]
+      np.testing.assert_allclose(got["total"].flat[r], want, rtol=1e-4)
+    v = prices.row_logprob[1] - prices.trunk_logprob[1][2:]
+    np.testing.assert_allclose(got["gain"][0, 1], v.mean(), rtol=1e-4)
+  ratio = sar.Reward().rewards(case, prices)
+  np.testing.assert_allclose(
+    ratio["total"], np.clip(1 - np.exp(-ratio["gain"]), -1, 1), rtol=1e-4
+  )
+  assert (np.abs(ratio["total"]) < 1).any()
+
+
+def test_sar_of_an_empty_answer_is_zero():
+  assert sar.self_aligned([np.zeros(0)], [np.zeros(0)])[0] == 0
+  with pytest.raises(ValueError, match="odds"):
+    sar.Reward("odds")
+
+
+def test_entropy_is_the_mean_log_probability(rollouts, answers):
+  case = rollouts([["abc", ""]])
+  prices = answers(case)
+  got = entropy.Reward().rewards(case, prices)["total"]
+  np.testing.assert_allclose(got, [[prices.row_logprob[0].mean(), 0]], 1e-6)
+
+
+def test_o1_pruner():
+  got = length.o1_pruner(np.asarray([[10, 20, 60], [5, 5, 5]]))
+  want = [-np.clip((n - 30) / n, -1, 1) for n in (10, 20, 60)]
+  np.testing.assert_allclose(got, [want, [0, 0, 0]], rtol=1e-6)
+  assert np.isfinite(length.o1_pruner(np.asarray([[0, 3]]))).all()
+
+
+def test_efficient_reasoner():
+  size = np.asarray([[10, 20, 40], [10, 20, 40], [7, 7, 9]])
+  right = np.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+  got = length.efficient(size, right)
+  want = [
+    -2 * (1 / (1 + np.exp(-(n - 15) / (5 + 1e-5))) - 0.5) for n in (10, 20)
+  ]
+  np.testing.assert_allclose(got[0], [*want, 0], rtol=1e-5)
+  np.testing.assert_array_equal(got[1], 0)
+  mean, deviation = np.mean([7, 7, 9]), np.std([7, 7, 9])
+  want = -2 * (1 / (1 + np.exp(-(9 - mean) / (deviation + 1e-5))) - 0.5)
+  np.testing.assert_allclose(got[2, 2], want, rtol=1e-5)
+
+
+def test_overlong_falls_in_the_buffer_alone():
+  got = length.overlong(np.asarray([[5, 16, 18, 20, 24]]), 20, 4)
+  np.testing.assert_allclose(got, [[0, 0, -0.5, -1, -2]])
+
+
+def test_length_reward_counts_tokens_and_right_answers(rollouts):
+  case = rollouts([["is 4", "it is 4", "5"]])
+  got = length.Reward("efficient").rewards(case, None)["total"]
+  np.testing.assert_array_equal(got[0] != 0, [True, True, False])
+  got = length.Reward("overlong", limit=6, buffer=2).rewards(case, None)
+  np.testing.assert_allclose(got["total"], [[0, -1.5, 0]])
+  for bad in ({"kind": "short"}, {"buffer": 0}, {"limit": 3, "buffer": 4}):
+    with pytest.raises(ValueError, match="kind|buffer"):
+      length.Reward(**bad)
+
+
+@pytest.mark.parametrize(
+  "text, fine",
+  [
+    (THINK + "4", True),
+    (THINK, False),
+    ("4", False),
+    ("<think>\n\n</think>\n\n4", False),
+    (THINK + THINK + "4", False),
+    ("so " + THINK + "4", False),
+    ("<think> 4", False),
+  ],
+)
+def test_format(text, fine, rollouts):
+  assert format.well_formed(text) is fine
+  for finished in (True, False):
+    case = rollouts([[text]], finished=finished)
+    got = format.Reward().rewards(case, None)["total"]
+    assert got[0, 0] == (fine and finished)
+
+
+def shout(prompts, completions, **columns):
+  """A user's reward."""
+  assert columns["reference"] == ["4", "4", "7", "7"]
+  assert columns["level"] == [1, 1, None, None]
+  return [len(c) + len(p) for p, c in zip(prompts, completions)]
+
+
+def silent(prompts, completions, **columns):
+  """One number too few."""
+  return [0.0] * (len(prompts) - 1)
+
+
+def broken(prompts, completions, **columns):
+  """Raises."""
+  raise KeyError("mine")
+
+
+def stuck(prompts, completions, **columns):
+  """Never comes back in time."""
+  import time
+
+  time.sleep(5)
+
+
+@pytest.fixture
+def tasks():
+  return [
+    structs.Prompt("a", "math", "qq", "4", {"level": 1}),
+    structs.Prompt("b", "math", "q", "7"),
+  ]
+
+
+def test_a_users_function_sees_lists_and_columns(rollouts, tasks, monkeypatch):
+  monkeypatch.setattr(function, "load", lambda path: globals()[path])
+  case = rollouts([["a", "bb"], ["ccc", ""]], tasks)
+  got = function.Reward("shout").rewards(case, None)["total"]
+  np.testing.assert_array_equal(got, [[3, 4], [4, 1]])
+  with pytest.raises(ValueError, match="must return 4 finite numbers"):
+    function.Reward("silent").rewards(case, None)
+  with pytest.raises(KeyError, match="mine"):
+    function.Reward("broken").rewards(case, None)
+  with pytest.raises(TimeoutError, match="stuck took longer than 0.1 s"):
+    function.Reward("stuck", timeout=0.1).rewards(case, None)
