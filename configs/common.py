@@ -22,6 +22,7 @@ def supervised() -> dict:
     "b2": 0.999,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "moment_dtype": "float32",  # of Adam's moments; or bfloat16
     "reduction": "token_mean",
     "micro_batches": 1,
     "checkpoint_every": 100,
@@ -148,6 +149,7 @@ def get_config() -> ml_collections.ConfigDict:
     "warmup": 0.4,  # [C] share of the updates
     "weight_decay": 0.01,  # [C]
     "max_grad_norm": 1.0,  # [C]
+    "moment_dtype": "float32",
     "clip_low": 0.2,  # [C]
     "clip_high": 0.2,  # [C]
     "dual_clip": 3.0,  # [C]

@@ -163,6 +163,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     ),
     weight_decay=rl.weight_decay,
     max_grad_norm=rl.max_grad_norm,
+    moment_dtype=rl.moment_dtype,
   )
   learn = learner.build(
     run,

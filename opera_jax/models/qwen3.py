@@ -122,6 +122,27 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   ).astype(x_BTNH.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(embed_VD: jax.Array, token_BT: jax.Array, dtype: str) -> jax.Array:
+  """Rows [B, T, D] of the table in `dtype`; their gradients add in float32."""
+  return embed_VD.astype(dtype)[token_BT]
+
+
+def _look_up_forward(embed_VD, token_BT, dtype):
+  return look_up(embed_VD, token_BT, dtype), (embed_VD, token_BT)
+
+
+def _look_up_backward(dtype, saved, grad_BTD):
+  del dtype
+  embed_VD, token_BT = saved
+  zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
+  grad_VD = zeros_VD.at[token_BT].add(grad_BTD.astype(jnp.float32))
+  return grad_VD.astype(embed_VD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def _normal(key, shape, fan_in):
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
@@ -231,10 +252,12 @@ class Qwen3(nnx.Module):
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
     """
     config = self.config
-    x_BTD = self.embed[...][token_BT].astype(config.dtype)
+    x_BTD = look_up(self.embed[...], token_BT, config.dtype)
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
     graphdef, stacked = nnx.split(self.layers)
+    # Before the scan, so that devices send one another the compute dtype.
+    stacked = jax.tree.map(lambda x: x.astype(config.dtype), stacked)
 
     def layer(carry, inputs):
       x_BTD, cache = carry

@@ -31,10 +31,10 @@ def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
   def visit(path, leaf, names):
     for size, name in zip(leaf.shape, names):
       axis = rules[name]
-      if axis is not None and size % mesh.shape[axis]:
+      if size % rules_lib.ways(axis, mesh):
         wrong.append(
           f"{jax.tree_util.keystr(path)}: {name} has {size}, mesh axis "
-          f"{axis!r} has {mesh.shape[axis]}"
+          f"{axis!r} has {rules_lib.ways(axis, mesh)}"
         )
 
   jax.tree_util.tree_map_with_path(visit, shapes, axes)
@@ -45,8 +45,20 @@ def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
     )
 
 
-def move(tree: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> Any:
-  """`tree` laid out on `mesh` by `rules`; values unchanged."""
+def move(
+  tree: Any,
+  axes: Any,
+  mesh: Mesh,
+  rules: dict[str, Any],
+  *,
+  dtype: str | None = None,
+) -> Any:
+  """`tree` laid out on `mesh` by `rules`, in `dtype` where one is given.
+
+  The cast comes first: what devices send one another is in `dtype`.
+  """
+  if dtype is not None:
+    tree = _cast(tree, dtype)
   return jax.device_put(tree, rules_lib.shardings(axes, mesh, rules))
 
 
@@ -104,6 +116,11 @@ def to_host(tree: Any) -> Any:
     for i, leaf in zip(apart, whole):
       leaves[i] = leaf
   return jax.tree.unflatten(shape, jax.device_get(leaves))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(tree: Any, dtype: str) -> Any:
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """One table a purpose: logical axis -> mesh axis.
 
-TRAIN shards parameters over fsdp and tensor; ROLLOUT keeps them whole over
-fsdp, because a decode step cannot afford to gather weights a token at a time.
+TRAIN shards parameters over fsdp, sequence and tensor; ROLLOUT keeps them
+whole but over tensor, because a decode step cannot afford to gather weights a
+token at a time.
 ACTIVATIONS splits rows over data and fsdp, and their length over sequence.
 """
 
@@ -9,14 +10,16 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+Axis = str | tuple[str, ...] | None
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 TRAIN = {
   "layers": None,
   "vocab": "tensor",
-  "embed": "fsdp",
+  "embed": ("fsdp", "sequence"),
   "heads": "tensor",
   "kv_heads": "tensor",
   "head_dim": None,
@@ -54,13 +57,17 @@ def alone() -> bool:
   return mesh.empty or mesh.size == 1
 
 
-def activation_axis(name: str | None, size: int):
+def ways(axis: Axis, mesh: Mesh | AbstractMesh) -> int:
+  """Over how many shards one mesh axis, or several together, split an array."""
+  names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def activation_axis(name: str | None, size: int) -> Axis:
   """The mesh axes of an activation's axis; None where they do not divide it."""
   axis = ACTIVATIONS[name]
-  names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-  mesh = jax.sharding.get_abstract_mesh()
-  ways = math.prod(mesh.shape[n] for n in names)
-  return axis if size % ways == 0 else None
+  shards = ways(axis, jax.sharding.get_abstract_mesh())
+  return axis if size % shards == 0 else None
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

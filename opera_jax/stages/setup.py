@@ -69,13 +69,18 @@ class Run:
     return [self.tokenizer.chat_prompt(p.prompt) for p in prompts]
 
   def for_rollout(self, params: Any) -> Any:
-    """The parameters in the layout that decoding wants."""
-    return layout.move(params, self.axes, self.mesh, rules.ROLLOUT)
+    """The parameters in the layout and the dtype that decoding computes in."""
+    return layout.move(
+      params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
+    )
 
   def initial(self) -> Any:
-    """Random parameters in the TRAIN layout."""
-    params = qwen3.create(self.model, self.seed)[1]
-    return layout.move(params, self.axes, self.mesh, rules.TRAIN)
+    """Random parameters in the TRAIN layout, whole on no device."""
+    create = jax.jit(
+      lambda: qwen3.create(self.model, self.seed)[1],
+      out_shardings=rules.shardings(self.axes, self.mesh, rules.TRAIN),
+    )
+    return create()
 
   def save(self, stage: str, params: Any) -> None:
     """Keeps a stage's final parameters."""

@@ -37,6 +37,7 @@ class Recipe:
   b2: float
   weight_decay: float
   max_grad_norm: float
+  moment_dtype: str  # of Adam's moments
   reduction: str  # see `losses.reduce`
   micro_batches: int
   checkpoint_every: int  # updates
@@ -137,6 +138,7 @@ def _train(
     b2=recipe.b2,
     weight_decay=recipe.weight_decay,
     max_grad_norm=recipe.max_grad_norm,
+    moment_dtype=recipe.moment_dtype,
   )
   update = step_lib.make_sft_update(
     price_lib.row_logprob(run.graphdef),

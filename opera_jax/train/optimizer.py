@@ -1,8 +1,12 @@
 """AdamW with a warm-up and a bound on the global gradient norm."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+
+MOMENT_DTYPES = ("float32", "bfloat16")
 
 
 def schedule(
@@ -63,6 +67,7 @@ def adamw(
   weight_decay: float = 0.01,
   max_grad_norm: float | None = 1.0,
   decay_matrices_only: bool = False,
+  moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
   """AdamW (arXiv 1711.05101) after clipping the global gradient norm.
 
@@ -78,13 +83,27 @@ def adamw(
     max_grad_norm: gradients are scaled down to this norm; None: never.
     decay_matrices_only: spare leaves of fewer than 2 axes. Layers stacked on
       a leading axis give their norms 2 axes: those would decay still.
+    moment_dtype: "float32", or "bfloat16" for half the memory of both moments.
 
   Returns:
     An optax transformation whose updates are to be added to the parameters.
+
+  Raises:
+    ValueError: an unknown moment_dtype.
   """
+  if moment_dtype not in MOMENT_DTYPES:
+    raise ValueError(
+      f"Adam's moments are kept in one of {MOMENT_DTYPES}, got "
+      f"{moment_dtype!r}. Change moment_dtype of the stage's config."
+    )
   mask = _has_two_axes if decay_matrices_only else None
-  adam = optax.adamw(
-    learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+  scale = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+  if moment_dtype == "bfloat16":
+    scale = _in_bfloat16(scale)
+  adam = optax.chain(
+    scale,
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
   )
   if max_grad_norm is None:
     return adam
@@ -93,3 +112,45 @@ def adamw(
 
 def _has_two_axes(params: optax.Params) -> optax.Params:
   return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+
+
+def _in_bfloat16(
+  scale: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Adam that computes in float32 and keeps its moments in bfloat16.
+
+  They are rounded up or down at random, so that what a step adds is kept on
+  average: to the nearest, 0.999 v would be v again and never decay.
+  """
+
+  def store(state, key):
+    moments, shape = jax.tree.flatten((state.mu, state.nu))
+    rounded = [
+      _rounded_at_random(x, jax.random.fold_in(key, i))
+      for i, x in enumerate(moments)
+    ]
+    mu, nu = jax.tree.unflatten(shape, rounded)
+    return state._replace(mu=mu, nu=nu)
+
+  def load(state):
+    mu, nu = jax.tree.map(lambda x: x.astype(jnp.float32), (state.mu, state.nu))
+    return state._replace(mu=mu, nu=nu)
+
+  def init(params: optax.Params) -> Any:
+    return store(scale.init(params), jax.random.key(0))
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = scale.update(updates, load(state), params)
+    return updates, store(
+      state, jax.random.fold_in(jax.random.key(0), state.count)
+    )
+
+  return optax.GradientTransformation(init, update)
+
+
+def _rounded_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+  """float32 to one of its two bfloat16 neighbours, x on average."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  kept = ((bits + noise) >> 16).astype(jnp.uint16)
+  return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)

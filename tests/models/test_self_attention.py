@@ -6,6 +6,7 @@ dimension, G query heads of a key head.
 
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
   devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
   mesh = mesh_lib.create(shape, devices)
   config = qwen3.Config(
-    vocab_size=512,
+    vocab_size=768,
     hidden=256,
     layers=2,
     heads=8,
@@ -243,4 +244,11 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
     lowered = update.lower(state.replace(params=params), batch)
     # The forward pass, its two gradients, and the head's kernels.
     assert lowered.as_text().count("splash_mha") >= 3
-    lowered.compile()
+    compiled = lowered.compile().as_text()
+  # Layers are float32 where they lie, and gathered in the compute dtype.
+  gathered = {
+    kind
+    for kind, size in re.findall(r"= \(?(\w+)\[(\S+)\]\S* all-gather", compiled)
+    if size in ("1,256,512", "1,512,256", "1,256,256", "256,512")
+  }
+  assert gathered == {"bf16"}

@@ -78,6 +78,7 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
     {"fsdp": 2, "tensor": 4},
     {"fsdp": 1, "tensor": 8},
     {"data": 2, "fsdp": 4},
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
   ],
 )
 def test_mesh_does_not_change_prices(one_device, shape):

@@ -35,8 +35,13 @@ MESHES = {
   "fsdp2_tensor4": {"fsdp": 2, "tensor": 4},
   "tensor8": {"fsdp": 1, "tensor": 8},
   "data2_fsdp2_tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
+  "fsdp2_sequence2_tensor2": {"fsdp": 2, "sequence": 2, "tensor": 2},
+  "fsdp4_sequence2": {"fsdp": 4, "sequence": 2},
+  "fsdp1_sequence8": {"fsdp": 1, "sequence": 8},
+  "sequence4_tensor2": {"fsdp": 1, "sequence": 4, "tensor": 2},
 }
-FAST = "fsdp2_tensor4"  # each takes seconds to compile
+# Each takes seconds to compile.
+FAST = ("fsdp2_tensor4", "fsdp2_sequence2_tensor2")
 LEARNING_RATE = 1e-3
 B1 = 0.9
 STEPS = 2
@@ -184,7 +189,7 @@ def alone(one_device) -> Outcome:
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow])
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
     for name in MESHES
   ],
 )
@@ -193,8 +198,8 @@ def test_a_mesh_computes_what_one_device_does(alone, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots"])
-@pytest.mark.parametrize("name", ["fsdp8", "fsdp2_tensor4"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots"])
+@pytest.mark.parametrize("name", ["fsdp8", "fsdp2_sequence2_tensor2"])
 def test_remat_and_micro_batches_change_nothing(alone, name, remat):
   mesh = mesh_lib.create(MESHES[name])
   micro_batches = 1 if name == "fsdp8" else 4
@@ -202,12 +207,14 @@ def test_remat_and_micro_batches_change_nothing(alone, name, remat):
   _assert_same(ours, alone)
 
 
-@pytest.mark.parametrize("name", ["tensor8", "data2_fsdp2_tensor2"])
+@pytest.mark.parametrize(
+  "name", ["tensor8", "data2_fsdp2_tensor2", "fsdp2_sequence2_tensor2"]
+)
 def test_the_optimizer_state_lies_where_its_parameters_do(name):
   mesh = mesh_lib.create(MESHES[name])
   state = _state(CONFIG, mesh)
   _assert_like_parameters(state)
-  ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+  ways = mesh.size // mesh.shape["data"]
   for tree in (state.params, *_moments(state)):
     gate = tree["layers"]["mlp"]["gate"][...]
     assert gate.addressable_shards[0].data.size == gate.size // ways

@@ -91,7 +91,8 @@ def test_moving_between_tables_changes_no_value(tiny_model):
   for tree in (train, rollout, back):
     jax.tree.map(np.testing.assert_array_equal, tree, params)
   gate = train["layers"]["mlp"]["gate"][...]
-  assert gate.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+  wanted = PartitionSpec(None, ("fsdp", "sequence"), "tensor")
+  assert gate.sharding.spec == wanted
   assert gate.addressable_shards[0].data.size == gate.size // 8
   gate = rollout["layers"]["mlp"]["gate"][...]
   assert gate.addressable_shards[0].data.size == gate.size // 2

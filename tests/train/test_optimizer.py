@@ -84,3 +84,30 @@ def test_cosine_falls_to_its_final_fraction():
 def test_bad_schedules_are_refused(arguments):
   with pytest.raises(ValueError, match="got|Unknown"):
     optimizer.schedule(1.0, **arguments)
+
+
+def test_bfloat16_moments_follow_float32_ones():
+  """A gradient of steady size: the second moment must still find it."""
+  draw = np.random.default_rng(0)
+  params = {"weight": jnp.zeros((64, 64))}
+  exact = optimizer.adamw(1e-3, b2=0.999, max_grad_norm=None)
+  small = optimizer.adamw(
+    1e-3, b2=0.999, max_grad_norm=None, moment_dtype="bfloat16"
+  )
+  states = [exact.init(params), small.init(params)]
+  steps = [jax.jit(exact.update), jax.jit(small.update)]
+  for size in [1.0] * 200 + [0.1] * 400:
+    sign = draw.choice([-size, size], (64, 64))
+    grads = {"weight": jnp.asarray(sign, jnp.float32)}
+    states = [step(grads, s, params)[1] for step, s in zip(steps, states)]
+  want, got = (s[0].nu["weight"] for s in states)
+  assert got.dtype == states[1][0].mu["weight"].dtype == jnp.bfloat16
+  # To the nearest, it would have stayed where the large gradients left it.
+  got = np.asarray(got, np.float32)
+  assert abs(got.mean() / float(want.mean()) - 1) < 0.01
+  np.testing.assert_allclose(got, want, rtol=0.2)
+
+
+def test_unknown_moments_are_refused():
+  with pytest.raises(ValueError, match="float16.*moment_dtype"):
+    optimizer.adamw(1e-3, moment_dtype="float16")
