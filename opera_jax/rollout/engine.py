@@ -83,10 +83,7 @@ class Engine:
     self._mesh = mesh
     self._rows = rows
     self._buckets = tuple(prompt_buckets)
-    self._run = jax.jit(
-      functools.partial(_generate, graphdef, config, cache_dtype),
-      static_argnames=("settings", "samples"),
-    )
+    self._run = program(graphdef, config, cache_dtype)
 
   def sample(
     self,
@@ -200,6 +197,21 @@ class Engine:
         )
       out.append(mine)
     return out
+
+
+def program(graphdef: nnx.GraphDef, config: qwen3.Config, cache_dtype: str):
+  """Prefill and decode, jitted: one compiled program a (shape, settings).
+
+  Returns:
+    `f(params, prompt_BP, length_B, live_B, name_B, key, stops, *, settings,
+    samples)` -> tokens [B, S, C], their log-probabilities, lengths [B, S] and
+    whether each ended by a stop. A row that is not live samples nothing;
+    `name_B` (uint32) keys its randomness; `stops` is an automaton or None.
+  """
+  return jax.jit(
+    functools.partial(_generate, graphdef, config, cache_dtype),
+    static_argnames=("settings", "samples"),
+  )
 
 
 def _generate(
