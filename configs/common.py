@@ -185,3 +185,28 @@ def get_config() -> ml_collections.ConfigDict:
     "resamples": 2_000,  # of the bootstrap
   }
   return config
+
+
+def full_size(config: ml_collections.ConfigDict, name: str) -> None:
+  """What the published Qwen3 models share at the paper's lengths, in place.
+
+  Prompts of 6,144 and responses of 10,240 tokens make rows of 16,384. Compute
+  is bf16 and master weights float32. A trunk with more branches than the
+  largest slot bucket is priced in several rows.
+
+  Args:
+    config: changed.
+    name: hub id of checkpoint and tokenizer.
+  """
+  config.checkpoint = name
+  config.tokenizer.path = name
+  config.data.kind = "jsonl"
+  config.model.vocab_size = 151_936
+  config.model.kv_heads = 8
+  config.model.head_dim = 128
+  config.model.dtype = "bfloat16"
+  config.model.remat = "full"
+  config.engine.cache_dtype = "bfloat16"
+  config.price.slot_buckets = (1, 4, 8)
+  config.sft.packed = True
+  config.sft.row_tokens = 16_384

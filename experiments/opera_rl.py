@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
+from opera_jax.plan import fit as fit_plan
 from opera_jax.rewards import opera as opera_reward
 from opera_jax.rollout import engine
 from opera_jax.sharding import layout, mesh
@@ -58,6 +59,18 @@ def opera(config, folder: str) -> None:
     **{name: config[name] for name in setup.SECTIONS},
   )
   check(config, mesh.data_ways(run.mesh))
+  fit_plan.check(
+    fit_plan.floor(
+      run.model,
+      run.mesh,
+      prompts=config.engine.rows,
+      samples=config.rl.samples,
+      prompt_tokens=max(config.engine.prompt_buckets),
+      new_tokens=config.rollout.max_new_tokens,
+      cache_dtype=config.engine.cache_dtype,
+    ),
+    fit_plan.device_limit(run.mesh),
+  )
   if "rl" in stages and len(run.tasks.rl) < config.rl.prompts:
     raise ValueError(
       f"config.rl.prompts asks for {config.rl.prompts} prompts a step and "

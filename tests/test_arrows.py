@@ -29,10 +29,13 @@ ALLOWED = {
         "structs", "sharding", "models", "text", "data", "rollout", "scoring",
         "rewards", "credit", "losses", "synthesis", "train", "evals", "report",
     },
+    "plan": {
+        "structs", "sharding", "models", "rollout", "scoring", "train",
+    },
     "experiments": {
         "structs", "sharding", "models", "text", "data", "rollout", "scoring",
         "rewards", "credit", "losses", "synthesis", "train", "evals", "report",
-        "stages",
+        "stages", "plan",
     },
 }  # fmt: skip
 

@@ -1,0 +1,27 @@
+"""OPERA on Qwen3-0.6B at the paper's lengths, on four TPU v5e chips.
+
+  python -m experiments.opera_rl --config=configs/qwen3_0_6b.py \
+    --config.data.path=FILE.jsonl --workdir=runs/qwen3_0_6b
+
+For v5e:2x2 and other small slices; docs/plans/README.md has what it takes of a
+device, docs/tpu.md how to start there.
+"""
+
+from configs import common
+
+
+def get_config():
+  """Returns the config."""
+  config = common.get_config()
+  common.full_size(config, "Qwen/Qwen3-0.6B")
+  config.model.hidden = 1_024
+  config.model.layers = 28
+  config.model.heads = 16
+  config.model.intermediate = 3_072
+  config.mesh.fsdp = 2
+  config.mesh.tensor = 2
+  config.engine.rows = 2
+  config.price.rows = 2
+  config.sft.micro_batches = 8
+  config.rl.micro_batches = 64
+  return config.lock()

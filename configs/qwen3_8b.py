@@ -1,0 +1,45 @@
+"""OPERA on Qwen3-8B at the paper's lengths, on a TPU slice.
+
+  python -m experiments.opera_rl --config=configs/qwen3_8b.py:v5p_4x4x4 \
+    --config.data.path=FILE.jsonl --workdir=runs/qwen3_8b
+
+The argument names the slice: v5p_4x4x4 (the default), v5e_8x8, v6e_8x8 or
+tpu7x_2x2x1. What each program takes of a device is in docs/plans/README.md;
+how to get a slice and start there is in docs/tpu.md. Another slice starts from
+the nearest one; `python -m experiments.plan` says whether it fits.
+"""
+
+from configs import common
+
+# Slice -> mesh (fsdp, tensor), prompts a call of the engine, trunks a call of
+# the pricer, micro-batches of an SFT and of a policy update.
+SLICES = {
+  "v5p_4x4x4": ((16, 4), 64, 16, 1, 4),
+  "v5e_8x8": ((8, 8), 8, 8, 2, 16),
+  "v6e_8x8": ((16, 4), 16, 16, 1, 8),
+  "tpu7x_2x2x1": ((4, 2), 4, 4, 4, 32),
+}
+
+
+def get_config(arg: str = ""):
+  """Returns the config; `arg` is a key of SLICES, "" is the first."""
+  slice_name = arg or next(iter(SLICES))
+  if slice_name not in SLICES:
+    raise ValueError(
+      f"configs/qwen3_8b.py takes one of {', '.join(SLICES)}, got {arg!r}."
+    )
+  config = common.get_config()
+  common.full_size(config, "Qwen/Qwen3-8B")
+  config.model.hidden = 4_096
+  config.model.layers = 36
+  config.model.heads = 32
+  config.model.intermediate = 12_288
+  config.model.tied = False
+  (
+    (config.mesh.fsdp, config.mesh.tensor),
+    config.engine.rows,
+    config.price.rows,
+    config.sft.micro_batches,
+    config.rl.micro_batches,
+  ) = SLICES[slice_name]
+  return config.lock()

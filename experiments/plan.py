@@ -1,0 +1,113 @@
+"""Proves a run on a TPU slice without the slice.
+
+  python -m experiments.plan --config=configs/qwen3_8b.py:v5p_4x4x4 \
+    --topology=v5p:4x4x4 --json=docs/plans/qwen3_8b_v5p_4x4x4.json
+  python -m experiments.plan --page=docs/plans
+
+The first compiles, on this machine's CPU with libtpu, the programs that
+`experiments.opera_rl` would execute with that config: bytes a device against
+its memory, FLOPs, collective bytes, compile seconds, and what to turn where
+something does not fit (exit status 1). The second writes the page of the saved
+plans. A plan of an 8B model takes some minutes on 2 cores; `--programs` picks.
+Left out on purpose: measured times.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+# Before JAX: compiling needs no chip, and asks nobody for one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import importlib.metadata
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from opera_jax.models import qwen3
+from opera_jax.plan import analyse, fit, hardware, programs, table
+from opera_jax.sharding import mesh as mesh_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/qwen3_8b.py")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
+_JSON = flags.DEFINE_string("json", None, "File that takes the plan.")
+_PAGE = flags.DEFINE_string(
+  "page", None, "Folder of saved plans; no compiling."
+)
+_PROGRAMS = flags.DEFINE_list("programs", list(programs.NAMES), "Which ones.")
+
+
+def main(_) -> None:
+  if _PAGE.value:
+    folder = pathlib.Path(_PAGE.value)
+    plans = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+    (folder / "README.md").write_text(table.markdown(plans))
+    return
+  if not _TOPOLOGY.value:
+    raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
+  try:
+    plan = make(
+      _CONFIG.value,
+      flags.FLAGS["config"].config_filename,
+      _TOPOLOGY.value,
+      tuple(_PROGRAMS.value),
+    )
+  except ValueError as error:
+    raise app.UsageError(str(error)) from error
+  print(table.text(plan))
+  if _JSON.value:
+    path = pathlib.Path(_JSON.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=1) + "\n")
+  if not all(p["fits"] for p in plan["programs"]):
+    sys.exit(1)
+
+
+def make(config, name: str, topology: str, names: tuple[str, ...]) -> dict:
+  """The plan of a config on a topology, ready for JSON.
+
+  Raises:
+    ValueError: an unknown topology or program, sizes that do not divide.
+  """
+  # A program for absent hardware can be written to the cache, not read.
+  jax.config.update("jax_enable_compilation_cache", False)
+  chip, count = hardware.parse(topology)
+  mesh = mesh_lib.create(dict(config.mesh), hardware.devices(topology))
+  sections = ("model", "engine", "rollout", "price", "sft", "rl")
+  model = qwen3.Config(**config.model)
+  costs = []
+  for program in programs.build(
+    mesh, **{section: config[section] for section in sections}, names=names
+  ):
+    print(f"plan: compiling {program.name} ({program.shape})", flush=True)
+    costs.append(analyse.analyse(program, mesh, chip))
+  parts = {c.name: c.calls * c.seconds for c in costs if c.calls}
+  rows = config.rl.prompts * config.rl.samples
+  return {
+    "config": name,
+    "topology": topology,
+    "devices": count,
+    "chips": count // chip.devices,
+    "hbm_bytes": chip.hbm_bytes,
+    "mesh": dict(mesh.shape),
+    "versions": ", ".join(
+      f"{package} {importlib.metadata.version(package)}"
+      for package in ("jax", "libtpu")
+    ),
+    "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
+    "slot_bytes": fit.token_bytes(model, config.engine.cache_dtype)
+    * config.rollout.max_new_tokens,
+    "step_tokens": rows * max(config.rl.row_buckets),
+    "step_seconds": sum(parts.values()),
+    "step_parts": parts,
+    "programs": [dataclasses.asdict(c) for c in costs],
+  }
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,135 @@
+"""Compiles a program for devices that may be absent, and counts its costs."""
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from opera_jax.plan import hardware, hlo
+from opera_jax.plan import programs as programs_lib
+
+_NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\)")
+_UNIT = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one call of a program takes; bytes and seconds are a device's."""
+
+  name: str
+  shape: str
+  calls: int  # in one RL step
+  fits: bool
+  total_bytes: int  # argument + temporary + output + code + beside
+  argument_bytes: int | None  # None: the compiler stopped before it knew
+  temporary_bytes: int | None
+  output_bytes: int | None  # without what takes its argument's place
+  code_bytes: int | None
+  beside_bytes: int
+  forward_flops: float  # over all devices
+  backward_flops: float
+  recompute_flops: float
+  flops_seconds: float  # at stated peak
+  stream_seconds: float  # of what must be read from memory, at stated bandwidth
+  collective_bytes: dict[str, float] | None  # None: no text to read
+  collective_seconds: float | None  # at stated bandwidth
+  compile_seconds: float
+  turn: tuple[str, ...]  # what to lower where it does not fit
+
+  @property
+  def seconds(self) -> float:
+    """The least that one call can take."""
+    return max(
+      self.flops_seconds, self.stream_seconds, self.collective_seconds or 0.0
+    )
+
+
+def analyse(
+  program: programs_lib.Program,
+  mesh: jax.sharding.Mesh,
+  chip: hardware.Chip,
+) -> Cost:
+  """Compiles one program on the mesh's devices.
+
+  Args:
+    program: what to compile.
+    mesh: the one that its arguments are laid out on.
+    chip: of the mesh's devices.
+
+  Returns:
+    Its costs. A program that the compiler finds too large has `fits` False
+    and the bytes that the compiler asked for.
+  """
+  began = time.monotonic()
+  with jax.set_mesh(mesh):
+    lowered = program.jitted.lower(*program.arguments, **program.static)
+  memory, text, needed = _compile(lowered)
+  seconds = time.monotonic() - began
+  collectives = None if text is None else hlo.collective_bytes(text)
+  parts: dict[str, int | None] = dict.fromkeys(
+    ("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes")
+  )
+  total = program.beside + needed
+  if memory is not None:
+    parts = {
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temporary_bytes": memory.temp_size_in_bytes,
+      "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "code_bytes": memory.generated_code_size_in_bytes,
+    }
+    total = program.beside + sum(parts.values())
+  return Cost(
+    name=program.name,
+    shape=program.shape,
+    calls=program.calls,
+    fits=memory is not None and total <= chip.hbm_bytes,
+    total_bytes=total,
+    **parts,
+    beside_bytes=program.beside,
+    forward_flops=program.flops.forward,
+    backward_flops=program.flops.backward,
+    recompute_flops=program.flops.recompute,
+    flops_seconds=program.flops.total / (mesh.size * chip.flops),
+    stream_seconds=program.streamed / chip.hbm_bandwidth,
+    collective_bytes=collectives,
+    collective_seconds=None
+    if collectives is None
+    else sum(collectives.values()) / chip.ici_bandwidth,
+    compile_seconds=seconds,
+    turn=program.turn,
+  )
+
+
+def _compile(lowered: Any) -> tuple[Any, str | None, int]:
+  """(memory analysis, optimised HLO, bytes that did not fit).
+
+  The HLO is what the compiler writes down itself: reading it back from the
+  compiled program fails for some of TPU7x's.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      memory = lowered.compile(compiler_options=options).memory_analysis()
+      needed = 0
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      memory, needed = None, _needed_bytes(str(error))
+    written = [
+      *pathlib.Path(folder).glob("*jit_*.after_optimizations.txt"),
+      *pathlib.Path(folder).glob(
+        "*jit_*.after_optimizations_before_buffer_assignment.txt"
+      ),
+    ]
+    text = written[0].read_text() if written else None
+  return memory, text, needed
+
+
+def _needed_bytes(message: str) -> int:
+  """The largest size that an out-of-memory message names in brackets."""
+  sizes = [float(n) * _UNIT[unit] for n, unit in _NEEDED.findall(message)]
+  return int(max(sizes, default=0))

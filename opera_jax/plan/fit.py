@@ -1,0 +1,119 @@
+"""Does a run fit? Bytes a device that need no compiler.
+
+What must lie in memory at once while the policy samples: its float32
+parameters and two moments, the reference policy, the parameters in the layout
+and type that decoding wants, and the caches. Activations come on top, so this
+is a floor: what it refuses cannot run, what it lets through may still not fit
+(`experiments.plan` compiles the programs to know).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opera_jax.models import qwen3
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.sharding import rules
+
+GIB = 1 << 30
+
+
+def shard_bytes(tree: Any) -> int:
+  """Bytes a device of a tree of arrays or ShapeDtypeStructs with shardings."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    total += int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+  return total
+
+
+def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
+  """Bytes of one token's keys and values in all layers."""
+  width = jnp.dtype(cache_dtype).itemsize
+  return 2 * config.layers * config.kv_heads * config.head_dim * width
+
+
+def cache_ways(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
+  """Over how many devices the caches are split: rows, and heads if they go."""
+  tensor = mesh.shape["tensor"]
+  heads = tensor if config.kv_heads % tensor == 0 else 1
+  return mesh_lib.data_ways(mesh) * heads
+
+
+def floor(
+  config: qwen3.Config,
+  mesh: jax.sharding.Mesh,
+  *,
+  prompts: int,
+  samples: int,
+  prompt_tokens: int,
+  new_tokens: int,
+  cache_dtype: str,
+) -> dict[str, int]:
+  """Bytes a device that sampling holds at the least, by what they are.
+
+  Args:
+    config: of the model.
+    mesh: that the run is laid out on.
+    prompts: of one call of the engine.
+    samples: of each prompt.
+    prompt_tokens: longest prompt.
+    new_tokens: longest completion.
+    cache_dtype: of keys and values.
+  """
+  shapes = qwen3.abstract(config)[1]
+  axes = qwen3.logical_axes(shapes)
+
+  def laid_out(table, dtype):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),
+      shapes,
+      rules.shardings(axes, mesh, table),
+    )
+
+  master = shard_bytes(laid_out(rules.TRAIN, jnp.float32))
+  tokens = prompts * (prompt_tokens + samples * new_tokens)
+  return {
+    "parameters": master,
+    "optimizer": 2 * master,
+    "reference": master,
+    "rollout weights": shard_bytes(laid_out(rules.ROLLOUT, config.dtype)),
+    "caches": tokens
+    * token_bytes(config, cache_dtype)
+    // cache_ways(config, mesh),
+  }
+
+
+def device_limit(mesh: jax.sharding.Mesh) -> int | None:
+  """Bytes that programs may use of the smallest device of this process.
+
+  None where the devices do not say (a CPU).
+  """
+  stats = [d.memory_stats() for d in mesh.local_devices]
+  limits = [s["bytes_limit"] for s in stats if s and "bytes_limit" in s]
+  return min(limits, default=None)
+
+
+def check(parts: dict[str, int], limit: int | None) -> None:
+  """Refuses a run that cannot fit.
+
+  Args:
+    parts: see `floor`.
+    limit: see `device_limit`; None lets everything through.
+
+  Raises:
+    ValueError: with every part and what to turn.
+  """
+  total = sum(parts.values())
+  if limit is None or total <= limit:
+    return
+  listed = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
+  raise ValueError(
+    f"Sampling holds at least {total / GIB:.2f} GiB on every device "
+    f"({listed} GiB) and a device has {limit / GIB:.2f} GiB. Lower "
+    "config.engine.rows or config.rollout.max_new_tokens for the caches, set "
+    "config.engine.cache_dtype or config.model.dtype to bfloat16, raise "
+    "config.mesh.tensor or config.mesh.fsdp, or take more devices."
+  )

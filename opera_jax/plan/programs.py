@@ -1,0 +1,336 @@
+"""The jitted programs of a run, with abstract arguments over a mesh.
+
+They are the functions that the run itself calls, at the largest shapes that
+its config allows; nothing is allocated, so the devices may be absent.
+
+Shape key: B rows, T tokens, P prompt tokens, S branches, G tokens of a branch.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opera_jax import structs
+from opera_jax.models import qwen3
+from opera_jax.plan import cost, fit
+from opera_jax.rollout import engine as engine_lib
+from opera_jax.scoring import price as price_lib
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.train import optimizer
+from opera_jax.train import state as train_state
+from opera_jax.train import step as train_step
+
+NAMES = ("sft", "rollout", "price", "reference", "update")
+Section = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One compiled program of a run."""
+
+  name: str
+  shape: str  # of its largest call, in words
+  jitted: Any
+  arguments: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
+  static: dict[str, Any]
+  flops: cost.Flops  # of one call, over all devices
+  streamed: float  # bytes a device reads from HBM in one call, at the least
+  calls: int  # in one RL step
+  beside: int  # bytes a device that the run holds and the program does not get
+  turn: tuple[str, ...]  # config values that make it smaller, with reasons
+
+
+def build(
+  mesh: jax.sharding.Mesh,
+  *,
+  model: Section,
+  engine: Section,
+  rollout: Section,
+  price: Section,
+  sft: Section,
+  rl: Section,
+  names: tuple[str, ...] = NAMES,
+) -> list[Program]:
+  """The programs of a run.
+
+  Args:
+    mesh: of present or absent devices.
+    model: fields of `qwen3.Config`.
+    engine: arguments of `rollout.engine.Engine`.
+    rollout: how the run samples.
+    price: arguments of `scoring.price.Pricer`.
+    sft: fields of `stages.supervised.Recipe`.
+    rl: how the run updates.
+    names: which of NAMES, in any order.
+
+  Raises:
+    ValueError: a model without a vocabulary, sizes that the mesh does not
+      divide, an unknown name.
+  """
+  unknown = set(names) - set(NAMES)
+  if unknown:
+    raise ValueError(
+      f"Unknown program {sorted(unknown)}; a run has {', '.join(NAMES)}."
+    )
+  if model["vocab_size"] < 1:
+    raise ValueError(
+      f"config.model.vocab_size is {model['vocab_size']}, to be taken from the "
+      "tokenizer; a plan reads no tokenizer. Set it to the model's rows."
+    )
+  config = qwen3.Config(**model)
+  run = _Run(mesh, config, engine, rollout, price, sft, rl)
+  makers: dict[str, Callable[[], Program]] = {
+    "sft": run.sft,
+    "rollout": run.rollout,
+    "price": run.price,
+    "reference": run.reference,
+    "update": run.update,
+  }
+  return [makers[name]() for name in NAMES if name in names]
+
+
+def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
+  """The arguments of `function` that a section has under the same name."""
+  return {
+    name: values[name]
+    for name in inspect.signature(function).parameters
+    if name in values
+  }
+
+
+class _Run:
+  """The abstract values that the programs of one run share."""
+
+  def __init__(self, mesh, config, engine, rollout, price, sft, rl):
+    self._mesh, self._config = mesh, config
+    self._engine, self._rollout, self._price = engine, rollout, price
+    self._sft, self._rl = sft, rl
+    self._graphdef, shapes = qwen3.abstract(config)
+    self._axes = qwen3.logical_axes(shapes)
+    layout.check(shapes, self._axes, mesh, rules.TRAIN)
+    self._params = self._laid_out(shapes, rules.TRAIN)
+    self._ways = mesh_lib.data_ways(mesh)
+
+  def sft(self) -> Program:
+    recipe = self._sft
+    adamw = optimizer.adamw(**named(optimizer.adamw, recipe))
+    update = train_step.make_sft_update(
+      price_lib.row_logprob(self._graphdef),
+      adamw,
+      **named(train_step.make_sft_update, recipe),
+    )
+    B, T = recipe["batch_size"], recipe["row_tokens"]
+    return Program(
+      name="sft",
+      shape=f"{B} rows x {T:,}, {recipe['micro_batches']} micro-batches",
+      jitted=update,
+      arguments=(self._state(adamw), self._batch("sft.batch_size", B, T)),
+      static={},
+      flops=cost.update(self._config, B, T),
+      streamed=0.0,
+      calls=0,
+      beside=0,
+      turn=self._turn_update("sft", B, recipe["micro_batches"], "row_tokens"),
+    )
+
+  def update(self) -> Program:
+    rl = self._rl
+    adamw = self._rl_optimizer()
+    update = train_step.make_policy_update(
+      price_lib.row_logprob(
+        self._graphdef, temperature=self._rollout["temperature"]
+      ),
+      adamw,
+      **named(train_step.make_policy_update, rl),
+    )
+    B, T = rl["mini_batch"] * rl["samples"], max(rl["row_buckets"])
+    return Program(
+      name="update",
+      shape=f"{B} rows x {T:,}, {rl['micro_batches']} micro-batches",
+      jitted=update,
+      arguments=(
+        self._state(adamw),
+        self._batch("rl.mini_batch x rl.samples", B, T),
+      ),
+      static={},
+      flops=cost.update(self._config, B, T),
+      streamed=0.0,
+      calls=rl["prompts"] // rl["mini_batch"],
+      beside=fit.shard_bytes(self._params),  # the reference policy
+      turn=self._turn_update("rl", B, rl["micro_batches"], "row_buckets"),
+    )
+
+  def price(self) -> Program:
+    """The policy's pass: trunks and the most, longest branches."""
+    opt_state = self._state(self._rl_optimizer()).opt_state
+    return self._pricing(
+      "price",
+      max(self._price["slot_buckets"]),
+      max(self._price["branch_buckets"]),
+      1,
+      fit.shard_bytes((self._params, opt_state)),
+    )
+
+  def reference(self) -> Program:
+    """Trunks alone, in the smallest shape of branches."""
+    again = 1 if self._rollout["temperature"] == 1 else 2
+    return self._pricing(
+      "reference",
+      min(self._price["slot_buckets"]),
+      min(self._price["branch_buckets"]),
+      again,
+      fit.shard_bytes(self._state(self._rl_optimizer())),
+    )
+
+  def rollout(self) -> Program:
+    config, rl = self._config, self._rl
+    B, P = self._engine["rows"], max(self._engine["prompt_buckets"])
+    S, C = rl["samples"], self._rollout["max_new_tokens"]
+    cache_dtype = self._engine["cache_dtype"]
+    settings = engine_lib.Sampling(
+      stop_ids=(0,), **named(engine_lib.Sampling, self._rollout)
+    )
+    params = self._laid_out(
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), self._params
+      ),
+      rules.ROLLOUT,
+    )
+    prefill = cost.prefill(config, B, P)
+    decode = cost.decode(config, B * S, P, C)
+    # Every step reads the weights, and the caches as far as they are filled.
+    read = B * (C * P + S * cost.causal_pairs(C))
+    streamed = C * fit.shard_bytes(params) + read * fit.token_bytes(
+      config, cache_dtype
+    ) / fit.cache_ways(config, self._mesh)
+    return Program(
+      name="rollout",
+      shape=f"{B} prompts x {P:,}, {S} samples x {C:,}",
+      jitted=engine_lib.program(self._graphdef, config, cache_dtype),
+      arguments=(
+        params,
+        self._rows("engine.rows", (B, P), jnp.int32),
+        *(
+          self._rows("engine.rows", (B,), dtype)
+          for dtype in (jnp.int32, jnp.bool_, jnp.uint32)
+        ),
+        self._whole(jax.eval_shape(lambda: jax.random.key(0))),
+        None,
+      ),
+      static={"settings": settings, "samples": S},
+      flops=cost.Flops(prefill.forward + decode.forward),
+      streamed=streamed,
+      calls=-(-rl["prompts"] // B),
+      beside=fit.shard_bytes((self._state(self._rl_optimizer()), self._params)),
+      turn=(
+        f"config.engine.rows ({B}; a multiple of {self._ways})",
+        f"config.engine.cache_dtype ({cache_dtype})",
+        "config.mesh (a larger tensor axis splits weights and cache)",
+      ),
+    )
+
+  def _pricing(self, name, S, G, again, beside) -> Program:
+    B, T = self._price["rows"], max(self._price["length_buckets"])
+    rows = self._rl["prompts"] * self._rl["samples"]
+    branch = self._rows("price.rows", (B, S, G), jnp.int32)
+    return Program(
+      name=name,
+      shape=f"{B} trunks x {T:,}, {S} branches x {G:,}",
+      jitted=jax.jit(
+        price_lib.trunks_and_branches(
+          self._graphdef, temperature=self._rollout["temperature"]
+        )
+      ),
+      arguments=(
+        self._params,
+        self._rows("price.rows", (B, T), jnp.int32),
+        self._rows("price.rows", (B,), jnp.int32),
+        branch,
+        branch,
+        self._rows("price.rows", (B, S), jnp.int32),
+      ),
+      static={},
+      flops=cost.price(self._config, B, T, S, G),
+      streamed=0.0,
+      calls=again * -(-rows // B),
+      beside=beside,
+      turn=(
+        f"config.price.rows ({B}; a multiple of {self._ways})",
+        f"config.price.slot_buckets (largest {S})",
+        f"config.price.branch_buckets (largest {G})",
+        "config.mesh (a larger tensor or sequence axis splits a row)",
+      ),
+    )
+
+  def _turn_update(self, section, B, micro_batches, lengths):
+    most = B // self._ways
+    return (
+      f"config.{section}.micro_batches ({micro_batches}; at most {most})",
+      f"config.model.remat ({self._config.remat}; full keeps least)",
+      f"config.{section}.{lengths}",
+      "config.mesh (a larger tensor or sequence axis splits a row)",
+    )
+
+  def _rl_optimizer(self):
+    return optimizer.adamw(**named(optimizer.adamw, self._rl))
+
+  def _laid_out(self, shapes, table):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      rules.shardings(self._axes, self._mesh, table),
+    )
+
+  def _whole(self, leaf):
+    return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=layout.replicated(self._mesh)
+    )
+
+  def _rows(self, name, shape, dtype):
+    if shape[0] % self._ways:
+      raise ValueError(
+        f"config.{name} gives {shape[0]} rows, which do not divide over "
+        f"{self._ways} data shards. Change it, or config.mesh."
+      )
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
+
+  def _batch(self, name, B, T) -> structs.Batch:
+    whole, real = (
+      self._rows(name, (B, T), dtype) for dtype in (jnp.int32, jnp.float32)
+    )
+    return structs.Batch(
+      tokens=whole,
+      positions=whole,
+      segments=whole,
+      loss_mask=real,
+      advantage=real,
+      old_logprob=real,
+      ref_logprob=real,
+    )
+
+  def _state(self, adamw) -> train_state.TrainState:
+    state = jax.eval_shape(
+      lambda params: train_state.create(params, adamw, jax.random.key(0)),
+      self._params,
+    )
+    opt_state = optax.tree_utils.tree_map_params(
+      adamw,
+      lambda leaf, like: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=like.sharding
+      ),
+      state.opt_state,
+      self._params,
+      transform_non_params=self._whole,
+    )
+    return train_state.TrainState(
+      step=self._whole(state.step),
+      params=self._params,
+      opt_state=opt_state,
+      key=self._whole(state.key),
+    )

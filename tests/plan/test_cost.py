@@ -1,0 +1,66 @@
+"""FLOPs against a direct count over the matrices of a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opera_jax.models import qwen3
+from opera_jax.plan import cost
+
+CONFIG = qwen3.Config(
+  vocab_size=50,
+  hidden=8,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=6,
+  intermediate=20,
+)
+
+
+def test_a_token_costs_two_flops_a_weight_of_every_matrix():
+  _, params = qwen3.abstract(CONFIG)
+  axes = qwen3.logical_axes(params)
+  matrices = sum(
+    x.size
+    for x, names in zip(
+      jax.tree.leaves(params),
+      jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+    )
+    if names[0] == "layers" and "norm" not in names and len(names) > 2
+  )
+  assert cost.layer_flops(CONFIG) == 2 * matrices
+  assert cost.head_flops(CONFIG) == 2 * 8 * 50
+
+
+def test_attention_counts_the_pairs_that_the_mask_shows():
+  T, S, G = 5, 2, 3
+  seen = int(jnp.tri(T).sum()) + S * (G * T + int(jnp.tri(G).sum()))
+  pair = 2 * 2 * CONFIG.heads * CONFIG.head_dim * CONFIG.layers
+  per_token = cost.layer_flops(CONFIG) + cost.head_flops(CONFIG)
+  want = 7 * ((T + S * G) * per_token + seen * pair)
+  assert cost.price(CONFIG, 7, T, S, G).total == want
+
+
+def test_decoding_costs_what_one_pass_over_its_tokens_costs():
+  """Trunk and samples once each, whatever the number of passes."""
+  prefill = cost.prefill(CONFIG, 2, 9).total
+  decode = cost.decode(CONFIG, 2 * 4, 9, 6).total
+  together = cost.price(CONFIG, 2, 9, 4, 6).total
+  unread = 2 * 8 * cost.head_flops(CONFIG)  # of the prompts but their ends
+  assert prefill + decode == together - unread
+
+
+@pytest.mark.parametrize("remat, again", [("none", 0), ("full", 1)])
+def test_backward_is_twice_forward_and_remat_is_forward_again(remat, again):
+  config = qwen3.Config(**{**vars(CONFIG), "remat": remat})
+  one = cost.update(config, 4, 16)
+  attention = cost.attention_flops(config, 4 * cost.causal_pairs(16))
+  head = 4 * 16 * cost.head_flops(config)
+  assert one.backward == 2 * one.forward
+  streamed = head + attention / 2
+  assert one.recompute == again * (one.forward - head) + streamed
+
+
+def test_every_remat_policy_has_a_cost():
+  assert set(cost._RECOMPUTED) == set(qwen3.REMAT)

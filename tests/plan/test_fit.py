@@ -1,0 +1,70 @@
+"""What sampling holds at the least, against a hand count; and its refusal."""
+
+import types
+
+import jax
+import pytest
+
+from opera_jax.models import presets
+from opera_jax.plan import fit
+from opera_jax.sharding import mesh as mesh_lib
+
+SIZES = {
+  "prompts": 4,
+  "samples": 2,
+  "prompt_tokens": 64,
+  "new_tokens": 128,
+  "cache_dtype": "bfloat16",
+}
+
+
+def test_floor_is_the_sum_of_its_shards():
+  config = presets.PRESETS["0.6b"]
+  mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  parts = fit.floor(config, mesh, **SIZES)
+  norms = config.layers * (2 * config.hidden + 2 * config.head_dim)
+  norms += config.hidden
+  weights = 596_049_920 - norms
+  master = 4 * (weights // 8 + norms)
+  token = 2 * 28 * 8 * 128 * 2
+  assert parts == {
+    "parameters": master,
+    "optimizer": 2 * master,
+    "reference": master,
+    "rollout weights": 4 * (weights // 2 + norms),  # float32 compute
+    "caches": 4 * (64 + 2 * 128) * token // 8,
+  }
+
+
+def test_heads_that_a_tensor_axis_does_not_divide_are_whole():
+  config = presets.PRESETS["0.6b"]
+  mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 16})
+  assert fit.cache_ways(config, mesh) == 1
+
+
+def test_too_much_names_its_parts_and_what_to_turn():
+  parts = {"parameters": 3 << 30, "caches": 2 << 30}
+  fit.check(parts, 5 << 30)
+  fit.check(parts, None)
+  with pytest.raises(ValueError, match="5.00 GiB.*caches 2.00.*engine.rows"):
+    fit.check(parts, (5 << 30) - 1)
+
+
+def test_a_cpu_states_no_limit_and_others_their_smallest():
+  assert fit.device_limit(mesh_lib.create()) is None
+  devices = [
+    types.SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n})
+    for n in (7, 5)
+  ]
+  assert fit.device_limit(types.SimpleNamespace(local_devices=devices)) == 5
+
+
+def test_shard_bytes_counts_one_device():
+  mesh = mesh_lib.create({"fsdp": 8})
+  split = jax.NamedSharding(mesh, jax.P("fsdp"))
+  whole = jax.NamedSharding(mesh, jax.P())
+  tree = [
+    jax.ShapeDtypeStruct((16, 3), "float32", sharding=split),
+    jax.ShapeDtypeStruct((5,), "bfloat16", sharding=whole),
+  ]
+  assert fit.shard_bytes(tree) == 16 * 3 * 4 // 8 + 5 * 2

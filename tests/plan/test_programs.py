@@ -1,0 +1,158 @@
+"""The plan of a tiny run on absent chips, against sums made by hand."""
+
+import dataclasses
+import os
+
+import jax
+import pytest
+
+from configs import qwen3_8b, tiny
+from experiments import plan as driver
+from opera_jax.plan import analyse, hardware, programs
+from opera_jax.sharding import mesh as mesh_lib
+
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+SECTIONS = ("model", "engine", "rollout", "price", "sft", "rl")
+TOPOLOGY = "v5e:2x2"
+
+
+def _config(**changes):
+  """Sizes that fill whole registers, so that the chip pads nothing much."""
+  config = tiny.get_config("smoke")
+  values = {
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "model.vocab_size": 1024,
+    "model.hidden": 256,
+    "model.layers": 8,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.head_dim": 128,
+    "model.intermediate": 512,
+    "model.dtype": "bfloat16",
+    "rollout.max_new_tokens": 32,
+    "engine.prompt_buckets": (64,),
+    "engine.cache_dtype": "bfloat16",
+    "price.slot_buckets": (1, 2),
+    "price.branch_buckets": (64, 128),
+    "price.length_buckets": (128,),
+    "rl.row_buckets": (128,),
+    "sft.row_tokens": 128,
+    **changes,
+  }
+  config.update_from_flattened_dict(values)
+  return config
+
+
+def _programs(config, names=programs.NAMES):
+  mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
+  sections = {name: config[name] for name in SECTIONS}
+  return mesh, programs.build(mesh, **sections, names=names)
+
+
+# A layer's weights: q and o, k and v, three of the feed-forward.
+LAYER = 2 * 256 * 4 * 128 + 2 * 256 * 2 * 128 + 3 * 256 * 512
+NORMS = 8 * (2 * 256 + 2 * 128) + 256
+WEIGHTS = 8 * LAYER + 1024 * 256
+
+
+def test_update_takes_the_bytes_and_flops_of_a_hand_count(nothing_cached):
+  mesh, [update] = _programs(_config(), ("update",))
+  cost = analyse.analyse(update, mesh, hardware.CHIPS["v5e"])
+  rows, tokens = 2 * 4, 128
+  # Weights and two moments, float32, over 4 devices; norms are whole. Seven
+  # arrays a batch, over 2 data shards.
+  state = 3 * 4 * (WEIGHTS // 4 + NORMS)
+  batch = 7 * 4 * rows * tokens // 2
+  assert cost.argument_bytes == pytest.approx(state + batch, rel=0.02)
+  assert cost.beside_bytes == 4 * (WEIGHTS // 4 + NORMS)
+  # The new state takes the old one's place.
+  assert cost.output_bytes < 0.01 * state
+  pairs = rows * tokens * (tokens + 1) / 2
+  forward = rows * tokens * 2 * WEIGHTS + 4 * 8 * 4 * 128 * pairs
+  assert cost.forward_flops == forward
+  assert cost.backward_flops == 2 * forward
+  total = forward * 3 + cost.recompute_flops
+  assert cost.flops_seconds == pytest.approx(total / (4 * 197e12))
+  assert cost.fits and cost.calls == 2
+  assert cost.collective_bytes["all-gather"] > 0
+
+
+def test_rollout_holds_its_caches(nothing_cached):
+  config = _config(**{"engine.rows": 64, "rollout.max_new_tokens": 1024})
+  mesh, [rollout] = _programs(config, ("rollout",))
+  cost = analyse.analyse(rollout, mesh, hardware.CHIPS["v5e"])
+  token = 2 * 8 * 2 * 128 * 2  # keys and values, layers, heads, features, bf16
+  caches = 64 * (64 + 4 * 1024) * token // 4
+  assert cost.argument_bytes == pytest.approx(
+    2 * (WEIGHTS // 2 + NORMS), rel=0.05
+  )
+  assert 0.95 * caches < cost.temporary_bytes < 1.2 * caches
+  assert cost.beside_bytes == 4 * 4 * (WEIGHTS // 4 + NORMS) + 4 + 4 + 8
+
+
+def test_programs_are_those_of_the_run():
+  _, built = _programs(_config())
+  assert tuple(p.name for p in built) == programs.NAMES
+  calls = {p.name: p.calls for p in built}
+  assert calls == {
+    "sft": 0,
+    "rollout": 1,
+    "price": 1,
+    "reference": 1,
+    "update": 2,
+  }
+
+
+def test_at_another_temperature_the_policy_is_priced_again():
+  _, [reference] = _programs(
+    _config(**{"rollout.temperature": 0.7}), ("reference",)
+  )
+  assert reference.calls == 2
+
+
+def test_too_large_says_what_to_turn(nothing_cached):
+  mesh, [reference] = _programs(_config(), ("reference",))
+  small = dataclasses.replace(hardware.CHIPS["v5e"], hbm_bytes=1 << 20)
+  cost = analyse.analyse(reference, mesh, small)
+  assert not cost.fits
+  assert "config.price.rows (16; a multiple of 2)" in cost.turn[0]
+
+
+def test_what_the_compiler_refuses_does_not_fit(nothing_cached):
+  config = _config(**{"rollout.max_new_tokens": 65_536, "engine.rows": 512})
+  mesh, [rollout] = _programs(config, ("rollout",))
+  cost = analyse.analyse(rollout, mesh, hardware.CHIPS["v5e"])
+  assert not cost.fits and cost.argument_bytes is None
+  assert cost.total_bytes > hardware.CHIPS["v5e"].hbm_bytes
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("model.vocab_size", 0, "config.model.vocab_size"),
+    ("model.vocab_size", 1023, "config.mesh"),
+    ("engine.rows", 3, "config.engine.rows"),
+    ("price.rows", 5, "config.price.rows"),
+    ("sft.batch_size", 7, "config.sft.batch_size"),
+  ],
+)
+def test_wrong_values_are_named(field, value, message):
+  with pytest.raises(ValueError, match=message):
+    _programs(_config(**{field: value}))
+
+
+def test_an_unknown_program_lists_the_known():
+  with pytest.raises(ValueError, match="decode.*sft, rollout, price"):
+    _programs(_config(), ("decode",))
+
+
+@pytest.mark.slow
+def test_the_8b_update_compiles_and_fits():
+  config = qwen3_8b.get_config("v5p_4x4x4")
+  with jax.default_matmul_precision("default"):
+    plan = driver.make(config, "8b", "v5p:4x4x4", ("update",))
+  [update] = plan["programs"]
+  assert update["fits"]
+  state = 12 * plan["parameters"] / 64
+  assert update["argument_bytes"] == pytest.approx(state, rel=0.05)
