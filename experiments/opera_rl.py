@@ -179,7 +179,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     moment_dtype=rl.moment_dtype,
   )
   learn = learner.build(
-    run,
+    run.graphdef,
     adamw,
     temperature=rollout.temperature,
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,

@@ -12,7 +12,6 @@ plans. A plan of an 8B model takes some minutes on 2 cores; `--programs` picks.
 Left out on purpose: measured times.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -23,15 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import importlib.metadata
-
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from opera_jax.models import qwen3
-from opera_jax.plan import analyse, fit, hardware, programs, table
-from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.plan import programs, table, whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
@@ -50,12 +44,14 @@ def main(_) -> None:
     return
   if not _TOPOLOGY.value:
     raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
+  config = _CONFIG.value
   try:
-    plan = make(
-      _CONFIG.value,
-      flags.FLAGS["config"].config_filename,
+    plan = whole.make(
       _TOPOLOGY.value,
-      tuple(_PROGRAMS.value),
+      config.mesh,
+      {section: config[section] for section in whole.SECTIONS},
+      name=flags.FLAGS["config"].config_filename,
+      names=tuple(_PROGRAMS.value),
     )
   except ValueError as error:
     raise app.UsageError(str(error)) from error
@@ -66,47 +62,6 @@ def main(_) -> None:
     path.write_text(json.dumps(plan, indent=1) + "\n")
   if not all(p["fits"] for p in plan["programs"]):
     sys.exit(1)
-
-
-def make(config, name: str, topology: str, names: tuple[str, ...]) -> dict:
-  """The plan of a config on a topology, ready for JSON.
-
-  Raises:
-    ValueError: an unknown topology or program, sizes that do not divide.
-  """
-  # A program for absent hardware can be written to the cache, not read.
-  jax.config.update("jax_enable_compilation_cache", False)
-  chip, count = hardware.parse(topology)
-  mesh = mesh_lib.create(dict(config.mesh), hardware.devices(topology))
-  sections = ("model", "engine", "rollout", "price", "sft", "rl")
-  model = qwen3.Config(**config.model)
-  costs = []
-  for program in programs.build(
-    mesh, **{section: config[section] for section in sections}, names=names
-  ):
-    print(f"plan: compiling {program.name} ({program.shape})", flush=True)
-    costs.append(analyse.analyse(program, mesh, chip))
-  parts = {c.name: c.calls * c.seconds for c in costs if c.calls}
-  rows = config.rl.prompts * config.rl.samples
-  return {
-    "config": name,
-    "topology": topology,
-    "devices": count,
-    "chips": count // chip.devices,
-    "hbm_bytes": chip.hbm_bytes,
-    "mesh": dict(mesh.shape),
-    "versions": ", ".join(
-      f"{package} {importlib.metadata.version(package)}"
-      for package in ("jax", "libtpu")
-    ),
-    "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
-    "slot_bytes": fit.token_bytes(model, config.engine.cache_dtype)
-    * config.rollout.max_new_tokens,
-    "step_tokens": rows * max(config.rl.row_buckets),
-    "step_seconds": sum(parts.values()),
-    "step_parts": parts,
-    "programs": [dataclasses.asdict(c) for c in costs],
-  }
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ ALLOWED = {
     },
     "plan": {
         "structs", "sharding", "models", "rollout", "scoring", "train",
+        "stages",
     },
     "experiments": {
         "structs", "sharding", "models", "text", "data", "rollout", "scoring",

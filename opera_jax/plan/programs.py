@@ -22,6 +22,7 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.scoring import price as price_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.stages import learner
 from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as train_step
@@ -104,6 +105,15 @@ def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
   }
 
 
+def _optimizer(section: Section, updates: int) -> Any:
+  """AdamW as a stage makes it."""
+  rate = optimizer.schedule(
+    section["learning_rate"], updates, warmup_fraction=section["warmup"]
+  )
+  settings = named(optimizer.adamw, section) | {"learning_rate": rate}
+  return optimizer.adamw(**settings)
+
+
 class _Run:
   """The abstract values that the programs of one run share."""
 
@@ -119,7 +129,7 @@ class _Run:
 
   def sft(self) -> Program:
     recipe = self._sft
-    adamw = optimizer.adamw(**named(optimizer.adamw, recipe))
+    adamw = _optimizer(recipe, 1)
     update = train_step.make_sft_update(
       price_lib.row_logprob(self._graphdef),
       adamw,
@@ -141,21 +151,27 @@ class _Run:
 
   def update(self) -> Program:
     rl = self._rl
-    adamw = self._rl_optimizer()
-    update = train_step.make_policy_update(
-      price_lib.row_logprob(
-        self._graphdef, temperature=self._rollout["temperature"]
-      ),
-      adamw,
-      **named(train_step.make_policy_update, rl),
+    learn = learner.build(
+      self._graphdef,
+      self._rl_optimizer(),
+      temperature=self._rollout["temperature"],
+      kl_coef=rl["kl_coef"] if rl["kl_in"] == "loss" else 0.0,
+      **{name: rl[name] for name in learner.SETTINGS},
     )
+    if learn.critic or learn.pairs:
+      raise ValueError(
+        f"A plan covers updates of the policy alone, got config.rl.loss="
+        f"{rl['loss']!r}, value_coef={rl['value_coef']} and divergence_coef="
+        f"{rl['divergence_coef']}. Plan without them: a critic's head and its "
+        "rows come on top; or leave 'update' out of --programs."
+      )
     B, T = rl["mini_batch"] * rl["samples"], max(rl["row_buckets"])
     return Program(
       name="update",
       shape=f"{B} rows x {T:,}, {rl['micro_batches']} micro-batches",
-      jitted=update,
+      jitted=learn.update,
       arguments=(
-        self._state(adamw),
+        self._state(learn.optimizer),
         self._batch("rl.mini_batch x rl.samples", B, T),
       ),
       static={},
@@ -171,6 +187,7 @@ class _Run:
     opt_state = self._state(self._rl_optimizer()).opt_state
     return self._pricing(
       "price",
+      1.0,
       max(self._price["slot_buckets"]),
       max(self._price["branch_buckets"]),
       1,
@@ -179,12 +196,13 @@ class _Run:
 
   def reference(self) -> Program:
     """Trunks alone, in the smallest shape of branches."""
-    again = 1 if self._rollout["temperature"] == 1 else 2
+    temperature = self._rollout["temperature"]
     return self._pricing(
       "reference",
+      temperature,
       min(self._price["slot_buckets"]),
       min(self._price["branch_buckets"]),
-      again,
+      int(self._rl["kl_coef"] != 0) + int(temperature != 1),
       fit.shard_bytes(self._state(self._rl_optimizer())),
     )
 
@@ -235,7 +253,7 @@ class _Run:
       ),
     )
 
-  def _pricing(self, name, S, G, again, beside) -> Program:
+  def _pricing(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._price["rows"], max(self._price["length_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
     branch = self._rows("price.rows", (B, S, G), jnp.int32)
@@ -243,9 +261,7 @@ class _Run:
       name=name,
       shape=f"{B} trunks x {T:,}, {S} branches x {G:,}",
       jitted=jax.jit(
-        price_lib.trunks_and_branches(
-          self._graphdef, temperature=self._rollout["temperature"]
-        )
+        price_lib.trunks_and_branches(self._graphdef, temperature=temperature)
       ),
       arguments=(
         self._params,
@@ -258,7 +274,7 @@ class _Run:
       static={},
       flops=cost.price(self._config, B, T, S, G),
       streamed=0.0,
-      calls=again * -(-rows // B),
+      calls=times * -(-rows // B),
       beside=beside,
       turn=(
         f"config.price.rows ({B}; a multiple of {self._ways})",
@@ -278,7 +294,8 @@ class _Run:
     )
 
   def _rl_optimizer(self):
-    return optimizer.adamw(**named(optimizer.adamw, self._rl))
+    updates = self._rl["prompts"] // self._rl["mini_batch"]
+    return _optimizer(self._rl, self._rl["steps"] * updates)
 
   def _laid_out(self, shapes, table):
     return jax.tree.map(

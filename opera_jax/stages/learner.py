@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
@@ -54,7 +55,7 @@ class Learner:
 
 
 def build(
-  run: setup_lib.Run,
+  graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   *,
   temperature: float,
@@ -78,7 +79,7 @@ def build(
   """The update that a config names.
 
   Args:
-    run: its model.
+    graphdef: of the model.
     optimizer: an optax transformation.
     temperature: at which the policy is sampled.
     loss: "clipped", "gspo" or "dpo".
@@ -107,7 +108,7 @@ def build(
   if ema:
     optimizer = ema_lib.with_ema(optimizer, ema)
   view = heads.row_heads if critic else price.row_logprob
-  logprob_fn = view(run.graphdef, temperature=temperature)
+  logprob_fn = view(graphdef, temperature=temperature)
   if loss == "dpo":
     update = step_lib.make_preference_update(
       logprob_fn, optimizer, beta=beta, micro_batches=micro_batches
@@ -130,7 +131,7 @@ def build(
       constant=constant or None,
       micro_batches=micro_batches,
     )
-  tops = heads.row_top(run.graphdef, top, temperature=temperature)
+  tops = heads.row_top(graphdef, top, temperature=temperature)
   return Learner(
     optimizer=optimizer,
     update=update,

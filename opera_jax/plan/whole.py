@@ -1,0 +1,70 @@
+"""The plan of a run on a topology: all its programs, and a step's floor."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from opera_jax.models import qwen3
+from opera_jax.plan import analyse, fit, hardware, programs
+from opera_jax.sharding import mesh as mesh_lib
+
+SECTIONS = ("model", "engine", "rollout", "price", "sft", "rl")
+
+
+def make(
+  topology: str,
+  mesh: Mapping[str, int],
+  sections: Mapping[str, Mapping[str, Any]],
+  *,
+  name: str,
+  names: tuple[str, ...] = programs.NAMES,
+) -> dict[str, Any]:
+  """Compiles the programs of a run and adds them up.
+
+  JAX's compilation cache is turned off: a program for absent hardware can be
+  written to it and not read.
+
+  Args:
+    topology: see `hardware.parse`.
+    mesh: see `sharding.mesh.create`.
+    sections: of the config, by the names in SECTIONS.
+    name: of the config.
+    names: which of `programs.NAMES`.
+
+  Returns:
+    The plan, ready for JSON and for `table`.
+
+  Raises:
+    ValueError: an unknown topology or program, sizes that do not divide.
+  """
+  jax.config.update("jax_enable_compilation_cache", False)
+  chip, count = hardware.parse(topology)
+  laid_out = mesh_lib.create(dict(mesh), hardware.devices(topology))
+  costs = []
+  for program in programs.build(laid_out, **sections, names=names):
+    print(f"plan: compiling {program.name} ({program.shape})", flush=True)
+    costs.append(analyse.analyse(program, laid_out, chip))
+  parts = {c.name: c.calls * c.seconds for c in costs if c.calls}
+  model, rl = qwen3.Config(**sections["model"]), sections["rl"]
+  packages = ("jax", "libtpu")
+  return {
+    "config": name,
+    "topology": topology,
+    "devices": count,
+    "chips": count // chip.devices,
+    "hbm_bytes": chip.hbm_bytes,
+    "mesh": dict(laid_out.shape),
+    "versions": ", ".join(
+      f"{package} {importlib.metadata.version(package)}" for package in packages
+    ),
+    "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
+    "slot_bytes": fit.token_bytes(model, sections["engine"]["cache_dtype"])
+    * sections["rollout"]["max_new_tokens"],
+    "step_tokens": rl["prompts"] * rl["samples"] * max(rl["row_buckets"]),
+    "step_seconds": sum(parts.values()),
+    "step_parts": parts,
+    "programs": [dataclasses.asdict(c) for c in costs],
+  }
