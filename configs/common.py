@@ -35,6 +35,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = STAGES  # a comma-separated choice, in this order
   config.seed = 0
   config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
+  config.runtime = {
+    # "": one process; "auto": a TPU pod or SLURM; or HOST:PORT,COUNT,INDEX.
+    "distributed": "",
+    "heartbeat_seconds": 60,  # a process without a sign of life ends the run
+    "compile_cache": ".jax_cache",  # a local directory; "" for none
+  }
   # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents.
   config.checkpoint = ""
   config.tokenizer = {

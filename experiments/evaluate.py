@@ -9,6 +9,7 @@ Reads `base/model`, `sft/model` and `rl/model`; writes `evaluate/` and
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from opera_jax.sharding import runtime
 from opera_jax.stages import evaluate, reporting, setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -18,6 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
+  runtime.start(**config.runtime)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

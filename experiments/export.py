@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.models import qwen3_params
+from opera_jax.sharding import runtime
 from opera_jax.stages import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -28,6 +29,7 @@ _DTYPE = flags.DEFINE_enum(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
+  runtime.start(**config.runtime)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

@@ -22,7 +22,7 @@ from opera_jax.data import rl as rl_data
 from opera_jax.plan import fit as fit_plan
 from opera_jax.rewards import opera as opera_reward
 from opera_jax.rollout import engine
-from opera_jax.sharding import layout, mesh
+from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
   cold_start,
   collect,
@@ -47,7 +47,9 @@ STAGES = ("synthesize", "select", "sft", "rl", "evaluate", "report")
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
-  opera(_CONFIG.value, _WORKDIR.value)
+  config = _CONFIG.value
+  runtime.start(**config.runtime)
+  opera(config, _WORKDIR.value)
 
 
 def opera(config, folder: str) -> None:

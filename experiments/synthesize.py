@@ -9,6 +9,7 @@ Trains the base model first where the workdir has none.
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from opera_jax.sharding import runtime
 from opera_jax.stages import cold_start, setup, supervised
 from opera_jax.train import checkpoint
 
@@ -19,6 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
+  runtime.start(**config.runtime)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

@@ -16,9 +16,11 @@ class Batches:
   Attributes:
     counts: "kept" pairs, those "too_long" for a row and so dropped, "rows" of
       an epoch, "tokens" and "target_tokens" of what was kept.
+    batch_size: rows of a batch.
   """
 
   counts: dict[str, int]
+  batch_size: int
   _rows: list[list[int]]
   _order: Sequence[np.ndarray]
   _sequences: list[np.ndarray]
@@ -35,10 +37,18 @@ class Batches:
     Raises:
       IndexError: step outside [0, len).
     """
+    return self.part(step, np.arange(self.batch_size))
+
+  def part(self, step: int, rows: np.ndarray) -> structs.Batch:
+    """Some rows of a step's batch; no other is put together.
+
+    Raises:
+      IndexError: step outside [0, len).
+    """
     if not 0 <= step < len(self):
       raise IndexError(f"Step {step} is outside the {len(self)} steps.")
     return batching.assemble(
-      [self._rows[row] for row in self._order[step]],
+      [self._rows[row] for row in self._order[step][rows]],
       self._sequences,
       self._loss_masks,
       self._row_length,
@@ -110,6 +120,7 @@ def build(
   }
   return Batches(
     counts=counts,
+    batch_size=batch_size,
     _rows=rows,
     _order=batching.batch_order(len(rows), batch_size, epochs, seed),
     _sequences=sequences,

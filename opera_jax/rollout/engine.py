@@ -169,13 +169,13 @@ class Engine:
       live_B[row] = True
       name_B[row] = zlib.crc32(name.encode())
     with jax.set_mesh(self._mesh):
-      arrays = jax.device_put(
+      arrays = layout.to_devices(
         (prompt_BP, length_B, live_B, name_B), layout.rows(self._mesh)
       )
       results = self._run(
         params, *arrays, key, stops, settings=settings, samples=samples
       )
-    token_BSC, logprob_BSC, length_BS, finished_BS = jax.device_get(results)
+    token_BSC, logprob_BSC, length_BS, finished_BS = layout.to_host(results)
     out = []
     for row in range(len(prompts)):
       mine = []

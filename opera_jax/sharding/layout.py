@@ -98,6 +98,24 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, tree)
 
 
+def own_rows(mesh: Mesh, count: int) -> np.ndarray:
+  """Which of a batch's `count` rows this process's devices hold, ascending."""
+  places = rows(mesh).addressable_devices_indices_map((count,))
+  return np.unique(
+    np.concatenate([np.arange(count)[index] for index in places.values()])
+  )
+
+
+def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+  """The batch of `count` rows of which each process brings its `own_rows`."""
+  return jax.tree.map(
+    lambda leaf: jax.make_array_from_process_local_data(
+      rows(mesh), leaf, (count, *leaf.shape[1:])
+    ),
+    tree,
+  )
+
+
 def to_host(tree: Any) -> Any:
   """Whole arrays as numpy, on every process; waits for them.
 

@@ -1,10 +1,12 @@
 """The cold start: synthesise traces with the base model, then select."""
 
 import dataclasses
+import pathlib
 
 import jax
 
 from opera_jax.data import traces
+from opera_jax.sharding import runtime
 from opera_jax.stages import setup as setup_lib
 from opera_jax.synthesis import filters, search
 from opera_jax.train import metrics
@@ -79,10 +81,10 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
           jax.random.fold_in(key, start),
           advance=lambda tokens: progress.update(0, tokens=tokens),
         )
-        traces.write(part, batch)
+        _write(part, batch)
       done += batch
       progress.update(len(batch))
-  traces.write(stage.path / "traces", done)
+  _write(stage.path / "traces", done)
   statuses = [trace.status for trace in done]
   stage.finish({s: statuses.count(s) for s in sorted(set(statuses))})
 
@@ -99,11 +101,16 @@ def select(run: setup_lib.Run, settings: Select, keywords: list[str]) -> None:
     keep_share=settings.keep_share,
     keywords=keywords,
   )
-  traces.write(stage.path / "traces", kept)
+  _write(stage.path / "traces", kept)
   if rejected:
-    traces.write(
+    _write(
       stage.path / "rejected",
       [dataclasses.replace(t, status=why) for t, why in rejected],
     )
   print(f"select: {counts}", flush=True)
   stage.finish(counts)
+
+
+def _write(folder: pathlib.Path, done: list[traces.Trace]) -> None:
+  if runtime.lead():
+    traces.write(folder, done)

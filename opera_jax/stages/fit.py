@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from opera_jax import structs
 from opera_jax.sharding import layout
@@ -20,7 +21,7 @@ def place(state: train_state.TrainState, mesh: jax.sharding.Mesh):
     lambda x: (
       x
       if isinstance(x.sharding, jax.sharding.NamedSharding)
-      else jax.device_put(x, whole)
+      else layout.to_devices(x, whole)
     ),
     state,
   )
@@ -30,9 +31,10 @@ def fit(
   stage: workdir_lib.Stage,
   state: train_state.TrainState,
   update: step_lib.Update,
-  batches: Callable[[int], structs.Batch],
+  batches: Callable[[int, np.ndarray], structs.Batch],
   *,
   mesh: jax.sharding.Mesh,
+  batch_size: int,
   steps: int,
   checkpoint_every: int,
   preemption: checkpoint.Preemption,
@@ -46,7 +48,9 @@ def fit(
     stage: its folder takes checkpoints and metrics.
     state: the state before the first update.
     update: from `train.step.make_sft_update`.
-    batches: the host batch of each step, a pure function of the step.
+    batches: `batches(step, rows)`, those rows of the step's batch, of which
+      each process asks for its own; a pure function of both.
+    batch_size: rows of a batch.
     mesh: rows are split over its data axes.
     steps: updates in all.
     checkpoint_every: updates between checkpoints.
@@ -68,10 +72,10 @@ def fit(
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else start
   )
-  rows = layout.rows(mesh)
+  mine = layout.own_rows(mesh, batch_size)
 
   def record(at, values):
-    values = jax.device_get(values)
+    values = layout.to_host(values)
     step_lib.check_finite(values, at)
     log.write(at, values)
 
@@ -81,9 +85,11 @@ def fit(
     metrics.Progress(steps, stage.name, done=start) as progress,
   ):
     for i in range(start, steps):
-      batch = batches(i)
+      batch = batches(i, mine)
       tokens = int((batch.segments > 0).sum())
-      state, values = update(state, jax.device_put(batch, rows))
+      state, values = update(
+        state, layout.from_own_rows(batch, mesh, batch_size)
+      )
       if waiting is not None:
         record(*waiting)
       waiting = (i + 1, values)

@@ -15,7 +15,7 @@ from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.scoring import price as price_lib
-from opera_jax.sharding import layout, rules
+from opera_jax.sharding import layout, rules, runtime
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import tasks as tasks_lib
@@ -224,16 +224,16 @@ def _tokenizer(
   workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
 ) -> tokenizer_lib.Tokenizer:
   folder = workdir / "tokenizer"
-  if (folder / "tokenizer.json").exists():
-    return tokenizer_lib.Tokenizer.load(folder)
-  if path:
-    made = tokenizer_lib.Tokenizer.load(path)
-  else:
-    texts = [
-      text
-      for d in tasks.documents[:20_000]
-      for text in (d.prompt, d.thought, d.answer)
-    ]
-    made = tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)
-  made.save(folder)
-  return made
+  if runtime.lead() and not (folder / "tokenizer.json").exists():
+    if path:
+      made = tokenizer_lib.Tokenizer.load(path)
+    else:
+      texts = [
+        text
+        for d in tasks.documents[:20_000]
+        for text in (d.prompt, d.thought, d.answer)
+      ]
+      made = tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)
+    made.save(folder)
+  runtime.barrier("tokenizer made")
+  return tokenizer_lib.Tokenizer.load(folder)

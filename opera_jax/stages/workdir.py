@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from opera_jax.sharding import runtime
 
 
 class Stage:
@@ -57,11 +57,12 @@ class Stage:
     return (self.path / "DONE.json").exists()
 
   def finish(self, result: Mapping[str, Any]) -> None:
-    """Marks the stage finished."""
+    """Marks the stage finished; returns when every process is done with it."""
     self._write("DONE.json", dict(result))
+    runtime.barrier(f"{self.name} finished")
 
   def _write(self, name: str, value: Any) -> None:
-    if jax.process_index() == 0:
+    if runtime.lead():
       partial = self.path / f"{name}.tmp"
       partial.write_text(json.dumps(value, indent=1))
       partial.replace(self.path / name)

@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from opera_jax.sharding import runtime
+
 _FILES = "FILES.json"
 _DAMAGED = "damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -60,9 +62,9 @@ class Checkpoints:
       )
     self._directory = epath.Path(directory).resolve()
     self._directory.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    if runtime.lead():
       self._clean()
-    _barrier("checkpoints clean")
+    runtime.barrier("checkpoints clean")
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
@@ -95,12 +97,12 @@ class Checkpoints:
       force=True,
     )
     self._manager.wait_until_finished()
-    if jax.process_index() == 0:
+    if runtime.lead():
       folder = self._directory / str(step)
       partial = self._directory / f"{_FILES}{_TEMPORARY}"
       partial.write_text(json.dumps(_listing(folder), indent=1))
       partial.replace(folder / _FILES)
-    _barrier(f"saved {step}")
+    runtime.barrier(f"saved {step}")
     return True
 
   def latest(self) -> int | None:
@@ -231,11 +233,6 @@ class Preemption:
 
 def _warn(message: str) -> None:
   warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _listing(folder: epath.Path) -> dict[str, list[int]]:

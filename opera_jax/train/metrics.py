@@ -17,6 +17,8 @@ from typing import Any, TextIO
 import tensorboardX
 import tqdm
 
+from opera_jax.sharding import runtime
+
 
 class Metrics:
   """One stage's metrics: `<workdir>/<name>.jsonl`, one object a step."""
@@ -28,7 +30,7 @@ class Metrics:
     *,
     last_step: int | None = None,
   ):
-    """Opens the files for appending.
+    """Opens the files for appending; on process 0 alone, the others' are none.
 
     Args:
       workdir: folder of the run; TensorBoard's files go to
@@ -39,8 +41,11 @@ class Metrics:
         drops all lines: the stage starts over.
     """
     workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     self.path = workdir / f"{name}.jsonl"
+    self._file = self._board = None
+    if not runtime.lead():
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
     _truncate(self.path, last_step)
     self._file = self.path.open("a", encoding="utf-8")
     self._board = tensorboardX.SummaryWriter(
@@ -63,6 +68,8 @@ class Metrics:
       name: value if math.isfinite(value) else None
       for name, value in scalars.items()
     }
+    if self._file is None:
+      return
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     for name, value in scalars.items():
@@ -70,6 +77,8 @@ class Metrics:
 
   def close(self) -> None:
     """Flushes and closes both files."""
+    if self._file is None:
+      return
     self._file.close()
     self._board.close()
 
@@ -104,7 +113,7 @@ class Progress:
       desc=description,
       unit=unit,
       file=self._file,
-      disable=not self._file.isatty(),
+      disable=not (runtime.lead() and self._file.isatty()),
       dynamic_ncols=True,
     )
     self._description, self._unit = description, unit
@@ -140,6 +149,8 @@ class Progress:
     return self._tokens / max(time.monotonic() - self._start, 1e-9)
 
   def _print(self) -> None:
+    if not runtime.lead():
+      return
     self._printed = time.monotonic()
     spent = self._printed - self._start
     fresh = self._done - self._first

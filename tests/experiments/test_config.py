@@ -16,7 +16,7 @@ from experiments import opera_rl
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine
 from opera_jax.scoring import price
-from opera_jax.sharding import rules
+from opera_jax.sharding import rules, runtime
 from opera_jax.stages import (
   cold_start,
   evaluate,
@@ -48,6 +48,7 @@ def _tokenizer_keywords() -> set[str]:
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
 WHOLE = {
+  "runtime": _keywords(runtime.start),
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
   "model": _fields(qwen3.Config),

@@ -1,0 +1,88 @@
+"""What a driver does before anything else touches JAX.
+
+Several hosts run one program: each starts the same command, finds the others,
+and holds the shards of its own devices. They share the folder of the run; only
+process 0 writes to it, but for checkpoints, which all write together.
+"""
+
+import functools
+import re
+
+import jax
+from jax.experimental import multihost_utils
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_ADDRESS = re.compile(r"(?P<address>.+:\d+),(?P<count>\d+),(?P<index>\d+)")
+
+
+def start(
+  *, distributed: str, heartbeat_seconds: int, compile_cache: str
+) -> None:
+  """Joins the other processes, and opens the cache of compiled programs.
+
+  Args:
+    distributed: "" for one process; "auto" where the machines say who they
+      are (a TPU pod, SLURM); or "HOST:PORT,COUNT,INDEX", the address of process
+      0, the number of processes, and which one this is.
+    heartbeat_seconds: when a process has died, the others end within about
+      this time, with an error.
+    compile_cache: local directory that outlives the run; "" for none.
+
+  Raises:
+    ValueError: `distributed` is none of these.
+  """
+  count_compiled()
+  if compile_cache:
+    jax.config.update("jax_compilation_cache_dir", compile_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if not distributed:
+    return
+  given = {}
+  if distributed != "auto":
+    match = _ADDRESS.fullmatch(distributed)
+    if match is None or int(match["index"]) >= int(match["count"]):
+      raise ValueError(
+        f"config.runtime.distributed={distributed!r} is neither '', 'auto' nor "
+        "'HOST:PORT,COUNT,INDEX' with INDEX from 0 to COUNT - 1, e.g. "
+        "'10.0.0.1:8476,2,0'."
+      )
+    given = {
+      "coordinator_address": match["address"],
+      "num_processes": int(match["count"]),
+      "process_id": int(match["index"]),
+    }
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(
+    **given,
+    heartbeat_timeout_seconds=heartbeat_seconds,
+    shutdown_timeout_seconds=heartbeat_seconds,
+  )
+
+
+def lead() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here, so that all see what one wrote."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def compiled() -> int:
+  """Programs compiled, or read from the cache, since `count_compiled`."""
+  return len(count_compiled())
+
+
+@functools.cache
+def count_compiled() -> list[float]:
+  """Starts to count, once a process: the seconds of each program."""
+  seconds: list[float] = []
+
+  def listen(event: str, duration: float, **_) -> None:
+    if event == _COMPILED:
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return seconds
