@@ -1,5 +1,7 @@
 """Which prefixes OPERA prices: exactly those the reward reads."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,52 @@ def test_bad_input_is_refused():
     )
   with pytest.raises(ValueError, match="steps must rise within"):
     _queries([(1, [5, 60], [0, 1])])
+
+
+@pytest.mark.parametrize(
+  "compare, beaten",
+  [
+    ("previous", [(1, 5), (9, 20), (20, 30)]),
+    ("reflective", [(1, 5), (5, 20), (20, 30)]),
+    ("start", [(1, 5), (1, 20), (1, 30)]),
+  ],
+)
+def test_what_a_reflective_step_must_beat(compare, beaten):
+  row = (1, [5, 9, 20, 30], [1, 0, 1, 1])
+  branches, layout = _queries([row], compare=compare)
+  position = [b.fork - 10 for b in branches]
+  got = [
+    (position[before], position[slot])
+    for slot, before in enumerate(layout.previous[0])
+    if before >= 0
+  ]
+  assert got == beaten
+
+
+def test_an_unknown_comparison_is_refused():
+  with pytest.raises(ValueError, match="Unknown comparison 'best'"):
+    _queries([None], compare="best")
+
+
+def test_without_the_keyword_condition_every_step_counts(rollouts):
+  thoughts = _thoughts([(1, [5, 9], [0, 0]), None])
+  tasks = [structs.Prompt("a", "open_ended", "q", "ref")]
+  case = dataclasses.replace(
+    rollouts([["x" * 30, "y" * 30]], tasks), thoughts=thoughts
+  )
+  plain = opera.Reward().questions(case)
+  every = opera.Reward(every_step=True).questions(case)
+  assert [b.fork for b in plain.branches] == [31, 31]
+  assert [b.fork for b in every.branches] == [2, 6, 10, 31, 31]
+  price = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
+  answers = structs.Answers([], [], branch_logprob=price, memo=every.memo)
+  got = opera.Reward(every_step=True).rewards(case, answers)
+  np.testing.assert_array_equal(got["count"], [[2, 0]])
+
+
+def test_maths_prompts_ask_nothing_and_get_zero(rollouts):
+  case = rollouts([["4", "5"]])
+  asked = opera.Reward().questions(case)
+  assert not asked.branches
+  got = opera.Reward().rewards(case, structs.Answers([], []))
+  np.testing.assert_array_equal(got["total"], [[0, 0]])

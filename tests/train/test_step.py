@@ -286,3 +286,29 @@ def test_dpo_update_is_the_gradient_of_the_pairs(micro_batches):
 
   np.testing.assert_allclose(metrics["policy/loss"], slow(_params()), rtol=1e-5)
   np.testing.assert_allclose(got, jax.grad(slow)(_params())["table"], atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["clipped", "gspo"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_degenerate_groups_have_finite_gradients(loss, reduction):
+  """All right or all wrong (no advantage), and responses without tokens."""
+  batch = _batch()
+  mask = np.asarray(batch.loss_mask).copy()
+  mask[[0, 3]] = 0
+  for advantage in (jnp.zeros_like(batch.advantage), batch.advantage):
+    gradient, _, metrics = _sgd_step(
+      step.make_policy_update,
+      batch.replace(loss_mask=jnp.asarray(mask), advantage=advantage),
+      loss=loss,
+      reduction=reduction,
+      entropy_coef=0.01,
+    )
+    assert np.isfinite(gradient).all()
+    step.check_finite(metrics, 1)
+  gradient, _, metrics = _sgd_step(
+    step.make_policy_update,
+    batch.replace(loss_mask=jnp.zeros_like(batch.loss_mask)),
+    loss=loss,
+    reduction=reduction,
+  )
+  assert not gradient.any()

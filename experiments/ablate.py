@@ -1,0 +1,231 @@
+"""Methods and seeds on one task, from one SFT model, at equal sampled tokens.
+
+  python -m experiments.ablate --config=configs/ablations.py --workdir=runs/abl
+
+Every cell is a run of `experiments.opera_rl` in its own process and folder;
+a finished cell is not repeated, and a killed one goes on. Leaves
+`ablation.md` (results, costs, probes), `ablation.json` and `curves.png`.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opera_jax.evals import ablation
+from opera_jax.report import learning_curves
+from opera_jax.stages import measure, probing, score, setup
+from opera_jax.train import metrics
+
+SHARED = ("tokenizer", "base", "sft")
+
+
+def ablate(config, folder: str) -> None:
+  """The grid, cell by cell, and its tables."""
+  workdir = pathlib.Path(folder).resolve()
+  every = split(config.flags)
+  # 1. One base model and one SFT model for all cells.
+  start = workdir / "start"
+  run_driver(
+    config.task, start, ["--config.stages=synthesize,select,sft"], every
+  )
+  task = load(config.task, every)
+  run = setup.setup(
+    start,
+    temperature=task.rollout.temperature,
+    **{name: task[name] for name in setup.SECTIONS},
+  )
+  # 2. The SFT model, then every row and seed.
+  values = {
+    "sft": {0: held_out(run, "sft", start / "measured.json", config, task)}
+  }
+  cost = {}
+  for seed in config.seeds:
+    for name, path, changes in config.rows:
+      cell = workdir / "cells" / f"{slug(name)}-{seed}"
+      train(cell, start, f"{path}:{config.size}", seed, config, every, changes)
+      values.setdefault(name, {})[seed] = held_out(
+        run, str(cell / "rl"), cell / "measured.json", config, task
+      )
+      cost.setdefault(name, {})[seed] = spent(cell)
+      print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
+  # 3. What each reward pays for completions made to be paid.
+  probed = probe(run, config, task, every)
+  # 4. Tables and curves.
+  write(workdir, config, values, cost, probed)
+
+
+def run_driver(path: str, folder, settings, every) -> None:
+  """One run of the whole-method driver in a process of its own."""
+  env = dict(os.environ)
+  cache = pathlib.Path(folder).parent / "jax_cache"
+  env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+  subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.opera_rl"),
+      *(f"--config={path}", f"--workdir={folder}", *every, *settings),
+    ],
+    check=True,
+    env=env,
+  )
+
+
+def train(cell, start, path, seed, config, every, changes) -> None:
+  """One cell: RL from the shared SFT model."""
+  if (cell / "rl" / "DONE.json").exists():
+    return
+  cell.mkdir(parents=True, exist_ok=True)
+  for name in SHARED:
+    if not (cell / name).exists():
+      (cell / name).symlink_to(start / name)
+  settings = [
+    "--config.stages=rl",
+    f"--config.rl.seed={seed}",
+    f"--config.rl.token_budget={config.token_budget}",
+    *split(changes),
+  ]
+  begin = time.monotonic()
+  run_driver(path, cell, settings, every)
+  print(f"ablate: {cell.name}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def load(path: str, changes):
+  """A config file's values with flags of the form --config.NAME=VALUE."""
+  name, _, arg = path.partition(":")
+  config = runpy.run_path(name)["get_config"](arg)
+  for change in changes:
+    field, _, text = change.removeprefix("--config.").partition("=")
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text
+    config.update_from_flattened_dict({field: value})
+  return config
+
+
+def held_out(run, stage: str, kept: pathlib.Path, config, task):
+  """Numbers of a model on the held-out prompts; measured once."""
+  if not kept.exists():
+    params, prompts = run.load(stage), run.tasks.held_out
+    groups = measure.draw(
+      run,
+      params,
+      prompts,
+      samples=config.samples,
+      max_new_tokens=task.rollout.max_new_tokens,
+    )
+    numbers = measure.measure(run, params, prompts, groups)
+    partial = kept.with_suffix(".tmp")
+    partial.write_text(json.dumps(numbers))
+    partial.replace(kept)
+  return json.loads(kept.read_text())
+
+
+def spent(cell: pathlib.Path) -> dict[str, float]:
+  """What a cell cost."""
+  lines = metrics.read(cell / "rl" / "metrics.jsonl")
+  priced = ("price/trunk_tokens", "price/branch_tokens", "price/credit_tokens")
+  return {
+    "sampled_tokens": sum(line["rollout/tokens"] for line in lines),
+    "priced_tokens": sum(line[name] for line in lines for name in priced),
+    "seconds": sum(line["time/step"] for line in lines),
+    "steps": len(lines),
+  }
+
+
+def probe(run, config, task, every):
+  """Each row's reward on probes of the SFT model's samples."""
+  params = run.load("sft")
+  prompts = run.tasks.held_out[: config.probes]
+  groups = measure.draw(
+    run,
+    params,
+    prompts,
+    samples=1,
+    max_new_tokens=task.rollout.max_new_tokens,
+  )
+  scorers = {}
+  for name, path, changes in config.rows:
+    reward = load(
+      f"{path}:{config.size}", [*every, *split(changes)]
+    ).reward.to_dict()
+    if reward not in [known for known, _ in scorers.values()]:
+      made = score.Scorer(run.pricer, run.tokenizer, **reward)
+      scorers[name] = (reward, made)
+  return probing.answers(
+    run,
+    {name: scorer for name, (_, scorer) in scorers.items()},
+    params,
+    prompts,
+    [run.tokenizer.decode(g[0].tokens, skip_special=True) for g in groups],
+  )
+
+
+def write(workdir, config, values, cost, probed) -> None:
+  """The tables as Markdown, all numbers as JSON, the curves as a picture."""
+  size = {"resamples": config.resamples}
+  text = "\n\n".join(
+    [
+      ablation.results(
+        values, measure.MEASURES, baseline=config.baseline, **size
+      ),
+      ablation.answers(values, config.questions, **size),
+      ablation.costs(cost),
+      ablation.probes(probed),
+    ]
+  )
+  (workdir / "ablation.md").write_text(text + "\n")
+  (workdir / "ablation.json").write_text(
+    json.dumps(
+      {
+        "values": values,
+        "cost": cost,
+        "probes": {
+          reward: {name: np.asarray(v).tolist() for name, v in by.items()}
+          for reward, by in probed.items()
+        },
+      }
+    )
+  )
+  curves = {
+    name: [
+      metrics.read(
+        workdir / "cells" / f"{slug(name)}-{s}" / "rl" / "metrics.jsonl"
+      )
+      for s in config.seeds
+    ]
+    for name, _, _ in config.rows
+  }
+  learning_curves.write(
+    curves,
+    ("reward/mean", "length/completion", "reward/correct", "reward/score"),
+    workdir / "curves.png",
+  )
+  print(text, flush=True)
+
+
+def split(changes: str) -> list[str]:
+  """Flags in one string, quoted where they hold spaces."""
+  return shlex.split(changes)
+
+
+def slug(name: str) -> str:
+  """A row's name as a folder's."""
+  return "".join(c if c.isalnum() else "_" for c in name).strip("_")
+
+
+if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file("config", "configs/ablations.py")
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the grid.")
+  flags.mark_flags_as_required(["workdir"])
+  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  app.run(lambda _: ablate(_CONFIG.value, _WORKDIR.value))

@@ -1,0 +1,101 @@
+"""One model on held-out prompts: numbers a prompt, by measures no reward sets.
+
+Shape key: B prompts, N samples a prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.data import storyworld
+from opera_jax.rollout import engine as engine_lib
+from opera_jax.stages import evaluate
+from opera_jax.stages import setup as setup_lib
+
+# Measure: what it is of, and over which prompts.
+MEASURES = {
+  "facts": "facts kept, of 5",
+  "correct": "sums right",
+  "tokens": "tokens a completion",
+  "reflections": "reflections a thought",
+  "r_self": "R_self",
+  "score": "L, nats a token",
+  "finished": "completions that end",
+}
+OPEN_ENDED = ("facts", "r_self", "score")
+MATHS = ("correct",)
+
+
+def draw(
+  run: setup_lib.Run,
+  params: Any,
+  prompts: Sequence[structs.Prompt],
+  *,
+  samples: int,
+  max_new_tokens: int,
+) -> list[list[structs.Sample]]:
+  """N samples of each prompt at temperature 1, from the run's seed."""
+  return run.engine.sample(
+    run.for_rollout(params),
+    run.prompt_ids(prompts),
+    engine_lib.Sampling(
+      max_new_tokens=max_new_tokens, stop_ids=(run.tokenizer.end_id,)
+    ),
+    jax.random.key(run.seed + 3),
+    samples=samples,
+    ids=[p.id for p in prompts],
+  )
+
+
+def measure(
+  run: setup_lib.Run,
+  params: Any,
+  prompts: Sequence[structs.Prompt],
+  groups: Sequence[Sequence[structs.Sample]],
+) -> dict[str, list[float]]:
+  """Means over each prompt's samples, by measure.
+
+  Args:
+    run: its measurer.
+    params: the model that wrote the samples.
+    prompts: B tasks.
+    groups: N >= 2 samples of each.
+
+  Returns:
+    One number a prompt of its kind: `OPEN_ENDED` over open-ended prompts,
+    `MATHS` over maths, the rest over all, in the order of the prompts. A
+    measure of which there is no prompt is left out.
+  """
+  scored = run.measurer.score(params, prompts, run.prompt_ids(prompts), groups)
+  opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
+  maths = [b for b, p in enumerate(prompts) if p.task == "math"]
+  told = [b for b in opened if "facts" in prompts[b].columns]
+  parts = scored.parts
+  out = {
+    "tokens": scored.rollouts.lengths().mean(axis=1),
+    "reflections": parts["reflections"].mean(axis=1),
+    "finished": np.asarray([np.mean([s.finished for s in g]) for g in groups]),
+  }
+  if opened:
+    out["r_self"] = parts["r_self"][opened].mean(axis=1)
+    out["score"] = parts["score"][opened].mean(axis=1)
+  if maths:
+    out["correct"] = parts["correct"][maths].mean(axis=1)
+  if told:
+    out["facts"] = np.asarray(
+      [_facts(run, prompts[b], groups[b]) for b in told]
+    )
+  return {
+    name: [float(v) for v in out[name]] for name in MEASURES if name in out
+  }
+
+
+def _facts(run, prompt, group) -> float:
+  kept = [
+    storyworld.facts_kept(evaluate.answer_text(run, s), prompt.columns["facts"])
+    for s in group
+  ]
+  return float(np.mean([sum(k.values()) for k in kept]))

@@ -1,0 +1,54 @@
+"""What a reward pays for completions that are made to be paid.
+
+Shape key: B prompts, K probes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.evals import probes
+from opera_jax.stages import score as score_lib
+from opera_jax.stages import setup as setup_lib
+
+
+def answers(
+  run: setup_lib.Run,
+  scorers: Mapping[str, score_lib.Scorer],
+  params: Any,
+  prompts: Sequence[structs.Prompt],
+  texts: Sequence[str],
+) -> dict[str, dict[str, np.ndarray]]:
+  """Each reward's answer to each probe.
+
+  The probes of one prompt are one group, so a rank is among them.
+
+  Args:
+    run: its tokenizer and keywords.
+    scorers: rewards by name.
+    params: the policy that prices.
+    prompts: B tasks.
+    texts: an honest completion of each, tags kept.
+
+  Returns:
+    By reward and probe, the total of every prompt, float32 [B].
+  """
+  separator = run.reward["separator"]
+  made = [
+    probes.make(
+      probes.read(text, separator), prompt, keywords=run.reward["keywords"]
+    )
+    for prompt, text in zip(prompts, texts, strict=True)
+  ]
+  groups = [
+    [probes.sample(m[name], run.tokenizer, separator) for name in probes.NAMES]
+    for m in made
+  ]
+  ids = run.prompt_ids(prompts)
+  out = {}
+  for reward, scorer in scorers.items():
+    total_BK = scorer.score(params, prompts, ids, groups).total_BN
+    out[reward] = {n: total_BK[:, k] for k, n in enumerate(probes.NAMES)}
+  return out

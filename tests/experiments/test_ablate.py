@@ -1,0 +1,85 @@
+"""The grid is well formed, resumes cell by cell, and writes its tables."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from configs import ablations
+from experiments import ablate
+from opera_jax.stages import measure
+
+
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_the_grid_names_real_configs_rows_and_measures(arg):
+  config = ablations.get_config(arg)
+  names = {name for name, _, _ in config.rows} | {"sft"}
+  task = ablate.load(config.task, [])
+  for name, path, changes in config.rows:
+    made = ablate.load(f"{path}:{config.size}", ablate.split(changes))
+    for section in ("seed", "tokenizer", "model", "data", "base"):
+      assert made[section] == task[section], (name, section)
+  assert config.baseline in names
+  for _, row, other, name in config.questions:
+    assert {row, other} <= names and name in measure.MEASURES
+  slugs = [ablate.slug(name) for name in sorted(names)]
+  assert len(set(slugs)) == len(names)
+  with pytest.raises(ValueError, match="'tall'"):
+    ablations.get_config("tall")
+
+
+def test_changes_of_a_row_are_applied():
+  changes = {name: text for name, _, text in ablations.ROWS}
+  path = f"{ablations.OPERA}:ablation"
+  config = ablate.load(path, ablate.split(changes["opera, bridge"]))
+  assert config.reward.bridge == "\n</think>\n\n"
+  config = ablate.load(
+    f"{ablations.OPPO}:ablation", ablate.split(changes["oppo, no anchoring"])
+  )
+  assert config.rl.credit_options.oppo.anchor is False
+  config = ablate.load(
+    f"{ablations.SAR}:ablation", ablate.split(changes["R_SA only"])
+  )
+  assert config.reward.parts == "sar + 0*opera + 0*verifiable"
+
+
+def _run(workdir):
+  env = dict(os.environ, XLA_FLAGS="")
+  env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.ablate"),
+      "--config=configs/ablations.py:smoke",
+      f"--workdir={workdir}",
+    ],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=1500,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_small_grid_runs_and_repeats_nothing(tmp_path):
+  output = _run(tmp_path)
+  text = (tmp_path / "ablation.md").read_text()
+  for word in ("opera", "R_VR + 0.2 R_SA", "reference_echoed", "priced"):
+    assert word in text and word in output
+  kept = json.loads((tmp_path / "ablation.json").read_text())
+  assert set(kept["values"]["opera"]["0"]) == set(measure.MEASURES)
+  assert (tmp_path / "curves.png").stat().st_size > 10_000
+  # A cell that was lost is made again; the others are left alone.
+  cells = sorted((tmp_path / "cells").iterdir())
+  before = (cells[0] / "rl" / "DONE.json").stat().st_mtime_ns
+  (cells[1] / "measured.json").unlink()
+  assert "rl: 1/1" not in _run(tmp_path)
+  assert (cells[0] / "rl" / "DONE.json").stat().st_mtime_ns == before
+  assert (tmp_path / "ablation.md").read_text() == text

@@ -1,0 +1,118 @@
+"""Dynamic sampling keeps exactly the groups with spread, within its bound."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.stages import collect, score
+
+
+class _Engine:
+  """Three tokens a sample."""
+
+  def sample(self, params, prompts, settings, key, *, samples, ids):
+    tokens = np.arange(3, dtype=np.int32)
+    return [
+      [structs.Sample(tokens, np.zeros(3, np.float32), True)] * samples
+      for _ in prompts
+    ]
+
+
+class _Scorer:
+  """Spread where the prompt's id says so."""
+
+  def score(self, params, prompts, ids, groups):
+    reward = np.asarray(
+      [[0.0, 1.0] if "s" in p.id else [0.5, 0.5] for p in prompts], np.float32
+    )
+    rows = 2 * len(prompts)
+    thoughts = structs.Thoughts(
+      *(np.full((rows, *s), rows) for s in ((), (), (), (), (4,), (4,)))
+    )
+    flat = [s for g in groups for s in g]
+    names = [f"{p.id}.{n}" for p in prompts for n in range(2)]
+    return score.Scored(
+      total_BN=reward,
+      parts={"r": reward * 2},
+      trunks=names,
+      prices=structs.Prices(names, names, [], [], 10, 1),
+      thoughts=thoughts,
+      deltas_RJ=np.zeros((rows, 4)),
+      opened_B=np.ones(len(prompts), bool),
+      separate_tokens=5,
+      rollouts=structs.Rollouts(
+        prompts=list(prompts),
+        samples=2,
+        prompt_ids=list(ids),
+        completions=flat,
+        texts=names,
+        thoughts=thoughts,
+        encode=None,
+        chat_prompt=None,
+      ),
+    )
+
+
+@dataclasses.dataclass
+class _Fake:
+  engine: _Engine
+  scorer: _Scorer
+
+  def for_rollout(self, params):
+    return params
+
+
+def _collect(*draws):
+  run = _Fake(_Engine(), _Scorer())
+  prompts = [
+    (
+      [structs.Prompt(i, "math", i, "1") for i in draw.split()],
+      [np.zeros(2, np.int32)] * len(draw.split()),
+    )
+    for draw in draws
+  ]
+  return collect.collect(run, None, prompts, None, jax.random.key(0), samples=2)
+
+
+def _names(got):
+  return [p.id for p in got.scored.rollouts.prompts]
+
+
+def test_one_draw_is_taken_as_it_is():
+  got = _collect("a s1 b")
+  assert _names(got) == ["a", "s1", "b"]
+  assert got.draws == 1 and got.sampled_tokens == 18
+
+
+def test_groups_without_spread_are_drawn_anew():
+  got = _collect("a s1 b", "s2 c s3", "s4 s5 s6")
+  assert _names(got) == ["s1", "s2", "s3"]
+  assert got.draws == 2 and got.sampled_tokens == 36
+  assert (np.ptp(got.scored.total_BN, axis=1) > 0).all()
+  # Every record follows its group.
+  assert got.scored.trunks == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
+  assert got.scored.rollouts.texts == got.scored.trunks
+  np.testing.assert_array_equal(got.scored.parts["r"], 2 * got.scored.total_BN)
+  assert got.scored.prices.trunk_tokens == 20
+  assert got.scored.thoughts.step_end.shape == (6, 4)
+
+
+def test_no_more_than_asked_for_is_kept():
+  got = _collect("s1 b c", "s2 s3 s4")
+  assert _names(got) == ["s1", "s2", "s3"]
+
+
+def test_past_the_bound_the_rest_is_filled():
+  got = _collect("a s1 b", "c d e")
+  assert _names(got) == ["s1", "a", "b"]
+  assert got.draws == 2
+  assert len(got.samples) == 3
+
+
+@pytest.mark.parametrize("draws", [["s1 s2"], ["s1 s2", "a b"]])
+def test_a_full_first_draw_ends_it(draws):
+  got = _collect(*draws)
+  assert _names(got) == ["s1", "s2"] and got.draws == 1
