@@ -217,6 +217,11 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else step
   )
+  print(
+    f"rl: at most {run.engine.programs()} programs to sample, "
+    f"{run.pricer.programs()} to price, {len(rl.row_buckets)} to update",
+    flush=True,
+  )
 
   with (
     jax.set_mesh(run.mesh),
@@ -295,7 +300,8 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         step,
         summary.rl_step(scored, got.samples, old, ema, updates, seconds)
         | credit
-        | got.metrics(),
+        | got.metrics()
+        | {"time/programs": runtime.compiled()},
       )
       progress.update(tokens=got.sampled_tokens)
       leave = preemption.requested()

@@ -85,6 +85,10 @@ class Engine:
     self._buckets = tuple(prompt_buckets)
     self._run = program(graphdef, config, cache_dtype)
 
+  def programs(self) -> int:
+    """How many programs one setting of sampling can need."""
+    return len(self._buckets)
+
   def sample(
     self,
     params: Any,

@@ -5,6 +5,7 @@ D hidden.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,6 +164,11 @@ class Pricer:
     }
 
     self._run = jax.jit(trunks_and_branches(graphdef, temperature=temperature))
+
+  def programs(self) -> int:
+    """How many programs pricing can need: one a shape."""
+    names = ("length_buckets", "slot_buckets", "branch_buckets")
+    return math.prod(len(self._pack[name]) for name in names)
 
   def price(
     self,
