@@ -138,8 +138,9 @@ def check(config, ways: int) -> None:
       f"A step's {rl.prompts} prompts do not divide into mini-batches of "
       f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
     )
+  used = 2 if rl.loss == "dpo" else rl.samples  # rows of a group
   for name, rows in (
-    ("config.rl.mini_batch x config.rl.samples", rl.mini_batch * rl.samples),
+    ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),
     ("config.base.batch_size", config.base.batch_size),
     ("config.sft.batch_size", config.sft.batch_size),
   ):

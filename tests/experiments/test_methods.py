@@ -2,14 +2,15 @@
 
 import importlib
 import json
-import shutil
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from configs import common
-from experiments import opera_rl
 from opera_jax.rewards import compose
 from opera_jax.stages import crediting, learner
 from opera_jax.train import metrics
@@ -48,26 +49,56 @@ def test_an_unknown_size_is_refused():
     _config("opera", "huge")
 
 
+ONE_STEP = [name for name in METHODS if name != "judge"]
+# One process on one device, as on a laptop, so that programs are shared.
+SCRIPT = """
+import importlib, pathlib, shutil, sys, traceback
+from experiments import opera_rl
+
+def config(name, stages):
+  module = importlib.import_module(f"configs.methods.{name}")
+  made = module.get_config("smoke").unlock()
+  made.stages = stages
+  return made
+
+folder = pathlib.Path(sys.argv[1])
+opera_rl.opera(config("opera", "synthesize,select,sft"), str(folder / "start"))
+for name in sys.argv[2:]:
+  for stage in ("tokenizer", "base", "sft"):
+    shutil.copytree(folder / "start" / stage, folder / name / stage)
+  try:
+    opera_rl.opera(config(name, "rl"), str(folder / name))
+  except Exception:
+    (folder / name / "ERROR").write_text(traceback.format_exc())
+"""
+
+
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-  """A run up to SFT, which every method starts from."""
-  folder = tmp_path_factory.mktemp("begun")
-  config = _config("opera", "smoke").unlock()
-  config.stages = "synthesize,select,sft"
-  opera_rl.opera(config, str(folder))
+def stepped(tmp_path_factory):
+  """Folders of one RL step of every method, from one SFT model."""
+  folder = tmp_path_factory.mktemp("methods")
+  env = dict(os.environ, XLA_FLAGS="")
+  env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
+  subprocess.run(
+    [sys.executable, "-c", SCRIPT, str(folder), *ONE_STEP],
+    cwd=ROOT,
+    env=env,
+    check=True,
+    timeout=1500,
+  )
   return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [m for m in METHODS if m != "judge"])
-def test_one_step_of_each_method(name, begun, tmp_path):
-  for stage in ("tokenizer", "base", "sft"):
-    shutil.copytree(begun / stage, tmp_path / stage)
-  config = _config(name, "smoke").unlock()
-  config.stages = "rl"
-  opera_rl.opera(config, str(tmp_path))
-  (line,) = metrics.read(tmp_path / "rl" / "metrics.jsonl")
-  assert json.loads((tmp_path / "rl" / "DONE.json").read_text())["steps"] == 1
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_one_step_of_each_method(name, stepped):
+  failed = stepped / name / "ERROR"
+  assert not failed.exists(), failed.read_text()
+  config = _config(name, "smoke")
+  (line,) = metrics.read(stepped / name / "rl" / "metrics.jsonl")
+  done = json.loads((stepped / name / "rl" / "DONE.json").read_text())
+  assert done["steps"] == 1
   assert np.isfinite(line["policy/loss"])
   for part in compose.weights(config.reward.parts):
     assert f"reward/{part}" in line

@@ -1,0 +1,59 @@
+"""Rows of an update: values at their tokens, groups together, pairs apart."""
+
+import numpy as np
+import pytest
+
+from opera_jax.data import rl
+
+
+def _rows(advantages, begins=(2, 3, 2, 1)):
+  sizes = [len(a) for a in advantages]
+  trunks = [
+    np.arange(b + s, dtype=np.int32) + 10 * r
+    for r, (b, s) in enumerate(zip(begins, sizes))
+  ]
+  zeros = [np.full(len(t), -0.5, np.float32) for t in trunks]
+  return rl.rows(trunks, begins, advantages, zeros, zeros, buckets=(8,))
+
+
+def _advantages(*values):
+  return [np.full(n + 1, v, np.float32) for n, v in enumerate(values)]
+
+
+def test_advantages_stand_on_completion_tokens():
+  batch = _rows([np.asarray([1.0, 2.0, 3.0], np.float32)], begins=(2,))
+  np.testing.assert_array_equal(batch.advantage[0], [0, 0, 1, 2, 3, 0, 0, 0])
+  np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1, 1, 0, 0, 0])
+  assert batch.extra == {}
+
+
+def test_spread_takes_further_axes():
+  got = rl.spread([np.ones((2, 3)), np.ones((1, 3))], [1, 0], 4)
+  assert got.shape == (2, 4, 3)
+  np.testing.assert_array_equal(got[:, :, 0], [[0, 1, 1, 0], [1, 0, 0, 0]])
+
+
+def test_mini_batches_cut_what_is_extra_too():
+  batch = _rows(_advantages(1, 2, 3, 4))
+  batch = batch.replace(extra={"value": np.arange(4.0)[:, None]})
+  one, two = rl.mini_batches(batch, 2)
+  np.testing.assert_array_equal(two.extra["value"][:, 0], [2, 3])
+  np.testing.assert_array_equal(two.tokens, batch.tokens[2:])
+  assert one.tokens.shape[0] == 2
+  with pytest.raises(ValueError, match="4 rows do not divide into 3"):
+    rl.mini_batches(batch, 3)
+
+
+def test_pairs_put_the_better_halves_first():
+  # Groups of 2: (worse, better), then without spread; a mini-batch each, then
+  # both in one.
+  batch = _rows(_advantages(-1, 1, 0, 0))
+  one, two = rl.mini_batches(rl.pairs(batch, 2, 2), 2)
+  np.testing.assert_array_equal(one.tokens, batch.tokens[[1, 0]])
+  assert one.loss_mask.any(axis=1).all()
+  assert not two.loss_mask.any()
+  both = rl.pairs(batch, 2, 1)
+  np.testing.assert_array_equal(both.tokens[[0, 2]], batch.tokens[[1, 0]])
+  np.testing.assert_array_equal(
+    both.loss_mask.any(axis=1), [True, False, True, False]
+  )

@@ -1,0 +1,69 @@
+"""What a credit rule is told: successes, penalties, and whom it may ask."""
+
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.losses import kl
+from opera_jax.stages import crediting, score
+
+
+def _scored(parts):
+  tokens = np.arange(2, dtype=np.int32)
+  rollouts = structs.Rollouts(
+    prompts=[
+      structs.Prompt("a", "math", "q", "1"),
+      structs.Prompt("b", "open_ended", "q", "r"),
+    ],
+    samples=2,
+    prompt_ids=[tokens, tokens],
+    completions=[structs.Sample(tokens, np.zeros(2, np.float32), True)] * 4,
+    texts=["x"] * 4,
+    thoughts=None,
+    encode=None,
+    chat_prompt=lambda text: tokens,
+  )
+  total = np.asarray([[1.2, -0.3], [0.4, 0.6]], np.float32)
+  return score.Scored(total, parts, [], None, None, None, None, 0, rollouts)
+
+
+def test_success_is_correctness_of_maths_and_else_the_reward():
+  correct = np.asarray([[1.0, 0.0], [0.0, 0.0]])
+  scored = _scored({"correct": correct})
+  np.testing.assert_allclose(
+    crediting.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
+  )
+  scored = _scored({})
+  np.testing.assert_allclose(
+    crediting.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
+  )
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_penalties_are_weighed_estimates_of_each_token(name):
+  rng = np.random.default_rng(0)
+  old, ref = rng.normal(-1, 0.2, (2, 2, 3)).astype(np.float32)
+  got = crediting.penalties(list(old), list(ref), coef=0.5, estimator=name)
+  np.testing.assert_allclose(got, 0.5 * getattr(kl, name)(old, ref), rtol=1e-5)
+  none = crediting.penalties(list(old), list(ref), coef=0.0, estimator=name)
+  assert not np.any(none)
+
+
+def test_a_model_that_the_run_lacks_is_refused():
+  creditor = crediting.Creditor("sdpo", {"sdpo": {"threshold": 0.2}}, None)
+  with pytest.raises(ValueError, match="config.rl.ema"):
+    creditor.credit({"ema": None}, _scored({}), [], penalty=[])
+
+
+@pytest.mark.parametrize(
+  "rules, options, message",
+  [
+    ("karma", {}, "no credit rule 'karma'"),
+    ("evidence", {}, "no credit rule 'evidence'"),
+    ("oppo", {"oppo": {"faith": 1}}, "takes the settings.*'anchor'"),
+    ("grpo, oppo", {}, "no term"),
+  ],
+)
+def test_unknown_rules_are_refused(rules, options, message):
+  with pytest.raises(ValueError, match=message):
+    crediting.Creditor(rules, options, None)
