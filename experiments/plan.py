@@ -8,7 +8,8 @@ The first compiles, on this machine's CPU with libtpu, the programs that
 `experiments.opera_rl` would execute with that config: bytes a device against
 its memory, FLOPs, collective bytes, compile seconds, and what to turn where
 something does not fit (exit status 1). The second writes the page of the saved
-plans. A plan of an 8B model takes some minutes on 2 cores; `--programs` picks.
+plans. A plan of an 8B model takes some minutes on 2 cores; `--programs` picks,
+and those it does not name are kept from the file if it has them.
 Left out on purpose: measured times.
 """
 
@@ -45,6 +46,8 @@ def main(_) -> None:
   if not _TOPOLOGY.value:
     raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
   config = _CONFIG.value
+  path = pathlib.Path(_JSON.value) if _JSON.value else None
+  before = json.loads(path.read_text()) if path and path.exists() else None
   try:
     plan = whole.make(
       _TOPOLOGY.value,
@@ -52,12 +55,12 @@ def main(_) -> None:
       {section: config[section] for section in whole.SECTIONS},
       name=flags.FLAGS["config"].config_filename,
       names=tuple(_PROGRAMS.value),
+      before=before,
     )
   except ValueError as error:
     raise app.UsageError(str(error)) from error
   print(table.text(plan))
-  if _JSON.value:
-    path = pathlib.Path(_JSON.value)
+  if path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1) + "\n")
   if not all(p["fits"] for p in plan["programs"]):

@@ -37,15 +37,9 @@ class Cost:
   stream_seconds: float  # of what must be read from memory, at stated bandwidth
   collective_bytes: dict[str, float] | None  # None: no text to read
   collective_seconds: float | None  # at stated bandwidth
+  seconds: float  # the largest of the three: the least that a call can take
   compile_seconds: float
   turn: tuple[str, ...]  # what to lower where it does not fit
-
-  @property
-  def seconds(self) -> float:
-    """The least that one call can take."""
-    return max(
-      self.flops_seconds, self.stream_seconds, self.collective_seconds or 0.0
-    )
 
 
 def analyse(
@@ -82,6 +76,13 @@ def analyse(
       "code_bytes": memory.generated_code_size_in_bytes,
     }
     total = program.beside + sum(parts.values())
+  floors = {
+    "flops_seconds": program.flops.total / (mesh.size * chip.flops),
+    "stream_seconds": program.streamed / chip.hbm_bandwidth,
+    "collective_seconds": None
+    if collectives is None
+    else sum(collectives.values()) / chip.ici_bandwidth,
+  }
   return Cost(
     name=program.name,
     shape=program.shape,
@@ -93,12 +94,9 @@ def analyse(
     forward_flops=program.flops.forward,
     backward_flops=program.flops.backward,
     recompute_flops=program.flops.recompute,
-    flops_seconds=program.flops.total / (mesh.size * chip.flops),
-    stream_seconds=program.streamed / chip.hbm_bandwidth,
+    **floors,
     collective_bytes=collectives,
-    collective_seconds=None
-    if collectives is None
-    else sum(collectives.values()) / chip.ici_bandwidth,
+    seconds=max(x for x in floors.values() if x is not None),
     compile_seconds=seconds,
     turn=program.turn,
   )

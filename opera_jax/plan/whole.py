@@ -21,6 +21,7 @@ def make(
   *,
   name: str,
   names: tuple[str, ...] = programs.NAMES,
+  before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Compiles the programs of a run and adds them up.
 
@@ -33,6 +34,8 @@ def make(
     sections: of the config, by the names in SECTIONS.
     name: of the config.
     names: which of `programs.NAMES`.
+    before: a plan of the same config and topology, whose other programs are
+      kept; None keeps none.
 
   Returns:
     The plan, ready for JSON and for `table`.
@@ -43,11 +46,16 @@ def make(
   jax.config.update("jax_enable_compilation_cache", False)
   chip, count = hardware.parse(topology)
   laid_out = mesh_lib.create(dict(mesh), hardware.devices(topology))
-  costs = []
+  costs = {}
+  if before and (before["config"], before["topology"]) == (name, topology):
+    costs = {p["name"]: p for p in before["programs"]}
   for program in programs.build(laid_out, **sections, names=names):
     print(f"plan: compiling {program.name} ({program.shape})", flush=True)
-    costs.append(analyse.analyse(program, laid_out, chip))
-  parts = {c.name: c.calls * c.seconds for c in costs if c.calls}
+    costs[program.name] = dataclasses.asdict(
+      analyse.analyse(program, laid_out, chip)
+    )
+  ordered = [costs[n] for n in programs.NAMES if n in costs]
+  parts = {c["name"]: c["calls"] * c["seconds"] for c in ordered if c["calls"]}
   model, rl = qwen3.Config(**sections["model"]), sections["rl"]
   packages = ("jax", "libtpu")
   return {
@@ -66,5 +74,5 @@ def make(
     "step_tokens": rl["prompts"] * rl["samples"] * max(rl["row_buckets"]),
     "step_seconds": sum(parts.values()),
     "step_parts": parts,
-    "programs": [dataclasses.asdict(c) for c in costs],
+    "programs": ordered,
   }
