@@ -96,6 +96,28 @@ def build(
   return [makers[name]() for name in NAMES if name in names]
 
 
+def most(
+  mesh: jax.sharding.Mesh,
+  *,
+  model: Section,
+  engine: Section,
+  price: Section,
+  rl: Section,
+) -> dict[str, int]:
+  """How many programs an RL run can compile, as its parts count them."""
+  config = qwen3.Config(**model)
+  graphdef = qwen3.abstract(config)[0]
+  pricer = price_lib.Pricer(
+    graphdef, vocab_size=config.vocab_size, mesh=mesh, **price
+  )
+  sampler = engine_lib.Engine(graphdef, config, mesh=mesh, **engine)
+  return {
+    "sample": sampler.programs(),
+    "price": pricer.programs(),
+    "update": len(rl["row_buckets"]),
+  }
+
+
 def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
   """The arguments of `function` that a section has under the same name."""
   return {

@@ -102,6 +102,13 @@ def _foot(plan: dict[str, Any]) -> list[str]:
     + ", ".join(f"{k} {v:,.0f}" for k, v in plan["step_parts"].items())
     + f"): {plan['step_tokens']:,} tokens in rows.",
   ]
+  counts = plan["most_programs"]
+  lines += [
+    "",
+    f"An RL run compiles at most {sum(counts.values())} programs: "
+    + ", ".join(f"{count} to {what}" for what, count in counts.items())
+    + ".",
+  ]
   for p in plan["programs"]:
     if not p["fits"]:
       lines += [

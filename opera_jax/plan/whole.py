@@ -46,9 +46,7 @@ def make(
   jax.config.update("jax_enable_compilation_cache", False)
   chip, count = hardware.parse(topology)
   laid_out = mesh_lib.create(dict(mesh), hardware.devices(topology))
-  costs = {}
-  if before and (before["config"], before["topology"]) == (name, topology):
-    costs = {p["name"]: p for p in before["programs"]}
+  costs = kept(before, name, topology)
   for program in programs.build(laid_out, **sections, names=names):
     print(f"plan: compiling {program.name} ({program.shape})", flush=True)
     costs[program.name] = dataclasses.asdict(
@@ -71,8 +69,24 @@ def make(
     "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
     "slot_bytes": fit.token_bytes(model, sections["engine"]["cache_dtype"])
     * sections["rollout"]["max_new_tokens"],
+    "most_programs": programs.most(
+      laid_out,
+      **{part: sections[part] for part in ("model", "engine", "price", "rl")},
+    ),
     "step_tokens": rl["prompts"] * rl["samples"] * max(rl["row_buckets"]),
     "step_seconds": sum(parts.values()),
     "step_parts": parts,
     "programs": ordered,
   }
+
+
+def kept(
+  before: Mapping[str, Any] | None, name: str, topology: str
+) -> dict[str, Any]:
+  """Costs by program of an earlier plan of the same config and topology."""
+  if before is None or (before["config"], before["topology"]) != (
+    name,
+    topology,
+  ):
+    return {}
+  return {p["name"]: p for p in before["programs"]}

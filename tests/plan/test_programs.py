@@ -103,6 +103,18 @@ def test_programs_are_those_of_the_run():
   }
 
 
+def test_a_run_compiles_a_program_for_each_combination_of_buckets():
+  config = _config()
+  mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
+  sections = {n: config[n] for n in ("model", "engine", "price", "rl")}
+  # One prompt length; one trunk length, two numbers and lengths of branches.
+  assert programs.most(mesh, **sections) == {
+    "sample": 1,
+    "price": 4,
+    "update": 1,
+  }
+
+
 def test_at_another_temperature_the_policy_is_priced_again():
   _, [reference] = _programs(
     _config(**{"rollout.temperature": 0.7}), ("reference",)

@@ -1,0 +1,116 @@
+"""A plan's sums, its table, and what the command does with it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from opera_jax.plan import table, whole
+
+CONFIG = (
+  *("--config=configs/tiny.py:smoke", "--config.model.vocab_size=640"),
+  *("--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+  *("--config.price.length_buckets=(128,)", "--config.price.slot_buckets=(1,)"),
+)
+
+
+def _run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.plan", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=300,
+    env=os.environ | {"XLA_FLAGS": ""},
+  )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """The command's output, and the folder with its file."""
+  folder = tmp_path_factory.mktemp("plans")
+  done = _run(
+    *CONFIG,
+    "--topology=v5e:2x2",
+    "--programs=reference",
+    f"--json={folder / 'tiny.json'}",
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout, folder
+
+
+def test_the_command_prints_the_table_and_saves_the_plan(saved):
+  output, folder = saved
+  plan = json.loads((folder / "tiny.json").read_text())
+  assert output.endswith(table.text(plan) + "\n")
+  assert plan["devices"] == plan["chips"] == 4
+  [reference] = plan["programs"]
+  assert plan["step_seconds"] == reference["calls"] * reference["seconds"]
+  assert reference["seconds"] >= reference["flops_seconds"] > 0
+  # 2 x 2 layers' keys and values, 64 wide, float32, 224 tokens a sample.
+  assert plan["slot_bytes"] == 2 * 3 * 2 * 32 * 4 * 224
+  [head] = [x for x in output.splitlines() if x.startswith("program ")]
+  [row] = [x for x in output.splitlines() if x.startswith("reference ")]
+  assert len(head) == len(row)
+
+
+def test_the_page_holds_every_saved_plan(saved):
+  _, folder = saved
+  assert _run(f"--page={folder}").returncode == 0
+  page = (folder / "README.md").read_text()
+  plan = json.loads((folder / "tiny.json").read_text())
+  assert page == table.markdown([plan])
+  assert "## `configs/tiny.py:smoke` on v5e:2x2" in page
+  assert "| reference | " in page
+
+
+def test_programs_that_are_not_named_are_kept(saved):
+  _, folder = saved
+  plan = json.loads((folder / "tiny.json").read_text())
+  kept = whole.kept(plan, plan["config"], plan["topology"])
+  assert kept == {"reference": plan["programs"][0]}
+  assert whole.kept(plan, plan["config"], "v6e:2x2") == {}
+  assert whole.kept(None, plan["config"], plan["topology"]) == {}
+
+
+def test_what_does_not_fit_is_said_and_has_no_number_it_lacks(saved):
+  _, folder = saved
+  plan = json.loads((folder / "tiny.json").read_text())
+  plan["programs"][0] |= {
+    "fits": False,
+    "argument_bytes": None,
+    "collective_bytes": None,
+    "collective_seconds": None,
+  }
+  text = table.text(plan)
+  assert "reference does not fit" in text
+  assert "config.price.rows (16; a multiple of 2)" in text
+  assert text.count("not available") == 3
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("--topology=v5e:3x3",), "must be one of"),
+    (("--topology=v5e:2x2", "--programs=sing"), "sing"),
+    ((), "--topology=v5p:4x4x4"),
+  ],
+)
+def test_wrong_flags_end_with_their_remedy(arguments, message):
+  done = _run(*CONFIG, *arguments)
+  assert done.returncode == 1
+  assert message in done.stdout + done.stderr
+
+
+def test_what_does_not_fit_ends_the_command_with_an_error(tmp_path):
+  done = _run(
+    *CONFIG,
+    *("--topology=v5e:2x2", "--programs=rollout"),
+    *("--config.engine.rows=4096", "--config.rollout.max_new_tokens=16384"),
+  )
+  assert done.returncode == 1
+  assert "rollout does not fit" in done.stdout
