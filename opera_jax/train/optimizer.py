@@ -123,27 +123,25 @@ def _in_bfloat16(
   average: to the nearest, 0.999 v would be v again and never decay.
   """
 
-  def store(state, key):
-    moments, shape = jax.tree.flatten((state.mu, state.nu))
-    rounded = [
-      _rounded_at_random(x, jax.random.fold_in(key, i))
-      for i, x in enumerate(moments)
-    ]
-    mu, nu = jax.tree.unflatten(shape, rounded)
-    return state._replace(mu=mu, nu=nu)
-
-  def load(state):
-    mu, nu = jax.tree.map(lambda x: x.astype(jnp.float32), (state.mu, state.nu))
+  def cast(state, dtype):
+    mu, nu = jax.tree.map(lambda x: x.astype(dtype), (state.mu, state.nu))
     return state._replace(mu=mu, nu=nu)
 
   def init(params: optax.Params) -> Any:
-    return store(scale.init(params), jax.random.key(0))
+    return cast(scale.init(params), jnp.bfloat16)
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    updates, state = scale.update(updates, load(state), params)
-    return updates, store(
-      state, jax.random.fold_in(jax.random.key(0), state.count)
+    updates, state = scale.update(updates, cast(state, jnp.float32), params)
+    key = jax.random.fold_in(jax.random.key(0), state.count)
+    moments, shape = jax.tree.flatten((state.mu, state.nu))
+    mu, nu = jax.tree.unflatten(
+      shape,
+      [
+        _rounded_at_random(x, jax.random.fold_in(key, i))
+        for i, x in enumerate(moments)
+      ],
     )
+    return updates, state._replace(mu=mu, nu=nu)
 
   return optax.GradientTransformation(init, update)
 

@@ -88,10 +88,3 @@ def pair(request, tmp_path_factory, one_device) -> Pair:
   """Each case in turn."""
   folder = tmp_path_factory.mktemp(request.param)
   return read(torch_model(**CASES[request.param]), folder, one_device)
-
-
-@pytest.fixture(scope="session")
-def grouped(tmp_path_factory, one_device) -> Pair:
-  """The first case alone."""
-  folder = tmp_path_factory.mktemp("one")
-  return read(torch_model(), folder, one_device)

@@ -72,16 +72,26 @@ def _reference(pair) -> list[np.ndarray]:
 def _hidden(graphdef, params, batch):
   model = nnx.merge(graphdef, params)
   hidden, _ = model(
-    batch.tokens, batch.positions, attention.causal(batch.segments)
+    batch.tokens,
+    batch.positions,
+    attention.causal(
+      batch.segments, implementation=model.config.attention or None
+    ),
   )
   return model, hidden
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits(pair, layout):
+@pytest.mark.parametrize(
+  ("layout", "attention_by"),
+  [*((layout, "xla") for layout in LAYOUTS), ("packed", "splash")],
+)
+def test_logits(pair, layout, attention_by):
+  config = dataclasses.replace(pair.config, attention=attention_by)
+  graphdef, _ = qwen3.abstract(config)
+
   @jax.jit
   def logits(params, batch):
-    model, hidden = _hidden(pair.graphdef, params, batch)
+    model, hidden = _hidden(graphdef, params, batch)
     head, transposed = model.head_matrix()
     return hidden @ (head.T if transposed else head)
 
@@ -183,30 +193,30 @@ def test_greedy_tokens(pair, one_device):
     assert len(set(sample.tokens.tolist())) > 2  # it has not stuck at once
 
 
-def test_layer_by_layer(grouped):
+def test_layer_by_layer(pair):
   """The states after each layer, each through the final norm."""
   import torch
 
   theirs = []
   hooks = [
     layer.register_forward_hook(lambda *args: theirs.append(args[2]))
-    for layer in grouped.torch.model.layers
+    for layer in pair.torch.model.layers
   ]
-  sequence = _sequences(grouped.config.vocab_size)[-1]
+  sequence = _sequences(pair.config.vocab_size)[-1]
   with torch.no_grad():
-    grouped.torch(torch.from_numpy(sequence).long()[None])
-    theirs = [grouped.torch.model.norm(state)[0].numpy() for state in theirs]
+    pair.torch(torch.from_numpy(sequence).long()[None])
+    theirs = [pair.torch.model.norm(state)[0].numpy() for state in theirs]
   for hook in hooks:
     hook.remove()
-  batch, places = _batch("packed", grouped.config.vocab_size)
+  batch, places = _batch("packed", pair.config.vocab_size)
   row, start = places[-1]
   for depth, expected in enumerate(theirs, start=1):
-    config = dataclasses.replace(grouped.config, layers=depth)
+    config = dataclasses.replace(pair.config, layers=depth)
     first = jax.tree_util.tree_map_with_path(
       lambda path, x, d=depth: (
         x[:d] if qwen3.path_name(path).startswith("layers/") else x
       ),
-      grouped.params,
+      pair.params,
     )
     run = jax.jit(functools.partial(_hidden, qwen3.abstract(config)[0]))
     ours = run(first, batch)[1][row, start : start + len(sequence)]
@@ -215,10 +225,10 @@ def test_layer_by_layer(grouped):
     )
 
 
-def test_keys_and_values_of_every_layer(grouped):
+def test_keys_and_values_of_every_layer(pair):
   import torch
 
-  config = grouped.config
+  config = pair.config
   sequence = _sequences(config.vocab_size)[0]
   size, P = len(sequence), 32
   tokens = np.zeros((1, P), np.int32)
@@ -227,7 +237,7 @@ def test_keys_and_values_of_every_layer(grouped):
 
   @jax.jit
   def fill(params):
-    model = nnx.merge(grouped.graphdef, params)
+    model = nnx.merge(pair.graphdef, params)
     return model(
       jnp.asarray(tokens),
       jnp.arange(P)[None],
@@ -237,9 +247,9 @@ def test_keys_and_values_of_every_layer(grouped):
       ),
     )[1]
 
-  trunk = fill(grouped.params)
+  trunk = fill(pair.params)
   with torch.no_grad():
-    cache = grouped.torch(
+    cache = pair.torch(
       torch.from_numpy(sequence).long()[None], use_cache=True
     ).past_key_values
   for layer, theirs in enumerate(cache.layers):

@@ -82,8 +82,10 @@ class Outcome:
   metrics: dict  # of the first update
 
 
-def _adamw():
-  return optimizer.adamw(LEARNING_RATE, b1=B1, max_grad_norm=1.0)
+def _adamw(moment_dtype="float32"):
+  return optimizer.adamw(
+    LEARNING_RATE, b1=B1, max_grad_norm=1.0, moment_dtype=moment_dtype
+  )
 
 
 def _by_name(tree) -> dict:
@@ -93,11 +95,11 @@ def _by_name(tree) -> dict:
   }
 
 
-def _state(config, mesh) -> train_state.TrainState:
+def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
   params = jax.tree.map(lambda x: x * 1.5, qwen3.create(config, seed=0)[1])
   params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
   return fit.place(
-    train_state.create(params, _adamw(), jax.random.key(0)), mesh
+    train_state.create(params, _adamw(moment_dtype), jax.random.key(0)), mesh
   )
 
 
@@ -210,9 +212,10 @@ def test_remat_and_micro_batches_change_nothing(alone, name, remat):
 @pytest.mark.parametrize(
   "name", ["tensor8", "data2_fsdp2_tensor2", "fsdp2_sequence2_tensor2"]
 )
-def test_the_optimizer_state_lies_where_its_parameters_do(name):
+@pytest.mark.parametrize("moment_dtype", optimizer.MOMENT_DTYPES)
+def test_the_optimizer_state_lies_where_its_parameters_do(name, moment_dtype):
   mesh = mesh_lib.create(MESHES[name])
-  state = _state(CONFIG, mesh)
+  state = _state(CONFIG, mesh, moment_dtype)
   _assert_like_parameters(state)
   ways = mesh.size // mesh.shape["data"]
   for tree in (state.params, *_moments(state)):
