@@ -1,0 +1,149 @@
+"""Two processes do what one does, and a run outlives one that dies.
+
+Every process here is a host of its own with a few fake devices; they meet at
+localhost as hosts of a pod meet over the network.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from opera_jax.sharding import runtime
+from opera_jax.train import metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+HEARTBEAT = 10  # seconds
+STEPS = 2
+FLAGS = (
+  "--config=configs/tiny.py:smoke",
+  "--config.mesh.tensor=2",
+  "--config.model.hidden=64",
+  "--config.model.layers=2",
+  "--config.sft.batch_size=4",
+  "--config.sft.packed=False",
+  "--config.sft.epochs=1",
+  "--config.sft.row_tokens=160",
+  "--config.synthesis.max_thought_tokens=96",
+  "--config.rollout.max_new_tokens=64",
+  f"--config.rl.steps={STEPS}",
+)
+
+
+def _run(workdir, stages: str, *, processes: int, devices: int) -> list:
+  """Starts the driver on so many hosts of so many devices each."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  env = dict(os.environ)
+  env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "experiments.opera_rl", *FLAGS),
+        f"--workdir={workdir}",
+        f"--config.stages={stages}",
+        f"--config.runtime.heartbeat_seconds={HEARTBEAT}",
+        *(
+          [f"--config.runtime.distributed=localhost:{port},{processes},{i}"]
+          if processes > 1
+          else []
+        ),
+      ],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(processes)
+  ]
+
+
+def _finish(hosts: list) -> None:
+  outputs = [host.communicate(timeout=600)[0] for host in hosts]
+  for host, output in zip(hosts, outputs):
+    assert host.returncode == 0, output
+
+
+def _lines(workdir, stage: str) -> list[dict]:
+  return [
+    {k: v for k, v in line.items() if not k.startswith("time/")}
+    for line in metrics.read(workdir / stage / "metrics.jsonl")
+  ]
+
+
+def _assert_same(ours, theirs) -> None:
+  for stage in ("sft", "rl"):
+    got, want = _lines(ours, stage), _lines(theirs, stage)
+    assert want
+    assert [line["step"] for line in got] == [line["step"] for line in want]
+    for a, b in zip(got, want, strict=True):
+      assert a == pytest.approx(b, rel=1e-4, abs=1e-5), stage
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory):
+  """A run that stands before SFT, made by one device."""
+  workdir = tmp_path_factory.mktemp("selected")
+  _finish(_run(workdir, "synthesize,select", processes=1, devices=2))
+  return workdir
+
+
+def _copy(workdir, name: str):
+  return shutil.copytree(workdir, workdir.parent / f"{workdir.name}-{name}")
+
+
+@pytest.fixture(scope="module")
+def alone(selected):
+  """SFT and RL by one process with eight devices."""
+  workdir = _copy(selected, "alone")
+  _finish(_run(workdir, "sft,rl", processes=1, devices=8))
+  return workdir
+
+
+def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
+  workdir = _copy(selected, "two")
+  first, second = _run(workdir, "sft,rl", processes=2, devices=4)
+  saved = workdir / "rl" / "checkpoints" / "1" / "FILES.json"
+  deadline = time.monotonic() + 400
+  while not saved.exists():
+    assert first.poll() is None, first.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  second.send_signal(signal.SIGKILL)
+  killed = time.monotonic()
+  output, _ = first.communicate(timeout=120)
+  seconds = time.monotonic() - killed
+  print(f"the other process ended after {seconds:.1f} s")
+  assert first.returncode != 0
+  assert seconds < 3 * HEARTBEAT, output
+  assert "heartbeat" in output or "Gloo" in output, output
+  second.communicate()
+  # One writer: one line a step, one board.
+  board = workdir / "sft" / "tensorboard" / "metrics"
+  assert len(list(board.glob("events*"))) == 1
+
+  for name, processes, devices in (
+    ("one", 1, 8),
+    ("small", 2, 2),
+    ("same", 2, 4),
+  ):
+    again = _copy(workdir, name)
+    _finish(_run(again, "sft,rl", processes=processes, devices=devices))
+    _assert_same(again, alone)
+    assert json.loads((again / "rl" / "DONE.json").read_text())
+
+
+@pytest.mark.parametrize("value", ["here", "host:1,2", "host:1,2,2"])
+def test_an_address_that_is_none_is_refused(value):
+  with pytest.raises(ValueError, match="HOST:PORT,COUNT,INDEX"):
+    runtime.start(distributed=value, heartbeat_seconds=1, compile_cache="")
