@@ -1,4 +1,4 @@
-"""The device mesh, and the start of jax.distributed on several hosts."""
+"""The device mesh."""
 
 import jax
 import numpy as np

@@ -143,6 +143,53 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
     assert json.loads((again / "rl" / "DONE.json").read_text())
 
 
+SHARE = """
+import jax
+import numpy as np
+from opera_jax.sharding import layout, mesh, runtime
+
+runtime.start(distributed="auto", heartbeat_seconds=10, compile_cache="")
+devices = mesh.create()
+mine = layout.own_rows(devices, 8)
+whole = np.arange(16.0).reshape(8, 2)
+placed = layout.from_own_rows(whole[mine], devices, 8)
+np.testing.assert_array_equal(layout.to_host(placed * 2), whole * 2)
+copied = layout.to_devices(whole, layout.rows(devices))
+np.testing.assert_array_equal(layout.to_host(copied + placed), whole * 2)
+key = layout.to_devices(jax.random.key(1), layout.replicated(devices))
+bits = layout.to_host(jax.random.bits(key))
+assert bits == jax.random.bits(jax.random.key(1))
+print("share", jax.process_index(), runtime.lead(), mine.tolist())
+"""
+
+
+def test_hosts_of_a_slurm_job_find_each_other_and_share_the_rows():
+  job = str(os.getpid())  # names the port where they meet
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, "-c", SHARE],
+      cwd=ROOT,
+      env=os.environ
+      | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(i),
+        "SLURM_LOCALID": str(i),
+        "SLURM_STEP_NUM_NODES": "1",
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  outputs = [host.communicate(timeout=200)[0] for host in hosts]
+  assert "share 0 True [0, 1, 2, 3]" in outputs[0], outputs[0]
+  assert "share 1 False [4, 5, 6, 7]" in outputs[1], outputs[1]
+
+
 @pytest.mark.parametrize("value", ["here", "host:1,2", "host:1,2,2"])
 def test_an_address_that_is_none_is_refused(value):
   with pytest.raises(ValueError, match="HOST:PORT,COUNT,INDEX"):
