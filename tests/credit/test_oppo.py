@@ -105,13 +105,20 @@ def test_rescaling_sums_to_reward_minus_v0(make, anchor):
 
 
 def test_evidence_is_clipped_and_counted(make):
-  evidence = make([[0.0, 1.0]], [2, 2], told=[np.asarray([-0.1, -99.0])] * 2)
-  got = oppo.Rule(evidence_clip=1.0, scale="none", anchor=False)
-  credit = got.credit(evidence)
-  assert 0.5 <= credit.metrics["clipped"] <= 1.0
-  bounded = oppo.beliefs(np.asarray([1.0, -1.0]), 0.5)
-  assert bounded[-1] == pytest.approx(0.5)
-  assert abs(np.log(1 / credit.metrics["clipped"])) < 1
+  told = [np.asarray([-0.1, -99.0], np.float32)] * 2
+  evidence = make([[0.0, 1.0]], [2, 2], told=told)
+  credit = oppo.Rule(evidence_clip=1.0, scale="none", anchor=False).credit(
+    evidence
+  )
+  ratio = np.stack(told) - np.stack(evidence.logprob)
+  assert credit.metrics["clipped"] == (np.abs(ratio) > 1).mean() > 0
+  assert credit.metrics["evidence"] == pytest.approx(ratio.mean(), rel=1e-5)
+  log_odds = np.clip(ratio, -1, 1).sum(axis=1)  # V_0 = 1/2
+  want = 1 / (1 + np.exp(-log_odds)) - 0.5
+  np.testing.assert_allclose(
+    [a.sum() for a in credit.advantage], want, rtol=1e-5
+  )
+  assert credit.metrics["drift"] == pytest.approx(want.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("belief", oppo.BELIEFS)

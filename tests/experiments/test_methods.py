@@ -52,7 +52,7 @@ def test_an_unknown_size_is_refused():
 ONE_STEP = [name for name in METHODS if name != "judge"]
 # One process on one device, as on a laptop, so that programs are shared.
 SCRIPT = """
-import importlib, pathlib, shutil, sys, traceback
+import importlib, pathlib, shutil, sys
 from experiments import opera_rl
 
 def config(name, stages):
@@ -66,10 +66,7 @@ opera_rl.opera(config("opera", "synthesize,select,sft"), str(folder / "start"))
 for name in sys.argv[2:]:
   for stage in ("tokenizer", "base", "sft"):
     shutil.copytree(folder / "start" / stage, folder / name / stage)
-  try:
-    opera_rl.opera(config(name, "rl"), str(folder / name))
-  except Exception:
-    (folder / name / "ERROR").write_text(traceback.format_exc())
+  opera_rl.opera(config(name, "rl"), str(folder / name))
 """
 
 
@@ -93,8 +90,6 @@ def stepped(tmp_path_factory):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_one_step_of_each_method(name, stepped):
-  failed = stepped / name / "ERROR"
-  assert not failed.exists(), failed.read_text()
   config = _config(name, "smoke")
   (line,) = metrics.read(stepped / name / "rl" / "metrics.jsonl")
   done = json.loads((stepped / name / "rl" / "DONE.json").read_text())
@@ -105,6 +100,6 @@ def test_one_step_of_each_method(name, stepped):
   if config.rl.value_coef:
     assert line["policy/value_loss"] >= 0
   if config.rl.divergence_coef:
-    assert line["policy/divergence"] >= 0
+    assert line["policy/divergence"] > -1e-6  # 0 but for rounding
   if config.rl.draws > 1:
     assert 1 <= line["rollout/draws"] <= 10

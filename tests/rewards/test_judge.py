@@ -176,6 +176,10 @@ def test_a_fair_judge_has_no_bias():
   got = judge.tally([(0, 1), (1, 2)], [1.0, 0.5], [0.0, 0.5], 4)
   np.testing.assert_allclose(got.win_R, [1, 0.25, 0.5, 0.5])
   assert got.position_bias == 0 and got.self_consistency == 1
+  # One that always takes the first place settles nothing.
+  got = judge.tally([(0, 1)], [1.0], [1.0], 2)
+  np.testing.assert_allclose(got.win_R, [0.5, 0.5])
+  assert got.position_bias == 0.5 and got.self_consistency == 0
 
 
 def test_bad_settings_are_refused(server, rollouts):
