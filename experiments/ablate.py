@@ -180,6 +180,7 @@ def write(workdir, config, values, cost, probed) -> None:
       ),
       ablation.answers(values, config.questions, **size),
       ablation.costs(cost),
+      ablation.efficiency(values, "sft"),
       ablation.probes(probed),
     ]
   )

@@ -92,6 +92,34 @@ def costs(cost: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
   return "\n".join(lines)
 
 
+def efficiency(values: Values, reference: str) -> str:
+  """AES of every row on maths, see `seeds.aes`, mean and spread over seeds.
+
+  Args:
+    values: see `results`; "correct" and "math_tokens" among the measures.
+    reference: the row that accuracy and length are measured against.
+
+  Returns:
+    A Markdown table; "" where there is no maths, or where the reference got
+    nothing right, for AES divides by that.
+  """
+  first = next(iter(values[reference].values()))
+  if "correct" not in first or not stacked(values, reference, "correct").any():
+    return ""
+  base = [
+    stacked(values, reference, name).mean()
+    for name in ("correct", "math_tokens")
+  ]
+  lines = ["| method | AES | ± over seeds |", "|---|---|---|"]
+  for row in values:
+    accuracy_S = stacked(values, row, "correct").mean(axis=1)
+    length_S = stacked(values, row, "math_tokens").mean(axis=1)
+    score_S = [seeds.aes(a, n, *base) for a, n in zip(accuracy_S, length_S)]
+    spread = f"{np.std(score_S, ddof=1):.2f}" if len(score_S) > 1 else ""
+    lines.append(f"| {row} | {np.mean(score_S):+.2f} | {spread} |")
+  return "\n".join(lines)
+
+
 def answers(
   values: Values, questions: Sequence[Sequence[str]], *, resamples: int
 ) -> str:

@@ -20,13 +20,14 @@ MEASURES = {
   "facts": "facts kept, of 5",
   "correct": "sums right",
   "tokens": "tokens a completion",
+  "math_tokens": "of a sum",
   "reflections": "reflections a thought",
   "r_self": "R_self",
   "score": "L, nats a token",
   "finished": "completions that end",
 }
 OPEN_ENDED = ("facts", "r_self", "score")
-MATHS = ("correct",)
+MATHS = ("correct", "math_tokens")
 
 
 def draw(
@@ -84,6 +85,7 @@ def measure(
     out["score"] = parts["score"][opened].mean(axis=1)
   if maths:
     out["correct"] = parts["correct"][maths].mean(axis=1)
+    out["math_tokens"] = out["tokens"][maths]
   if told:
     out["facts"] = np.asarray(
       [_facts(run, prompts[b], groups[b]) for b in told]

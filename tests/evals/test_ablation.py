@@ -54,3 +54,16 @@ def test_a_probe_paid_like_the_honest_sample_stands_out():
   text = ablation.probes({"r": {"honest": [1.0, 0.0], "cut": [0.5, 0.5],
                                 "echo": [0.1, 0.2]}})  # fmt: skip
   assert "**0.500**" in text and "| 0.150 |" in text
+
+
+def test_efficiency_is_the_mean_of_each_seeds_aes():
+  def row(right, tokens):
+    return {"correct": [right, 1.0], "math_tokens": [tokens, 10.0]}
+
+  values = {"sft": {0: row(0.0, 30.0)}, "rl": {0: row(1.0, 10.0),
+                                               1: row(0.0, 30.0)}}  # fmt: skip
+  text = ablation.efficiency(values, "sft")
+  # Seed 0: half as long (+.5), twice as right (+5); seed 1: the reference.
+  assert "| rl | +2.75 |" in text and "| sft | +0.00 |" in text
+  nothing = {"sft": {0: {"correct": [0.0, 0.0], "math_tokens": [3.0, 3.0]}}}
+  assert ablation.efficiency(nothing, "sft") == ""
