@@ -89,8 +89,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.base.decay = "cosine"
   config.base.b2 = 0.95
   config.engine = {
-    "rows": 16,  # prompts a call
+    "rows": 16,  # prompts in flight
+    "slots": 16,  # samples of a prompt in flight
     "prompt_buckets": (512, 1024, 2048, 4096, 6144),
+    "cache_buckets": (1024, 2048, 4096, 8192, 10_240),
+    "steps": 64,  # tokens between two refills
     "cache_dtype": "float32",
   }
   config.rollout = {

@@ -67,6 +67,7 @@ def get_config(arg: str = ""):
   config.base.checkpoint_every = 200
 
   config.engine.prompt_buckets = (128, 224, 352, 576)
+  config.engine.cache_buckets = (256, 512)
   config.engine.rows = 16
   config.rollout.max_new_tokens = 256
   config.price.length_buckets = (256, 352, 480)

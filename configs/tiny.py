@@ -35,6 +35,7 @@ def get_config(arg: str = ""):
   config.base.checkpoint_every = 100
 
   config.engine.prompt_buckets = (96, 160, 224, 320)
+  config.engine.cache_buckets = (256,)
   config.engine.rows = 16
   config.rollout.max_new_tokens = 224
   config.price.length_buckets = (160, 224, 288, 352)

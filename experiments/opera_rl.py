@@ -21,7 +21,7 @@ from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
 from opera_jax.plan import fit as fit_plan
 from opera_jax.rewards import opera as opera_reward
-from opera_jax.rollout import engine
+from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
   cold_start,
@@ -191,7 +191,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   creditor = crediting.Creditor(
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
-  settings = engine.Sampling(
+  settings = sampling.Sampling(
     max_new_tokens=rollout.max_new_tokens,
     temperature=rollout.temperature,
     top_k=rollout.top_k,

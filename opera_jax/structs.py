@@ -42,7 +42,8 @@ class Sample:
 
   tokens: np.ndarray  # [T] int32
   logprob: np.ndarray  # [T] float32, untruncated, at sampling temperature
-  finished: bool  # ended by a stop token or string, not by the length limit
+  finished: bool  # ended by a stop token or string
+  reason: str = ""  # "stop", or "length" or "loop" where it was cut off
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,9 +30,10 @@ def branch_attention(
   limit_BS: jax.Array,
   offset_BS: jax.Array | None = None,
   *,
+  layer: jax.Array | None = None,
   scale: float,
   implementation: str | None = None,
-  block_keys: int = 512,
+  block_keys: int | None = None,
   block_scores: int | None = None,
 ) -> jax.Array:
   """Attends; differentiable in queries, keys and values.
@@ -50,9 +51,12 @@ def branch_attention(
     branch_v_BSCKH: like the branches' keys.
     limit_BS: [B, S] integer, how much of the trunk a branch sees.
     offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
+    layer: int scalar; keys and values then lead with an axis of layers, of
+      which this one is read where it lies, by "xla". Without gradients.
     scale: what multiplies q.k, usually H ** -0.5.
     implementation: "reference", "xla" or "pallas_tpu"; None picks.
-    block_keys: keys of one block of "xla".
+    block_keys: keys of one block of "xla"; None is 256, or 128 with one query
+      a branch, whose caches are mostly part-filled.
     block_scores: scores of one row of the batch that "xla" holds at once,
       over all heads; more queries than that go chunk by chunk. None is what
       a CPU's caches hold, or 16 MiB on an accelerator.
@@ -72,12 +76,20 @@ def branch_attention(
     branch_k_BSCKH,
     branch_v_BSCKH,
   )
-  _check(*arrays)
+  if layer is not None and not (
+    implementation == "xla"
+    or (implementation is None and target.platform() != "tpu")
+  ):
+    arrays = (q_BSGNH, *(x[layer] for x in arrays[1:]))
+    layer = None
+  _check(*(x if layer is None or x is q_BSGNH else x[0] for x in arrays))
   if offset_BS is None:
     offset_BS = jnp.zeros_like(limit_BS)
   _check_bounds(q_BSGNH, limit_BS, offset_BS)
+  if block_keys is None:
+    block_keys = 256 if q_BSGNH.shape[2] > 1 else 128
   if block_scores is None:
-    block_scores = _score_budget(q_BSGNH.shape[3], block_keys)
+    block_scores = _score_budget(*q_BSGNH.shape[::3], block_keys)
   if block_keys < 1 or block_scores < 1:
     raise ValueError(
       f"Blocks hold at least 1 key and 1 score, got block_keys={block_keys} "
@@ -102,12 +114,13 @@ def branch_attention(
     scale=float(scale),
     block_keys=block_keys,
     block_scores=block_scores,
+    layer=layer,
   )
 
 
-def _score_budget(N, block_keys):
+def _score_budget(B, N, block_keys):
   if target.platform() == "cpu":
-    return max(1 << 17, 64 * N * block_keys)
+    return max((1 << 20) // B, 64 * N * block_keys)
   return 1 << 22
 
 

@@ -34,27 +34,26 @@ def branch_attention(
   scale: float,
   block_keys: int,
   block_scores: int,
+  layer: jax.Array | None = None,
 ) -> jax.Array:
   """Streams `api.branch_attention`; `block_scores` scores of a row at once."""
   B, S, G, N, H = q_BSGNH.shape
-  T, K = trunk_k_BTKH.shape[1:3]
-  C = branch_k_BSCKH.shape[2]
+  T, K, _ = trunk_k_BTKH.shape[-3:]
+  C = branch_k_BSCKH.shape[-3]
   block_keys = min(block_keys, max(T, C))
   chunk = _chunk(S, G, max(1, block_scores // (N * block_keys)))
-  # Decoding mostly finds its cache part-filled: an eighth of it at a time.
-  block_own = block_keys if G > 1 else min(block_keys, max(64, -(-C // 8)))
   pad = -G % chunk[1]
   q_BSGNH = jnp.pad(q_BSGNH, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
-  out_BSGKRH = _attention(
-    (scale, block_keys, block_own, chunk),
+  arrays = (
     q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
-    trunk_k_BTKH,
-    trunk_v_BTKH,
-    branch_k_BSCKH,
-    branch_v_BSCKH,
-    limit_BS,
-    offset_BS,
+    *(trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH),
+    *(limit_BS, offset_BS),
   )
+  if layer is None:
+    out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
+  else:
+    settings = (scale, block_keys, (S, G + pad))
+    out_BSGKRH = _forward_rule(settings, *arrays, layer=layer)[0]
   return out_BSGKRH.reshape(B, S, G + pad, N, H)[:, :, :G]
 
 
@@ -63,12 +62,14 @@ def _attention(settings, q_BSGKRH, *keys):
   return _forward_rule(settings, q_BSGKRH, *keys)[0]
 
 
-def _forward_rule(settings, q_BSGKRH, *keys):
-  scale, block_keys, block_own, chunk = settings
+def _forward_rule(settings, q_BSGKRH, *keys, layer=None):
+  scale, block_keys, chunk = settings
 
   def attend(part):
     q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
-    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
+    own = keys[2:]
+    if layer is None:
+      own = [_take(x, part, chunk[:1]) for x in own]
     zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
     total = (zero[..., 0] + MASKED, zero[..., 0], zero)
     total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
@@ -83,8 +84,9 @@ def _forward_rule(settings, q_BSGKRH, *keys):
       return m_new, l * keep + jnp.sum(p, axis=-1), o
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
-    total = _visit(step, total, BRANCH, *own[:2], seen, block_own)
-    total = _visit(step, total, TRUNK, *keys[:2], own[2][..., None], block_keys)
+    limit = own[2][..., None]
+    total = _visit(step, total, BRANCH, *own[:2], seen, block_keys, layer)
+    total = _visit(step, total, TRUNK, *keys[:2], limit, block_keys, layer)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
@@ -103,7 +105,7 @@ def _forward_rule(settings, q_BSGKRH, *keys):
 
 def _backward_rule(settings, residuals, d_out_BSGKRH):
   q_BSGKRH, *keys, out_BSGKRH, normaliser_BSGKR1 = residuals
-  scale, block_keys, block_own, chunk = settings
+  scale, block_keys, chunk = settings
   delta_BSGKR1 = jnp.sum(
     d_out_BSGKRH.astype(jnp.float32) * out_BSGKRH.astype(jnp.float32),
     axis=-1,
@@ -135,7 +137,7 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     total = (zeros(q.shape), *d_own)
-    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_own)
+    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
     total = (d_q, *d_keys[:2])
     limit = own[2][..., None]
     d_q, *d_trunk = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
@@ -159,14 +161,15 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _visit(step, total, axes, k, v, seen_BSQ, block_keys):
+def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
   """Folds `step` over the blocks of keys that some query sees.
 
   `seen_BSQ` (or [B, S, 1]) counts the visible keys. The last block ends at
-  the last key; what it shares with the block before is masked.
+  the last key; what it shares with the block before is masked. With a layer,
+  keys and values lead with an axis of layers, and a block is cut out of all.
   """
   axis = axes.index("x")
-  length = k.shape[axis]
+  length = k.shape[axis + (layer is not None)]
   size = min(block_keys, length)
   seen_B1SQ1 = seen_BSQ[:, None, :, :, None]
 
@@ -174,12 +177,19 @@ def _visit(step, total, axes, k, v, seen_BSQ, block_keys):
     start = jnp.minimum(i * size, length - size)
     position = (start + jnp.arange(size))[None, None, None, None]
     visible = (position >= i * size) & (position < seen_B1SQ1)
-    k_block, v_block = (
-      jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (k, v)
-    )
+    k_block, v_block = (cut(x, start) for x in (k, v))
     return step(total, k_block, v_block, axes, visible, start)
 
+  def cut(x, start):
+    if layer is None:
+      return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    starts, sizes = [0] * x.ndim, list(x.shape)
+    starts[0], sizes[0] = layer, 1
+    starts[axis + 1], sizes[axis + 1] = start, size
+    return jax.lax.dynamic_slice(x, starts, sizes)[0]
+
   if size == length:
+    k, v = (x if layer is None else x[layer] for x in (k, v))
     visible = jnp.arange(size)[None, None, None, None] < seen_B1SQ1
     return step(total, k, v, axes, visible, 0)
   count = -(-jnp.minimum(jnp.max(seen_BSQ), length) // size)

@@ -93,35 +93,33 @@ def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
   return attend
 
 
-def decode(trunk: kv_cache.Trunk, limit_B: jax.Array, step: jax.Array):
-  """One new token of each of S samples of every row, all at depth `step`.
+def decode(
+  trunk: kv_cache.Trunk,
+  limit_B: jax.Array,
+  depth_BS: jax.Array,
+  live_BS: jax.Array,
+):
+  """One new token of each of S samples of every row.
 
   Queries come as [B, S, N, H] (the token axis holds the samples). The new
-  key is written into the samples' own cache, then each sample sees its row's
-  trunk below `limit` and its own keys up to `step`.
+  key of a live sample is written into its own cache at `depth`, then the
+  sample sees its row's trunk below `limit` and its own keys up to there.
   """
 
   def attend(cache, layer, q, k, v):
-    start = (layer, 0, 0, step, 0, 0)
-    cache = kv_cache.Samples(
-      k=jax.lax.dynamic_update_slice(
-        cache.k, k[None, :, :, None].astype(cache.k.dtype), start
-      ),
-      v=jax.lax.dynamic_update_slice(
-        cache.v, v[None, :, :, None].astype(cache.v.dtype), start
-      ),
-    )
-    B, S = q.shape[:2]
-    out_BSGNH = on_mesh.branch_attention(
-      q[:, :, None],
-      trunk.k[layer],
-      trunk.v[layer],
-      cache.k[layer],
-      cache.v[layer],
-      jnp.broadcast_to(limit_B[:, None], (B, S)),
-      jnp.full((B, S), step, jnp.int32),
+    out_BSNH, cache_k, cache_v = on_mesh.decode_attention(
+      q,
+      k.astype(cache.k.dtype),
+      v.astype(cache.v.dtype),
+      trunk.k,
+      trunk.v,
+      cache.k,
+      cache.v,
+      limit_B,
+      jnp.where(live_BS, depth_BS, cache.k.shape[3]),
+      layer,
       scale=q.shape[-1] ** -0.5,
     )
-    return out_BSGNH[:, :, 0], cache
+    return out_BSNH, kv_cache.Samples(k=cache_k, v=cache_v)
 
   return attend

@@ -26,6 +26,8 @@ IMPLEMENTATIONS = ("splash", "cudnn", "xla")
 OUTPUT = "attention"
 # "xla" holds the scores of so many queries of a row at once.
 _CHUNK = 512
+_SMALL_CHUNK = 128
+_PREFIXES = 8
 _LANES = 128
 _BLOCKS = (512, 384, 256, _LANES)
 
@@ -82,15 +84,16 @@ def self_attention(
 
 
 def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-  """Chunks of queries, one after the other, made anew in the backward pass.
+  """Chunks of queries, one after the other; long ones are made anew backward.
 
-  A chunk takes every n-th query, so that it covers all shards of a length
-  that is split over devices. No [B, N, T, T] array is ever whole.
+  No [B, N, T, T] array is ever whole. A few chunks each meet only the keys up
+  to their own last query. Many, or chunks of a length that is split over
+  devices, go through a scan that meets all keys; there a chunk takes every
+  n-th query, so that it covers all shards.
   """
   B, T, N, H = q_BTNH.shape
-  if T <= _CHUNK:
-    position_T = jnp.arange(T, dtype=jnp.int32)
-    return _attend(q_BTNH, segment_BT, position_T, k_BTKH, v_BTKH, segment_BT)
+  if _few(T):
+    return _prefixes(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   chunks = -(-T // _CHUNK)
   pad = -T % chunks
   q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
@@ -117,6 +120,33 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
     ),
   )
   return jnp.moveaxis(out_XBCNH, 0, 2).reshape(B, -1, N, H)[:, :T]
+
+
+def _few(T):
+  """Whether the chunks of T queries are few, and each on one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = mesh.empty or mesh.shape[rules.ACTIVATIONS["length"]] == 1
+  return whole and T <= _PREFIXES * _CHUNK
+
+
+def _prefixes(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+  T = q_BTNH.shape[1]
+  size = min(max(_SMALL_CHUNK, -(-T // _PREFIXES)), _CHUNK)
+  attend = _attend if T <= _CHUNK else jax.checkpoint(_attend)
+  parts = []
+  for start in range(0, T, size):
+    end = min(start + size, T)
+    parts.append(
+      attend(
+        q_BTNH[:, start:end],
+        segment_BT[:, start:end],
+        jnp.arange(start, end, dtype=jnp.int32),
+        k_BTKH[:, :end],
+        v_BTKH[:, :end],
+        segment_BT[:, :end],
+      )
+    )
+  return jnp.concatenate(parts, axis=1)
 
 
 def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):

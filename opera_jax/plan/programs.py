@@ -7,6 +7,7 @@ Shape key: B rows, T tokens, P prompt tokens, S branches, G tokens of a branch.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.plan import cost, fit
 from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling
+from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import price as price_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -27,7 +30,7 @@ from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as train_step
 
-NAMES = ("sft", "rollout", "price", "reference", "update")
+NAMES = ("sft", "prefill", "decode", "price", "reference", "update")
 Section = Mapping[str, Any]
 
 
@@ -88,7 +91,8 @@ def build(
   run = _Run(mesh, config, engine, rollout, price, sft, rl)
   makers: dict[str, Callable[[], Program]] = {
     "sft": run.sft,
-    "rollout": run.rollout,
+    "prefill": run.prefill,
+    "decode": run.decode,
     "price": run.price,
     "reference": run.reference,
     "update": run.update,
@@ -228,51 +232,107 @@ class _Run:
       fit.shard_bytes(self._state(self._rl_optimizer())),
     )
 
-  def rollout(self) -> Program:
+  def prefill(self) -> Program:
+    config = self._config
+    P = max(self._engine["prompt_buckets"])
+    R = self._ways * engine_lib.prompts_at_once(P)
+    slots = self._slots()
+    return Program(
+      name="prefill",
+      shape=f"{R} prompts x {P:,}",
+      jitted=slots_lib.programs(self._graphdef)["admit"],
+      arguments=(
+        self._rollout_params(),
+        slots.trunk,
+        slots.limit,
+        self._rows("config.mesh", (R, P), jnp.int32),
+        self._rows("config.mesh", (R,), jnp.int32),
+        self._whole(jax.ShapeDtypeStruct((R,), jnp.int32)),
+      ),
+      static={},
+      flops=cost.Flops(cost.prefill(config, R, P).forward),
+      streamed=0.0,
+      calls=-(-self._rl["prompts"] // R),
+      beside=self._beside() + fit.shard_bytes(slots.cache),
+      turn=self._rollout_turns(),
+    )
+
+  def decode(self) -> Program:
+    """One call of the loop, caches at their largest, contexts half full."""
     config, rl = self._config, self._rl
     B, P = self._engine["rows"], max(self._engine["prompt_buckets"])
-    S, C = rl["samples"], self._rollout["max_new_tokens"]
-    cache_dtype = self._engine["cache_dtype"]
-    settings = engine_lib.Sampling(
-      stop_ids=(0,), **named(engine_lib.Sampling, self._rollout)
+    S, C = self._slots_a_prompt(), self._rollout["max_new_tokens"]
+    steps = min(self._engine["steps"], C)
+    settings = sampling.Sampling(
+      stop_ids=(0,), **named(sampling.Sampling, self._rollout)
     )
-    params = self._laid_out(
-      jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, config.dtype), self._params
-      ),
-      rules.ROLLOUT,
-    )
-    prefill = cost.prefill(config, B, P)
-    decode = cost.decode(config, B * S, P, C)
+    params = self._rollout_params()
+    share = steps / C
     # Every step reads the weights, and the caches as far as they are filled.
     read = B * (C * P + S * cost.causal_pairs(C))
     streamed = C * fit.shard_bytes(params) + read * fit.token_bytes(
-      config, cache_dtype
+      config, self._engine["cache_dtype"]
     ) / fit.cache_ways(config, self._mesh)
     return Program(
-      name="rollout",
-      shape=f"{B} prompts x {P:,}, {S} samples x {C:,}",
-      jitted=engine_lib.program(self._graphdef, config, cache_dtype),
+      name="decode",
+      shape=f"{B} prompts x {P:,}, {S} slots x {C:,}, {steps} steps",
+      jitted=slots_lib.programs(self._graphdef)["decode"],
       arguments=(
         params,
-        self._rows("engine.rows", (B, P), jnp.int32),
-        *(
-          self._rows("engine.rows", (B,), dtype)
-          for dtype in (jnp.int32, jnp.bool_, jnp.uint32)
-        ),
-        self._whole(jax.eval_shape(lambda: jax.random.key(0))),
+        self._slots(),
         None,
+        self._whole(jax.ShapeDtypeStruct((), jnp.int32)),
       ),
-      static={"settings": settings, "samples": S},
-      flops=cost.Flops(prefill.forward + decode.forward),
-      streamed=streamed,
-      calls=-(-rl["prompts"] // B),
-      beside=fit.shard_bytes((self._state(self._rl_optimizer()), self._params)),
-      turn=(
-        f"config.engine.rows ({B}; a multiple of {self._ways})",
-        f"config.engine.cache_dtype ({cache_dtype})",
-        "config.mesh (a larger tensor axis splits weights and cache)",
+      static={"settings": settings, "steps": steps},
+      flops=cost.Flops(cost.decode(config, B * S, P, C).forward * share),
+      streamed=streamed * share,
+      calls=-(-rl["prompts"] // B) * -(-rl["samples"] // S) * -(-C // steps),
+      beside=self._beside(),
+      turn=self._rollout_turns(),
+    )
+
+  def _beside(self) -> int:
+    return fit.shard_bytes((self._state(self._rl_optimizer()), self._params))
+
+  def _slots_a_prompt(self) -> int:
+    return min(self._engine["slots"], self._rl["samples"])
+
+  def _rollout_turns(self) -> tuple[str, ...]:
+    return (
+      f"config.engine.rows ({self._engine['rows']}; a multiple of "
+      f"{self._ways}) or config.engine.slots ({self._engine['slots']})",
+      f"config.engine.cache_dtype ({self._engine['cache_dtype']})",
+      "config.mesh (a larger tensor axis splits weights and cache)",
+    )
+
+  def _rollout_params(self) -> Any:
+    return self._laid_out(
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, self._config.dtype),
+        self._params,
       ),
+      rules.ROLLOUT,
+    )
+
+  def _slots(self) -> slots_lib.Slots:
+    """All slots, their caches at the longest response."""
+    self._rows("engine.rows", (self._engine["rows"],), jnp.int32)
+    shapes = jax.eval_shape(
+      functools.partial(
+        slots_lib.empty,
+        self._config,
+        self._engine["rows"],
+        self._slots_a_prompt(),
+        engine_lib.whole_blocks(max(self._engine["prompt_buckets"])),
+        engine_lib.whole_blocks(self._rollout["max_new_tokens"]),
+        recent=0,
+        dtype=self._engine["cache_dtype"],
+      )
+    )
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      slots_lib.shardings(shapes, self._mesh),
     )
 
   def _pricing(self, name, temperature, S, G, times, beside) -> Program:

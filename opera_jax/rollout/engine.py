@@ -1,12 +1,14 @@
-"""Samples completions: prefill once a prompt, decode N samples on the device.
+"""Samples completions: prefill once a prompt, decode on the device, refill.
 
-The prompt is a trunk, computed once; its samples are branches that share its
-keys and values. Decoding is one jitted while loop that ends when every sample
-has ended. Each sample draws from its own random key, folded from (prompt id,
-sample id, position), so its tokens do not depend on its neighbours.
+A prompt is computed once, into a row; its samples share the row's keys and
+values, not copies of them. Decoding is a jitted loop of a few dozen steps; in
+between, slots whose sample has ended take the next one, so that no batch waits
+for its longest member. A sample draws from its own random key, folded from
+(call key, prompt id, sample) and its position, and its numbers depend on
+neither its slot nor its neighbours.
 
-Shape key: B prompts, S samples a prompt, P prompt tokens, C new tokens,
-R = B * S rows, D hidden, V vocabulary.
+Shape key: B rows, S slots a row, R prompts of one admission, P padded prompt
+tokens, T trunk capacity, C slot capacity.
 """
 
 import dataclasses
@@ -21,30 +23,27 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import attention, kv_cache, qwen3
-from opera_jax.rollout import sampling
+from opera_jax.models import on_mesh, qwen3
+from opera_jax.rollout import sampling as sampling_lib
+from opera_jax.rollout import schedule as schedule_lib
+from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import trunks as trunks_lib
 from opera_jax.sharding import layout
 from opera_jax.text import automaton
 
+REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
+TOGETHER = 512  # prompt tokens that a device computes at once, at least
+_NEVER = np.int32(2**31 - 1)
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How to draw: static, so each value set is one compiled program."""
+OnTokens = Callable[[int, int, np.ndarray], None]
 
-  max_new_tokens: int
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  stop_ids: tuple[int, ...] = ()
 
-  def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(
-        f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
-      )
-    if not self.stop_ids:
-      raise ValueError("Sampling needs at least one stop id (end of turn).")
+@dataclasses.dataclass
+class _Growing:
+  """A sample under way."""
+
+  tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+  logprob: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -57,21 +56,28 @@ class Engine:
     *,
     mesh: jax.sharding.Mesh,
     rows: int = 16,
+    slots: int = 8,
     prompt_buckets: Sequence[int] = (64, 128, 256, 512),
+    cache_buckets: Sequence[int] = (256, 1024, 4096),
+    steps: int = 64,
     cache_dtype: str = "float32",
   ):
-    """Compiles nothing yet; one program a (prompt bucket, settings).
+    """Compiles nothing yet; programs are one a (bucket, settings).
 
     Args:
       graphdef: of the model.
       config: its sizes.
-      mesh: prompts are split over its data axes.
-      rows: prompts a call, a multiple of the mesh's data axes.
+      mesh: rows are split over its data axes.
+      rows: prompts in flight, a multiple of the mesh's data axes.
+      slots: samples of one prompt in flight; further ones wait for a slot.
       prompt_buckets: allowed padded prompt lengths, ascending.
+      cache_buckets: lengths that a sample's cache grows through, ascending;
+        past the last, its multiples. All are rounded up to whole blocks.
+      steps: tokens a slot draws between two looks of the host.
       cache_dtype: of keys and values.
 
     Raises:
-      ValueError: rows do not divide over the mesh.
+      ValueError: rows do not divide over the mesh, no slot, no step.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or rows % ways:
@@ -79,27 +85,32 @@ class Engine:
         f"A call samples {rows} prompts over {ways} data shards, which does "
         "not divide. Make config.engine.rows a multiple."
       )
-    self._config = config
-    self._mesh = mesh
-    self._rows = rows
-    self._buckets = tuple(prompt_buckets)
-    self._run = program(graphdef, config, cache_dtype)
-
-  def programs(self) -> int:
-    """How many programs one setting of sampling can need."""
-    return len(self._buckets)
+    if slots < 1 or steps < 1:
+      raise ValueError(
+        f"Sampling needs at least 1 slot and 1 step, got slots={slots}, "
+        f"steps={steps}. Raise config.engine.slots or config.engine.steps."
+      )
+    self._config, self._mesh = config, mesh
+    self._rows, self._slots, self._steps = rows, slots, steps
+    self._ways = ways
+    self._prompt_buckets = tuple(prompt_buckets)
+    self._cache_buckets = tuple(whole_blocks(c) for c in cache_buckets)
+    self._dtype = cache_dtype
+    self._programs = slots_lib.programs(graphdef)
 
   def sample(
     self,
     params: Any,
     prompts: Sequence[np.ndarray],
-    settings: Sampling,
+    settings: sampling_lib.Sampling,
     key: jax.Array,
     *,
     samples: int = 1,
     ids: Sequence[str] | None = None,
+    seeds: Sequence[Sequence[int]] | None = None,
     stops: automaton.Automaton | None = None,
     advance: Callable[[int], None] | None = None,
+    on_tokens: OnTokens | None = None,
   ) -> list[list[structs.Sample]]:
     """Draws `samples` completions of each prompt.
 
@@ -108,221 +119,253 @@ class Engine:
       prompts: int32 tokens [P_i] each, at least one token.
       settings: temperature, truncation, length, stop ids.
       key: random key of this call (one a step).
-      samples: S, completions a prompt.
+      samples: completions a prompt.
       ids: names of the prompts; a sample's randomness is folded from its
         prompt's name, so it does not depend on the order. Default: places.
+      seeds: for each prompt a seed a sample, in place of `key` and `ids`.
       stops: automaton of stop strings; a sample ends with the token that
         completes one.
-      advance: called with the tokens sampled after each batch of prompts.
+      advance: called with the tokens of each sample when it ends.
+      on_tokens: called with (prompt, sample, new tokens) as they come.
 
     Returns:
       For each prompt its samples, in order.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a prompt
-        beyond the largest bucket.
+        beyond the largest bucket, seeds that do not match.
       FloatingPointError: NaN logits.
     """
+    self.check(prompts, settings)
+    names = [str(i) for i in range(len(prompts))] if ids is None else ids
+    if not prompts:
+      return []
+    keys = self._keys(key, names, samples, seeds)
+    order = sorted(
+      range(len(prompts)),
+      key=lambda i: (self._bucket(prompts[i]), i),
+    )
+    width = min(self._slots, samples)
+    with jax.set_mesh(self._mesh):
+      slots = self.empty(width, settings)
+      _, out = self.draw(
+        params,
+        slots,
+        schedule_lib.Schedule(self._rows, width, order, samples),
+        prompts,
+        names,
+        keys,
+        settings,
+        samples=samples,
+        stops=stops,
+        advance=advance,
+        on_tokens=on_tokens,
+      )
+    return out
+
+  def check(
+    self,
+    prompts: Sequence[np.ndarray],
+    settings: sampling_lib.Sampling,
+  ) -> None:
+    """Refuses what could not be sampled; see `sample` for what it raises."""
     vocab = self._config.vocab_size
+    settings.check(vocab)
     for i, prompt in enumerate(prompts):
       if len(prompt) == 0:
         raise ValueError(f"Prompt {i} has no tokens; give it at least one.")
-      if len(prompt) > self._buckets[-1]:
+      if len(prompt) > self._prompt_buckets[-1]:
         raise ValueError(
           f"Prompt {i} has {len(prompt)} tokens, the largest prompt bucket "
-          f"is {self._buckets[-1]}. Raise config.engine.prompt_buckets or "
-          "drop the prompt (config.max_prompt_tokens)."
+          f"is {self._prompt_buckets[-1]}. Raise config.engine.prompt_buckets "
+          "or drop the prompt (config.max_prompt_tokens)."
         )
       if prompt.min() < 0 or prompt.max() >= vocab:
         raise ValueError(
           f"Prompt {i} holds a token id outside [0, {vocab}). Check that "
           "tokenizer and model agree."
         )
-    ids = [str(i) for i in range(len(prompts))] if ids is None else ids
-    order = sorted(
-      range(len(prompts)),
-      key=lambda i: (trunks_lib.bucket(len(prompts[i]), self._buckets), i),
-    )
-    out: list[Any] = [None] * len(prompts)
-    for start in range(0, len(order), self._rows):
-      group = order[start : start + self._rows]
-      results = self._batch(
-        params,
-        [prompts[i] for i in group],
-        [ids[i] for i in group],
-        settings,
-        key,
-        samples,
-        stops,
-      )
-      for i, result in zip(group, results):
-        out[i] = result
-      if advance is not None:
-        advance(sum(len(s.tokens) for r in results for s in r))
-    return out
 
-  def _batch(self, params, prompts, ids, settings, key, samples, stops):
-    P = trunks_lib.bucket(max(map(len, prompts)), self._buckets)
-    prompt_BP = np.zeros((self._rows, P), np.int32)
-    length_B = np.ones(self._rows, np.int32)
-    live_B = np.zeros(self._rows, bool)
-    name_B = np.zeros(self._rows, np.uint32)
-    for row, (prompt, name) in enumerate(zip(prompts, ids)):
-      prompt_BP[row, : len(prompt)] = prompt
-      length_B[row] = len(prompt)
-      live_B[row] = True
-      name_B[row] = zlib.crc32(name.encode())
-    with jax.set_mesh(self._mesh):
-      arrays = layout.to_devices(
-        (prompt_BP, length_B, live_B, name_B), layout.rows(self._mesh)
+  def programs(self) -> int:
+    """How many programs one setting of sampling can need."""
+    # A prefill a bucket; empty and assign; decode a cache size, grow between.
+    return len(self._prompt_buckets) + 2 + 2 * len(self._cache_buckets) - 1
+
+  def empty(
+    self, width: int, settings: sampling_lib.Sampling
+  ) -> slots_lib.Slots:
+    """Fresh slots, laid out over the mesh in force."""
+    return self._programs["empty"](
+      self._config,
+      self._rows,
+      width,
+      whole_blocks(self._prompt_buckets[-1]),
+      self._capacity(min(self._steps, settings.max_new_tokens)),
+      recent=settings.loop_tokens if settings.loop_period else 0,
+      dtype=self._dtype,
+    )
+
+  def draw(
+    self,
+    params: Any,
+    slots: slots_lib.Slots,
+    schedule: schedule_lib.Schedule,
+    prompts: Sequence[np.ndarray],
+    names: Sequence[str],
+    keys: np.ndarray,
+    settings: sampling_lib.Sampling,
+    *,
+    samples: int,
+    stops: automaton.Automaton | None,
+    advance: Callable[[int], None] | None = None,
+    on_tokens: OnTokens | None = None,
+  ) -> tuple[slots_lib.Slots, list[list[structs.Sample]]]:
+    """Runs a schedule to its end, under the mesh in force."""
+    out: list[list[Any]] = [[None] * samples for _ in prompts]
+    growing: dict[tuple[int, int], _Growing] = {}
+    depth = np.zeros(slots.depth.shape, np.int64)
+    steps = min(self._steps, settings.max_new_tokens)
+    while True:
+      slots = self._admit(params, slots, schedule.admit(), prompts)
+      fresh = schedule.assign()
+      slots = self._assign(slots, fresh, prompts, keys, settings)
+      for row, slot, prompt, sample in fresh:
+        growing[prompt, sample] = _Growing()
+        depth[row, slot] = 0
+      sitting = schedule.sitting()
+      if not sitting:
+        return slots, out
+      need = max(int(depth[r, s]) for r, s, *_ in sitting) + steps
+      need = min(need, settings.max_new_tokens)
+      if need > slots.cache.k.shape[3]:
+        slots = self._programs["grow"](slots, capacity=self._capacity(need))
+      # With nothing waiting, only the end of all is worth a stop.
+      free = max(1, len(sitting) // 8) if schedule.waiting() else _NEVER
+      slots, drawn = self._programs["decode"](
+        params, slots, stops, np.int32(free), settings=settings, steps=steps
       )
-      results = self._run(
-        params, *arrays, key, stops, settings=settings, samples=samples
-      )
-    token_BSC, logprob_BSC, length_BS, finished_BS = layout.to_host(results)
-    out = []
-    for row in range(len(prompts)):
-      mine = []
-      for s in range(samples):
-        size = int(length_BS[row, s])
-        logprob = logprob_BSC[row, s, :size]
-        if not np.isfinite(logprob).all():
+      drawn = layout.to_host(drawn)
+      for row, slot, prompt, sample in sitting:
+        count = int(drawn.count[row, slot])
+        depth[row, slot] += count
+        mine = growing[prompt, sample]
+        mine.tokens.append(drawn.token[row, slot, :count])
+        mine.logprob.append(drawn.logprob[row, slot, :count])
+        if not np.isfinite(mine.logprob[-1]).all():
           raise FloatingPointError(
-            f"Sampling prompt {ids[row]!r} met logits that are not finite. "
-            "The parameters have diverged; lower the learning rate or "
-            "resume from an earlier checkpoint."
+            f"Sampling prompt {names[prompt]!r} met logits that are not "
+            "finite. The parameters have diverged; lower the learning rate "
+            "or resume from an earlier checkpoint."
           )
-        mine.append(
-          structs.Sample(
-            tokens=token_BSC[row, s, :size],
-            logprob=logprob,
-            finished=bool(finished_BS[row, s]),
+        if on_tokens is not None and count:
+          on_tokens(prompt, sample, mine.tokens[-1])
+        if not drawn.live[row, slot]:
+          ended = int(drawn.ended[row, slot])
+          out[prompt][sample] = structs.Sample(
+            tokens=np.concatenate(mine.tokens),
+            logprob=np.concatenate(mine.logprob),
+            finished=ended == slots_lib.STOPPED,
+            reason=REASONS[ended],
           )
+          del growing[prompt, sample]
+          schedule.release(row, slot)
+          if advance is not None:
+            advance(len(out[prompt][sample].tokens))
+
+  def _admit(self, params, slots, admitted, prompts):
+    """Computes prompts, a few of like length at a time."""
+    if not admitted:
+      return slots
+    by_bucket: dict[int, list[tuple[int, int]]] = {}
+    for row, prompt in admitted:
+      by_bucket.setdefault(self._bucket(prompts[prompt]), []).append(
+        (row, prompt)
+      )
+    for P, pairs in sorted(by_bucket.items()):
+      # The number at once goes by the bucket alone: what a prompt computes
+      # must not depend on who came with it.
+      R = self._ways * prompts_at_once(P)
+      for start in range(0, len(pairs), R):
+        token_RP = np.zeros((R, P), np.int32)
+        length_R = np.ones(R, np.int32)
+        row_R = np.full(R, self._rows, np.int32)
+        for place, (row, prompt) in enumerate(pairs[start : start + R]):
+          size = len(prompts[prompt])
+          token_RP[place, :size] = prompts[prompt]
+          length_R[place], row_R[place] = size, row
+        arrays = layout.to_devices(
+          (token_RP, length_R), layout.rows(self._mesh)
         )
-      out.append(mine)
-    return out
+        trunk, limit = self._programs["admit"](
+          params, slots.trunk, slots.limit, *arrays, self._everywhere(row_R)
+        )
+        slots = slots.replace(trunk=trunk, limit=limit)
+    return slots
+
+  def _assign(self, slots, fresh, prompts, keys, settings):
+    if not fresh:
+      return slots
+    shape = slots.depth.shape
+    fresh_BS = np.zeros(shape, bool)
+    token_BS = np.zeros(shape, np.int32)
+    key_BS = np.zeros((*shape, keys.shape[-1]), keys.dtype)
+    for row, slot, prompt, sample in fresh:
+      fresh_BS[row, slot] = True
+      token_BS[row, slot] = prompts[prompt][-1]
+      key_BS[row, slot] = keys[prompt, sample]
+    arrays = layout.to_devices(
+      (fresh_BS, token_BS, np.full(shape, settings.max_new_tokens, np.int32)),
+      layout.rows(self._mesh),
+    )
+    # The caches stay out of it, so that one program serves all their sizes.
+    rest = slots.replace(trunk=None, cache=None)
+    rest = self._programs["assign"](rest, *arrays, self._everywhere(key_BS))
+    return rest.replace(trunk=slots.trunk, cache=slots.cache)
+
+  def _everywhere(self, array):
+    return layout.to_devices(array, layout.replicated(self._mesh))
+
+  def _keys(self, key, names, samples, seeds) -> np.ndarray:
+    """Key data of every sample, [prompts, samples, words]."""
+    if seeds is not None:
+      seeds = np.asarray(seeds, np.uint32)
+      if seeds.shape != (len(names), samples):
+        raise ValueError(
+          f"Seeds are one a sample, [{len(names)}, {samples}], got "
+          f"{seeds.shape}."
+        )
+      return np.asarray(_seeded(seeds))
+    crc = np.asarray([zlib.crc32(n.encode()) for n in names], np.uint32)
+    return np.asarray(_folded(key, crc, samples))
+
+  def _bucket(self, prompt: np.ndarray) -> int:
+    return trunks_lib.bucket(len(prompt), self._prompt_buckets)
+
+  def _capacity(self, tokens: int) -> int:
+    return trunks_lib.bucket(tokens, self._cache_buckets)
 
 
-def program(graphdef: nnx.GraphDef, config: qwen3.Config, cache_dtype: str):
-  """Prefill and decode, jitted: one compiled program a (shape, settings).
-
-  Returns:
-    `f(params, prompt_BP, length_B, live_B, name_B, key, stops, *, settings,
-    samples)` -> tokens [B, S, C], their log-probabilities, lengths [B, S] and
-    whether each ended by a stop. A row that is not live samples nothing;
-    `name_B` (uint32) keys its randomness; `stops` is an automaton or None.
-  """
-  return jax.jit(
-    functools.partial(_generate, graphdef, config, cache_dtype),
-    static_argnames=("settings", "samples"),
-  )
+def prompts_at_once(P: int) -> int:
+  """How many prompts of a bucket one device computes together."""
+  return max(1, TOGETHER // P)
 
 
-def _generate(
-  graphdef,
-  config: qwen3.Config,
-  cache_dtype,
-  params,
-  prompt_BP,
-  length_B,
-  live_B,
-  name_B,
-  key,
-  stops,
-  *,
-  settings: Sampling,
-  samples: int,
-):
-  model = nnx.merge(graphdef, params)
-  head, transposed = model.head_matrix()
-  B, P = prompt_BP.shape
-  S, C = samples, settings.max_new_tokens
-  sizes = (config.kv_heads, config.head_dim, cache_dtype)
+def whole_blocks(tokens: int) -> int:
+  """A cache length that holds `tokens`."""
+  return -(-tokens // on_mesh.DECODE_BLOCK) * on_mesh.DECODE_BLOCK
 
-  position_P = jnp.arange(P, dtype=jnp.int32)
-  segment_BP = (position_P[None] < length_B[:, None]).astype(jnp.int32)
-  hidden_BPD, trunk = model(
-    prompt_BP,
-    jnp.broadcast_to(position_P[None], (B, P)),
-    attention.prefill(segment_BP, implementation=config.attention or None),
-    kv_cache.empty_trunk(config.layers, B, P, *sizes),
-  )
-  last_BD = hidden_BPD[jnp.arange(B), length_B - 1]
 
+@functools.partial(jax.jit, static_argnums=2)
+def _folded(key, name_n, samples):
   def fold(name, sample):
-    return jax.random.fold_in(jax.random.fold_in(key, name), sample)
+    one = jax.random.fold_in(jax.random.fold_in(key, name), sample)
+    return jax.random.key_data(one)
 
-  key_R = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(
-    name_B, jnp.arange(S)
-  ).reshape(B * S)
-  stop_ids = jnp.asarray(settings.stop_ids, jnp.int32)
+  both = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))
+  return both(name_n, jnp.arange(samples))
 
-  def cond(carry):
-    return (carry["step"] < C) & ~jnp.all(carry["done"])
 
-  def body(carry):
-    step = carry["step"]
-    hidden_RD = carry["hidden"].reshape(B * S, -1)
-    logit_RV = jax.lax.dot_general(
-      hidden_RD,
-      head.astype(hidden_RD.dtype),
-      (((1,), (1 if transposed else 0,)), ((), ())),
-      preferred_element_type=jnp.float32,
-    )
-    draw_R = jax.vmap(jax.random.fold_in, (0, None))(key_R, step)
-    token_R, logprob_R = sampling.sample(
-      logit_RV,
-      draw_R,
-      temperature=settings.temperature,
-      top_k=settings.top_k,
-      top_p=settings.top_p,
-    )
-    token_BS = token_R.reshape(B, S)
-    live_BS = ~carry["done"]
-    token_BS = jnp.where(live_BS, token_BS, 0)
-    logprob_BS = jnp.where(live_BS, logprob_R.reshape(B, S), 0.0)
-    stop_BS = jnp.any(token_BS[..., None] == stop_ids[None, None], axis=-1)
-    state_BS = carry["state"]
-    if stops is not None:
-      state_BS, event_BS = automaton.step(stops, state_BS, token_BS)
-      stop_BS = stop_BS | (event_BS > 0)
-    stop_BS = stop_BS & live_BS
-    place = (0, 0, step)
-    hidden_BSD, cache = model(
-      token_BS,
-      jnp.broadcast_to((length_B + step)[:, None], (B, S)),
-      attention.decode(trunk, length_B, step),
-      carry["cache"],
-    )
-    return {
-      "step": step + 1,
-      "hidden": hidden_BSD,
-      "cache": cache,
-      "state": state_BS,
-      "tokens": jax.lax.dynamic_update_slice(
-        carry["tokens"], token_BS[..., None], place
-      ),
-      "logprob": jax.lax.dynamic_update_slice(
-        carry["logprob"], logprob_BS[..., None], place
-      ),
-      "length": carry["length"] + live_BS,
-      "finished": carry["finished"] | stop_BS,
-      "done": carry["done"] | stop_BS,
-    }
-
-  final = jax.lax.while_loop(
-    cond,
-    body,
-    {
-      "step": jnp.int32(0),
-      "hidden": jnp.broadcast_to(last_BD[:, None], (B, S, last_BD.shape[-1])),
-      "cache": kv_cache.empty_samples(config.layers, B, S, C, *sizes),
-      "state": jnp.zeros((B, S), jnp.int32),
-      "tokens": jnp.zeros((B, S, C), jnp.int32),
-      "logprob": jnp.zeros((B, S, C), jnp.float32),
-      "length": jnp.zeros((B, S), jnp.int32),
-      "finished": jnp.zeros((B, S), bool),
-      "done": jnp.broadcast_to(~live_B[:, None], (B, S)),
-    },
-  )
-  return final["tokens"], final["logprob"], final["length"], final["finished"]
+@jax.jit
+def _seeded(seed_nS):
+  make = jax.vmap(jax.vmap(lambda s: jax.random.key_data(jax.random.key(s))))
+  return make(seed_nS)

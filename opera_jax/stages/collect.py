@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
 
@@ -44,7 +44,7 @@ def collect(
   run: setup_lib.Run,
   params: Any,
   draws: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
-  settings: engine_lib.Sampling,
+  settings: sampling.Sampling,
   key: jax.Array,
   *,
   samples: int,

@@ -13,7 +13,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
-from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
@@ -83,7 +83,7 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
       samples[model] = run.engine.sample(
         run.for_rollout(params),
         ids,
-        engine_lib.Sampling(
+        sampling.Sampling(
           max_new_tokens=settings.max_new_tokens,
           temperature=settings.temperature,
           top_p=settings.top_p,

@@ -24,6 +24,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling
 from opera_jax.scoring import price as price_lib
 from opera_jax.text import automaton
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -113,10 +114,10 @@ class Searcher:
     )
     stop_ids = (tokenizer.end_id, tokenizer.think_close_id)
     draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    self._step = engine_lib.Sampling(
+    self._step = sampling.Sampling(
       max_new_tokens=max_step_tokens, stop_ids=stop_ids, **draw
     )
-    self._last = engine_lib.Sampling(
+    self._last = sampling.Sampling(
       max_new_tokens=max_answer_tokens, stop_ids=stop_ids[:1], **draw
     )
     self._max_thought_tokens = max_thought_tokens

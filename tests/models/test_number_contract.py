@@ -8,7 +8,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine
+from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import price
 
 NEW = 40
@@ -47,7 +47,7 @@ def test_sampled_tokens_are_priced_alike(
   samples = sampler.sample(
     params,
     prompts,
-    engine.Sampling(max_new_tokens=NEW, stop_ids=(-1,)),
+    sampling.Sampling(max_new_tokens=NEW),
     jax.random.key(1),
     samples=2,
   )

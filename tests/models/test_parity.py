@@ -16,7 +16,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.losses import cross_entropy, reduce
 from opera_jax.models import attention, kv_cache, qwen3, qwen3_params
-from opera_jax.rollout import engine
+from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import price
 
 LENGTHS = (19, 7, 12, 24)
@@ -178,7 +178,7 @@ def test_greedy_tokens(pair, one_device):
   samples = sampler.sample(
     pair.params,
     prompts,
-    engine.Sampling(max_new_tokens=64, temperature=0, stop_ids=(-1,)),
+    sampling.Sampling(max_new_tokens=64, temperature=0),
     jax.random.key(0),
   )
   for prompt, (sample,) in zip(prompts, samples):

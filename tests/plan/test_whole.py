@@ -109,8 +109,8 @@ def test_wrong_flags_end_with_their_remedy(arguments, message):
 def test_what_does_not_fit_ends_the_command_with_an_error(tmp_path):
   done = _run(
     *CONFIG,
-    *("--topology=v5e:2x2", "--programs=rollout"),
+    *("--topology=v5e:2x2", "--programs=decode"),
     *("--config.engine.rows=4096", "--config.rollout.max_new_tokens=16384"),
   )
   assert done.returncode == 1
-  assert "rollout does not fit" in done.stdout
+  assert "decode does not fit" in done.stdout

@@ -1,0 +1,124 @@
+"""Sampling from text to text: chat prompts in, strings out as they come."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling as sampling_lib
+from opera_jax.text import automaton
+from opera_jax.text import tokenizer as tokenizer_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """One completion as text; the sample keeps every token that was drawn."""
+
+  text: str  # special tokens left out, think tags kept
+  sample: structs.Sample
+
+
+def complete(
+  engine: engine_lib.Engine,
+  tokenizer: tokenizer_lib.Tokenizer,
+  params: Any,
+  prompts: Sequence[str],
+  settings: sampling_lib.Sampling,
+  key: jax.Array,
+  *,
+  samples: int = 1,
+  system: str | None = None,
+  stop: Sequence[str] = (),
+  keep_stop: bool = False,
+  on_text: Callable[[int, int, str], None] | None = None,
+) -> list[list[Completion]]:
+  """Answers chat prompts.
+
+  Args:
+    engine: samples.
+    tokenizer: of the policy.
+    params: parameters, in the ROLLOUT layout.
+    prompts: user turns, untrusted.
+    settings: how to draw; the end of the turn is a stop id of its own accord.
+    key: random key.
+    samples: completions a prompt.
+    system: system message, or None.
+    stop: strings that end a completion, to the character, not to the token.
+    keep_stop: whether the string that was found stays in the text.
+    on_text: called with (prompt, sample, more text) as it comes; the pieces
+      of a sample join to its text.
+
+  Returns:
+    For each prompt its completions, in order.
+
+  Raises:
+    ValueError: a stop string that is empty, or that no tokens can spell; and
+      what `Engine.sample` refuses.
+  """
+  table = automaton.compile_stops(stop, tokenizer.vocab_bytes) if stop else None
+  settings = dataclasses.replace(
+    settings, stop_ids=tuple({*settings.stop_ids, tokenizer.end_id})
+  )
+  streams: dict[tuple[int, int], _Stream] = {}
+
+  def on_tokens(prompt: int, sample: int, tokens: np.ndarray) -> None:
+    stream = streams.setdefault((prompt, sample), _Stream())
+    stream.tokens.extend(tokens.tolist())
+    text = _spell(tokenizer, stream.tokens, stop, keep_stop)
+    # The end may be half a character, or the head of a stop string.
+    held = max(map(len, stop), default=1) - 1
+    held = max(held, len(text) - len(text.rstrip("\ufffd")))
+    stable = text[: max(len(text) - held, 0)]
+    if len(stable) > stream.shown:
+      on_text(prompt, sample, stable[stream.shown :])
+      stream.shown = len(stable)
+
+  drawn = engine.sample(
+    params,
+    [tokenizer.chat_prompt(p, system) for p in prompts],
+    settings,
+    key,
+    samples=samples,
+    stops=table,
+    on_tokens=None if on_text is None else on_tokens,
+  )
+  out = [
+    [
+      Completion(_spell(tokenizer, sample.tokens, stop, keep_stop), sample)
+      for sample in group
+    ]
+    for group in drawn
+  ]
+  for (prompt, sample), stream in streams.items():
+    rest = out[prompt][sample].text[stream.shown :]
+    if rest:
+      on_text(prompt, sample, rest)
+  return out
+
+
+@dataclasses.dataclass
+class _Stream:
+  """What a sample has come to, and how much of it was shown."""
+
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  shown: int = 0
+
+
+def _spell(tokenizer, tokens, stop, keep_stop) -> str:
+  """The text up to the first stop string, with or without it."""
+  text = tokenizer.decode(tokens, skip_special=True)
+  if not stop:
+    return text
+  found = automaton.find_first(tokens, tokenizer.vocab_bytes, stop)
+  if found is None:
+    return text
+  # `found` counts bytes, specials one each, so cut the bytes themselves.
+  first = found.first_token
+  before = tokenizer.decode(tokens[:first], skip_special=True)
+  piece = tokenizer.vocab_bytes[int(tokens[first])]
+  before += piece[: found.skip].decode("utf-8", errors="replace")
+  return before + (stop[found.string] if keep_stop else "")

@@ -1,0 +1,249 @@
+"""Slots, neighbours, refills, growth: none of them changes a sample."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.models import qwen3
+from opera_jax.rollout import engine, sampling, schedule, slots
+from opera_jax.sharding import layout, mesh, rules
+
+STOP = 7
+SETTINGS = sampling.Sampling(max_new_tokens=40, stop_ids=(STOP, 11, 13, 17))
+KEY = 5
+
+
+def _engine(tiny_model, device_mesh, **changes):
+  config, graphdef, _ = tiny_model
+  values = {"rows": 3, "slots": 2, "prompt_buckets": (8, 16), "steps": 8}
+  return engine.Engine(graphdef, config, mesh=device_mesh, **values | changes)
+
+
+def _prompts(count=7):
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(1, 17, count)
+  return [rng.integers(20, 300, n).astype(np.int32) for n in sizes]
+
+
+def _same(left, right):
+  for a, b in zip(left, right, strict=True):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x.tokens, y.tokens)
+      np.testing.assert_array_equal(x.logprob, y.logprob)
+      assert (x.finished, x.reason) == (y.finished, y.reason)
+
+
+@pytest.fixture(scope="module")
+def usual(tiny_model, one_device):
+  sampler = _engine(tiny_model, one_device)
+  return sampler.sample(
+    tiny_model[2], _prompts(), SETTINGS, jax.random.key(KEY), samples=5
+  )
+
+
+def test_lengths_differ_so_that_slots_are_refilled(usual):
+  lengths = {len(s.tokens) for group in usual for s in group}
+  assert len(lengths) > 5
+  assert {s.reason for group in usual for s in group} == {"stop", "length"}
+
+
+@pytest.mark.parametrize(
+  "changes", [{"steps": 3}, {"slots": 1}, {"cache_buckets": (128, 512)}]
+)
+def test_slots_and_steps_change_no_bit(tiny_model, one_device, usual, changes):
+  sampler = _engine(tiny_model, one_device, **changes)
+  got = sampler.sample(
+    tiny_model[2], _prompts(), SETTINGS, jax.random.key(KEY), samples=5
+  )
+  if "slots" in changes:  # another number of rows in each matmul
+    for a, b in zip(usual, got, strict=True):
+      for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x.tokens, y.tokens)
+        np.testing.assert_allclose(x.logprob, y.logprob, rtol=1e-5, atol=1e-5)
+  else:
+    _same(usual, got)
+
+
+def test_neighbours_change_no_bit(tiny_model, one_device, usual):
+  names = [str(i) for i in range(7)]
+  sampler = _engine(tiny_model, one_device)
+  order = [4, 0, 6, 2]
+  got = sampler.sample(
+    tiny_model[2],
+    [_prompts()[i] for i in order],
+    SETTINGS,
+    jax.random.key(KEY),
+    samples=5,
+    ids=[names[i] for i in order],
+  )
+  _same([usual[i] for i in order], got)
+
+
+def test_one_prompt_is_computed_once(tiny_model, one_device):
+  sampler = _engine(tiny_model, one_device)
+  calls = []
+  admit = sampler._programs["admit"]
+
+  def counted(*arguments):
+    calls.append(np.asarray(arguments[-1]))
+    return admit(*arguments)
+
+  sampler._programs["admit"] = counted
+  (group,) = sampler.sample(
+    tiny_model[2], _prompts()[:1], SETTINGS, jax.random.key(1), samples=16
+  )
+  assert len(group) == 16 and len(calls) == 1
+  assert (calls[0] < 3).sum() == 1  # one real row; the rest is padding
+
+
+def test_caches_grow(tiny_model, one_device, slow_logprob):
+  settings = sampling.Sampling(max_new_tokens=150)
+  sampler = _engine(
+    tiny_model, one_device, rows=1, slots=2, cache_buckets=(128,), steps=64
+  )
+  prompt = _prompts()[0]
+  ((one, two),) = sampler.sample(
+    tiny_model[2], [prompt], settings, jax.random.key(0), samples=2
+  )
+  for sample in (one, two):
+    assert len(sample.tokens) == 150 and sample.reason == "length"
+    want = slow_logprob(np.concatenate([prompt, sample.tokens]))
+    np.testing.assert_allclose(
+      sample.logprob, want[len(prompt) - 1 :], atol=1e-4
+    )
+
+
+def test_tokens_stream_as_they_come(tiny_model, one_device, usual):
+  seen = {}
+
+  def on_tokens(prompt, sample, tokens):
+    seen.setdefault((prompt, sample), []).append(tokens)
+
+  _engine(tiny_model, one_device).sample(
+    tiny_model[2],
+    _prompts(),
+    SETTINGS,
+    jax.random.key(KEY),
+    samples=5,
+    on_tokens=on_tokens,
+  )
+  assert max(map(len, seen.values())) > 2
+  for (prompt, sample), parts in seen.items():
+    np.testing.assert_array_equal(
+      np.concatenate(parts), usual[prompt][sample].tokens
+    )
+
+
+def test_seeds_name_samples(tiny_model, one_device):
+  sampler = _engine(tiny_model, one_device)
+  prompts = [_prompts()[0]] * 2
+
+  def draw(seeds, key=0):
+    return sampler.sample(
+      tiny_model[2],
+      prompts,
+      SETTINGS,
+      jax.random.key(key),
+      samples=2,
+      seeds=seeds,
+    )
+
+  one, two = draw([[1, 2], [2, 1]])
+  _same([one], [two[::-1]])
+  _same([one], [draw([[1, 2], [3, 4]], key=9)[0]])
+  with pytest.raises(ValueError, match="one a sample"):
+    draw([[1, 2]])
+
+
+def test_meshes_give_the_same_samples(tiny_model, usual):
+  many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
+  params = layout.move(
+    tiny_model[2], qwen3.logical_axes(tiny_model[2]), many, rules.ROLLOUT
+  )
+  got = _engine(tiny_model, many, rows=4).sample(
+    params, _prompts(), SETTINGS, jax.random.key(KEY), samples=5
+  )
+  for a, b in zip(usual, got, strict=True):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x.tokens, y.tokens)
+      np.testing.assert_allclose(x.logprob, y.logprob, rtol=1e-5, atol=1e-5)
+
+
+def _state(tiny_model, capacity=1024):
+  config, graphdef, params = tiny_model
+  programs = slots.programs(graphdef)
+  state = programs["empty"](
+    config, 4, 4, 256, capacity, recent=0, dtype="float32"
+  )
+  return programs, params, state
+
+
+def test_decoding_copies_no_cache(tiny_model, one_device):
+  programs, params, state = _state(tiny_model)
+  with jax.set_mesh(one_device):
+    compiled = (
+      programs["decode"]
+      .lower(params, state, None, np.int32(1), settings=SETTINGS, steps=8)
+      .compile()
+    )
+  cache = state.cache.k.nbytes + state.cache.v.nbytes
+  memory = compiled.memory_analysis()
+  # What comes in goes out in the same place, and no part is made twice.
+  assert memory.alias_size_in_bytes >= cache
+  assert memory.temp_size_in_bytes < 0.1 * cache
+  L, B, S, C, K, H = state.cache.k.shape
+  whole = f"f32[{L},{B},{S},{C},{K},{H}]"
+  copies = [
+    line
+    for line in compiled.as_text().splitlines()
+    if whole in line.split("=")[-1].split("(")[0] and " copy(" in line
+  ]
+  assert not copies, copies
+
+
+def test_a_kept_sample_becomes_trunk(tiny_model, one_device, slow_logprob):
+  config, graphdef, params = tiny_model
+  sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
+  prompts = _prompts()[:2]
+  settings = sampling.Sampling(max_new_tokens=16)
+  programs = slots.programs(graphdef)
+  keys = np.asarray(
+    jax.random.key_data(jax.random.split(jax.random.key(3), (2, 3)))
+  )
+  with jax.set_mesh(one_device):
+    state, out = sampler.draw(
+      params,
+      sampler.empty(3, settings),
+      schedule.Schedule(2, 3, [0, 1], 3),
+      prompts,
+      ["a", "b"],
+      keys,
+      settings,
+      samples=3,
+      stops=None,
+    )
+    chosen, count = np.array([2, 1]), np.array([9, 4])
+    state = programs["keep"](
+      state, jnp.asarray(chosen), jnp.asarray(count), tokens=16
+    )
+    longer = [
+      np.concatenate([p, group[c].tokens[:n]])
+      for p, group, c, n in zip(prompts, out, chosen, count)
+    ]
+    np.testing.assert_array_equal(state.limit, [len(x) - 1 for x in longer])
+    fresh = programs["assign"](
+      state,
+      jnp.asarray([[True, False, False]] * 2),
+      jnp.asarray([[x[-1]] * 3 for x in longer], jnp.int32),
+      jnp.full((2, 3), 5, jnp.int32),
+      jnp.asarray(keys),
+    )
+    _, drawn = programs["decode"](
+      params, fresh, None, np.int32(99), settings=settings, steps=16
+    )
+  for row, context in enumerate(longer):
+    assert drawn.count[row, 0] == 5 and not drawn.live[row].any()
+    tokens = np.asarray(drawn.token[row, 0, :5])
+    want = slow_logprob(np.concatenate([context, tokens]))[len(context) - 1 :]
+    np.testing.assert_allclose(drawn.logprob[row, 0, :5], want, atol=1e-4)

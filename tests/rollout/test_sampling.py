@@ -1,0 +1,131 @@
+"""One token from logits, against the distribution written out in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.rollout import sampling
+
+LOGITS = np.array([2.0, 1.0, 1.0, 0.0, -1.0, -3.0, 0.5, 1.5], np.float32)
+V = len(LOGITS)
+DRAWS = 20_000
+# 99.9th percentile of chi-squared with 7 degrees of freedom.
+BOUND = 24.4
+
+
+def _draw(draws=DRAWS, drawn=None, logits=LOGITS, **settings):
+  return sampling.sample(
+    jnp.broadcast_to(jnp.asarray(logits), (draws, len(logits))),
+    jax.random.split(jax.random.key(0), draws),
+    sampling.Sampling(max_new_tokens=9, **settings),
+    None if drawn is None else jnp.full(draws, drawn, jnp.int32),
+  )
+
+
+def _softmax(x):
+  return np.exp(x - np.logaddexp.reduce(x))
+
+
+def _agree(tokens, want):
+  seen = np.bincount(np.asarray(tokens), minlength=V)
+  assert not seen[want == 0].any()
+  kept = want > 0
+  expected = DRAWS * want[kept]
+  assert ((seen[kept] - expected) ** 2 / expected).sum() < BOUND
+
+
+def test_min_p_keeps_what_is_likely_enough():
+  p = _softmax(LOGITS)
+  want = np.where(p >= 0.3 * p.max(), p, 0)
+  tokens, logprob = _draw(min_p=0.3)
+  _agree(tokens, want / want.sum())
+  # The price is the untruncated one.
+  np.testing.assert_allclose(logprob, np.log(p)[np.asarray(tokens)], atol=1e-5)
+
+
+def test_bias_and_bans_move_the_draw_and_not_the_price():
+  changed = LOGITS.copy()
+  changed[3] += 2.0
+  changed[0] = -np.inf
+  tokens, logprob = _draw(
+    banned_ids=(0,), logit_bias=((3, 2.0),), temperature=0.7
+  )
+  _agree(tokens, _softmax(changed / 0.7))
+  p = np.log(_softmax(LOGITS / 0.7))
+  np.testing.assert_allclose(logprob, p[np.asarray(tokens)], atol=1e-5)
+
+
+def test_no_stop_before_the_least_length():
+  early, _ = _draw(drawn=1, stop_ids=(0, 7), min_new_tokens=3)
+  assert not np.isin(early, [0, 7]).any()
+  late, _ = _draw(drawn=2, stop_ids=(0, 7), min_new_tokens=3)
+  _agree(late, _softmax(LOGITS))
+
+
+def test_a_nucleus_keeps_ties_and_all_at_one():
+  logits = np.array([1.0, 1.0, 0.0, 0.0], np.float32)
+  kept = sampling.truncate(jnp.asarray(logits)[None], top_p=0.2)[0]
+  np.testing.assert_array_equal(np.isfinite(kept), [True, True, False, False])
+  all_kept = sampling.truncate(jnp.asarray(logits)[None], top_p=1.0)[0]
+  np.testing.assert_array_equal(all_kept, logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-4])
+def test_cold_is_greedy(temperature):
+  tokens, _ = _draw(draws=50, temperature=temperature)
+  assert set(np.asarray(tokens)) == {0}
+
+
+def test_greedy_price_is_at_temperature_one():
+  _, logprob = _draw(draws=2, temperature=0.0)
+  np.testing.assert_allclose(logprob, np.log(_softmax(LOGITS))[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "recent, period, want",
+  [
+    ([5, 6, 5, 6, 5, 6], 2, True),
+    ([5, 6, 5, 6, 5, 6], 1, False),
+    ([5, 5, 5, 5, 5, 5], 1, True),
+    ([1, 2, 3, 1, 2, 3], 3, True),
+    ([1, 2, 3, 1, 2, 4], 3, False),
+    ([-1, -1, -1, -1, -1, -1], 3, False),
+    ([-1, 5, 5, 5, 5, 5], 3, False),
+  ],
+)
+def test_loops_are_seen_when_full(recent, period, want):
+  assert bool(sampling.loops(jnp.asarray([recent]), period)[0]) == want
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"temperature": -1.0}, "temperature must be"),
+    ({"top_k": -1}, "top_k"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"min_new_tokens": 10}, "min_new_tokens"),
+    ({"loop_period": 4, "loop_tokens": 7}, "loop_tokens"),
+  ],
+)
+def test_bad_settings_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    sampling.Sampling(**{"max_new_tokens": 9} | changes)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"stop_ids": (9,)}, {"banned_ids": (-1,)}, {"logit_bias": ((8, 1),)}],
+)
+def test_unknown_tokens_are_refused(changes):
+  settings = sampling.Sampling(max_new_tokens=9, **changes)
+  with pytest.raises(ValueError, match="token ids lie in"):
+    settings.check(8)
+
+
+def test_all_banned_is_refused():
+  settings = sampling.Sampling(max_new_tokens=9, banned_ids=(0, 1))
+  with pytest.raises(ValueError, match="leave at least one"):
+    settings.check(2)
