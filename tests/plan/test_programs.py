@@ -30,6 +30,7 @@ def _config(**changes):
     "model.dtype": "bfloat16",
     "rollout.max_new_tokens": 32,
     "engine.prompt_buckets": (64,),
+    "engine.cache_buckets": (128,),
     "engine.cache_dtype": "bfloat16",
     "price.slot_buckets": (1, 2),
     "price.branch_buckets": (64, 128),
@@ -110,7 +111,7 @@ def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   sections = {n: config[n] for n in ("model", "engine", "price", "rl")}
   # One prompt length; one trunk length, two numbers and lengths of branches.
   assert programs.most(mesh, **sections) == {
-    "sample": 1,
+    "sample": 4,  # empty, prefill, assign, decode
     "price": 4,
     "update": 1,
   }
