@@ -135,7 +135,10 @@ def _look_up_forward(embed_VD, token_BT, dtype):
 def _look_up_backward(dtype, saved, grad_BTD):
   del dtype
   embed_VD, token_BT = saved
+  # Features go to where the table's lie; else it would be summed whole.
+  grad_BTD = rules.constrain(grad_BTD, (None, None, "features"))
   zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
+  zeros_VD = rules.constrain(zeros_VD, ("vocab", "features"))
   grad_VD = zeros_VD.at[token_BT].add(grad_BTD.astype(jnp.float32))
   return grad_VD.astype(embed_VD.dtype), None
 

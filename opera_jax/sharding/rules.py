@@ -33,6 +33,7 @@ ACTIVATIONS = {
   "heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",
+  "features": TRAIN["embed"],
   None: None,
 }
 

@@ -245,10 +245,12 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
     # The forward pass, its two gradients, and the head's kernels.
     assert lowered.as_text().count("splash_mha") >= 3
     compiled = lowered.compile().as_text()
-  # Layers are float32 where they lie, and gathered in the compute dtype.
+  # Weights are float32 where they lie, and gathered in the compute dtype.
   gathered = {
     kind
     for kind, size in re.findall(r"= \(?(\w+)\[(\S+)\]\S* all-gather", compiled)
-    if size in ("1,256,512", "1,512,256", "1,256,256", "256,512")
+    if re.fullmatch("1,256,512|1,512,256|1,256,256|768,256|384,256", size)
   }
   assert gathered == {"bf16"}
+  # Nor does any device sum the whole gradient of the embedding in float32.
+  assert not re.findall(r"f32\[(?:768|384),256\]\S* all-reduce", compiled)
