@@ -216,6 +216,7 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
   config.engine.cache_dtype = "bfloat16"
+  config.engine.cache_buckets = (1_280, 2_560, 5_120, 10_240)
   config.price.slot_buckets = (1, 4, 8)
   config.sft.packed = True
   config.sft.row_tokens = 16_384

@@ -21,6 +21,7 @@ def get_config():
   config.mesh.fsdp = 2
   config.mesh.tensor = 2
   config.engine.rows = 2
+  config.engine.slots = 8
   config.price.rows = 2
   config.sft.micro_batches = 8
   config.rl.micro_batches = 64

@@ -11,13 +11,13 @@ the nearest one; `python -m experiments.plan` says whether it fits.
 
 from configs import common
 
-# Slice -> mesh (fsdp, tensor), prompts a call of the engine, trunks a call of
+# Slice -> mesh (fsdp, tensor), prompts in flight, trunks a call of
 # the pricer, micro-batches of an SFT and of a policy update.
 SLICES = {
   "v5p_4x4x4": ((16, 4), 64, 16, 1, 4),
   "v5e_8x8": ((8, 8), 16, 8, 2, 16),
   "v6e_8x8": ((16, 4), 32, 16, 1, 8),
-  "tpu7x_2x2x1": ((4, 2), 4, 4, 4, 32),
+  "tpu7x_2x2x1": ((4, 2), 8, 4, 4, 32),
 }
 
 

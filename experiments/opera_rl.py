@@ -66,7 +66,7 @@ def opera(config, folder: str) -> None:
       run.model,
       run.mesh,
       prompts=config.engine.rows,
-      samples=config.rl.samples,
+      samples=min(config.engine.slots, config.rl.samples),
       prompt_tokens=max(config.engine.prompt_buckets),
       new_tokens=config.rollout.max_new_tokens,
       cache_dtype=config.engine.cache_dtype,

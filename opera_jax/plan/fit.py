@@ -57,8 +57,8 @@ def floor(
   Args:
     config: of the model.
     mesh: that the run is laid out on.
-    prompts: of one call of the engine.
-    samples: of each prompt.
+    prompts: in flight.
+    samples: of each prompt in flight.
     prompt_tokens: longest prompt.
     new_tokens: longest completion.
     cache_dtype: of keys and values.

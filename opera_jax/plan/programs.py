@@ -7,30 +7,25 @@ Shape key: B rows, T tokens, P prompt tokens, S branches, G tokens of a branch.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.plan import cost, fit
+from opera_jax.plan import abstract, cost, fit
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import price as price_lib
-from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import learner
 from opera_jax.train import optimizer
-from opera_jax.train import state as train_state
 from opera_jax.train import step as train_step
 
-NAMES = ("sft", "prefill", "decode", "price", "reference", "update")
+NAMES = ("sft", "prefill", "grow", "decode", "price", "reference", "update")
 Section = Mapping[str, Any]
 
 
@@ -92,6 +87,7 @@ def build(
   makers: dict[str, Callable[[], Program]] = {
     "sft": run.sft,
     "prefill": run.prefill,
+    "grow": run.grow,
     "decode": run.decode,
     "price": run.price,
     "reference": run.reference,
@@ -147,10 +143,9 @@ class _Run:
     self._mesh, self._config = mesh, config
     self._engine, self._rollout, self._price = engine, rollout, price
     self._sft, self._rl = sft, rl
-    self._graphdef, shapes = qwen3.abstract(config)
-    self._axes = qwen3.logical_axes(shapes)
-    layout.check(shapes, self._axes, mesh, rules.TRAIN)
-    self._params = self._laid_out(shapes, rules.TRAIN)
+    self._values = abstract.Values(mesh, config)
+    self._graphdef = self._values.graphdef
+    self._params = self._values.params
     self._ways = mesh_lib.data_ways(mesh)
 
   def sft(self) -> Program:
@@ -166,7 +161,10 @@ class _Run:
       name="sft",
       shape=f"{B} rows x {T:,}, {recipe['micro_batches']} micro-batches",
       jitted=update,
-      arguments=(self._state(adamw), self._batch("sft.batch_size", B, T)),
+      arguments=(
+        self._values.state(adamw),
+        self._values.batch("sft.batch_size", B, T),
+      ),
       static={},
       flops=cost.update(self._config, B, T),
       streamed=0.0,
@@ -197,8 +195,8 @@ class _Run:
       shape=f"{B} rows x {T:,}, {rl['micro_batches']} micro-batches",
       jitted=learn.update,
       arguments=(
-        self._state(learn.optimizer),
-        self._batch("rl.mini_batch x rl.samples", B, T),
+        self._values.state(learn.optimizer),
+        self._values.batch("rl.mini_batch x rl.samples", B, T),
       ),
       static={},
       flops=cost.update(self._config, B, T),
@@ -210,7 +208,7 @@ class _Run:
 
   def price(self) -> Program:
     """The policy's pass: trunks and the most, longest branches."""
-    opt_state = self._state(self._rl_optimizer()).opt_state
+    opt_state = self._values.state(self._rl_optimizer()).opt_state
     return self._pricing(
       "price",
       1.0,
@@ -229,7 +227,7 @@ class _Run:
       min(self._price["slot_buckets"]),
       min(self._price["branch_buckets"]),
       int(self._rl["kl_coef"] != 0) + int(temperature != 1),
-      fit.shard_bytes(self._state(self._rl_optimizer())),
+      fit.shard_bytes(self._values.state(self._rl_optimizer())),
     )
 
   def prefill(self) -> Program:
@@ -242,12 +240,12 @@ class _Run:
       shape=f"{R} prompts x {P:,}",
       jitted=slots_lib.programs(self._graphdef)["admit"],
       arguments=(
-        self._rollout_params(),
+        self._values.rollout_params(),
         slots.trunk,
         slots.limit,
-        self._rows("config.mesh", (R, P), jnp.int32),
-        self._rows("config.mesh", (R,), jnp.int32),
-        self._whole(jax.ShapeDtypeStruct((R,), jnp.int32)),
+        self._values.rows("config.mesh", (R, P), jnp.int32),
+        self._values.rows("config.mesh", (R,), jnp.int32),
+        self._values.whole(jax.ShapeDtypeStruct((R,), jnp.int32)),
       ),
       static={},
       flops=cost.Flops(cost.prefill(config, R, P).forward),
@@ -259,14 +257,14 @@ class _Run:
 
   def decode(self) -> Program:
     """One call of the loop, caches at their largest, contexts half full."""
-    config, rl = self._config, self._rl
+    config = self._config
     B, P = self._engine["rows"], max(self._engine["prompt_buckets"])
     S, C = self._slots_a_prompt(), self._rollout["max_new_tokens"]
     steps = min(self._engine["steps"], C)
     settings = sampling.Sampling(
       stop_ids=(0,), **named(sampling.Sampling, self._rollout)
     )
-    params = self._rollout_params()
+    params = self._values.rollout_params()
     share = steps / C
     # Every step reads the weights, and the caches as far as they are filled.
     read = B * (C * P + S * cost.causal_pairs(C))
@@ -281,18 +279,48 @@ class _Run:
         params,
         self._slots(),
         None,
-        self._whole(jax.ShapeDtypeStruct((), jnp.int32)),
+        self._values.whole(jax.ShapeDtypeStruct((), jnp.int32)),
       ),
       static={"settings": settings, "steps": steps},
       flops=cost.Flops(cost.decode(config, B * S, P, C).forward * share),
       streamed=streamed * share,
-      calls=-(-rl["prompts"] // B) * -(-rl["samples"] // S) * -(-C // steps),
+      calls=self._waves() * -(-C // steps),
       beside=self._beside(),
       turn=self._rollout_turns(),
     )
 
+  def grow(self) -> Program:
+    """The last lengthening of the caches: both lengths are held at once."""
+    longest = engine_lib.whole_blocks(self._rollout["max_new_tokens"])
+    lengths = map(engine_lib.whole_blocks, self._engine["cache_buckets"])
+    shorter = [x for x in lengths if x < longest]
+    old, new = self._slots(max(shorter, default=longest)), self._slots()
+    return Program(
+      name="grow",
+      shape=f"caches of {old.cache.k.shape[3]:,} to {longest:,} tokens",
+      jitted=slots_lib.programs(self._graphdef)["grow"],
+      arguments=(old,),
+      static={"capacity": longest},
+      flops=cost.Flops(0.0),
+      streamed=float(fit.shard_bytes((old.cache, new.cache))),
+      calls=self._waves() if shorter else 0,
+      beside=self._beside() + fit.shard_bytes(self._values.rollout_params()),
+      turn=(
+        f"config.engine.cache_buckets {tuple(self._engine['cache_buckets'])}: "
+        "a shorter one before the last",
+        *self._rollout_turns(),
+      ),
+    )
+
+  def _waves(self) -> int:
+    """How often the slots fill up in one step."""
+    rows = -(-self._rl["prompts"] // self._engine["rows"])
+    return rows * -(-self._rl["samples"] // self._slots_a_prompt())
+
   def _beside(self) -> int:
-    return fit.shard_bytes((self._state(self._rl_optimizer()), self._params))
+    return fit.shard_bytes(
+      (self._values.state(self._rl_optimizer()), self._params)
+    )
 
   def _slots_a_prompt(self) -> int:
     return min(self._engine["slots"], self._rl["samples"])
@@ -305,40 +333,20 @@ class _Run:
       "config.mesh (a larger tensor axis splits weights and cache)",
     )
 
-  def _rollout_params(self) -> Any:
-    return self._laid_out(
-      jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, self._config.dtype),
-        self._params,
-      ),
-      rules.ROLLOUT,
-    )
-
-  def _slots(self) -> slots_lib.Slots:
-    """All slots, their caches at the longest response."""
-    self._rows("engine.rows", (self._engine["rows"],), jnp.int32)
-    shapes = jax.eval_shape(
-      functools.partial(
-        slots_lib.empty,
-        self._config,
-        self._engine["rows"],
-        self._slots_a_prompt(),
-        engine_lib.whole_blocks(max(self._engine["prompt_buckets"])),
-        engine_lib.whole_blocks(self._rollout["max_new_tokens"]),
-        recent=0,
-        dtype=self._engine["cache_dtype"],
-      )
-    )
-    return jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      shapes,
-      slots_lib.shardings(shapes, self._mesh),
+  def _slots(self, capacity: int = 0) -> slots_lib.Slots:
+    """All slots, their caches at the longest response or `capacity`."""
+    return self._values.slots(
+      self._engine["rows"],
+      self._slots_a_prompt(),
+      engine_lib.whole_blocks(max(self._engine["prompt_buckets"])),
+      capacity or engine_lib.whole_blocks(self._rollout["max_new_tokens"]),
+      self._engine["cache_dtype"],
     )
 
   def _pricing(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._price["rows"], max(self._price["length_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
-    branch = self._rows("price.rows", (B, S, G), jnp.int32)
+    branch = self._values.rows("price.rows", (B, S, G), jnp.int32)
     return Program(
       name=name,
       shape=f"{B} trunks x {T:,}, {S} branches x {G:,}",
@@ -347,11 +355,11 @@ class _Run:
       ),
       arguments=(
         self._params,
-        self._rows("price.rows", (B, T), jnp.int32),
-        self._rows("price.rows", (B,), jnp.int32),
+        self._values.rows("price.rows", (B, T), jnp.int32),
+        self._values.rows("price.rows", (B,), jnp.int32),
         branch,
         branch,
-        self._rows("price.rows", (B, S), jnp.int32),
+        self._values.rows("price.rows", (B, S), jnp.int32),
       ),
       static={},
       flops=cost.price(self._config, B, T, S, G),
@@ -378,58 +386,3 @@ class _Run:
   def _rl_optimizer(self):
     updates = self._rl["prompts"] // self._rl["mini_batch"]
     return _optimizer(self._rl, self._rl["steps"] * updates)
-
-  def _laid_out(self, shapes, table):
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      rules.shardings(self._axes, self._mesh, table),
-    )
-
-  def _whole(self, leaf):
-    return jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=layout.replicated(self._mesh)
-    )
-
-  def _rows(self, name, shape, dtype):
-    if shape[0] % self._ways:
-      raise ValueError(
-        f"config.{name} gives {shape[0]} rows, which do not divide over "
-        f"{self._ways} data shards. Change it, or config.mesh."
-      )
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
-
-  def _batch(self, name, B, T) -> structs.Batch:
-    whole, real = (
-      self._rows(name, (B, T), dtype) for dtype in (jnp.int32, jnp.float32)
-    )
-    return structs.Batch(
-      tokens=whole,
-      positions=whole,
-      segments=whole,
-      loss_mask=real,
-      advantage=real,
-      old_logprob=real,
-      ref_logprob=real,
-    )
-
-  def _state(self, adamw) -> train_state.TrainState:
-    state = jax.eval_shape(
-      lambda params: train_state.create(params, adamw, jax.random.key(0)),
-      self._params,
-    )
-    opt_state = optax.tree_utils.tree_map_params(
-      adamw,
-      lambda leaf, like: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=like.sharding
-      ),
-      state.opt_state,
-      self._params,
-      transform_non_params=self._whole,
-    )
-    return train_state.TrainState(
-      step=self._whole(state.step),
-      params=self._params,
-      opt_state=opt_state,
-      key=self._whole(state.key),
-    )

@@ -30,7 +30,6 @@ def _config(**changes):
     "model.dtype": "bfloat16",
     "rollout.max_new_tokens": 32,
     "engine.prompt_buckets": (64,),
-    "engine.cache_buckets": (128,),
     "engine.cache_dtype": "bfloat16",
     "price.slot_buckets": (1, 2),
     "price.branch_buckets": (64, 128),
@@ -98,6 +97,7 @@ def test_programs_are_those_of_the_run():
   assert calls == {
     "sft": 0,
     "prefill": 1,
+    "grow": 0,
     "decode": 1,
     "price": 1,
     "reference": 1,
@@ -109,9 +109,10 @@ def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   config = _config()
   mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
   sections = {n: config[n] for n in ("model", "engine", "price", "rl")}
-  # One prompt length; one trunk length, two numbers and lengths of branches.
+  # One prompt length and one cache length, to empty and to assign; one trunk
+  # length, two numbers and two lengths of branches.
   assert programs.most(mesh, **sections) == {
-    "sample": 4,  # empty, prefill, assign, decode
+    "sample": 4,
     "price": 4,
     "update": 1,
   }
@@ -156,7 +157,7 @@ def test_wrong_values_are_named(field, value, message):
 
 
 def test_an_unknown_program_lists_the_known():
-  with pytest.raises(ValueError, match="rollout.*sft, prefill, decode"):
+  with pytest.raises(ValueError, match="rollout.*sft, prefill, grow"):
     _programs(_config(), ("rollout",))
 
 

@@ -1,0 +1,132 @@
+"""Shapes with layouts, in place of the arrays that a run would hold.
+
+Shape key: B rows, T tokens.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from opera_jax import structs
+from opera_jax.models import qwen3
+from opera_jax.rollout import slots as slots_lib
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.train import state as train_state
+
+
+class Values:
+  """The abstract values of one run: trees of ShapeDtypeStructs."""
+
+  def __init__(self, mesh: jax.sharding.Mesh, config: qwen3.Config):
+    """Lays out the parameters.
+
+    Args:
+      mesh: of present or absent devices.
+      config: of the model.
+
+    Raises:
+      ValueError: an axis that the mesh does not divide.
+    """
+    self._mesh, self._config = mesh, config
+    self._ways = mesh_lib.data_ways(mesh)
+    self.graphdef, shapes = qwen3.abstract(config)
+    self._axes = qwen3.logical_axes(shapes)
+    layout.check(shapes, self._axes, mesh, rules.TRAIN)
+    self.params = self._laid_out(shapes, rules.TRAIN)
+
+  def rollout_params(self) -> Any:
+    """The parameters in the layout and type that decoding wants."""
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, self._config.dtype), self.params
+    )
+    return self._laid_out(shapes, rules.ROLLOUT)
+
+  def slots(
+    self, rows: int, slots: int, trunk: int, capacity: int, dtype: str
+  ) -> slots_lib.Slots:
+    """The engine's slots; see `slots.empty`."""
+    self.rows("engine.rows", (rows,), jnp.int32)
+    shapes = jax.eval_shape(
+      functools.partial(
+        slots_lib.empty,
+        *(self._config, rows, slots, trunk, capacity),
+        recent=0,
+        dtype=dtype,
+      )
+    )
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      slots_lib.shardings(shapes, self._mesh),
+    )
+
+  def _laid_out(self, shapes, table):
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      rules.shardings(self._axes, self._mesh, table),
+    )
+
+  def whole(self, leaf: Any) -> jax.ShapeDtypeStruct:
+    """A copy of an array's shape on every device."""
+    return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=layout.replicated(self._mesh)
+    )
+
+  def rows(
+    self, name: str, shape: tuple[int, ...], dtype: Any
+  ) -> jax.ShapeDtypeStruct:
+    """An array whose first axis is split over the data axes.
+
+    Raises:
+      ValueError: it does not divide; `name` is the config's.
+    """
+    if shape[0] % self._ways:
+      raise ValueError(
+        f"config.{name} gives {shape[0]} rows, which do not divide over "
+        f"{self._ways} data shards. Change it, or config.mesh."
+      )
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
+
+  def batch(self, name: str, B: int, T: int) -> structs.Batch:
+    """B rows of T tokens; see `rows` for the name."""
+    whole, real = (
+      self.rows(name, (B, T), dtype) for dtype in (jnp.int32, jnp.float32)
+    )
+    return structs.Batch(
+      tokens=whole,
+      positions=whole,
+      segments=whole,
+      loss_mask=real,
+      advantage=real,
+      old_logprob=real,
+      ref_logprob=real,
+    )
+
+  def state(
+    self, adamw: optax.GradientTransformation
+  ) -> train_state.TrainState:
+    """What an update changes, its moments laid out like the parameters."""
+    state = jax.eval_shape(
+      lambda params: train_state.create(params, adamw, jax.random.key(0)),
+      self.params,
+    )
+    opt_state = optax.tree_utils.tree_map_params(
+      adamw,
+      lambda leaf, like: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=like.sharding
+      ),
+      state.opt_state,
+      self.params,
+      transform_non_params=self.whole,
+    )
+    return train_state.TrainState(
+      step=self.whole(state.step),
+      params=self.params,
+      opt_state=opt_state,
+      key=self.whole(state.key),
+    )
