@@ -135,10 +135,14 @@ def _look_up_forward(embed_VD, token_BT, dtype):
 def _look_up_backward(dtype, saved, grad_BTD):
   del dtype
   embed_VD, token_BT = saved
-  # Features go to where the table's lie; else it would be summed whole.
-  grad_BTD = rules.constrain(grad_BTD, (None, None, "features"))
   zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
-  zeros_VD = rules.constrain(zeros_VD, ("vocab", "features"))
+  mesh = jax.sharding.get_abstract_mesh()
+  if not rules.alone() and rules.ways(("data", "sequence"), mesh) == 1:
+    # Features go to where the table's lie; else it would be summed whole.
+    # From rows over several axes the partitioner knows no way but through
+    # whole states, which is worse.
+    grad_BTD = rules.constrain(grad_BTD, (None, None, "features"))
+    zeros_VD = rules.constrain(zeros_VD, ("vocab", "features"))
   grad_VD = zeros_VD.at[token_BT].add(grad_BTD.astype(jnp.float32))
   return grad_VD.astype(embed_VD.dtype), None
 
