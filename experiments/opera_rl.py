@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
 from opera_jax.plan import fit as fit_plan
-from opera_jax.rewards import opera as opera_reward
+from opera_jax.rewards import smoothing
 from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
@@ -247,9 +247,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
       scored = got.scored
       sampled += got.sampled_tokens
       if scored.opened_B.any() and "score" in scored.parts:
-        ema = opera_reward.update_ema(
-          ema, scored.parts["score"][scored.opened_B]
-        )
+        ema = smoothing.update_ema(ema, scored.parts["score"][scored.opened_B])
       seconds["time/rollout"] = seconds["time/start"] + got.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + got.reward_seconds
 

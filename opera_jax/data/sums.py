@@ -11,7 +11,7 @@ import random
 from opera_jax import structs
 from opera_jax.data import storyworld
 
-LARGEST = 9
+LARGEST = 4
 PROMPTS = (
   "{name} has {a} apples and {verb} {b}. How many apples now?",
   "How many apples has {name} with {a}, who {verb} {b}?",

@@ -288,15 +288,18 @@ def rewards(
       "all of its samples."
     )
   logprob_RM, branch_RM = _pack(branch_logprob, layout)
+  # How many prompts are open-ended differs from step to step: few shapes.
   mean_RS, _, count_R, self_R = perplexity_reward.perplexity_reward(
-    jnp.asarray(logprob_RM),
-    jnp.asarray(branch_RM),
-    jnp.asarray(layout.previous),
+    _more_rows(logprob_RM, 0.0),
+    _more_rows(branch_RM, _NONE),
+    _more_rows(layout.previous, _NONE),
     tau=tau,
   )
+  count_R, self_R = (np.asarray(x)[:rows] for x in (count_R, self_R))
   score_R = np.asarray(mean_RS)[np.arange(rows), layout.last]
   score_BN = score_R.reshape(-1, samples)
-  rank_BN = np.asarray(perplexity_reward.group_rank(jnp.asarray(score_BN)))
+  rank_BN = perplexity_reward.group_rank(_more_rows(score_BN, 0.0))
+  rank_BN = np.asarray(rank_BN)[: len(score_BN)]
   if mode == "one_hot":
     rank_BN = (rank_BN == 1.0).astype(np.float32)
   self_BN = np.asarray(self_R).reshape(score_BN.shape)
@@ -332,34 +335,6 @@ def step_deltas(
   return np.where(layout.after == _NONE, np.float32(np.nan), delta_RJ)
 
 
-def update_ema(
-  ema: float | None, score_BN: np.ndarray, *, rate: float = 0.1
-) -> float:
-  """The released code's moving mean of L, kept as a metric alone.
-
-  The release feeds `0.8 L + 0.2 ema` to the reward. That is one increasing
-  affine map for the whole batch, so it cannot change a rank or the sign of a
-  difference, and the reward here takes L itself.
-
-  Args:
-    ema: the value so far, nats a token; None before the first batch.
-    score_BN: L of the batch.
-    rate: weight of the batch's mean.
-
-  Returns:
-    The new value, nats a token.
-  """
-  mean = float(np.mean(score_BN))
-  return mean if ema is None else (1 - rate) * ema + rate * mean
-
-
-def smoothed(
-  score_BN: np.ndarray, ema: float, *, weight: float = 0.2
-) -> np.ndarray:
-  """`(1 - weight) L + weight ema`, the release's smoothed score; a metric."""
-  return (1 - weight) * score_BN + weight * ema
-
-
 def _steps_of_row(
   thoughts: structs.Thoughts, row: int, completion_length: int
 ) -> tuple[list[int], np.ndarray]:
@@ -374,6 +349,12 @@ def _steps_of_row(
       "completion. Mark the steps on the sampled tokens themselves."
     )
   return end_J, np.asarray(thoughts.reflective[row, :count])
+
+
+def _more_rows(x_RX: np.ndarray, value: float) -> jax.Array:
+  """Rows of `value` added, up to a bucket."""
+  more = _bucket(len(x_RX)) - len(x_RX)
+  return jnp.asarray(np.pad(x_RX, ((0, more), (0, 0)), constant_values=value))
 
 
 def _bucket(size: int) -> int:

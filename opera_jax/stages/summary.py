@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.rewards import opera
+from opera_jax.rewards import smoothing
 from opera_jax.stages import score as score_lib
 
 # Parts that only open-ended prompts have, and those of maths alone.
@@ -77,7 +77,7 @@ def rl_step(
     out["reward/score_ema"] = ema
   if opened_B.any() and "score" in scored.parts:
     score_ON = scored.parts["score"][opened_B]
-    out["reward/score_smoothed"] = opera.smoothed(score_ON, ema).mean()
+    out["reward/score_smoothed"] = smoothing.smoothed(score_ON, ema).mean()
   for name in updates[0]:
     out[name] = np.mean([values[name] for values in updates])
   names = list(clock)

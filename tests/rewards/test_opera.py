@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.rewards import opera
+from opera_jax.rewards import opera, smoothing
 
 LENGTH = 40
 TOKENS = 6
@@ -160,14 +160,14 @@ def test_truncated_samples_have_no_r_self():
 def test_the_released_smoothing_cannot_change_a_reward():
   thoughts, table = _case(3)
   plain, layout = _priced(thoughts, table)
-  ema = opera.update_ema(-2.0, table.mean(-1)[:, LENGTH])
+  ema = smoothing.update_ema(-2.0, table.mean(-1)[:, LENGTH])
   assert ema == pytest.approx(-1.8 + 0.1 * table.mean(-1)[:, LENGTH].mean())
-  smooth = [opera.smoothed(logprob, ema) for logprob in plain]
+  smooth = [smoothing.smoothed(logprob, ema) for logprob in plain]
   want = opera.rewards(plain, layout, samples=4)
   got = opera.rewards(smooth, layout, samples=4)
   for name in ("total", "r_ppl", "r_self", "count"):
     np.testing.assert_array_equal(got[name], want[name])
-  assert opera.update_ema(None, np.asarray([-1.0, -3.0])) == -2.0
+  assert smoothing.update_ema(None, np.asarray([-1.0, -3.0])) == -2.0
 
 
 def test_step_deltas_are_differences_of_neighbours():

@@ -61,7 +61,7 @@ def test_repeating_a_thought_costs_where_length_does(paid):
   answered, _, texts = paid
   thought = np.asarray([bool(probes.read(t).steps) for t in texts])
   short = answered["short"]
-  assert thought.sum() > 12
+  assert thought.sum() > 4
   assert (short["thought_repeated"] < short["honest"])[thought].all()
 
 

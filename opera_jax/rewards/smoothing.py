@@ -1,0 +1,31 @@
+"""The released code's smoothing of L, kept as metrics alone (2606.25757)."""
+
+import numpy as np
+
+
+def update_ema(
+  ema: float | None, score_BN: np.ndarray, *, rate: float = 0.1
+) -> float:
+  """The released code's moving mean of L, kept as a metric alone.
+
+  The release feeds `0.8 L + 0.2 ema` to the reward. That is one increasing
+  affine map for the whole batch, so it cannot change a rank or the sign of a
+  difference, and the reward here takes L itself.
+
+  Args:
+    ema: the value so far, nats a token; None before the first batch.
+    score_BN: L of the batch.
+    rate: weight of the batch's mean.
+
+  Returns:
+    The new value, nats a token.
+  """
+  mean = float(np.mean(score_BN))
+  return mean if ema is None else (1 - rate) * ema + rate * mean
+
+
+def smoothed(
+  score_BN: np.ndarray, ema: float, *, weight: float = 0.2
+) -> np.ndarray:
+  """`(1 - weight) L + weight ema`, the release's smoothed score; a metric."""
+  return (1 - weight) * score_BN + weight * ema
