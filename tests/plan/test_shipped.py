@@ -1,0 +1,52 @@
+"""The saved plans are those of the shipped configs, and all of them fit."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from configs import qwen3_0_6b, qwen3_8b
+from opera_jax.models import presets
+from opera_jax.plan import programs, table
+
+FOLDER = ROOT / "docs" / "plans"
+PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def test_every_shipped_config_has_its_plan():
+  assert {(p["config"], p["topology"]) for p in PLANS} == {
+    ("configs/qwen3_0_6b.py", "v5e:2x2"),
+    *(
+      (f"configs/qwen3_8b.py:{name}", name.replace("_", ":", 1))
+      for name in qwen3_8b.SLICES
+    ),
+  }
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan["config"])
+def test_all_of_an_rl_step_fits(plan):
+  planned = {p["name"]: p for p in plan["programs"]}
+  assert set(planned) >= set(programs.NAMES) - {"sft"}
+  assert all(p["fits"] for p in planned.values())
+
+
+def test_the_page_is_what_the_plans_say():
+  assert (FOLDER / "README.md").read_text() == table.markdown(PLANS)
+
+
+@pytest.mark.parametrize(
+  "config, size",
+  [
+    (qwen3_0_6b.get_config(), "0.6b"),
+    *((qwen3_8b.get_config(name), "8b") for name in qwen3_8b.SLICES),
+  ],
+)
+def test_shipped_models_are_the_published_ones(config, size):
+  published = vars(presets.PRESETS[size])
+  for name in set(published) - {"dtype", "remat", "attention"}:
+    assert config.model[name] == published[name], name
+  # The recipe's lengths: rows hold the longest prompt and response.
+  longest = config.max_prompt_tokens + config.rollout.max_new_tokens
+  assert longest == 16_384 == config.rl.row_buckets[-1]
+  assert max(config.engine.prompt_buckets) == config.max_prompt_tokens
+  assert config.rl.samples == 16
