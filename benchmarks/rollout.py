@@ -1,0 +1,319 @@
+"""Sampling: ours, transformers' generate, and tunix's sampler, same weights.
+
+  .venv-bench/bin/python -m benchmarks.rollout
+
+(benchmarks/requirements.txt says how .venv-bench is made.)
+
+  UNIFORM  every completion runs to the same length
+  TAIL     lengths with a median of a quarter of the longest: completions end
+           by one of many stop ids; peers sample in batches of BATCH, ours
+           refills as many slots
+  GROUP    16 samples of each long prompt; peers repeat the prompt
+
+Random weights and prompts, temperature 1, no truncation, float32. Each method
+makes the tokens that it draws itself, so what is compared is tokens a second;
+a warm call is repeated, and the median kept. Each method runs in a process of
+its own, so that its peak memory is its own.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import harness
+
+_METHOD = flags.DEFINE_string("method", None, "Run one method, for the parent.")
+_FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
+
+METHODS = ("transformers", "tunix", "ours")
+BATCH = 32
+REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Sizes of one task; `stops` of the vocabulary's ids end a completion."""
+
+  prompts: int
+  samples: int
+  prompt_tokens: int
+  new_tokens: int
+  stops: int
+
+
+WORKLOADS = {
+  "UNIFORM": Workload(32, 1, 64, 128, 0),
+  "TAIL": Workload(96, 1, 64, 256, 44),
+  "GROUP": Workload(4, 16, 512, 64, 0),
+}
+
+
+def model_config():
+  """The model that every method runs."""
+  from opera_jax.models import qwen3
+
+  return qwen3.Config(
+    vocab_size=4096,
+    hidden=256,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    intermediate=768,
+    tied=True,
+  )
+
+
+def problem(workload: Workload):
+  """Prompts, the same for every method, and the ids that stop."""
+  rng = np.random.default_rng(0)
+  vocab = model_config().vocab_size
+  shape = (workload.prompts, workload.prompt_tokens)
+  prompts = rng.integers(workload.stops + 2, vocab, shape).astype(np.int32)
+  return prompts, tuple(range(2, 2 + workload.stops))
+
+
+def main(_) -> None:
+  if _METHOD.value:
+    _run_one(_METHOD.value, _FOLDER.value)
+    return
+  from opera_jax.models import qwen3, qwen3_params
+
+  config = model_config()
+  results = {}
+  with tempfile.TemporaryDirectory() as folder:
+    _, params = qwen3.create(config, 0)
+    qwen3_params.save(folder, params, config)
+    for method in METHODS:
+      print(f"{method} ...", flush=True)
+      subprocess.run(
+        [
+          *(sys.executable, "-m", "benchmarks.rollout"),
+          *(f"--method={method}", f"--folder={folder}"),
+        ],
+        check=True,
+      )
+      path = pathlib.Path(folder) / f"{method}.json"
+      results[method] = json.loads(path.read_text())
+  blocks = [_block(name, results) for name in WORKLOADS]
+  body = (
+    f"`python -m benchmarks.rollout`; {harness.hardware()}; float32; a Qwen3 "
+    f"of {qwen3.parameter_count(params):,} parameters ({config.layers} layers, "
+    f"width {config.hidden}, vocabulary {config.vocab_size:,}); median of "
+    f"{REPEATS}, warm; peak memory is the process's over all workloads.\n\n"
+    + "\n\n".join(blocks)
+  )
+  harness.write_section("rollout", body)
+  print(body)
+
+
+def _block(name, results) -> str:
+  w = WORKLOADS[name]
+  ours = results["ours"][name]
+  best = max(r[name]["rate"] for m, r in results.items() if m != "ours")
+  rows = [
+    (
+      method,
+      f"{result[name]['tokens']:,.0f}",
+      f"{result[name]['seconds']:.2f}",
+      f"{result[name]['rate']:,.0f}",
+      f"{ours['rate'] / result[name]['rate']:.2f}",
+      f"{result['peak_mib']:,.0f}",
+    )
+    for method, result in results.items()
+  ]
+  return (
+    f"**{name}**: {w.prompts} prompts x {w.samples} samples, prompt "
+    f"{w.prompt_tokens}, at most {w.new_tokens} new, median length "
+    f"{ours['median_length']:.0f}.\n\n"
+    + harness.table(
+      ("method", "tokens", "s", "tokens/s", "ours is faster", "peak MiB"), rows
+    )
+    + f"\n\nOurs against the better peer: {ours['rate'] / best:.2f}."
+  )
+
+
+def _run_one(method: str, folder: str) -> None:
+  make = {"ours": _ours, "transformers": _torch, "tunix": _tunix}[method]
+  result = {}
+  for name, workload in WORKLOADS.items():
+    prompts, stops = problem(workload)
+    call = make(folder, workload, prompts, stops)
+    lengths = []
+    taken = harness.seconds(lambda: lengths.append(call()), repeats=REPEATS)  # noqa: B023
+    tokens = float(np.mean([sum(one) for one in lengths[1:]]))
+    result[name] = {
+      "seconds": taken.median,
+      "tokens": tokens,
+      "rate": tokens / taken.median,
+      "median_length": float(np.median(np.concatenate(lengths))),
+    }
+  result["peak_mib"] = harness.peak_mib()
+  (pathlib.Path(folder) / f"{method}.json").write_text(json.dumps(result))
+
+
+def _ours(folder, workload, prompts, stops):
+  import itertools
+
+  import jax
+
+  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.rollout import engine, sampling
+  from opera_jax.sharding import mesh, rules
+
+  config = model_config()
+  one = mesh.create(devices=jax.devices()[:1])
+  params = qwen3_params.load(folder, config, one, rules.ROLLOUT)
+  sampler = engine.Engine(
+    qwen3.abstract(config)[0],
+    config,
+    mesh=one,
+    rows=min(BATCH, workload.prompts),
+    slots=workload.samples,
+    prompt_buckets=(workload.prompt_tokens,),
+    cache_buckets=(128, 256),
+  )
+  settings = sampling.Sampling(workload.new_tokens, stop_ids=stops)
+  seeds = itertools.count()
+
+  def call():
+    groups = sampler.sample(
+      params,
+      list(prompts),
+      settings,
+      jax.random.key(next(seeds)),
+      samples=workload.samples,
+    )
+    return [len(s.tokens) for group in groups for s in group]
+
+  return call
+
+
+def _torch(folder, workload, prompts, stops):
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  ).eval()
+  every = torch.from_numpy(np.repeat(prompts, workload.samples, 0)).long()
+  batch = BATCH if workload.samples == 1 else len(every)
+  settings = transformers.GenerationConfig(
+    do_sample=True,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    max_new_tokens=workload.new_tokens,
+    eos_token_id=list(stops) or None,
+    pad_token_id=0,
+  )
+
+  def call():
+    lengths = []
+    for part in every.split(batch):
+      with torch.no_grad():
+        out = model.generate(
+          part,
+          attention_mask=torch.ones_like(part),
+          generation_config=settings,
+        )
+      lengths += _lengths(out[:, part.shape[1] :].numpy(), stops)
+    return lengths
+
+  return call
+
+
+def _lengths(tokens, stops) -> list[int]:
+  """Tokens of each row up to and with its first stop."""
+  ended = np.isin(tokens, stops)
+  first = np.where(ended.any(1), ended.argmax(1) + 1, tokens.shape[1])
+  return first.tolist()
+
+
+class _Numbers:
+  """A tokenizer of numbers written out, for a sampler that takes strings."""
+
+  def encode(self, text, **_):
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids, **_):
+    return " ".join(map(str, ids))
+
+  def bos_id(self):
+    return None
+
+  def eos_id(self):
+    return 1
+
+  def pad_id(self):
+    return 0
+
+
+def _tunix(folder, workload, prompts, stops):
+  import itertools
+
+  import jax.numpy as jnp
+  from tunix.generate import sampler as tunix_sampler
+  from tunix.models.qwen3 import model, params
+
+  config = model_config()
+  theirs = model.ModelConfig(
+    num_layers=config.layers,
+    vocab_size=config.vocab_size,
+    embed_dim=config.hidden,
+    hidden_dim=config.intermediate,
+    num_heads=config.heads,
+    head_dim=config.head_dim,
+    num_kv_heads=config.kv_heads,
+    rope_theta=int(config.rope_theta),
+    norm_eps=config.norm_epsilon,
+    use_tied_embedding=config.tied,
+  )
+  transformer = params.create_model_from_safe_tensors(
+    folder, theirs, dtype=jnp.float32
+  )
+  sampler = tunix_sampler.Sampler(
+    transformer,
+    _Numbers(),
+    tunix_sampler.CacheConfig(
+      cache_size=workload.prompt_tokens + workload.new_tokens,
+      num_layers=config.layers,
+      num_kv_heads=config.kv_heads,
+      head_dim=config.head_dim,
+    ),
+  )
+  every = [
+    " ".join(map(str, row)) for row in np.repeat(prompts, workload.samples, 0)
+  ]
+  batch = BATCH if workload.samples == 1 else len(every)
+  seeds = itertools.count()
+
+  def call():
+    lengths = []
+    for start in range(0, len(every), batch):
+      out = sampler(
+        every[start : start + batch],
+        max_generation_steps=workload.new_tokens,
+        max_prompt_length=workload.prompt_tokens,
+        eos_tokens=stops or (-1,),
+        temperature=1.0,
+        top_p=1.0,
+        seed=next(seeds),
+      )
+      # It leaves out the stop id itself.
+      lengths += [
+        min(len(tokens) + 1, workload.new_tokens) for tokens in out.tokens
+      ]
+    return lengths
+
+  return call
+
+
+if __name__ == "__main__":
+  app.run(main)
