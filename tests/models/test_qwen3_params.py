@@ -298,11 +298,11 @@ print(held, peak() - before - held)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_host_holds_one_tensor_beside_the_parameters(tmp_path):
-  """In 0.9 GB, of which the largest stack has 192 MiB and a tensor 16."""
+  """In 2.4 GB, of which the largest stack has 512 MiB and a tensor 16."""
   config = _config(
     vocab_size=1024,
     hidden=1024,
-    layers=12,
+    layers=32,
     heads=16,
     kv_heads=8,
     head_dim=128,
@@ -334,5 +334,6 @@ def test_a_host_holds_one_tensor_beside_the_parameters(tmp_path):
     check=True,
   )
   held, more = map(int, done.stdout.split())
-  assert held > 850 << 20
+  print(f"{held >> 20} MiB of parameters, {more >> 20} MiB more")
+  assert held > 2200 << 20
   assert more < 176 << 20  # a stack would be more
