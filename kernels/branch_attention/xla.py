@@ -198,22 +198,29 @@ def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
 
 def _scores(q_BKSQH, k, axes):
   """Every query against every key of a block, [B, K, S, Q, x] float32."""
-  K, Q = q_BKSQH.shape[1], q_BKSQH.shape[3]
-  if axes == BRANCH and Q * K <= 32:
-    wide = _heads_apart(q_BKSQH)
-    flat = k.reshape(*k.shape[:3], -1)
-    score = _einsum("bsnf,bsxf->bsnx", wide, flat)
-    B, S, _, x = score.shape
-    return score.reshape(B, S, K, Q, x).transpose(0, 2, 1, 3, 4)
+  B, K, S, Q, _ = q_BKSQH.shape
+  if _few(q_BKSQH, axes):
+    wide_BSNF = _heads_apart(q_BKSQH)
+    flat = k.reshape(*k.shape[:-2], -1)
+    if axes == TRUNK:
+      wide_BnF = wide_BSNF.reshape(B, S * K * Q, -1)
+      score = _einsum("bnf,bxf->bnx", wide_BnF, flat)
+    else:
+      score = _einsum("bsnf,bsxf->bsnx", wide_BSNF, flat)
+    return score.reshape(B, S, K, Q, -1).transpose(0, 2, 1, 3, 4)
   return _einsum(f"bksqh,{axes}->bksqx", q_BKSQH, k)
 
 
 def _weigh(p_BKSQx, v, axes):
   """Probabilities times values, [B, K, S, Q, H] float32."""
   B, K, S, Q, x = p_BKSQx.shape
-  if axes == BRANCH and Q * K <= 32:
-    p_BSNx = p_BKSQx.transpose(0, 2, 1, 3, 4).reshape(B, S, K * Q, x)
-    wide = _einsum("bsnx,bsxf->bsnf", p_BSNx, v.reshape(B, S, x, -1))
+  if _few(p_BKSQx, axes):
+    p_BSKQx = p_BKSQx.transpose(0, 2, 1, 3, 4)
+    flat = v.reshape(*v.shape[:-2], -1)
+    if axes == TRUNK:
+      wide = _einsum("bnx,bxf->bnf", p_BSKQx.reshape(B, -1, x), flat)
+    else:
+      wide = _einsum("bsnx,bsxf->bsnf", p_BSKQx.reshape(B, S, -1, x), flat)
     wide = wide.reshape(B, S, K, Q, K, -1)
     return jnp.stack([wide[:, :, k, :, k] for k in range(K)], axis=1)
   return _einsum(f"bksqx,{axes}->bksqh", p_BKSQx, v)
@@ -222,6 +229,12 @@ def _weigh(p_BKSQx, v, axes):
 def _spread(p_BKSQx, q_BKSQH, axes):
   """Transposed: what each key receives, shaped like the keys, float32."""
   return _einsum(f"bksqx,bksqh->{axes}", p_BKSQx, q_BKSQH)
+
+
+def _few(x_BKSQH, axes):
+  """Whether the queries that share keys are so few that heads go together."""
+  _, K, S, Q, _ = x_BKSQH.shape
+  return K * Q * (S if axes == TRUNK else 1) <= 32
 
 
 def _heads_apart(q_BKSQH):
