@@ -188,8 +188,8 @@ def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
     starts[axis + 1], sizes[axis + 1] = start, size
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
-  if size == length:
-    k, v = (x if layer is None else x[layer] for x in (k, v))
+  # With a layer even one block is a loop: the same program for any length.
+  if size == length and layer is None:
     visible = jnp.arange(size)[None, None, None, None] < seen_B1SQ1
     return step(total, k, v, axes, visible, 0)
   count = -(-jnp.minimum(jnp.max(seen_BSQ), length) // size)
