@@ -70,6 +70,7 @@ def opera(config, folder: str) -> None:
       prompt_tokens=max(config.engine.prompt_buckets),
       new_tokens=config.rollout.max_new_tokens,
       cache_dtype=config.engine.cache_dtype,
+      moment_dtype=config.rl.moment_dtype,
     ),
     fit_plan.device_limit(run.mesh),
   )

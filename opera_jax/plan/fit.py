@@ -51,6 +51,7 @@ def floor(
   prompt_tokens: int,
   new_tokens: int,
   cache_dtype: str,
+  moment_dtype: str,
 ) -> dict[str, int]:
   """Bytes a device that sampling holds at the least, by what they are.
 
@@ -62,6 +63,7 @@ def floor(
     prompt_tokens: longest prompt.
     new_tokens: longest completion.
     cache_dtype: of keys and values.
+    moment_dtype: of the optimizer's two moments.
   """
   shapes = qwen3.abstract(config)[1]
   axes = qwen3.logical_axes(shapes)
@@ -77,7 +79,7 @@ def floor(
   tokens = prompts * (prompt_tokens + samples * new_tokens)
   return {
     "parameters": master,
-    "optimizer": 2 * master,
+    "optimizer": 2 * shard_bytes(laid_out(rules.TRAIN, moment_dtype)),
     "reference": master,
     "rollout weights": shard_bytes(laid_out(rules.ROLLOUT, config.dtype)),
     "caches": tokens

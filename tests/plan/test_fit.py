@@ -15,6 +15,7 @@ SIZES = {
   "prompt_tokens": 64,
   "new_tokens": 128,
   "cache_dtype": "bfloat16",
+  "moment_dtype": "bfloat16",
 }
 
 
@@ -29,7 +30,7 @@ def test_floor_is_the_sum_of_its_shards():
   token = 2 * 28 * 8 * 128 * 2
   assert parts == {
     "parameters": master,
-    "optimizer": 2 * master,
+    "optimizer": master,  # two moments of half the width
     "reference": master,
     "rollout weights": 4 * (weights // 2 + norms),  # float32 compute
     "caches": 4 * (64 + 2 * 128) * token // 8,
