@@ -26,7 +26,7 @@ def test_every_shipped_config_has_its_plan():
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan["config"])
 def test_all_of_an_rl_step_fits(plan):
   planned = {p["name"]: p for p in plan["programs"]}
-  assert set(planned) >= set(programs.NAMES) - {"sft"}
+  assert set(planned) >= set(programs.NAMES)
   assert all(p["fits"] for p in planned.values())
 
 
