@@ -23,6 +23,7 @@ test-all: $(VENV)/dev.done
 bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.reward
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

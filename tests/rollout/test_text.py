@@ -1,0 +1,78 @@
+"""Text in, text out: stop strings to the character, pieces that join."""
+
+import jax
+import pytest
+
+from opera_jax.models import qwen3
+from opera_jax.rollout import engine, sampling, text
+from opera_jax.text import tokenizer as tokenizer_lib
+
+SETTINGS = sampling.Sampling(max_new_tokens=40)
+PROMPTS = ["A fox, please.", "Tell of the sea."]
+
+
+@pytest.fixture(scope="module")
+def parts(one_device):
+  words = tokenizer_lib.Tokenizer.train_bpe(
+    ["the fox saw the sea and the sea saw the fox. ümlaut"] * 20, 300
+  )
+  config = qwen3.Config(
+    vocab_size=words.vocab_size,
+    hidden=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    intermediate=48,
+  )
+  graphdef, params = qwen3.create(config, 0)
+  sampler = engine.Engine(
+    graphdef, config, mesh=one_device, rows=2, slots=2, steps=8
+  )
+  return sampler, words, params
+
+
+def _complete(parts, **settings):
+  return text.complete(
+    *parts, PROMPTS, SETTINGS, jax.random.key(0), samples=3, **settings
+  )
+
+
+def test_stop_strings_are_kept_or_dropped_to_the_character(parts):
+  kept = _complete(parts, stop=["e", "sa"], keep_stop=True)
+  dropped = _complete(parts, stop=["e", "sa"])
+  stopped = 0
+  for left, right in zip(kept, dropped, strict=True):
+    for one, two in zip(left, right, strict=True):
+      assert "e" not in two.text and "sa" not in two.text
+      if one.text != two.text:
+        assert one.text in (two.text + "e", two.text + "sa")
+        assert one.sample.reason == "stop"
+        stopped += 1
+  assert stopped >= 2
+
+
+def test_pieces_join_to_the_text(parts):
+  for stop in ((), ("e",)):
+    pieces = {}
+
+    def on_text(prompt, sample, more, pieces=pieces):
+      pieces.setdefault((prompt, sample), []).append(more)
+
+    out = _complete(parts, stop=stop, on_text=on_text)
+    for prompt, group in enumerate(out):
+      for sample, one in enumerate(group):
+        assert "".join(pieces.get((prompt, sample), [])) == one.text
+    assert stop or max(map(len, pieces.values())) > 2
+
+
+def test_without_stops_the_text_is_every_token(parts):
+  _, words, _ = parts
+  for group in _complete(parts):
+    for one in group:
+      assert one.text == words.decode(one.sample.tokens, skip_special=True)
+
+
+def test_a_stop_that_cannot_come_is_refused(parts):
+  with pytest.raises(ValueError, match="stop string|Stop strings"):
+    _complete(parts, stop=[""])
