@@ -101,6 +101,10 @@ def get_config() -> ml_collections.ConfigDict:
     "temperature": 1.0,  # [P]
     "top_k": 0,
     "top_p": 1.0,  # [P]
+    "min_p": 0.0,
+    "min_new_tokens": 0,
+    "loop_period": 0,  # above 0: ends completions that go round in circles
+    "loop_tokens": 0,
   }
   config.price = {
     "rows": 16,  # trunks a call
@@ -174,6 +178,8 @@ def get_config() -> ml_collections.ConfigDict:
     "credit": "grpo",  # [P]
     "credit_options": {},
     "importance_cap": 0.0,  # of trainer against sampler; 0 weighs nothing
+    "max_delta": 0.1,  # nats between sampler and trainer that end the run,
+    "max_delta_steps": 3,  # after so many steps beyond it in a row
     "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
     "value_coef": 0.0,  # above 0: a critic, for credit "gae"
     "value_clip": 0.2,

@@ -7,7 +7,6 @@ Without --prompt it asks for one, again and again, until an empty line. Left
 out on purpose: a conversation; every prompt stands alone, as in training.
 """
 
-import dataclasses
 import sys
 
 import jax
@@ -37,13 +36,7 @@ def main(_) -> None:
     **{name: config[name] for name in setup.SECTIONS},
   )
   params = run.for_rollout(run.load(_STAGE.value))
-  settings = sampling.Sampling(
-    **{
-      field.name: config.rollout[field.name]
-      for field in dataclasses.fields(sampling.Sampling)
-      if field.name in config.rollout
-    }
-  )
+  settings = sampling.Sampling(**config.rollout)
   for turn, prompt in enumerate(_prompts()):
     answers = text.complete(
       run.engine,

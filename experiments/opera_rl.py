@@ -24,6 +24,7 @@ from opera_jax.rewards import smoothing
 from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
+  agreement,
   cold_start,
   collect,
   crediting,
@@ -193,12 +194,9 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
   settings = sampling.Sampling(
-    max_new_tokens=rollout.max_new_tokens,
-    temperature=rollout.temperature,
-    top_k=rollout.top_k,
-    top_p=rollout.top_p,
-    stop_ids=(run.tokenizer.end_id,),
+    stop_ids=(run.tokenizer.end_id,), **rollout.to_dict()
   )
+  watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
   state = fit.place(
@@ -296,13 +294,14 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # One line of metrics, one checkpoint.
       step += 1
-      log.write(
-        step,
+      values = (
         summary.rl_step(scored, got.samples, old, ema, updates, seconds)
         | credit
         | got.metrics()
-        | {"time/programs": runtime.compiled()},
+        | {"time/programs": runtime.compiled()}
       )
+      log.write(step, values)
+      watch.check(values["agreement/mean_abs_delta"], step)
       progress.update(tokens=got.sampled_tokens)
       leave = preemption.requested()
       if leave or step % rl.checkpoint_every == 0 or step == rl.steps:

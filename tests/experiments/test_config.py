@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import common, tiny
 from experiments import opera_rl
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine
+from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import price
 from opera_jax.sharding import rules, runtime
 from opera_jax.stages import (
@@ -56,6 +56,8 @@ WHOLE = {
   "base": _fields(supervised.Recipe),
   "sft": _fields(supervised.Recipe),
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
+  "rollout": _fields(sampling.Sampling)
+  - {"stop_ids", "banned_ids", "logit_bias"},
   "price": _keywords(price.Pricer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
   "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},
