@@ -132,8 +132,7 @@ def model_config(on_cpu: bool):
 
   if not on_cpu:
     return dataclasses.replace(presets.PRESETS["0.6b"], dtype="bfloat16")
-  # Qwen3-8B's proportions: a head of 9% of the layers' parameters, and
-  # attention of some 15% of their FLOPs at these lengths.
+  # As Qwen3-8B: the head 9% of the layers, attention 15% of their FLOPs.
   return qwen3.Config(
     vocab_size=2176,
     hidden=512,
@@ -233,8 +232,7 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
 
   prices = call()
   taken = harness.seconds(lambda: call(), repeats=5)
-  # All methods report what the reward compares: P_j at the reflective steps
-  # and their predecessors, and L.
+  # What the reward compares: P_j where steps reflect, and before, and L.
   keep = np.zeros(prices.shape, bool)
   for row, steps in enumerate(reflective):
     keep[row, steps] = keep[row, steps - 1] = True
