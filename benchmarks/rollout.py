@@ -32,7 +32,7 @@ _METHOD = flags.DEFINE_string("method", None, "Run one method, for the parent.")
 _FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
 
 METHODS = ("transformers", "tunix", "ours")
-BATCH = 32
+BATCH = 16
 REPEATS = 5
 
 
@@ -48,9 +48,9 @@ class Workload:
 
 
 WORKLOADS = {
-  "UNIFORM": Workload(32, 1, 64, 128, 0),
-  "TAIL": Workload(96, 1, 64, 256, 44),
-  "GROUP": Workload(4, 16, 512, 64, 0),
+  "UNIFORM": Workload(16, 1, 64, 64, 0),
+  "TAIL": Workload(80, 1, 64, 128, 88),
+  "GROUP": Workload(2, 16, 512, 32, 0),
 }
 
 
@@ -177,7 +177,7 @@ def _ours(folder, workload, prompts, stops):
     rows=min(BATCH, workload.prompts),
     slots=workload.samples,
     prompt_buckets=(workload.prompt_tokens,),
-    cache_buckets=(128, 256),
+    cache_buckets=(128,),
   )
   settings = sampling.Sampling(workload.new_tokens, stop_ids=stops)
   seeds = itertools.count()
