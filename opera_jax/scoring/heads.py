@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import attention, on_mesh
+from opera_jax.scoring import price
 
 
 def init_value(hidden: int) -> dict[str, jax.Array]:
@@ -37,28 +37,25 @@ def row_heads(
   """
 
   def fn(params, batch: structs.Batch):
-    model, hidden_RTD = _hidden(graphdef, params["policy"], batch)
-    head, transposed = model.head_matrix()
-    head = head.astype(hidden_RTD.dtype)
+    model = nnx.merge(graphdef, params["policy"])
+    hidden_RTD = price.row_hidden(model, batch)
     target_RT = jnp.roll(batch.tokens, -1, axis=1)
-    logprob_RT, entropy_RT = on_mesh.token_logprob(
-      hidden_RTD,
-      head,
-      target_RT,
-      temperature=temperature,
-      transposed=transposed,
+    logprob_RT, entropy_RT = price.token_prices(
+      model, hidden_RTD, target_RT, temperature
     )
     critic = params["value"]
     value_RT = hidden_RTD.astype(jnp.float32) @ critic["kernel"]
-    heads = {"value": _shifted(value_RT + critic["bias"])}
+    heads = {"value": price.shifted(value_RT + critic["bias"])}
     if "top_ids" in batch.extra:
+      head, transposed = model.head_matrix()
+      head = head.astype(hidden_RTD.dtype)
       rows_VD = head if transposed else head.T
       ids_RTK = jnp.roll(batch.extra["top_ids"], -1, axis=1)
       logit_RT = _logits(hidden_RTD, rows_VD, target_RT[..., None], temperature)
       scale_RT1 = logit_RT - logprob_RT[..., None]
       logit_RTK = _logits(hidden_RTD, rows_VD, ids_RTK, temperature)
-      heads["top_logprob"] = _shifted(logit_RTK - scale_RT1)
-    return _shifted(logprob_RT), _shifted(entropy_RT), heads
+      heads["top_logprob"] = price.shifted(logit_RTK - scale_RT1)
+    return price.shifted(logprob_RT), price.shifted(entropy_RT), heads
 
   return fn
 
@@ -84,7 +81,8 @@ def row_top(
   """
 
   def fn(params, batch: structs.Batch):
-    model, hidden_RTD = _hidden(graphdef, params, batch)
+    model = nnx.merge(graphdef, params)
+    hidden_RTD = price.row_hidden(model, batch)
     head, transposed = model.head_matrix()
     rows_VD = (head if transposed else head.T).astype(jnp.float32)
     V = rows_VD.shape[0]
@@ -109,21 +107,9 @@ def row_top(
       return ids_TK, best_TK - norm_T[:, None]
 
     ids_RTK, logprob_RTK = jax.lax.map(row, hidden_RTD)
-    return _shifted(ids_RTK), _shifted(logprob_RTK)
+    return price.shifted(ids_RTK), price.shifted(logprob_RTK)
 
   return fn
-
-
-def _hidden(graphdef, params, batch):
-  model = nnx.merge(graphdef, params)
-  hidden_RTD, _ = model(
-    batch.tokens,
-    batch.positions,
-    attention.causal(
-      batch.segments, implementation=model.config.attention or None
-    ),
-  )
-  return model, hidden_RTD
 
 
 def _logits(hidden_RTD, rows_VD, ids_RTK, temperature):
@@ -140,9 +126,3 @@ def _logits(hidden_RTD, rows_VD, ids_RTK, temperature):
     )
 
   return jax.lax.map(row, (hidden_RTD, ids_RTK)) / temperature
-
-
-def _shifted(x_RT: jax.Array) -> jax.Array:
-  """What is said before token t, put at t; token 0 has none."""
-  rest = ((0, 0),) * (x_RT.ndim - 2)
-  return jnp.pad(x_RT[:, :-1], ((0, 0), (1, 0), *rest))

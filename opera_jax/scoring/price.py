@@ -15,12 +15,18 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import attention, on_mesh
+from opera_jax.models import attention, on_mesh, qwen3
 from opera_jax.scoring import trunks as trunks_lib
 from opera_jax.sharding import layout
 
 
-def _token_prices(model, hidden_BTD, target_BT, temperature):
+def token_prices(
+  model: qwen3.Qwen3,
+  hidden_BTD: jax.Array,
+  target_BT: jax.Array,
+  temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability [B, T] of targets and entropy [B, T], float32, in nats."""
   head, transposed = model.head_matrix()
   return on_mesh.token_logprob(
     hidden_BTD,
@@ -31,9 +37,22 @@ def _token_prices(model, hidden_BTD, target_BT, temperature):
   )
 
 
-def _shifted(x_BT: jax.Array) -> jax.Array:
-  """Prices of tokens 1..T-1 put at their own places; token 0 has none."""
-  return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0)))
+def shifted(x_BT: jax.Array) -> jax.Array:
+  """What is said before token t, [B, T, ...], put at t; token 0 has none."""
+  rest = ((0, 0),) * (x_BT.ndim - 2)
+  return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0), *rest))
+
+
+def row_hidden(model: qwen3.Qwen3, batch: structs.Batch) -> jax.Array:
+  """Final hidden states [R, T, D] of an update's rows."""
+  hidden_RTD, _ = model(
+    batch.tokens,
+    batch.positions,
+    attention.causal(
+      batch.segments, implementation=model.config.attention or None
+    ),
+  )
+  return hidden_RTD
 
 
 def row_logprob(
@@ -49,17 +68,13 @@ def row_logprob(
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
-    hidden_RTD, _ = model(
-      batch.tokens,
-      batch.positions,
-      attention.causal(
-        batch.segments, implementation=model.config.attention or None
-      ),
+    logprob_RT, entropy_RT = token_prices(
+      model,
+      row_hidden(model, batch),
+      jnp.roll(batch.tokens, -1, axis=1),
+      temperature,
     )
-    logprob_RT, entropy_RT = _token_prices(
-      model, hidden_RTD, jnp.roll(batch.tokens, -1, axis=1), temperature
-    )
-    return _shifted(logprob_RT), _shifted(entropy_RT)
+    return shifted(logprob_RT), shifted(entropy_RT)
 
   return fn
 
@@ -105,12 +120,12 @@ def trunks_and_branches(
     target_BX = jnp.concatenate(
       [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
     )
-    logprob_BX, entropy_BX = _token_prices(
+    logprob_BX, entropy_BX = token_prices(
       model, hidden_BXD, target_BX, temperature
     )
     return (
-      _shifted(logprob_BX[:, :T]),
-      _shifted(entropy_BX[:, :T]),
+      shifted(logprob_BX[:, :T]),
+      shifted(entropy_BX[:, :T]),
       logprob_BX[:, T:].reshape(B, S, G),
       entropy_BX[:, T:].reshape(B, S, G),
     )
