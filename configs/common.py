@@ -149,6 +149,8 @@ def get_config() -> ml_collections.ConfigDict:
     "max_repeat": 0.2,
     "keep_share": 1.0,
   }
+  # Of the data sets that synthesis and selection leave, in their README.md.
+  config.card = {"name": "OPERA cold-start traces", "license": "unknown"}
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
   config.rl = {

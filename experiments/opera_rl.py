@@ -25,6 +25,7 @@ from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
   agreement,
+  card,
   cold_start,
   collect,
   crediting,
@@ -92,10 +93,18 @@ def opera(config, folder: str) -> None:
     # 2. Cold start: brake at reflection words, branch, keep what the policy
     #    finds least perplexing.
     if "synthesize" in stages:
-      cold_start.synthesize(run, cold_start.Search(**config.synthesis))
+      cold_start.synthesize(
+        run,
+        cold_start.Search(**config.synthesis),
+        card.Card(**config.card),
+        preemption,
+      )
     if "select" in stages:
       cold_start.select(
-        run, cold_start.Select(**config.select), config.reward.keywords
+        run,
+        cold_start.Select(**config.select),
+        config.reward.keywords,
+        card.Card(**config.card),
       )
     # 3. SFT on what was selected.
     if "sft" in stages:

@@ -2,15 +2,20 @@
 
   python -m experiments.synthesize --config=configs/tiny.py --workdir=runs/tiny
 
-Writes `synthesize/traces` and `select/traces`: JSONL beside a TFDS data set.
-Trains the base model first where the workdir has none.
+Writes `synthesize/traces` and `select/traces`: JSONL beside a TFDS data set,
+with a card. Trains the base model first where the workdir has none.
+
+Kill it and give the same command again: it goes on. Give it on several
+machines that see the folder: they divide the work. On the hosts of one TPU
+slice add --config.runtime.distributed=auto; with --config.mesh.data the number
+of hosts, and fsdp the devices of one, each host works by itself.
 """
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import cold_start, setup, supervised
+from opera_jax.stages import card, cold_start, setup, supervised
 from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -33,9 +38,12 @@ def main(_) -> None:
       preemption,
       path=config.checkpoint,
     )
-    cold_start.synthesize(run, cold_start.Search(**config.synthesis))
+    about = card.Card(**config.card)
+    cold_start.synthesize(
+      run, cold_start.Search(**config.synthesis), about, preemption
+    )
     cold_start.select(
-      run, cold_start.Select(**config.select), config.reward.keywords
+      run, cold_start.Select(**config.select), config.reward.keywords, about
     )
 
 

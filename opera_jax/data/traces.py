@@ -4,27 +4,35 @@
 
     traces.jsonl                   every trace, read back by `read`
     tfds/traces/1.0.0/             `tfds.builder_from_directory` reads it
+    README.md                      the data set's card
+    FILES.json                     bytes of each file, for `damage`
 
-TensorFlow is needed for neither. Without it TFDS holds no ragged lists of
-text, so the candidates of all rounds stand in one list, each with its round.
-TFDS rounds perplexities to float32; the JSONL does not.
+Both ways go trace by trace, so a set may be larger than memory. TensorFlow is
+needed for neither. Without it TFDS holds no ragged lists of text, so the
+candidates of all rounds stand in one list, each with its round. TFDS rounds
+perplexities to float32; the JSONL does not.
 """
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 JSONL = "traces.jsonl"
 TFDS = pathlib.Path("tfds", "traces", "1.0.0")
+CARD, FILES = "README.md", "FILES.json"
 _VERSION = "1.0.0"
+_TOGETHER = 64  # traces in memory at a time
+
+Card = Callable[[Mapping[str, int]], str]  # counts by status -> README.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +80,38 @@ def _to_json(trace: Trace) -> dict[str, Any]:
   return row
 
 
-def _from_json(place: str, line: str) -> Trace:
+def to_line(trace: Trace) -> str:
+  """The trace as a line of JSONL, its end included.
+
+  Raises:
+    ValueError: a round that keeps a candidate it does not have, or a
+      perplexity that is no finite number.
+  """
+  for number, round_ in enumerate(trace.rounds):
+    prices = [one.perplexity for one in round_.candidates]
+    if not 0 <= round_.kept < len(prices) or not np.isfinite(prices).all():
+      raise ValueError(
+        f"Trace {trace.id!r}, round {number}: kept {round_.kept} of the"
+        f" perplexities {prices}; it must be an index of them, and each must"
+        " be finite. Look for NaN in the prices."
+      )
+  row = json.dumps(_to_json(trace), ensure_ascii=False, allow_nan=False)
+  return row + "\n"
+
+
+def from_line(place: str, line: str) -> Trace:
+  """The trace of a line that `to_line` made.
+
+  Args:
+    place: of the line, for the error.
+    line: one line.
+
+  Raises:
+    ValueError: it is no such line, or not the whole of one.
+  """
   try:
+    if not line.endswith("\n"):
+      raise ValueError("it does not end, so it was cut short")
     row = json.loads(line)
     rounds = tuple(
       Round(
@@ -94,110 +132,176 @@ def _from_json(place: str, line: str) -> Trace:
 
 def write(
   directory: str | os.PathLike,
-  traces: Sequence[Trace],
+  traces: Iterable[Trace],
   *,
   description: str = "",
+  card: Card | None = None,
   max_examples_per_shard: int = 1000,
-) -> None:
+) -> dict[str, int]:
   """Writes the set, whole or not at all; an older one is replaced.
 
   Args:
-    directory: folder to make; it appears once all is written.
-    traces: at least one, with distinct ids.
+    directory: folder to make; it appears once all is written. One process at
+      a time may write it.
+    traces: at least one, with distinct ids; taken a few at a time.
     description: goes into the TFDS data set.
+    card: makes README.md of how many traces have each status.
     max_examples_per_shard: traces of an ArrayRecord file.
 
+  Returns:
+    How many traces have each status.
+
   Raises:
-    ValueError: no trace, an id given twice, a round that keeps a candidate it
-      does not have, or a perplexity that is no finite number.
+    ValueError: no trace, an id given twice, or a trace that `to_line` refuses.
     FileExistsError: the folder exists and holds something else.
   """
-  _check(traces)
   directory = pathlib.Path(directory)
   if directory.exists() and not (directory / JSONL).exists():
     raise FileExistsError(
       f"{directory} exists and holds no {JSONL}; it is not replaced. Name"
       " another folder, or remove it."
     )
+  counts: collections.Counter[str] = collections.Counter()
+  seen: set[str] = set()
   with _appearing(directory) as folder:
+    shards = _Shards(folder / TFDS, description, max_examples_per_shard)
     with open(folder / JSONL, "w", encoding="utf-8") as file:
-      for trace in traces:
-        row = json.dumps(_to_json(trace), ensure_ascii=False, allow_nan=False)
-        file.write(row + "\n")
-    _write_tfds(folder / TFDS, traces, description, max_examples_per_shard)
+      coming = iter(traces)
+      while some := list(itertools.islice(coming, _TOGETHER)):
+        for trace in some:
+          if trace.id in seen:
+            raise ValueError(
+              f"Trace id {trace.id!r} is given twice; ids must be distinct."
+            )
+          seen.add(trace.id)
+          counts[trace.status] += 1
+          file.write(to_line(trace))
+        shards.add(some)
+    if not seen:
+      raise ValueError(
+        "No trace to write; a set holds at least one. See the counts of"
+        " rejected traces, and loosen the filters or synthesise more."
+      )
+    shards.close()
+    if card is not None:
+      (folder / CARD).write_text(card(counts), encoding="utf-8")
+    _seal(folder)
+  return dict(sorted(counts.items()))
 
 
-def read(directory: str | os.PathLike) -> list[Trace]:
-  """Reads what `write` wrote, from the JSONL.
+def read(directory: str | os.PathLike) -> Iterator[Trace]:
+  """Yields what `write` wrote, trace by trace, from the JSONL.
 
   Raises:
     FileNotFoundError: no such set.
-    ValueError: a line is no trace.
+    ValueError: while it is read, a line that is no trace.
   """
   path = pathlib.Path(directory) / JSONL
   if not path.exists():
     raise FileNotFoundError(
       f"{path}: no synthesised set. Run the stage that synthesises first."
     )
+  return _lines(path)
+
+
+def _lines(path: pathlib.Path) -> Iterator[Trace]:
   with open(path, encoding="utf-8", newline="\n") as file:
-    return [
-      _from_json(f"{path}:{number}:", line)
-      for number, line in enumerate(file, start=1)
-    ]
+    for number, line in enumerate(file, start=1):
+      yield from_line(f"{path}:{number}:", line)
 
 
-def _check(traces: Sequence[Trace]) -> None:
-  if not traces:
-    raise ValueError(
-      "No trace to write; a set holds at least one. See the counts of rejected"
-      " traces, and loosen the filters or synthesise more."
-    )
-  seen = set()
-  for trace in traces:
-    if trace.id in seen:
-      raise ValueError(
-        f"Trace id {trace.id!r} is given twice; ids must be distinct."
-      )
-    seen.add(trace.id)
-    for number, round_ in enumerate(trace.rounds):
-      prices = [one.perplexity for one in round_.candidates]
-      if not 0 <= round_.kept < len(prices) or not np.isfinite(prices).all():
-        raise ValueError(
-          f"Trace {trace.id!r}, round {number}: kept {round_.kept} of the"
-          f" perplexities {prices}; it must be an index of them, and each must"
-          " be finite. Look for NaN in the prices."
-        )
+def damage(directory: str | os.PathLike) -> str:
+  """What is missing or cut short in a set, in words; "" if it is whole."""
+  directory = pathlib.Path(directory)
+  if not (directory / FILES).exists():
+    return f"{directory / FILES} is missing"
+  for name, size in json.loads((directory / FILES).read_text()).items():
+    path = directory / name
+    found = path.stat().st_size if path.exists() else 0
+    if found != size:
+      return f"{path} has {found} bytes of {size}"
+  return ""
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file, or the names in a folder, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _seal(folder: pathlib.Path) -> None:
+  """Lists the files with their sizes; all of it is on the disk after that."""
+  files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+  sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
+  (folder / FILES).write_text(json.dumps(sizes, indent=1))
+  for path in (*folder.rglob("*"), folder):
+    sync(path)
 
 
 @contextlib.contextmanager
 def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder beside `directory` that takes its name if all goes well."""
+  """A folder beside `directory` that takes its name if all goes well.
+
+  What a killed writer left there is swept away first.
+  """
   directory.parent.mkdir(parents=True, exist_ok=True)
-  hidden = tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
-  folder = pathlib.Path(hidden)
-  old = folder.with_name(folder.name + "-old")
+  folder = directory.with_name(f".{directory.name}.partial")
+  old = directory.with_name(f".{directory.name}.old")
+  for left in (folder, old):
+    shutil.rmtree(left, ignore_errors=True)
+  folder.mkdir()
   try:
     yield folder
-    folder.chmod(0o755)
     if directory.exists():
       # A folder that is not empty cannot be renamed over: it steps aside.
       directory.rename(old)
     folder.rename(directory)
+    sync(directory.parent)
   finally:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tfds(
-  folder: pathlib.Path,
-  traces: Sequence[Trace],
-  description: str,
-  max_examples_per_shard: int,
-) -> None:
+class _Shards:
+  """The TFDS data set while it is written, one ArrayRecord after another."""
+
+  def __init__(
+    self, folder: pathlib.Path, description: str, max_examples_per_shard: int
+  ):
+    import tensorflow_datasets as tfds
+
+    folder.mkdir(parents=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+      name="traces",
+      version=tfds.core.Version(_VERSION),
+      data_dir=str(folder),
+      module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(
+      builder=identity, features=_features(), description=description
+    )
+    self._writer = tfds.core.SequentialWriter(
+      info,
+      max_examples_per_shard=max_examples_per_shard,
+      file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    self._writer.initialize_splits(["train"])
+
+  def add(self, traces: Iterable[Trace]) -> None:
+    self._writer.add_examples({"train": [_to_example(t) for t in traces]})
+
+  def close(self) -> None:
+    self._writer.close_all()
+
+
+def _features():
   import tensorflow_datasets as tfds
 
   text = tfds.features.Text
-  features = tfds.features.FeaturesDict(
+  return tfds.features.FeaturesDict(
     {
       "id": text(),
       "prompt": text(),
@@ -218,24 +322,6 @@ def _write_tfds(
       ),
     }
   )
-  folder.mkdir(parents=True)
-  identity = tfds.core.dataset_info.DatasetIdentity(
-    name="traces",
-    version=tfds.core.Version(_VERSION),
-    data_dir=str(folder),
-    module_name=__name__,
-  )
-  info = tfds.core.DatasetInfo(
-    builder=identity, features=features, description=description
-  )
-  writer = tfds.core.SequentialWriter(
-    info,
-    max_examples_per_shard=max_examples_per_shard,
-    file_format=tfds.core.FileFormat.ARRAY_RECORD,
-  )
-  writer.initialize_splits(["train"])
-  writer.add_examples({"train": [_to_example(trace) for trace in traces]})
-  writer.close_all()
 
 
 def _to_example(trace: Trace) -> dict[str, Any]:

@@ -116,6 +116,23 @@ def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
   )
 
 
+def own_copy(tree: Any, mesh: Mesh) -> Any:
+  """The copy of a tree that this process's devices hold; nothing moves.
+
+  Args:
+    tree: arrays on a mesh, each host with a whole copy (`mesh.own`).
+    mesh: of this process's devices alone.
+  """
+  return jax.tree.map(
+    lambda x: jax.make_array_from_single_device_arrays(
+      x.shape,
+      NamedSharding(mesh, x.sharding.spec),
+      [shard.data for shard in x.addressable_shards],
+    ),
+    tree,
+  )
+
+
 def to_host(tree: Any) -> Any:
   """Whole arrays as numpy, on every process; waits for them.
 

@@ -46,3 +46,15 @@ def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
 def data_ways(mesh: Mesh) -> int:
   """Over how many shards a batch is split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def own(mesh: Mesh) -> Mesh | None:
+  """This process's part of the mesh, where it can hold a whole model.
+
+  That is so if only the axis "data", along which parameters are copies, goes
+  from host to host. None where another axis does.
+  """
+  local = mesh.local_mesh
+  split = [axis for axis in mesh.shape if axis != "data"]
+  whole = all(local.shape[axis] == mesh.shape[axis] for axis in split)
+  return local if whole else None

@@ -9,6 +9,7 @@ import functools
 import re
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -68,6 +69,13 @@ def barrier(name: str) -> None:
   """Waits until every process is here, so that all see what one wrote."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def from_lead(values: np.ndarray) -> np.ndarray:
+  """What process 0 has, on every process; all must call it together."""
+  if jax.process_count() == 1:
+    return values
+  return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def compiled() -> int:

@@ -1,22 +1,33 @@
-"""The cold start: synthesise traces with the base model, then select."""
+"""The cold start: synthesise traces with the base model, then select.
+
+Synthesis is divided into parts of `Search.batch` prompts. Any number of
+processes may share the folder of the run: each part is made by one of them,
+and a part whose process dies is made by another, now or at the next start.
+What is in memory does not grow with what is done.
+"""
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 from opera_jax.data import traces
-from opera_jax.sharding import runtime
+from opera_jax.sharding import layout, runtime
+from opera_jax.stages import card as card_lib
+from opera_jax.stages import parts as parts_lib
 from opera_jax.stages import setup as setup_lib
+from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import filters, search
-from opera_jax.train import metrics
+from opera_jax.train import checkpoint, metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
   """Settings of `synthesis.search.Searcher`, and of the batches of prompts."""
 
-  batch: int  # prompts that advance together; work is kept batch by batch
+  batch: int  # prompts that advance together; what a kill loses at most
   candidates: int
   budget: int
   price: str
@@ -32,25 +43,182 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Select:
-  """Settings of `synthesis.filters.select`."""
+  """Settings of `synthesis.filters.verdicts`."""
 
   min_reflections: int
   max_repeat: float
   keep_share: float
 
 
-def synthesize(run: setup_lib.Run, settings: Search) -> None:
+def synthesize(
+  run: setup_lib.Run,
+  settings: Search,
+  card: card_lib.Card,
+  preemption: checkpoint.Preemption,
+) -> None:
   """Writes `synthesize/traces`: one trace a prompt, complete or not.
 
-  Every batch of prompts is written when it is done, so that a killed run
-  loses one batch at the most.
+  Where each host holds a whole model (`sharding.mesh.own`), the hosts divide
+  the parts between them; else all work on each together.
+
+  Args:
+    run: the run, with a finished base model.
+    settings: of the search.
+    card: of the data set.
+    preemption: asked after every part; all that is done is kept.
+
+  Raises:
+    OSError: a part cannot be written.
   """
-  stage = run.stage("synthesize", synthesize=dataclasses.asdict(settings))
-  if stage.finished():
+  asked = dataclasses.asdict(settings)
+  stage = run.stage("synthesize", synthesize=asked)
+  if _whole(stage):
     return
-  params = run.load("base")
-  rollout_params = run.for_rollout(params)
-  searcher = search.Searcher(
+  prompts = run.tasks.synthesis
+  parts = parts_lib.Parts(
+    stage.path / "parts", [p.id for p in prompts], settings.batch
+  )
+  _make(run, parts, settings, preemption)
+  with stage.alone():
+    if _whole(stage):
+      return
+    counts = {}
+    if runtime.lead():
+      counts = traces.write(
+        stage.path / "traces",
+        parts.read(),
+        card=lambda counts: card_lib.write(
+          run, card, counts, {"Search": asked}
+        ),
+      )
+    stage.finish(counts)
+
+
+def select(
+  run: setup_lib.Run,
+  settings: Select,
+  keywords: list[str],
+  card: card_lib.Card,
+) -> None:
+  """Writes `select/traces` and `select/rejected`, with counts by reason."""
+  asked = dataclasses.asdict(settings)
+  stage = run.stage("select", select=asked)
+  source = run.workdir / "synthesize" / "traces"
+  with stage.alone():
+    if _whole(stage):
+      return
+    counts = {}
+    if runtime.lead():
+      # Two passes, so that only a word and a number a trace are in memory.
+      why, counts = filters.verdicts(
+        traces.read(source), keywords=keywords, **asked
+      )
+      tables = {"Filters": asked | {"keywords": tuple(keywords)}}
+      tables["Of all traces"] = counts
+      tables["Search"] = {
+        name.removeprefix("synthesize."): value
+        for name, value in workdir_lib.settings(
+          run.workdir, "synthesize"
+        ).items()
+        if name.startswith("synthesize.")
+      }
+      for name in ("traces", "rejected"):
+        kept = name == "traces"
+        if kept or set(counts) != {"kept"}:
+          traces.write(
+            stage.path / name,
+            _chosen(source, why, kept),
+            card=lambda here: card_lib.write(run, card, here, tables),
+          )
+      print(f"select: {counts}", flush=True)
+    stage.finish(counts)
+
+
+def _chosen(
+  source: pathlib.Path, why: list[str | None], kept: bool
+) -> Iterator[traces.Trace]:
+  """The kept traces, or the rejected ones with the reason as their status."""
+  for trace, word in zip(traces.read(source), why, strict=True):
+    if (word is None) == kept:
+      yield trace if kept else dataclasses.replace(trace, status=word)
+
+
+def _whole(stage: workdir_lib.Stage) -> bool:
+  """Whether the stage is finished and its sets are as they were written."""
+  damage = ""
+  if stage.finished():
+    folders = [stage.path / "traces", stage.path / "rejected"]
+    found = [f for f in folders if f.name == "traces" or f.exists()]
+    damage = next(filter(None, map(traces.damage, found)), "")
+    if damage and runtime.lead():
+      print(f"{stage.name}: {damage}; the set is written anew.", flush=True)
+  whole = stage.finished() and not damage
+  return bool(runtime.from_lead(np.asarray(whole)))
+
+
+def _make(
+  run: setup_lib.Run,
+  parts: parts_lib.Parts,
+  settings: Search,
+  preemption: checkpoint.Preemption,
+) -> None:
+  """Makes every trace that the parts lack, unless another process does."""
+  lacking = any([parts.missing(index) for index in range(len(parts))])
+  if not runtime.from_lead(np.asarray(lacking)):
+    return
+  own, params = run.on_own_devices(), run.load("base")
+  if own is None:
+    machine, work = run, _agreed(parts)
+    leave = preemption.requested
+  else:
+    machine = own
+    work = parts.work(
+      range(jax.process_index(), len(parts), jax.process_count())
+    )
+    params = layout.own_copy(params, own.mesh)
+    # Hosts are not in step, so none can ask the others.
+    leave = preemption.told
+  rollout_params = machine.for_rollout(params)
+  searcher = _searcher(machine, settings)
+  prompts, key = run.tasks.synthesis, jax.random.key(run.seed + 1)
+  shown = parts.done
+  with metrics.Progress(
+    len(prompts), "synthesize", unit="trace", done=shown
+  ) as progress:
+    for index, items in work:
+      # A trace depends on its prompt's id and the key, not on its part.
+      made = searcher.run(
+        rollout_params,
+        params,
+        [prompts[i] for i in items],
+        key,
+        advance=lambda tokens: progress.update(0, tokens=tokens),
+      )
+      if own is not None or runtime.lead():
+        parts.put(index, made)
+      progress.update(parts.done - shown)
+      shown = parts.done
+      if leave():
+        raise SystemExit(preemption.EXIT_CODE)
+    progress.update(parts.done - shown)  # what others made at the end
+
+
+def _agreed(parts: parts_lib.Parts) -> Iterator[tuple[int, list[int]]]:
+  """What process 0 claims, on every process."""
+  work = parts.work(range(len(parts)))
+  while True:
+    note = np.full(1 + parts.size, -1, np.int32)
+    if runtime.lead():
+      index, items = next(work, (-1, []))
+      note[: 1 + len(items)] = [index, *items]
+    note = runtime.from_lead(note)
+    if note[0] < 0:
+      return
+    yield int(note[0]), [int(item) for item in note[1:] if item >= 0]
+
+
+def _searcher(run: setup_lib.Run, settings: Search) -> search.Searcher:
+  return search.Searcher(
     run.engine,
     run.pricer,
     run.tokenizer,
@@ -66,51 +234,3 @@ def synthesize(run: setup_lib.Run, settings: Search) -> None:
     max_answer_tokens=settings.max_answer_tokens,
     template=settings.template,
   )
-  prompts, key = run.tasks.synthesis, jax.random.key(run.seed + 1)
-  done: list[traces.Trace] = []
-  with metrics.Progress(len(prompts), "synthesize", unit="trace") as progress:
-    for start in range(0, len(prompts), settings.batch):
-      part = stage.path / "parts" / f"{start:08d}"
-      if part.exists():
-        batch = traces.read(part)
-      else:
-        batch = searcher.run(
-          rollout_params,
-          params,
-          prompts[start : start + settings.batch],
-          jax.random.fold_in(key, start),
-          advance=lambda tokens: progress.update(0, tokens=tokens),
-        )
-        _write(part, batch)
-      done += batch
-      progress.update(len(batch))
-  _write(stage.path / "traces", done)
-  statuses = [trace.status for trace in done]
-  stage.finish({s: statuses.count(s) for s in sorted(set(statuses))})
-
-
-def select(run: setup_lib.Run, settings: Select, keywords: list[str]) -> None:
-  """Writes `select/traces` and `select/rejected`, with counts by reason."""
-  stage = run.stage("select", select=dataclasses.asdict(settings))
-  if stage.finished():
-    return
-  kept, rejected, counts = filters.select(
-    traces.read(run.workdir / "synthesize" / "traces"),
-    min_reflections=settings.min_reflections,
-    max_repeat=settings.max_repeat,
-    keep_share=settings.keep_share,
-    keywords=keywords,
-  )
-  _write(stage.path / "traces", kept)
-  if rejected:
-    _write(
-      stage.path / "rejected",
-      [dataclasses.replace(t, status=why) for t, why in rejected],
-    )
-  print(f"select: {counts}", flush=True)
-  stage.finish(counts)
-
-
-def _write(folder: pathlib.Path, done: list[traces.Trace]) -> None:
-  if runtime.lead():
-    traces.write(folder, done)

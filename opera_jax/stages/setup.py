@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.scoring import price as price_lib
 from opera_jax.sharding import layout, rules, runtime
 from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.stages import claims
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import tasks as tasks_lib
 from opera_jax.stages import workdir as workdir_lib
@@ -59,6 +60,10 @@ class Run:
   measurer: score_lib.Scorer  # of OPERA's, for evaluation
   settings: dict[str, Any]  # what the outcome of every stage depends on
   reward: dict[str, Any]  # and of those that reward
+  # The engine and the pricer at temperature 1, made for a mesh.
+  machines: Callable[
+    [jax.sharding.Mesh], tuple[engine_lib.Engine, price_lib.Pricer]
+  ]
 
   def stage(self, name: str, **settings: Any) -> workdir_lib.Stage:
     """Opens a stage's folder; see `workdir.Stage` for what it refuses."""
@@ -73,6 +78,19 @@ class Run:
     return layout.move(
       params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
     )
+
+  def on_own_devices(self) -> "Run | None":
+    """The run on this process's devices alone, with no other in step.
+
+    None where the model is split over hosts, see `sharding.mesh.own`.
+    """
+    own = mesh_lib.own(self.mesh)
+    if own is None:
+      return None
+    if own == self.mesh:
+      return self
+    engine, pricer = self.machines(own)
+    return dataclasses.replace(self, mesh=own, engine=engine, pricer=pricer)
 
   def initial(self) -> Any:
     """Random parameters in the TRAIN layout, whole on no device."""
@@ -148,8 +166,7 @@ def setup(
   Raises:
     ValueError: whatever of this does not fit together.
   """
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
   tasks = tasks_lib.load(seed=seed, **data)
   words = _tokenizer(workdir, tasks, **tokenizer)
@@ -179,8 +196,15 @@ def setup(
         flush=True,
       )
   reward, automata = _plain(reward), str(workdir / "automata")
-  sizes = {"vocab_size": config.vocab_size, "mesh": device_mesh, **price}
-  pricer = price_lib.Pricer(graphdef, **sizes)
+  sizes = {"vocab_size": config.vocab_size, **price}
+
+  def machines(on: jax.sharding.Mesh):
+    return (
+      engine_lib.Engine(graphdef, config, mesh=on, **engine),
+      price_lib.Pricer(graphdef, mesh=on, **sizes),
+    )
+
+  sampler, pricer = machines(device_mesh)
   return Run(
     workdir=workdir,
     seed=seed,
@@ -191,11 +215,14 @@ def setup(
     axes=axes,
     tasks=dataclasses.replace(tasks, **kept),
     dropped=dropped,
-    engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
+    machines=machines,
+    engine=sampler,
     pricer=pricer,
     policy_pricer=pricer
     if temperature == 1
-    else price_lib.Pricer(graphdef, temperature=temperature, **sizes),
+    else price_lib.Pricer(
+      graphdef, mesh=device_mesh, temperature=temperature, **sizes
+    ),
     settings={
       "seed": seed,
       "tokenizer": _plain(tokenizer),
@@ -224,16 +251,22 @@ def _tokenizer(
   workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
 ) -> tokenizer_lib.Tokenizer:
   folder = workdir / "tokenizer"
-  if runtime.lead() and not (folder / "tokenizer.json").exists():
-    if path:
-      made = tokenizer_lib.Tokenizer.load(path)
-    else:
-      texts = [
-        text
-        for d in tasks.documents[:20_000]
-        for text in (d.prompt, d.thought, d.answer)
-      ]
-      made = tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)
-    made.save(folder)
+  if runtime.lead():
+    with claims.claim(workdir / "tokenizer.lock", wait=True):
+      if not (folder / "tokenizer.json").exists():
+        _new_tokenizer(tasks, path, bpe_size).save(folder)
   runtime.barrier("tokenizer made")
   return tokenizer_lib.Tokenizer.load(folder)
+
+
+def _new_tokenizer(
+  tasks: tasks_lib.Tasks, path: str, bpe_size: int
+) -> tokenizer_lib.Tokenizer:
+  if path:
+    return tokenizer_lib.Tokenizer.load(path)
+  texts = [
+    text
+    for d in tasks.documents[:20_000]
+    for text in (d.prompt, d.thought, d.answer)
+  ]
+  return tokenizer_lib.Tokenizer.train_bpe(texts, bpe_size)

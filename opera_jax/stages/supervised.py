@@ -60,8 +60,18 @@ def base(
   """
   settings = {"path": path} if path else dataclasses.asdict(recipe)
   stage = run.stage("base", base=settings)
-  if stage.finished():
-    return
+  with stage.alone():
+    if not stage.finished():
+      _base(run, stage, recipe, preemption, path)
+
+
+def _base(
+  run: setup_lib.Run,
+  stage: workdir_lib.Stage,
+  recipe: Recipe,
+  preemption: checkpoint.Preemption,
+  path: str,
+) -> None:
   count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
   words, documents = run.tokenizer, run.tasks.documents
   print(
@@ -85,13 +95,14 @@ def sft(
 ) -> None:
   """Fine-tunes the base model on the selected traces."""
   stage = run.stage("sft", sft=dataclasses.asdict(recipe))
-  if stage.finished():
-    return
-  pairs = [
-    (run.tokenizer.chat_prompt(t.prompt), t.completion)
-    for t in traces.read(run.workdir / "select" / "traces")
-  ]
-  _train(run, stage, run.load("base"), pairs, recipe, preemption)
+  with stage.alone():
+    if stage.finished():
+      return
+    pairs = [
+      (run.tokenizer.chat_prompt(t.prompt), t.completion)
+      for t in traces.read(run.workdir / "select" / "traces")
+    ]
+    _train(run, stage, run.load("base"), pairs, recipe, preemption)
 
 
 def _completion(

@@ -1,12 +1,34 @@
 """The run's folder: which stages are finished, and with which settings."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opera_jax.sharding import runtime
+from opera_jax.stages import claims
+
+
+def make(folder: str | os.PathLike) -> pathlib.Path:
+  """Makes the run's folder, and makes sure that it can be written.
+
+  Raises:
+    OSError: it cannot.
+  """
+  folder = pathlib.Path(folder)
+  probe = folder / f".probe-{os.getpid()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise OSError(
+      f"--workdir={folder} cannot be written ({error}); everything that a run "
+      "leaves goes there. Name another folder, or give the rights to this one."
+    ) from error
+  return folder
 
 
 class Stage:
@@ -56,6 +78,24 @@ class Stage:
     """Whether `finish` was called, in this run or an earlier one."""
     return (self.path / "DONE.json").exists()
 
+  @contextlib.contextmanager
+  def alone(self) -> Iterator[None]:
+    """Keeps other runs on the same folder out of the stage; waits for them.
+
+    Ask `finished` inside: another run may have done the stage meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+      if runtime.lead():
+        lock = self.path / "stage.lock"
+        if not stack.enter_context(claims.claim(lock)):
+          print(
+            f"{self.name}: another process is at it in {self.path}; waiting.",
+            flush=True,
+          )
+          stack.enter_context(claims.claim(lock, wait=True))
+      runtime.barrier(f"{self.name} held")
+      yield
+
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the stage finished; returns when every process is done with it."""
     self._write("DONE.json", dict(result))
@@ -63,7 +103,7 @@ class Stage:
 
   def _write(self, name: str, value: Any) -> None:
     if runtime.lead():
-      partial = self.path / f"{name}.tmp"
+      partial = self.path / f"{name}.{os.getpid()}.tmp"
       partial.write_text(json.dumps(value, indent=1))
       partial.replace(self.path / name)
 
@@ -72,6 +112,12 @@ def result(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
   """What a finished stage reported; {} if it has not finished."""
   mark = pathlib.Path(workdir) / name / "DONE.json"
   return json.loads(mark.read_text()) if mark.exists() else {}
+
+
+def settings(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
+  """What a stage was begun with, by dotted name; {} if it was not."""
+  begun = pathlib.Path(workdir) / name / "SETTINGS.json"
+  return json.loads(begun.read_text()) if begun.exists() else {}
 
 
 def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:

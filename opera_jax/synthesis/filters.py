@@ -1,7 +1,7 @@
 """Which synthesised traces become SFT data; every rejection is counted."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -38,15 +38,17 @@ def reason(
   return None
 
 
-def select(
-  candidates: Sequence[traces.Trace],
+def verdicts(
+  candidates: Iterable[traces.Trace],
   *,
   min_reflections: int = 1,
   max_repeat: float = 0.2,
   keep_share: float = 1.0,
   keywords: Sequence[str] = thought.KEYWORDS,
-) -> tuple[list[traces.Trace], list[tuple[traces.Trace, str]], dict[str, int]]:
+) -> tuple[list[str | None], dict[str, int]]:
   """Filters traces, then keeps the share of lowest kept-candidate perplexity.
+
+  Every trace is looked at once and let go: what stays is a word and a number.
 
   Args:
     candidates: synthesised traces.
@@ -58,8 +60,8 @@ def select(
     keywords: see `reason`.
 
   Returns:
-    The kept traces in their order, the rejected ones with reasons, and
-    counts by reason ("kept" among them).
+    Why each trace is rejected, None for those that are kept; and counts by
+    reason ("kept" among them).
 
   Raises:
     ValueError: keep_share outside (0, 1], or nothing kept.
@@ -69,31 +71,26 @@ def select(
       f"keep_share is a share, in (0, 1], got {keep_share}. Change "
       "config.select.keep_share."
     )
-  passed, rejected = [], []
-  for trace in candidates:
-    why = reason(
-      trace,
-      min_reflections=min_reflections,
-      max_repeat=max_repeat,
-      keywords=keywords,
+  why: list[str | None] = []
+  passed: list[tuple[float, int]] = []
+  for place, trace in enumerate(candidates):
+    why.append(
+      reason(
+        trace,
+        min_reflections=min_reflections,
+        max_repeat=max_repeat,
+        keywords=keywords,
+      )
     )
-    if why is None:
-      passed.append(trace)
-    else:
-      rejected.append((trace, why))
-
-  def perplexity(trace):
-    kept = [r.candidates[r.kept].perplexity for r in trace.rounds]
-    return np.mean(kept) if kept else np.inf
-
-  order = sorted(range(len(passed)), key=lambda i: (perplexity(passed[i]), i))
-  keep = set(order[: max(1, round(keep_share * len(order)))])
-  rejected += [(t, "perplexity") for i, t in enumerate(passed) if i not in keep]
-  kept = [t for i, t in enumerate(passed) if i in keep]
-  counts = collections.Counter(why for _, why in rejected)
-  if not kept:
+    if why[-1] is None:
+      kept = [r.candidates[r.kept].perplexity for r in trace.rounds]
+      passed.append((float(np.mean(kept)) if kept else np.inf, place))
+  for _, place in sorted(passed)[max(1, round(keep_share * len(passed))) :]:
+    why[place] = "perplexity"
+  counts = collections.Counter(word for word in why if word is not None)
+  if len(why) == counts.total():
     raise ValueError(
       f"No synthesised trace passed the filters: {dict(counts)}. Loosen "
       "config.select, or synthesise with a better base model."
     )
-  return kept, rejected, {"kept": len(kept), **counts}
+  return why, {"kept": len(why) - counts.total(), **counts}

@@ -217,6 +217,10 @@ class Preemption:
   ) -> None:
     signal.signal(signal.SIGTERM, self._before)
 
+  def told(self) -> bool:
+    """Whether this process was told to stop, whatever the others were."""
+    return self._flag
+
   def requested(self) -> bool:
     """Whether any process was told to stop; all must ask together.
 

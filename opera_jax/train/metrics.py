@@ -84,7 +84,7 @@ class Metrics:
 
 
 class Progress:
-  """Tokens a second and time left: a bar on a terminal, lines elsewhere."""
+  """Speed and time left: a bar on a terminal, lines elsewhere."""
 
   def __init__(
     self,
@@ -157,6 +157,8 @@ class Progress:
     words = [f"{self._description}: {self._done}/{self._total} {self._unit}s"]
     if self._tokens:
       words.append(f"{self._speed():,.0f} tokens/s")
+    if fresh > 0:
+      words.append(f"{fresh / max(spent, 1e-9):.3g} {self._unit}s/s")
     words.append(f"{spent:.0f} s")
     if fresh > 0 and self._done < self._total:
       left = spent / fresh * (self._total - self._done)

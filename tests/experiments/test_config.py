@@ -18,6 +18,7 @@ from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import price
 from opera_jax.sharding import rules, runtime
 from opera_jax.stages import (
+  card,
   cold_start,
   evaluate,
   learner,
@@ -63,6 +64,7 @@ WHOLE = {
   "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
   "select": _fields(cold_start.Select),
+  "card": _fields(card.Card),
   "evaluate": _fields(evaluate.Settings) - {"max_new_tokens"},
 }
 

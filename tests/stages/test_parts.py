@@ -1,0 +1,201 @@
+"""No item is made twice, none is skipped, whatever dies and whenever."""
+
+import collections
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from opera_jax.data import traces
+from opera_jax.stages import claims, parts
+
+IDS = [f"item-{i}" for i in range(10)]
+
+
+def _trace(name, words="日本 a\n\nb"):
+  return traces.Trace(
+    id=name,
+    prompt="p",
+    reference="r",
+    thought=words,
+    answer="a",
+    completion=np.arange(3, dtype=np.int32),
+    rounds=(),
+    status="complete",
+  )
+
+
+def _fill(made, stop=None):
+  """Does the work; returns the items in the order they were asked for."""
+  asked = []
+  for index, items in made.work(range(len(made))):
+    asked += items
+    made.put(index, [_trace(IDS[i]) for i in items])
+    if len(asked) >= (stop or len(IDS)):
+      break
+  return asked
+
+
+def test_everything_once_and_in_order(tmp_path):
+  made = parts.Parts(tmp_path, IDS, 4)
+  assert len(made) == 3 and made.done == 0
+  assert _fill(made) == list(range(10))
+  assert made.done == 10
+  assert [t.id for t in made.read()] == IDS
+  again = parts.Parts(tmp_path, IDS, 4)
+  assert _fill(again) == [] and again.done == 10
+
+
+def test_a_second_start_goes_on(tmp_path):
+  assert _fill(parts.Parts(tmp_path, IDS, 4), stop=5) == list(range(8))
+  assert _fill(parts.Parts(tmp_path, IDS, 4)) == [8, 9]
+
+
+@pytest.mark.parametrize("lost", [1, 7, 120, 170, 10_000])
+def test_what_was_cut_off_is_made_again_and_nothing_else(tmp_path, lost):
+  _fill(parts.Parts(tmp_path, IDS, 4))
+  path = tmp_path / "00000004.jsonl"
+  whole = path.read_bytes()
+  path.write_bytes(whole[: max(0, len(whole) - lost)])
+  left = path.read_bytes().count(b"\n")
+  asked = _fill(parts.Parts(tmp_path, IDS, 4))
+  assert asked == list(range(4 + left, 8)) and asked
+  assert path.read_bytes() == whole
+
+
+def test_a_cut_inside_a_letter_or_a_line_of_something_else(tmp_path):
+  _fill(parts.Parts(tmp_path, IDS, 4))
+  path = tmp_path / "00000000.jsonl"
+  lines = path.read_bytes().split(b"\n")
+  letter = lines[3].index("日".encode()) + 1
+  path.write_bytes(b"\n".join([lines[0], b"\0" * 9, lines[2], b""]))
+  assert parts.Parts(tmp_path, IDS, 4).missing(0) == [1, 3]
+  path.write_bytes(b"\n".join([*lines[:3], lines[3][:letter]]))
+  assert parts.Parts(tmp_path, IDS, 4).missing(0) == [3]
+
+
+def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
+  made = parts.Parts(tmp_path, IDS, 4)
+  made.put(0, [_trace(IDS[0])])
+
+  def full(path):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(traces, "sync", full)
+  with pytest.raises(OSError, match="No space left.*same command again"):
+    made.put(0, [_trace(IDS[1])])
+  assert parts.Parts(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
+  with pytest.raises(ValueError, match="'item-9' is none of them"):
+    made.put(0, [_trace(IDS[9])])
+  bad = dataclasses.replace(
+    _trace(IDS[1]),
+    rounds=(traces.Round("Wait", 1, (traces.Candidate("Wait", 1.0, 1),)),),
+  )
+  with pytest.raises(ValueError, match="kept 1 of the perplexities"):
+    made.put(0, [bad])
+
+
+def test_bad_items(tmp_path):
+  with pytest.raises(ValueError, match="'item-3' is given twice"):
+    parts.Parts(tmp_path, [*IDS, "item-3"], 4)
+  with pytest.raises(ValueError, match="config.synthesis.batch"):
+    parts.Parts(tmp_path, IDS, 0)
+
+
+def test_a_claim_keeps_others_out_until_it_ends(tmp_path):
+  lock = tmp_path / "lock"
+  with claims.claim(lock) as first, claims.claim(lock) as second:
+    assert first and not second
+  with claims.claim(lock) as held:
+    assert held
+  with (
+    pytest.raises(FileNotFoundError, match="no/lock"),
+    claims.claim(tmp_path / "no" / "lock"),
+  ):
+    pass
+
+
+def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
+  """A static split: each process claims its own, and ends with the last."""
+  naps = []
+  made = parts.Parts(tmp_path, IDS, 4)
+
+  def other(seconds):
+    naps.append(seconds)
+    made.put(1, [_trace(name) for name in IDS[4:8]])
+
+  monkeypatch.setattr(time, "sleep", other)
+  mine = parts.Parts(tmp_path, IDS, 4)
+  asked = []
+  for index, items in mine.work([0, 2]):
+    asked += items
+    mine.put(index, [_trace(IDS[i]) for i in items])
+  assert asked == [0, 1, 2, 3, 8, 9]
+  assert mine.done == 10 and naps
+
+
+# A worker notes each item it makes before it puts the part.
+WORKER = """
+import os, sys, time
+sys.path.insert(0, "tests/stages")
+import test_parts
+from opera_jax.stages import parts
+
+folder, name, hang = sys.argv[1:]
+ids = [f"item-{i}" for i in range(200)]
+made = parts.Parts(folder, ids, 4)
+log = open(os.path.join(folder, name + ".log"), "a", buffering=1)
+for index, items in made.work(range(len(made))):
+  for item in items:
+    log.write(f"{item}\\n")
+    time.sleep(0.002)
+  if index == int(hang):
+    log.write("hangs\\n")
+    time.sleep(600)
+  made.put(index, [test_parts._trace(ids[i]) for i in items])
+"""
+
+
+def _worker(folder, name, hang=-1):
+  return subprocess.Popen(
+    [sys.executable, "-c", WORKER, str(folder), name, str(hang)],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+  )
+
+
+def _log(folder, name):
+  path = folder / f"{name}.log"
+  return path.read_text().split() if path.exists() else []
+
+
+def test_processes_at_once_and_one_of_them_killed(tmp_path):
+  """Only the part in flight of the killed process is made a second time."""
+  hanging = _worker(tmp_path, "a", hang=8)
+  deadline = time.monotonic() + 60
+  while "hangs" not in _log(tmp_path, "a"):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  others = [_worker(tmp_path, name) for name in "bc"]
+  time.sleep(2.5)
+  lost = set(range(32, 36))
+  made_by_others = {int(i) for i in _log(tmp_path, "b") + _log(tmp_path, "c")}
+  assert not made_by_others & lost
+  hanging.send_signal(signal.SIGKILL)
+  for process in (hanging, *others):
+    process.wait(timeout=60)
+  assert [p.returncode for p in others] == [0, 0]
+  every = [int(i) for n in "abc" for i in _log(tmp_path, n) if i != "hangs"]
+  times = collections.Counter(every)
+  assert set(times) == set(range(200))
+  assert {item for item, count in times.items() if count > 1} == lost
+  assert max(times.values()) == 2
+  assert len(_log(tmp_path, "b")) and len(_log(tmp_path, "c"))
+  final = parts.Parts(tmp_path, [f"item-{i}" for i in range(200)], 4)
+  assert [t.id for t in final.read()] == [f"item-{i}" for i in range(200)]
