@@ -121,6 +121,18 @@ class Rollouts:
     """The prompt of a row."""
     return row // self.samples
 
+  def of(self, kept: Sequence[int]) -> "Rollouts":
+    """The samples of some of the prompts."""
+    rows = [b * self.samples + n for b in kept for n in range(self.samples)]
+    return dataclasses.replace(
+      self,
+      prompts=[self.prompts[b] for b in kept],
+      prompt_ids=[self.prompt_ids[b] for b in kept],
+      completions=[self.completions[r] for r in rows],
+      texts=[self.texts[r] for r in rows],
+      thoughts=jax.tree.map(lambda x: x[rows], self.thoughts),
+    )
+
   def lengths(self) -> np.ndarray:
     """Tokens of each completion, stop token included, int64 [B, N]."""
     length_R = np.asarray([len(s.tokens) for s in self.completions])

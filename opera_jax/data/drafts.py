@@ -12,6 +12,7 @@ A maths document thinks its worked solution, sometimes checks a sum in it, and
 states the answer.
 """
 
+import contextlib
 import dataclasses
 import json
 import lzma
@@ -22,6 +23,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from opera_jax import structs
+from opera_jax.data import prompts as prompts_lib
 
 # prompt id -> (judged quality, text) of each response
 Responses = dict[str, list[tuple[float, str]]]
@@ -78,13 +80,16 @@ def excerpt(text: str, words: int) -> str:
 
 
 def read_responses(
-  path: str | pathlib.Path, ids: Collection[str]
+  path: str | pathlib.Path,
+  ids: Collection[str],
+  read: prompts_lib.Read | None = None,
 ) -> tuple[Responses, int]:
   """Reads judged responses to some prompts.
 
   Args:
     path: JSONL (.jsonl or .jsonl.xz) of `id`, `score`, `response`.
     ids: the prompts wanted; the rest of the file is passed over.
+    read: see `prompts.load`.
 
   Returns:
     The responses of each prompt that has some, and how many empty ones were
@@ -103,8 +108,8 @@ def read_responses(
     )
   found: Responses = {}
   wanted, seen, empty = frozenset(ids), 0, 0
-  opener = lzma.open if path.suffix == ".xz" else open
-  with opener(path, "rb") as file:
+  opener = lzma.open if path.suffix == ".xz" else contextlib.nullcontext
+  with prompts_lib.source(path, read) as raw, opener(raw) as file:
     while True:
       try:
         line = file.readline()

@@ -2,13 +2,14 @@
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
 
 from opera_jax import structs
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -22,7 +23,12 @@ FIELDS = {
 }
 # The final number of a GSM8K answer.
 GSM8K_ANSWER = r"####\s*(.+?)\s*$"
-_OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+_OPENERS = {
+  ".jsonl": lambda source: source,
+  ".gz": gzip.open,
+  ".xz": lzma.open,
+}
+Read = Callable[[pathlib.Path], bytes]
 
 
 def load(
@@ -32,6 +38,7 @@ def load(
   default_task: str | None = None,
   limit: int | None = None,
   answer_pattern: str | None = None,
+  read: Read | None = None,
 ) -> list[structs.Prompt]:
   r"""Reads a data set; the first bad row stops it with its place named.
 
@@ -47,6 +54,8 @@ def load(
     answer_pattern: regular expression whose first group, found in the
       reference, is the true answer of a maths task, such as `GSM8K_ANSWER`;
       the whole reference is then kept in `Prompt.columns["solution"]`.
+    read: gives a file's bytes, such as `sharding.exchange.read`; None streams
+      the file.
 
   Returns:
     The prompts, in the file's order.
@@ -65,7 +74,7 @@ def load(
     )
   prompts: list[structs.Prompt] = []
   line_of_id: dict[str, int] = {}
-  for line, row in _rows(path):
+  for line, row in _rows(path, read):
     if limit is not None and len(prompts) >= limit:
       break
     place = f"{path}:{line}:"
@@ -187,7 +196,14 @@ def _short(value: Any) -> str:
   return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def source(path: pathlib.Path, read: Read | None) -> BinaryIO:
+  """The bytes of a file, streamed where `read` is None."""
+  return open(path, "rb") if read is None else io.BytesIO(read(path))
+
+
+def _rows(
+  path: pathlib.Path, read: Read | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line, counted from 1, row)."""
   if not path.exists():
     raise FileNotFoundError(
@@ -195,7 +211,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
       " file."
     )
   if path.suffix == ".parquet":
-    return _parquet_rows(path)
+    return _parquet_rows(path, read)
   packed = path.suffix in (".gz", ".xz")
   inner = path.with_suffix("").suffix if packed else path.suffix
   if inner != ".jsonl":
@@ -203,25 +219,27 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
       f"{path}: unknown kind of file; it must end in .jsonl, .jsonl.gz,"
       " .jsonl.xz or .parquet. Convert or rename it."
     )
-  return _jsonl_rows(path)
+  return _jsonl_rows(path, read)
 
 
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl_rows(
+  path: pathlib.Path, read: Read | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
   line = 0
-  with _OPENERS[path.suffix](path, "rb") as file:
+  with source(path, read) as raw, _OPENERS[path.suffix](raw) as file:
     while True:
       line += 1
       try:
-        raw = file.readline()
+        text = file.readline()
       except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
           f"{path}:{line}: the compressed file breaks off ({error}). Fetch or"
           " write it again."
         ) from error
-      if not raw:
+      if not text:
         return
-      if raw.strip():
-        yield line, _json_row(f"{path}:{line}:", raw)
+      if text.strip():
+        yield line, _json_row(f"{path}:{line}:", text)
 
 
 def _json_row(place: str, raw: bytes) -> dict[str, Any]:
@@ -240,12 +258,14 @@ def _json_row(place: str, raw: bytes) -> dict[str, Any]:
   return row
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(
+  path: pathlib.Path, read: Read | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
   import pyarrow
   from pyarrow import parquet
 
   try:
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(source(path, read))
   except (pyarrow.ArrowInvalid, OSError) as error:
     raise ValueError(
       f"{path}: cannot be read as Parquet ({error}). Fetch or write it again."
@@ -257,9 +277,20 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
       yield line, row
 
 
+def token_lengths(
+  prompts: Sequence[structs.Prompt], tokenizer: tokenizer_lib.Tokenizer
+) -> list[tuple[int, int]]:
+  """Tokens of each prompt in its chat layout, and of its reference."""
+  references = tokenizer.encode_many([prompt.reference for prompt in prompts])
+  return [
+    (len(tokenizer.chat_prompt(prompt.prompt)), len(reference))
+    for prompt, reference in zip(prompts, references)
+  ]
+
+
 def filter_by_length(
   prompts: Sequence[structs.Prompt],
-  tokenizer: tokenizer_lib.Tokenizer,
+  lengths: Sequence[tuple[int, int]],
   max_prompt_tokens: int,
   max_reference_tokens: int,
 ) -> tuple[list[structs.Prompt], dict[str, int]]:
@@ -267,7 +298,7 @@ def filter_by_length(
 
   Args:
     prompts: the prompts.
-    tokenizer: the tokenizer.
+    lengths: their `token_lengths`.
     max_prompt_tokens: most tokens of the prompt in its chat layout.
     max_reference_tokens: most tokens of the reference.
 
@@ -280,24 +311,21 @@ def filter_by_length(
   """
   kept = []
   counts = {"kept": 0, "prompt_too_long": 0, "reference_too_long": 0}
-  references = tokenizer.encode_many([prompt.reference for prompt in prompts])
-  shortest = None
-  for prompt, reference in zip(prompts, references):
-    if not len(reference):
+  for prompt, (length, reference) in zip(prompts, lengths, strict=True):
+    if not reference:
       raise ValueError(
         f"Prompt {prompt.id!r}: its reference {_short(prompt.reference)} has"
         " zero tokens, so it has no probability. Fill it in or drop the row."
       )
-    length = len(tokenizer.chat_prompt(prompt.prompt))
-    shortest = length if shortest is None else min(shortest, length)
     if length > max_prompt_tokens:
       counts["prompt_too_long"] += 1
-    elif len(reference) > max_reference_tokens:
+    elif reference > max_reference_tokens:
       counts["reference_too_long"] += 1
     else:
       counts["kept"] += 1
       kept.append(prompt)
   if not kept:
+    shortest = min((length for length, _ in lengths), default=None)
     raise ValueError(
       f"No prompt of {len(prompts)} fits in {max_prompt_tokens} prompt tokens"
       f" and {max_reference_tokens} reference tokens ({counts}; the shortest"

@@ -7,6 +7,9 @@
 Every argument is a list with one entry a sample: the prompt's text, the
 completion's text, and the columns of the data set (with `id`, `task` and
 `reference` among them).
+
+A run of several processes calls it in each, with the samples of that process's
+own prompts: groups are whole, and no sample is asked about twice.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from opera_jax import structs
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """Calls the function on all samples of a step at once.
+  """Calls the function once a step.
 
   Attributes:
     path: "package.module:function".

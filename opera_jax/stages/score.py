@@ -18,6 +18,7 @@ from opera_jax import structs
 from opera_jax.data import batching
 from opera_jax.rewards import compose, opera
 from opera_jax.scoring import price as price_lib
+from opera_jax.sharding import exchange
 from opera_jax.text import automaton, thought
 from opera_jax.text import tokenizer as tokenizer_lib
 
@@ -164,7 +165,9 @@ class Scorer:
     prices = self._pricer.price(params, every, branches, advance=advance)
     answers = _answers(prices, rollouts, asked)
     total_BN, parts = compose.weighted_sum(
-      {n: r.rewards(rollouts, answers[n]) for n, r in rewards.items()},
+      {
+        n: _given(r, rollouts, asked[n], answers[n]) for n, r in rewards.items()
+      },
       self._weights,
     )
     thoughts = rollouts.thoughts
@@ -270,6 +273,45 @@ def _answers(
     )
     trunk, branch = trunk_end, branch_end
   return out
+
+
+def _given(
+  reward: Any,
+  rollouts: structs.Rollouts,
+  asked: structs.Questions,
+  answers: structs.Answers,
+) -> dict[str, np.ndarray]:
+  """A reward's parts, [B, N] each, the same on every process.
+
+  What has been priced is arithmetic, which all processes do alike. A reward
+  that priced nothing may ask a judge, a user's function or a clock instead:
+  each process asks for its own prompts, and all take its word.
+  """
+  if asked.trunks or asked.branches:
+    return reward.rewards(rollouts, answers)
+
+  def parts(share: Sequence[int]) -> list[dict[str, list[float]]]:
+    mine = rollouts.of(share)
+    rows = [
+      b * rollouts.samples + n for b in share for n in range(mine.samples)
+    ]
+    got = reward.rewards(
+      mine,
+      structs.Answers(
+        row_logprob=[answers.row_logprob[r] for r in rows],
+        row_entropy=[answers.row_entropy[r] for r in rows],
+      ),
+    )
+    return [
+      {name: part[b].tolist() for name, part in got.items()}
+      for b in range(len(share))
+    ]
+
+  each = exchange.each(range(len(rollouts.prompts)), parts)
+  return {
+    name: np.asarray([part[name] for part in each], np.float32)
+    for name in each[0]
+  }
 
 
 def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:

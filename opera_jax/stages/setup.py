@@ -15,7 +15,7 @@ from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.scoring import price as price_lib
-from opera_jax.sharding import layout, rules, runtime
+from opera_jax.sharding import exchange, layout, rules, runtime
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import claims
 from opera_jax.stages import score as score_lib
@@ -70,8 +70,12 @@ class Run:
     return workdir_lib.Stage(self.workdir, name, self.settings | settings)
 
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
-    """The chat prompt of each task, as tokens."""
-    return [self.tokenizer.chat_prompt(p.prompt) for p in prompts]
+    """The chat prompt of each task, as tokens; each process makes some."""
+
+    def tokens(share):
+      return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in share]
+
+    return [np.asarray(t, np.int32) for t in exchange.each(prompts, tokens)]
 
   def for_rollout(self, params: Any) -> Any:
     """The parameters in the layout and the dtype that decoding computes in."""
@@ -185,8 +189,12 @@ def setup(
   layout.check(shapes, axes, device_mesh, rules.TRAIN)
   kept, dropped = {}, {}
   for name in ("synthesis", "rl", "held_out"):
+    every = getattr(tasks, name)
+    lengths = exchange.each(
+      every, lambda share: prompts_lib.token_lengths(share, words)
+    )
     kept[name], counts = prompts_lib.filter_by_length(
-      getattr(tasks, name), words, max_prompt_tokens, max_reference_tokens
+      every, lengths, max_prompt_tokens, max_reference_tokens
     )
     dropped |= {f"{name}/{key}": count for key, count in counts.items()}
     if counts["kept"] < sum(counts.values()):

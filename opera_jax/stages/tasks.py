@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from opera_jax import structs
 from opera_jax.data import drafts, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
+from opera_jax.sharding import exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,11 @@ def _read(
   every = []
   if path:
     every = prompts_lib.load(
-      path, fields=fields, task_map=task_map, default_task=default_task or None
+      path,
+      fields=fields,
+      task_map=task_map,
+      default_task=default_task or None,
+      read=exchange.read,
     )
   if not math_path:
     return every, []
@@ -169,6 +174,7 @@ def _read(
       fields=math_fields,
       default_task="math",
       answer_pattern=math_answer,
+      read=exchange.read,
     )
   ]
   limit = math_limit or len(maths)
@@ -233,7 +239,7 @@ def _drafted(
     responses, empty, source = {}, 0, "the references"
     if responses_path:
       responses, empty = drafts.read_responses(
-        responses_path, {p.id for p in opened}
+        responses_path, {p.id for p in opened}, exchange.read
       )
       source = f"{sum(map(len, responses.values())):,} responses"
     out += drafts.open_ended(

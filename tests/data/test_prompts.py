@@ -155,14 +155,16 @@ def test_what_is_too_long_is_counted(small):
     for i, (n, m) in enumerate([(1, 1), (50, 1), (1, 50), (50, 50), (2, 2)])
   ]
   limit = len(small.chat_prompt("xx"))
-  kept, counts = prompts.filter_by_length(made, small, limit, 2)
+  sizes = prompts.token_lengths(made, small)
+  kept, counts = prompts.filter_by_length(made, sizes, limit, 2)
   assert [prompt.id for prompt in kept] == ["0", "4"]
   assert counts == {"kept": 2, "prompt_too_long": 2, "reference_too_long": 1}
   with pytest.raises(ValueError, match="Raise the limits"):
-    prompts.filter_by_length(made, small, 3, 2)
+    prompts.filter_by_length(made, sizes, 3, 2)
   empty = [structs.Prompt("e", "open_ended", "x", "")]
   with pytest.raises(ValueError, match="'e': .* zero tokens"):
-    prompts.filter_by_length(empty, small, limit, 2)
+    lengths = prompts.token_lengths(empty, small)
+    prompts.filter_by_length(empty, lengths, limit, 2)
 
 
 def test_split_is_disjoint_and_knows_only_the_text():

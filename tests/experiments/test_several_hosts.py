@@ -6,6 +6,7 @@ localhost as hosts of a pod meet over the network.
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -16,15 +17,19 @@ import time
 import pytest
 from conftest import ROOT
 
-from opera_jax.sharding import runtime
+from opera_jax.data import storyworld
+from opera_jax.sharding import exchange, runtime
 from opera_jax.train import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 HEARTBEAT = 10  # seconds
 STEPS = 2
+HERE = pathlib.Path(__file__).parent
 FLAGS = (
   "--config=configs/tiny.py:smoke",
+  "--config.data.kind=jsonl",
+  "--config.reward.parts=opera + 0.1*logged_reward:short",
   "--config.mesh.tensor=2",
   "--config.model.hidden=64",
   "--config.model.layers=2",
@@ -45,11 +50,16 @@ def _run(workdir, stages: str, *, processes: int, devices: int) -> list:
     port = free.getsockname()[1]
   env = dict(os.environ)
   env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  env["PYTHONPATH"] = str(HERE)  # of logged_reward
+  data = workdir.parent / "tasks.jsonl"
+  if not data.exists():
+    data.write_text("".join(map(_line, storyworld.prompts(160, 7))))
   return [
     subprocess.Popen(
       [
         *(sys.executable, "-m", "experiments.opera_rl", *FLAGS),
         f"--workdir={workdir}",
+        f"--config.data.path={data}",
         f"--config.stages={stages}",
         f"--config.runtime.heartbeat_seconds={HEARTBEAT}",
         *(
@@ -59,13 +69,24 @@ def _run(workdir, stages: str, *, processes: int, devices: int) -> list:
         ),
       ],
       cwd=ROOT,
-      env=env,
+      env=env | {"REWARD_LOG": str(workdir / f"asked-{processes}-{i}")},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
     for i in range(processes)
   ]
+
+
+def _line(prompt) -> str:
+  row = {n: getattr(prompt, n) for n in ("id", "task", "prompt", "reference")}
+  return json.dumps(row) + "\n"
+
+
+def _asked(workdir, processes: int) -> list[list[str]]:
+  """By process, the prompts whose reward it computed in the last step."""
+  logs = [workdir / f"asked-{processes}-{i}" for i in range(processes)]
+  return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
 
 
 def _finish(hosts: list) -> None:
@@ -141,12 +162,18 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
     _finish(_run(again, "sft,rl", processes=processes, devices=devices))
     _assert_same(again, alone)
     assert json.loads((again / "rl" / "DONE.json").read_text())
+    asked = _asked(again, processes)
+    assert len({len(mine) for mine in asked}) == 1  # shares of one size
+    assert sorted(sum(asked, [])) == _asked(alone, 1)[0]
 
 
 SHARE = """
+import io
+import os
+
 import jax
 import numpy as np
-from opera_jax.sharding import layout, mesh, runtime
+from opera_jax.sharding import exchange, layout, mesh, runtime
 
 runtime.start(distributed="auto", heartbeat_seconds=10, compile_cache="")
 devices = mesh.create()
@@ -159,11 +186,36 @@ np.testing.assert_array_equal(layout.to_host(copied + placed), whole * 2)
 key = layout.to_devices(jax.random.key(1), layout.replicated(devices))
 bits = layout.to_host(jax.random.bits(key))
 assert bits == jax.random.bits(jax.random.key(1))
+# Each does its own share of host work, all learn the whole.
+index = jax.process_index()
+done = exchange.each(range(5), lambda share: [[i, index] for i in share])
+assert done == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]], done
+assert exchange.each([3.3e-7], lambda share: [x / 3 for x in share]) == [1.1e-7]
+assert exchange.gather(b"ab" * index) == [b"", b"ab"]
+path = os.environ["SHARED_FILE"]
+taken = []
+
+
+class Counted(io.FileIO):
+  def read(self, size=-1):
+    taken.append(size)
+    return super().read(size)
+
+
+exchange.open = Counted
+assert exchange.read(path).decode() == "0123456789\u00e9"
+assert taken == [6], taken
+try:
+  exchange.each(range(2), lambda share: [1 // (1 - i) for i in share])
+except (ZeroDivisionError, RuntimeError) as error:
+  print(type(error).__name__, error)
 print("share", jax.process_index(), runtime.lead(), mine.tolist())
 """
 
 
-def test_hosts_of_a_slurm_job_find_each_other_and_share_the_rows():
+def test_hosts_of_a_slurm_job_find_each_other_and_share_the_work(tmp_path):
+  shared = tmp_path / "shared"
+  shared.write_text("0123456789\u00e9", encoding="utf-8")
   job = str(os.getpid())  # names the port where they meet
   hosts = [
     subprocess.Popen(
@@ -172,6 +224,7 @@ def test_hosts_of_a_slurm_job_find_each_other_and_share_the_rows():
       env=os.environ
       | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "SHARED_FILE": str(shared),
         "SLURM_JOB_ID": job,
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2",
@@ -188,6 +241,18 @@ def test_hosts_of_a_slurm_job_find_each_other_and_share_the_rows():
   outputs = [host.communicate(timeout=200)[0] for host in hosts]
   assert "share 0 True [0, 1, 2, 3]" in outputs[0], outputs[0]
   assert "share 1 False [4, 5, 6, 7]" in outputs[1], outputs[1]
+  # What one process's work raised ends all of them, with its words.
+  said = "ZeroDivisionError: integer division or modulo by zero"
+  assert f"RuntimeError Process 1 of the run: {said}" in outputs[0]
+  assert "ZeroDivisionError integer division" in outputs[1]
+
+
+def test_shares_are_disjoint_and_cover_all():
+  for count, parts in ((0, 3), (2, 3), (10, 4), (12, 4)):
+    shares = [exchange.part(count, i, parts) for i in range(parts)]
+    assert [i for share in shares for i in share] == list(range(count))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("value", ["here", "host:1,2", "host:1,2,2"])

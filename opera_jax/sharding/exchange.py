@@ -1,0 +1,92 @@
+"""What processes tell one another on the host: shares of work, then results.
+
+Work on the host (reading files, tokenising, asking a judge) is split: each
+process does its own share and all learn the whole, so that it is done once and
+all go on with the same numbers. With one process nothing is sent.
+
+Every process must call these functions in the same order.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_Item = TypeVar("_Item")
+_LENGTH_BYTES = 8
+
+
+def part(count: int, index: int, parts: int) -> range:
+  """The `index`th of `parts` runs of 0 .. count - 1, alike to one in length."""
+  return range(count * index // parts, count * (index + 1) // parts)
+
+
+def own(count: int) -> range:
+  """This process's share of `count` items, in order."""
+  return part(count, jax.process_index(), jax.process_count())
+
+
+def gather(mine: bytes) -> list[bytes]:
+  """What every process brings, in the order of the processes."""
+  if jax.process_count() == 1:
+    return [mine]
+  sizes = multihost_utils.process_allgather(
+    np.frombuffer(len(mine).to_bytes(_LENGTH_BYTES, "little"), np.uint8)
+  )
+  sizes = [int.from_bytes(row.tobytes(), "little") for row in np.asarray(sizes)]
+  padded = np.zeros(max(1, *sizes), np.uint8)
+  padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [row[:size].tobytes() for row, size in zip(rows, sizes)]
+
+
+def each(
+  items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[Any]]
+) -> list[Any]:
+  """`work(items)`, each process working on its own share.
+
+  Args:
+    items: the same on every process.
+    work: a list of one JSON value for each of the items it is given; it is
+      not called without items. Python writes floats to JSON exactly.
+
+  Returns:
+    One value for each item, in order, on every process.
+
+  Raises:
+    RuntimeError: some process's work raised; with one process, its own error.
+  """
+  mine = [items[i] for i in own(len(items))]
+  if jax.process_count() == 1:
+    return list(work(mine)) if mine else []
+  raised = None
+  try:
+    told = {"values": list(work(mine)) if mine else []}
+  except Exception as error:  # noqa: BLE001 - raised below, once all know
+    raised = error
+    told = {"error": f"{type(error).__name__}: {error}"}
+  heard = [json.loads(one) for one in gather(json.dumps(told).encode())]
+  if raised is not None:
+    raise raised
+  for index, one in enumerate(heard):
+    if "error" in one:
+      raise RuntimeError(f"Process {index} of the run: {one['error']}")
+  return [value for one in heard for value in one["values"]]
+
+
+def read(path: str | os.PathLike) -> bytes:
+  """A file's bytes; each process reads its own part of it, and no more.
+
+  Raises:
+    OSError: it cannot be read.
+  """
+  path = pathlib.Path(path)
+  mine = own(path.stat().st_size)
+  with open(path, "rb") as file:
+    file.seek(mine.start)
+    return b"".join(gather(file.read(len(mine))))
