@@ -172,9 +172,10 @@ def _make(
     leave = preemption.requested
   else:
     machine = own
-    work = parts.work(
-      range(jax.process_index(), len(parts), jax.process_count())
-    )
+    mine = range(jax.process_index(), len(parts), jax.process_count())
+    if jax.process_count() > 1:
+      print(f"this host makes {len(mine)} of {len(parts)} parts", flush=True)
+    work = parts.work(mine)
     params = layout.own_copy(params, own.mesh)
     # Hosts are not in step, so none can ask the others.
     leave = preemption.told

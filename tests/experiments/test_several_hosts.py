@@ -17,7 +17,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from opera_jax.data import storyworld
+from opera_jax.data import storyworld, traces
 from opera_jax.sharding import exchange, runtime
 from opera_jax.train import metrics
 
@@ -43,7 +43,9 @@ FLAGS = (
 )
 
 
-def _run(workdir, stages: str, *, processes: int, devices: int) -> list:
+def _run(
+  workdir, stages: str, *flags: str, processes: int, devices: int
+) -> list:
   """Starts the driver on so many hosts of so many devices each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -57,7 +59,7 @@ def _run(workdir, stages: str, *, processes: int, devices: int) -> list:
   return [
     subprocess.Popen(
       [
-        *(sys.executable, "-m", "experiments.opera_rl", *FLAGS),
+        *(sys.executable, "-m", "experiments.opera_rl", *FLAGS, *flags),
         f"--workdir={workdir}",
         f"--config.data.path={data}",
         f"--config.stages={stages}",
@@ -89,10 +91,11 @@ def _asked(workdir, processes: int) -> list[list[str]]:
   return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
 
 
-def _finish(hosts: list) -> None:
+def _finish(hosts: list) -> list[str]:
   outputs = [host.communicate(timeout=600)[0] for host in hosts]
   for host, output in zip(hosts, outputs):
     assert host.returncode == 0, output
+  return outputs
 
 
 def _lines(workdir, stage: str) -> list[dict]:
@@ -165,6 +168,34 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
     asked = _asked(again, processes)
     assert len({len(mine) for mine in asked}) == 1  # shares of one size
     assert sorted(sum(asked, [])) == _asked(alone, 1)[0]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_two_hosts_divide_the_synthesis_or_do_it_together(selected, apart):
+  """Apart where each holds a whole model; the traces are those of one host."""
+  workdir = selected.parent / f"synthesis-{apart}"
+  for stage in ("tokenizer", "base"):
+    shutil.copytree(selected / stage, workdir / stage)
+  outputs = _finish(
+    _run(
+      workdir,
+      "synthesize,select",
+      f"--config.mesh.data={2 if apart else 1}",
+      processes=2,
+      devices=2,
+    )
+  )
+  for output in outputs:
+    assert ("this host makes 1 of 2 parts" in output) == apart
+  for stage in ("synthesize", "select"):
+    got, want = (
+      list(traces.read(folder / stage / "traces"))
+      for folder in (workdir, selected)
+    )
+    assert [t.id for t in got] == [t.id for t in want]
+    assert [t.completion.tolist() for t in got] == [
+      t.completion.tolist() for t in want
+    ]
 
 
 SHARE = """
