@@ -85,6 +85,23 @@ def get_config() -> ml_collections.ConfigDict:
       "math_limit": 0,
       "responses_path": "",
   }  # fmt: skip
+  config.pool = {  # of experiments/pool.py
+    "size": 20_000,  # [P]; 0 takes all that are left
+    "min_chars": 8,
+    "max_chars": 20_000,  # 0 for no limit; so below
+    "max_reference_chars": 0,
+    "languages": (),  # codes such as "en", "zh"; none keeps all
+    "certainty": 0.5,  # probability from which another language is dropped
+    "near_duplicate": 0.8,  # Jaccard index of word n-grams; 0 looks for none
+    "ngram": 3,
+    # Directory or hub id of a sentence-transformers model, or "policy".
+    "embedder": "",
+    "batch": 4096,  # prompts embedded between two saves
+    "clusters": 0,  # 0 takes the choice of highest silhouette
+    "cluster_choices": (8, 12, 16, 24, 32, 48, 64),
+    "cluster_sample": 4000,
+    "minimum": 10,  # prompts of a cluster
+  }
   config.base = supervised()
   config.base.decay = "cosine"
   config.base.b2 = 0.95

@@ -23,7 +23,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from opera_jax import structs
-from opera_jax.data import prompts as prompts_lib
+from opera_jax.data import rows
 
 # prompt id -> (judged quality, text) of each response
 Responses = dict[str, list[tuple[float, str]]]
@@ -82,7 +82,7 @@ def excerpt(text: str, words: int) -> str:
 def read_responses(
   path: str | pathlib.Path,
   ids: Collection[str],
-  read: prompts_lib.Read | None = None,
+  read: rows.Read | None = None,
 ) -> tuple[Responses, int]:
   """Reads judged responses to some prompts.
 
@@ -109,7 +109,7 @@ def read_responses(
   found: Responses = {}
   wanted, seen, empty = frozenset(ids), 0, 0
   opener = lzma.open if path.suffix == ".xz" else contextlib.nullcontext
-  with prompts_lib.source(path, read) as raw, opener(raw) as file:
+  with rows.open_file(path, read) as raw, opener(raw) as file:
     while True:
       try:
         line = file.readline()

@@ -1,17 +1,13 @@
-"""Prompts and their references, from JSONL or Parquet, checked line by line."""
+"""Prompts and their references, from any source of rows, checked one by one."""
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
-import pathlib
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opera_jax import structs
+from opera_jax.data import rows
 from opera_jax.text import tokenizer as tokenizer_lib
 
 TASKS = ("open_ended", "math")
@@ -23,30 +19,25 @@ FIELDS = {
 }
 # The final number of a GSM8K answer.
 GSM8K_ANSWER = r"####\s*(.+?)\s*$"
-_OPENERS = {
-  ".jsonl": lambda source: source,
-  ".gz": gzip.open,
-  ".xz": lzma.open,
-}
-Read = Callable[[pathlib.Path], bytes]
 
 
 def load(
-  path: str | pathlib.Path,
+  path: str | os.PathLike,
   fields: Mapping[str, str | None] = FIELDS,
   task_map: Mapping[str, str] | None = None,
   default_task: str | None = None,
   limit: int | None = None,
   answer_pattern: str | None = None,
-  read: Read | None = None,
+  read: rows.Read | None = None,
+  require_reference: bool = True,
 ) -> list[structs.Prompt]:
   r"""Reads a data set; the first bad row stops it with its place named.
 
   Args:
-    path: a file .jsonl, .jsonl.gz, .jsonl.xz or .parquet.
+    path: a file or another source, see `rows`.
     fields: our field ("prompt", "reference", "task", "id") to the file's
-      column. A task or id may be None or left out; an id then reads "line-N".
-      Columns that are not named are kept in `Prompt.columns`.
+      column. A task or id may be None, "" or left out; an id then reads
+      "line-N". Columns that are not named are kept in `Prompt.columns`.
     task_map: the file's task to ours; "*" stands for every other one. None
       means that the file already says "open_ended" or "math".
     default_task: our task of rows without one.
@@ -56,6 +47,8 @@ def load(
       the whole reference is then kept in `Prompt.columns["solution"]`.
     read: gives a file's bytes, such as `sharding.exchange.read`; None streams
       the file.
+    require_reference: False lets open-ended tasks lack a reference, which
+      then reads ""; the column may be None, "" or left out of `fields`.
 
   Returns:
     The prompts, in the file's order.
@@ -65,21 +58,29 @@ def load(
     ValueError: a malformed row, a missing or empty field, an unknown task, an
       id given twice, no row at all, an unknown suffix or field name.
   """
-  path = pathlib.Path(path)
-  unknown = set(fields) - set(FIELDS)
-  if unknown or not fields.get("prompt") or not fields.get("reference"):
+  path = os.fspath(path)
+  needed = ("prompt", "reference") if require_reference else ("prompt",)
+  if set(fields) - set(FIELDS) or not all(map(fields.get, needed)):
     raise ValueError(
       f"fields is {dict(fields)}; its keys must be among {list(FIELDS)}, with"
-      " prompt and reference each naming a column."
+      f" {' and '.join(needed)} each naming a column."
     )
+  columns = {name: column or None for name, column in fields.items()}
   prompts: list[structs.Prompt] = []
   line_of_id: dict[str, int] = {}
-  for line, row in _rows(path, read):
+  for line, row in rows.read(path, read):
     if limit is not None and len(prompts) >= limit:
       break
     place = f"{path}:{line}:"
     prompt = _prompt(
-      place, line, row, fields, task_map, default_task, answer_pattern
+      place,
+      line,
+      row,
+      columns,
+      task_map,
+      default_task,
+      answer_pattern,
+      require_reference,
     )
     if prompt.id in line_of_id:
       raise ValueError(
@@ -105,17 +106,21 @@ def _prompt(
   task_map: Mapping[str, str] | None,
   default_task: str | None,
   answer_pattern: str | None,
+  require_reference: bool,
 ) -> structs.Prompt:
   prompt = _text(place, row, "prompt", fields["prompt"])
-  reference = _text(place, row, "reference", fields["reference"])
   task = _task(place, row, fields.get("task"), task_map, default_task)
+  column, reference = fields.get("reference"), ""
+  needed = require_reference or task == "math"
+  if needed or not _blank(row, column):
+    reference = _text(place, row, "reference", column)
   solution = {}
   if task == "math" and answer_pattern is not None:
     hit = re.search(answer_pattern, reference)
     if hit is None or not hit.group(1).strip():
       raise ValueError(
-        f"{place} reference {_short(reference)} holds no answer that matches"
-        f" {answer_pattern!r}. Mend the row or change answer_pattern."
+        f"{place} reference {rows.short(reference)} holds no answer that"
+        f" matches {answer_pattern!r}. Mend the row or change answer_pattern."
       )
     solution = {"solution": reference}
     reference = hit.group(1).strip()
@@ -125,7 +130,7 @@ def _prompt(
     identity, str | int | type(None)
   ):
     raise ValueError(
-      f"{place} id is {_short(identity)}; an id is text or a whole number."
+      f"{place} id is {rows.short(identity)}; an id is text or a whole number."
       " Mend the row, or set the id field to None to number the lines."
     )
   used = {name for name in fields.values() if name is not None}
@@ -139,6 +144,14 @@ def _prompt(
   )
 
 
+def _blank(row: Mapping[str, Any], column: str | None) -> bool:
+  """Whether no column is named, or the one named holds nothing."""
+  if column is None:
+    return True
+  value = row.get(column, column)
+  return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _text(
   place: str, row: Mapping[str, Any], field: str, column: str | None
 ) -> str:
@@ -150,8 +163,8 @@ def _text(
   value = row[column]
   if not isinstance(value, str):
     raise ValueError(
-      f"{place} {column!r} is {_short(value)}; the {field} must be text. Quote"
-      " it, or name another column in fields."
+      f"{place} {column!r} is {rows.short(value)}; the {field} must be text."
+      " Quote it, or name another column in fields."
     )
   if not value.strip():
     raise ValueError(
@@ -162,8 +175,8 @@ def _text(
     value.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f"{place} {column!r} is {_short(value)}; the {field} must be text that"
-      f" UTF-8 can write ({error.reason}). Mend or drop the row."
+      f"{place} {column!r} is {rows.short(value)}; the {field} must be text"
+      f" that UTF-8 can write ({error.reason}). Mend or drop the row."
     ) from error
   return value
 
@@ -184,97 +197,11 @@ def _task(
     task = task_map.get(str(given), task_map.get("*", given))
   if task not in TASKS:
     raise ValueError(
-      f"{place} task is {_short(given)}; it must become one of"
+      f"{place} task is {rows.short(given)}; it must become one of"
       f" {', '.join(TASKS)}. Map it in task_map (now {task_map}), or set"
       f" default_task (now {default_task!r}) for rows without one."
     )
   return task
-
-
-def _short(value: Any) -> str:
-  shown = repr(value)
-  return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def source(path: pathlib.Path, read: Read | None) -> BinaryIO:
-  """The bytes of a file, streamed where `read` is None."""
-  return open(path, "rb") if read is None else io.BytesIO(read(path))
-
-
-def _rows(
-  path: pathlib.Path, read: Read | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields (line, counted from 1, row)."""
-  if not path.exists():
-    raise FileNotFoundError(
-      f"{path}: no such file. Give the path of a .jsonl (.gz, .xz) or .parquet"
-      " file."
-    )
-  if path.suffix == ".parquet":
-    return _parquet_rows(path, read)
-  packed = path.suffix in (".gz", ".xz")
-  inner = path.with_suffix("").suffix if packed else path.suffix
-  if inner != ".jsonl":
-    raise ValueError(
-      f"{path}: unknown kind of file; it must end in .jsonl, .jsonl.gz,"
-      " .jsonl.xz or .parquet. Convert or rename it."
-    )
-  return _jsonl_rows(path, read)
-
-
-def _jsonl_rows(
-  path: pathlib.Path, read: Read | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  line = 0
-  with source(path, read) as raw, _OPENERS[path.suffix](raw) as file:
-    while True:
-      line += 1
-      try:
-        text = file.readline()
-      except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(
-          f"{path}:{line}: the compressed file breaks off ({error}). Fetch or"
-          " write it again."
-        ) from error
-      if not text:
-        return
-      if text.strip():
-        yield line, _json_row(f"{path}:{line}:", text)
-
-
-def _json_row(place: str, raw: bytes) -> dict[str, Any]:
-  try:
-    row = json.loads(raw.decode("utf-8-sig"))
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(
-      f"{place} {_short(raw)} is not a line of JSON in UTF-8 ({error}). Mend"
-      " or drop the line."
-    ) from error
-  if not isinstance(row, dict):
-    raise ValueError(
-      f"{place} {_short(row)} is no JSON object; each line must read"
-      ' {"prompt": ..., "reference": ...}.'
-    )
-  return row
-
-
-def _parquet_rows(
-  path: pathlib.Path, read: Read | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-  import pyarrow
-  from pyarrow import parquet
-
-  try:
-    file = parquet.ParquetFile(source(path, read))
-  except (pyarrow.ArrowInvalid, OSError) as error:
-    raise ValueError(
-      f"{path}: cannot be read as Parquet ({error}). Fetch or write it again."
-    ) from error
-  line = 0
-  for batch in file.iter_batches(batch_size=1024):
-    for row in batch.to_pylist():
-      line += 1
-      yield line, row
 
 
 def token_lengths(
@@ -293,6 +220,8 @@ def filter_by_length(
   lengths: Sequence[tuple[int, int]],
   max_prompt_tokens: int,
   max_reference_tokens: int,
+  *,
+  require_reference: bool = True,
 ) -> tuple[list[structs.Prompt], dict[str, int]]:
   """Drops prompts that do not fit, and counts them.
 
@@ -301,6 +230,7 @@ def filter_by_length(
     lengths: their `token_lengths`.
     max_prompt_tokens: most tokens of the prompt in its chat layout.
     max_reference_tokens: most tokens of the reference.
+    require_reference: whether a prompt without a reference is an error.
 
   Returns:
     (kept prompts, counts: "kept", "prompt_too_long", "reference_too_long"). A
@@ -312,10 +242,11 @@ def filter_by_length(
   kept = []
   counts = {"kept": 0, "prompt_too_long": 0, "reference_too_long": 0}
   for prompt, (length, reference) in zip(prompts, lengths, strict=True):
-    if not reference:
+    if not reference and (require_reference or prompt.reference):
       raise ValueError(
-        f"Prompt {prompt.id!r}: its reference {_short(prompt.reference)} has"
-        " zero tokens, so it has no probability. Fill it in or drop the row."
+        f"Prompt {prompt.id!r}: its reference {rows.short(prompt.reference)}"
+        " has zero tokens, so it has no probability. Fill it in or drop the"
+        " row."
       )
     if length > max_prompt_tokens:
       counts["prompt_too_long"] += 1

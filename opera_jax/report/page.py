@@ -21,17 +21,21 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def write(path: str | os.PathLike, page: views.Page) -> None:
   """Renders a page to a file, whole or not at all."""
+  save(path, render(page))
+
+
+def save(path: str | os.PathLike, document: str) -> None:
+  """Writes HTML to a file, whole or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".tmp")
   # A model may emit half a surrogate pair, which no encoding holds.
-  partial.write_text(render(page), encoding="utf-8", errors="replace")
+  partial.write_text(document, encoding="utf-8", errors="replace")
   partial.replace(path)
 
 
 def render(page: views.Page) -> str:
   """The page as HTML text."""
-  style = pathlib.Path(__file__).with_name("style.css").read_text("utf-8")
   body = [
     f"<header><h1>{_text(page.title)}</h1>",
     f"<p>{_text(page.summary)}</p>" if page.summary else "",
@@ -43,13 +47,24 @@ def render(page: views.Page) -> str:
     _charts(page.charts),
     _config(page.config),
   ]
+  return document(page.title, "".join(body))
+
+
+def document(title: str, body: str) -> str:
+  """A whole HTML document in the report's style.
+
+  Args:
+    title: as plain text.
+    body: as HTML, in which foreign text is escaped already.
+  """
+  style = pathlib.Path(__file__).with_name("style.css").read_text("utf-8")
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
     '<meta name="color-scheme" content="light dark">'
-    f"<title>{_text(page.title)}</title><style>{style}</style></head>"
-    f"<body><main>{''.join(body)}</main></body></html>\n"
+    f"<title>{_text(title)}</title><style>{style}</style></head>"
+    f"<body><main>{body}</main></body></html>\n"
   )
 
 

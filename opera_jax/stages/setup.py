@@ -194,7 +194,12 @@ def setup(
       every, lambda share: prompts_lib.token_lengths(share, words)
     )
     kept[name], counts = prompts_lib.filter_by_length(
-      every, lengths, max_prompt_tokens, max_reference_tokens
+      every,
+      lengths,
+      max_prompt_tokens,
+      max_reference_tokens,
+      # The search of the cold start does not look at references.
+      require_reference=name != "synthesis",
     )
     dropped |= {f"{name}/{key}": count for key, count in counts.items()}
     if counts["kept"] < sum(counts.values()):

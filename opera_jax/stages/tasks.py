@@ -9,6 +9,18 @@ from opera_jax.data import drafts, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
 
+# Arguments of `read` and `load` that name the files.
+FILES = (
+  "path",
+  "fields",
+  "task_map",
+  "default_task",
+  "math_path",
+  "math_fields",
+  "math_answer",
+  "math_limit",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
@@ -52,7 +64,8 @@ def load(
     held_out: tasks that no training stage sees.
     documents: pretraining documents; 0 where the base model is loaded.
     math_share: share of storyworld's tasks and documents that are sums.
-    path: JSONL or Parquet of tasks, "" for maths tasks alone.
+    path: source of tasks, see `data.rows`; "" for maths tasks alone. Those
+      without a reference serve the cold start alone.
     fields: our field -> column of `path`.
     task_map: value of the task column -> "open_ended" or "math".
     default_task: task of rows of `path` without one; "" makes them errors.
@@ -60,7 +73,7 @@ def load(
       (What is too long in tokens is dropped later, by `prompts`.)
     excerpt_words: open-ended references and the answers of documents are cut
       to so many words, see `drafts.excerpt`; 0 keeps them whole.
-    math_path: JSONL or Parquet of maths tasks, "" for none.
+    math_path: source of maths tasks, "" for none.
     math_fields: our field -> column of `math_path`.
     math_answer: regular expression whose first group is the true answer.
     math_limit: maths tasks used at most, 0 for all; the other rows of the
@@ -88,7 +101,7 @@ def load(
     raise ValueError(
       f"Unknown config.data.kind {kind!r}; use 'storyworld' or 'jsonl'."
     )
-  every, more_maths = _read(
+  every, more_maths = read(
     path,
     fields=fields,
     task_map=task_map,
@@ -100,16 +113,20 @@ def load(
   )
   every, notes = _shortened(every, prompt_words, excerpt_words)
   more_maths, _ = _shortened(more_maths, prompt_words, excerpt_words)
+  bare = [p for p in every if not p.reference]
+  every = [p for p in every if p.reference]
   if held_out >= len(every):
     raise ValueError(
       f"{' and '.join(filter(None, (path, math_path)))}: {len(every)} tasks "
-      f"are left and config.data.held_out is {held_out}; some must be left to "
-      "train on. Lower it, raise config.data.prompt_words, or add tasks."
+      f"are left with a reference and config.data.held_out is {held_out}; some "
+      "must be left to train on. Lower it, raise config.data.prompt_words, or "
+      "add tasks."
     )
   train, held = prompts_lib.split(every, held_out, seed)
   rng = random.Random(f"tasks/{seed}")
+  for_synthesis = [*train, *bare]
   chosen = {
-    "synthesis": rng.sample(train, min(synthesis, len(train))),
+    "synthesis": rng.sample(for_synthesis, min(synthesis, len(for_synthesis))),
     "rl": rng.sample(train, min(rl, len(train))),
   }
   notes.insert(
@@ -120,6 +137,11 @@ def load(
     )
     + ".",
   )
+  if bare:
+    notes.append(
+      f"{len(bare)} open-ended tasks have no reference; they serve the cold "
+      "start alone."
+    )
   made = []
   if documents:
     unseen = {p.prompt for p in held}
@@ -137,7 +159,7 @@ def load(
   return Tasks(**chosen, held_out=held, documents=made, notes=tuple(notes))
 
 
-def _read(
+def read(
   path: str,
   *,
   fields: Mapping[str, str],
@@ -148,12 +170,14 @@ def _read(
   math_answer: str,
   math_limit: int,
 ) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
-  """All tasks, and the maths rows beyond the limit."""
+  """All tasks of both files, and the maths rows beyond the limit.
+
+  Open-ended tasks may lack a reference. Arguments as in `load`.
+  """
   if not path and not math_path:
     raise ValueError(
-      "config.data.kind is 'jsonl' and both config.data.path and "
-      "config.data.math_path are empty. Name a JSONL file of tasks with "
-      "--config.data.path=FILE."
+      "config.data.path and config.data.math_path are both empty. Name a "
+      "file of tasks with --config.data.path=FILE."
     )
   every = []
   if path:
@@ -163,6 +187,7 @@ def _read(
       task_map=task_map,
       default_task=default_task or None,
       read=exchange.read,
+      require_reference=False,
     )
   if not math_path:
     return every, []

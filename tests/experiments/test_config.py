@@ -22,6 +22,7 @@ from opera_jax.stages import (
   cold_start,
   evaluate,
   learner,
+  pool,
   score,
   setup,
   supervised,
@@ -54,6 +55,7 @@ WHOLE = {
   "tokenizer": _tokenizer_keywords(),
   "model": _fields(qwen3.Config),
   "data": _keywords(tasks.load) - {"seed"},
+  "pool": _fields(pool.Settings),
   "base": _fields(supervised.Recipe),
   "sft": _fields(supervised.Recipe),
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
@@ -70,11 +72,13 @@ WHOLE = {
 
 
 def _read_in_driver() -> set[str]:
-  """Dotted fields that the driver names: config.seed, rl.steps, ..."""
-  tree = ast.parse((ROOT / "experiments" / "opera_rl.py").read_text())
+  """Dotted fields that the drivers name: config.seed, rl.steps, ..."""
   return {
     ast.unparse(node).removeprefix("config.")
-    for node in ast.walk(tree)
+    for name in ("opera_rl", "pool")
+    for node in ast.walk(
+      ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
+    )
     if isinstance(node, ast.Attribute)
   }
 

@@ -1,0 +1,90 @@
+"""Makes the prompt pool of the cold start out of the tasks of a config.
+
+  python -m experiments.pool --config=configs/open_ended.py \
+    --config.data.path=FILE --config.pool.size=2000 --workdir=runs/pool
+
+Reads `config.data.path` and `config.data.math_path` (files, Hugging Face or
+TFDS data sets), drops what `config.pool` rules out, clusters embeddings of the
+rest and samples the clusters by size. Leaves in the workdir
+
+  pool/prompts.jsonl   a run reads it with --config.data.path
+  pool/rejected.jsonl  every other prompt and why
+  pool/clusters.html   counts, the clusters, their nearest prompts
+
+`config.pool.embedder` names a sentence-transformers model, or "policy": the
+mean hidden state of the base model, which is loaded or trained where the
+workdir has none. "" takes BGE-M3 if sentence-transformers is installed.
+"""
+
+import importlib.util
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from opera_jax.scoring import embed
+from opera_jax.sharding import runtime
+from opera_jax.stages import pool as pool_stage
+from opera_jax.stages import setup, supervised, tasks
+from opera_jax.synthesis import pool
+from opera_jax.train import checkpoint
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/open_ended.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+DEFAULT = "BAAI/bge-m3"  # of the paper
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  runtime.start(**config.runtime)
+  make(config, _WORKDIR.value)
+
+
+def make(config, folder: str) -> None:
+  """Makes the pool in the folder of the run."""
+  settings = config.pool.to_dict()
+  if not settings["embedder"]:
+    known = importlib.util.find_spec("sentence_transformers")
+    settings["embedder"] = DEFAULT if known else "policy"
+    print(f"pool: embeddings by {settings['embedder']}", flush=True)
+  settings = pool_stage.Settings(**settings)
+  pool_stage.build(
+    folder,
+    tasks.read(**{name: config.data[name] for name in tasks.FILES})[0],
+    settings,
+    seed=config.seed,
+    embedder=lambda: (
+      policy(config, folder)
+      if settings.embedder == "policy"
+      else pool.sentence_transformer(settings.embedder)
+    ),
+  )
+
+
+def policy(config, folder: str) -> pool.Embed:
+  """Embeds by the base model of the run."""
+  run = setup.setup(
+    folder,
+    temperature=config.rollout.temperature,
+    **{name: config[name] for name in setup.SECTIONS},
+  )
+  with checkpoint.Preemption() as preemption:
+    supervised.base(
+      run,
+      supervised.Recipe(**config.base),
+      preemption,
+      path=config.checkpoint,
+    )
+  params = run.load("base")
+  embedder = embed.Embedder(
+    run.graphdef,
+    mesh=run.mesh,
+    rows=config.price.rows,
+    length_buckets=config.price.length_buckets,
+  )
+  return lambda texts: embedder.embed(params, run.tokenizer.encode_many(texts))
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["workdir"])
+  app.run(main)

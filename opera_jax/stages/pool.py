@@ -1,0 +1,223 @@
+"""The prompt pool: what the cold start is synthesised from."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.report import clusters as page
+from opera_jax.sharding import runtime
+from opera_jax.stages import workdir as workdir_lib
+from opera_jax.synthesis import cluster, pool
+from opera_jax.train import metrics
+
+_NEAREST = 4  # prompts of a cluster that the page shows
+_POINTS = 2_000  # prompts of the picture
+_SHOWN = 5  # rejected prompts of a reason that the page shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How the pool is made; see `synthesis.pool` and `synthesis.cluster`."""
+
+  size: int  # prompts of the pool; 0 takes all that are left
+  min_chars: int
+  max_chars: int
+  max_reference_chars: int
+  languages: tuple[str, ...]
+  certainty: float
+  near_duplicate: float
+  ngram: int
+  embedder: str  # hub id or directory of sentence-transformers, or "policy"
+  batch: int  # prompts embedded at once; work is kept batch by batch
+  clusters: int
+  cluster_choices: tuple[int, ...]
+  cluster_sample: int
+  minimum: int  # fewest prompts of a cluster
+
+
+def build(
+  workdir: str | pathlib.Path,
+  prompts: Sequence[structs.Prompt],
+  settings: Settings,
+  *,
+  seed: int,
+  embedder: Callable[[], pool.Embed],
+) -> None:
+  """Writes `pool/prompts.jsonl`, `rejected.jsonl`, `clusters.html`, counts.
+
+  Args:
+    workdir: folder of the run.
+    prompts: of all sources, with distinct ids.
+    settings: how.
+    seed: of clusters, sample and picture.
+    embedder: makes the embedder, once it is needed.
+
+  Raises:
+    ValueError: fewer prompts are left than asked for, or whatever of the
+      settings does not fit.
+  """
+  digest = hashlib.sha256()
+  for prompt in prompts:
+    digest.update(json.dumps([prompt.id, prompt.prompt]).encode())
+  stage = workdir_lib.Stage(
+    workdir_lib.make(workdir),
+    "pool",
+    {
+      "pool": dataclasses.asdict(settings),
+      "seed": seed,
+      "prompts": digest.hexdigest(),
+    },
+  )
+  with stage.alone():
+    if not stage.finished():
+      _build(stage, prompts, settings, seed, embedder)
+
+
+def _build(stage, prompts, settings, seed, embedder) -> None:
+  kept, rejected = pool.screen(
+    prompts,
+    min_chars=settings.min_chars,
+    max_chars=settings.max_chars,
+    max_reference_chars=settings.max_reference_chars,
+    languages=settings.languages,
+    certainty=settings.certainty,
+    near_duplicate=settings.near_duplicate,
+    ngram=settings.ngram,
+  )
+  size = settings.size or len(kept)
+  if not kept or size > len(kept):
+    raise ValueError(
+      f"config.pool.size asks for {max(size, 1):,} prompts and {len(kept):,} "
+      f"of {len(prompts):,} are left ({pool.counts(rejected)}). Lower it (0 "
+      "takes all), add prompts to config.data, or loosen the filters of "
+      "config.pool."
+    )
+  vector_ND = pool.unit(
+    _embedded(stage.path / "embeddings", kept, settings.batch, embedder),
+    centre=settings.embedder == "policy",
+  )
+  found = cluster.fit(
+    vector_ND,
+    clusters=settings.clusters,
+    choices=settings.cluster_choices,
+    sample=settings.cluster_sample,
+    seed=seed,
+  )
+  take_K = cluster.quotas(found.sizes(), size, settings.minimum)
+  chosen = cluster.draw(found.label, take_K, seed)
+  taken = np.zeros(len(kept), bool)
+  taken[chosen] = True
+  rejected += [
+    pool.Rejection(p, "not sampled", f"cluster {label}")
+    for p, label, own in zip(kept, found.label, taken)
+    if not own
+  ]
+  counts = {
+    "read": len(prompts),
+    **pool.counts(rejected),
+    "kept": len(chosen),
+    "clusters": len(take_K),
+  }
+  if runtime.lead():
+    _write(
+      stage.path / "prompts.jsonl",
+      (_row(kept[place], cluster=int(found.label[place])) for place in chosen),
+    )
+    _write(
+      stage.path / "rejected.jsonl",
+      (_row(r.prompt, reason=r.reason, detail=r.detail) for r in rejected),
+    )
+    page.write(
+      stage.path / "clusters.html",
+      _view(kept, rejected, vector_ND, found, take_K, taken, counts, settings,
+            seed),
+    )  # fmt: skip
+  print(f"pool: {counts}", flush=True)
+  stage.finish(counts)
+
+
+def _embedded(
+  folder: pathlib.Path,
+  prompts: Sequence[structs.Prompt],
+  batch: int,
+  embedder: Callable[[], pool.Embed],
+) -> np.ndarray:
+  """Embeddings of the prompts; a killed run goes on with the next batch."""
+  parts, embed = [], None
+  folder.mkdir(exist_ok=True)
+  with metrics.Progress(len(prompts), "embed", unit="prompt") as progress:
+    for start in range(0, len(prompts), batch):
+      path = folder / f"{start:08d}.npy"
+      texts = [p.prompt for p in prompts[start : start + batch]]
+      if path.exists():
+        vectors = np.load(path)
+      else:
+        embed = embed or embedder()
+        vectors = embed(texts)
+        if runtime.lead():
+          partial = path.with_suffix(".tmp.npy")
+          np.save(partial, vectors)
+          partial.replace(path)
+      parts.append(vectors)
+      progress.update(len(texts))
+  return np.concatenate(parts)
+
+
+def _row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
+  return {
+    "id": prompt.id,
+    "task": prompt.task,
+    "prompt": prompt.prompt,
+    "reference": prompt.reference,
+    **{n: v for n, v in prompt.columns.items() if n not in more},
+    **more,
+  }
+
+
+def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  partial = path.with_name(path.name + ".tmp")
+  # Half a surrogate pair becomes its JSON escape.
+  with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+  partial.replace(path)
+
+
+def _view(
+  kept, rejected, vector_ND, found, take_K, taken, counts, settings, seed
+) -> page.View:
+  rng = np.random.default_rng(seed)
+  some = np.sort(rng.permutation(len(kept))[:_POINTS])
+  place_N2 = cluster.project(vector_ND[some], seed)
+  by_reason = collections.defaultdict(list)
+  for one in rejected:
+    if len(by_reason[one.reason]) < _SHOWN:
+      by_reason[one.reason].append((one.prompt.prompt, one.detail))
+  return page.View(
+    counts=counts,
+    embedder=settings.embedder,
+    silhouette=found.silhouette,
+    clusters=[
+      page.Cluster(
+        size=int(size),
+        taken=int(take),
+        tasks=collections.Counter(
+          kept[i].task for i in np.flatnonzero(found.label == index)
+        ),
+        nearest=[kept[i].prompt for i in found.nearest(index, _NEAREST)],
+      )
+      for index, (size, take) in enumerate(zip(found.sizes(), take_K))
+    ],
+    points=[
+      page.Point(float(x), float(y), int(found.label[i]), bool(taken[i]))
+      for (x, y), i in zip(place_N2, some)
+    ],
+    rejected={reason: shown for reason, shown in by_reason.items()},
+  )

@@ -1,0 +1,99 @@
+"""Prompts that say again what an earlier one said, found and named.
+
+Exact: equal once case, width and spacing are out of the way. Near: the sets
+of word n-grams overlap by at least a threshold (Jaccard index). MinHash with
+locality-sensitive hashing proposes pairs; each is decided by the true index,
+so no prompt is dropped that is not as near as the threshold says. Pairs are
+proposed from 0.8 of the threshold on: at a threshold of 0.8 a pair right on it
+is missed in 5 of 100 cases, a pair of index 0.85 in 1 of 100.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import datasketch
+
+from opera_jax import structs
+from opera_jax.text import words
+
+_PERMUTATIONS = 128
+_PROPOSED = 0.8  # of the threshold
+_BATCH = 4096
+
+
+def repeats(
+  prompts: Sequence[structs.Prompt],
+  *,
+  threshold: float,
+  ngram: int = 3,
+) -> list[tuple[str, str] | None]:
+  """Which prompts repeat an earlier one that was kept.
+
+  Args:
+    prompts: in the order of preference, the first of equals is kept.
+    threshold: Jaccard index in (0, 1] from which two are near; 0 looks for
+      exact repetitions alone.
+    ngram: words of an n-gram.
+
+  Returns:
+    For each prompt None, or ("exact" or "near", id of the prompt it repeats).
+
+  Raises:
+    ValueError: a threshold outside [0, 1], an n-gram of no word.
+  """
+  if not 0 <= threshold <= 1 or ngram < 1:
+    raise ValueError(
+      f"Near duplicates need a threshold in [0, 1] and at least 1 word, got "
+      f"near_duplicate={threshold}, ngram={ngram}. Change config.pool."
+    )
+  found: list[tuple[str, str] | None] = []
+  owner: dict[str, str] = {}
+  for prompt in prompts:
+    first = owner.setdefault(words.normal(prompt.prompt), prompt.id)
+    found.append(None if first == prompt.id else ("exact", first))
+  if threshold:
+    left = [i for i, one in enumerate(found) if one is None]
+    for place, twin in _near(prompts, left, threshold, ngram):
+      found[place] = ("near", prompts[twin].id)
+  return found
+
+
+def _near(
+  prompts: Sequence[structs.Prompt],
+  places: Sequence[int],
+  threshold: float,
+  ngram: int,
+) -> Iterator[tuple[int, int]]:
+  """Yields (place, place of the earlier prompt that it is nearest to)."""
+  index = datasketch.MinHashLSH(
+    threshold=_PROPOSED * threshold, num_perm=_PERMUTATIONS
+  )
+  for begin in range(0, len(places), _BATCH):
+    batch = places[begin : begin + _BATCH]
+    hashes = datasketch.MinHash.bulk(
+      [
+        [" ".join(gram).encode() for gram in _shingles(prompts[i], ngram)]
+        for i in batch
+      ],
+      num_perm=_PERMUTATIONS,
+    )
+    for place, minhash in zip(batch, hashes):
+      own = _shingles(prompts[place], ngram)
+      nearest = max(
+        (
+          (_jaccard(own, _shingles(prompts[twin], ngram)), -twin)
+          for twin in index.query(minhash)
+        ),
+        default=(0.0, 0),
+      )
+      if nearest[0] >= threshold:
+        yield place, -nearest[1]
+      else:
+        index.insert(place, minhash, check_duplication=False)
+
+
+def _shingles(prompt: structs.Prompt, ngram: int) -> set[tuple[str, ...]]:
+  return set(words.ngrams(words.split(words.normal(prompt.prompt)), ngram))
+
+
+def _jaccard(a: set, b: set) -> float:
+  return len(a & b) / len(a | b) if a or b else 0.0

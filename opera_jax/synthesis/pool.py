@@ -1,0 +1,163 @@
+"""From many prompts to the pool: screened, embedded, clustered, sampled."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from py3langid import langid
+
+from opera_jax import structs
+from opera_jax.synthesis import dedup
+
+Embed = Callable[[Sequence[str]], np.ndarray]  # N texts -> [N, D] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+  """A prompt that did not come into the pool."""
+
+  prompt: structs.Prompt
+  reason: str  # what is counted
+  detail: str = ""  # the value that decided
+
+
+def screen(
+  prompts: Sequence[structs.Prompt],
+  *,
+  min_chars: int,
+  max_chars: int,
+  max_reference_chars: int,
+  languages: Sequence[str],
+  certainty: float,
+  near_duplicate: float,
+  ngram: int,
+) -> tuple[list[structs.Prompt], list[Rejection]]:
+  """Drops prompts by length, language and repetition, in this order.
+
+  Args:
+    prompts: of all sources, with distinct ids.
+    min_chars: fewest characters of a prompt.
+    max_chars: most, 0 for no limit.
+    max_reference_chars: most characters of a reference, 0 for no limit.
+    languages: ISO 639-1 codes that stay; none keeps every language. The
+      language is what py3langid (naive Bayes over byte n-grams) finds likeliest
+      for the prompt as a whole; parts in another language go unseen.
+    certainty: a prompt is dropped only if another language has at least this
+      probability, so that "1 + 1?", which is of no language, stays.
+    near_duplicate: see `dedup.repeats`.
+    ngram: see `dedup.repeats`.
+
+  Returns:
+    (prompts that stay in their order, rejections).
+
+  Raises:
+    ValueError: an unknown language, a certainty outside (0, 1]; see
+      `dedup.repeats`.
+  """
+  if not 0 < certainty <= 1:
+    raise ValueError(
+      f"config.pool.certainty is a probability in (0, 1], got {certainty}."
+    )
+  identifier = _identifier(languages)
+  fit, rejected = [], []
+  for prompt in prompts:
+    why = _length(prompt, min_chars, max_chars, max_reference_chars)
+    if not why and languages:
+      code, probability = identifier.classify(prompt.prompt)
+      if code not in languages and probability >= certainty:
+        why = "language", f"{code} with probability {probability:.2f}"
+    if why:
+      rejected.append(Rejection(prompt, *why))
+    else:
+      fit.append(prompt)
+  kept = []
+  found = dedup.repeats(fit, threshold=near_duplicate, ngram=ngram)
+  for prompt, twin in zip(fit, found):
+    if twin:
+      kind, of = twin
+      rejected.append(Rejection(prompt, f"{kind} duplicate", f"of {of}"))
+    else:
+      kept.append(prompt)
+  return kept, rejected
+
+
+def counts(rejected: Sequence[Rejection]) -> dict[str, int]:
+  """Rejections by reason, the most frequent first."""
+  return dict(collections.Counter(r.reason for r in rejected).most_common())
+
+
+def unit(vector_ND: np.ndarray, *, centre: bool) -> np.ndarray:
+  """Vectors of length 1, so that distance is angle.
+
+  Args:
+    vector_ND: embeddings.
+    centre: take their mean off first. Hidden states of a language model share
+      a large mean that would hide what tells them apart.
+  """
+  if centre:
+    vector_ND = vector_ND - vector_ND.mean(axis=0)
+  length_N = np.linalg.norm(vector_ND, axis=1)
+  if not np.isfinite(length_N).all():
+    raise ValueError(
+      f"{(~np.isfinite(length_N)).sum()} of {len(vector_ND)} embeddings are "
+      "not finite. Name another config.pool.embedder."
+    )
+  return vector_ND / np.maximum(length_N, 1e-12)[:, None]
+
+
+def sentence_transformer(name: str) -> Embed:
+  """Embeds by a sentence-transformers model.
+
+  Args:
+    name: hub id or directory; texts are cut at the model's own limit.
+
+  Raises:
+    ValueError: the package is not installed, or no such model can be had.
+  """
+  try:
+    import sentence_transformers
+  except ImportError as error:
+    raise ValueError(
+      f"config.pool.embedder={name!r} needs the package sentence-transformers."
+      " Install it with pip, or set config.pool.embedder=policy."
+    ) from error
+  try:
+    model = sentence_transformers.SentenceTransformer(name)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"config.pool.embedder={name!r} cannot be loaded ({error}). Name a "
+      "directory or a hub id that can be reached, or set "
+      "config.pool.embedder=policy."
+    ) from error
+
+  def embed(texts: Sequence[str]) -> np.ndarray:
+    return model.encode(
+      list(texts), convert_to_numpy=True, show_progress_bar=False
+    ).astype(np.float32)
+
+  return embed
+
+
+def _length(prompt, min_chars, max_chars, max_reference_chars):
+  size, reference = len(prompt.prompt), len(prompt.reference)
+  if size < min_chars:
+    return "prompt too short", f"{size} characters"
+  if max_chars and size > max_chars:
+    return "prompt too long", f"{size} characters"
+  if max_reference_chars and reference > max_reference_chars:
+    return "reference too long", f"{reference} characters"
+  return None
+
+
+def _identifier(languages: Sequence[str]) -> langid.LanguageIdentifier:
+  identifier = langid.LanguageIdentifier.from_model_file(
+    langid.MODEL_FILE, norm_probs=True
+  )
+  unknown = sorted(set(languages) - set(identifier.labels))
+  if unknown:
+    raise ValueError(
+      f"config.pool.languages names {unknown}; codes are those of ISO 639-1 "
+      f"that py3langid knows: {', '.join(sorted(identifier.labels))}."
+    )
+  return identifier

@@ -1,0 +1,57 @@
+"""Words, n-grams and scripts of plain text, in any language.
+
+A word is a run of letters, digits and underscores; a character of Chinese,
+Japanese or Thai, which are written without spaces, is a word of its own.
+"""
+
+import collections
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_SINGLE = (
+  "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+  "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+# Names that Unicode gives to letters of one way of writing.
+_SAME = {"CJK": "HAN", "HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC":
+         "HAN", "FULLWIDTH": "LATIN"}  # fmt: skip
+
+
+def normal(text: str) -> str:
+  """Text without what does not change its meaning: case, width, spacing."""
+  folded = unicodedata.normalize("NFKC", text).casefold()
+  return " ".join(folded.split())
+
+
+def split(text: str) -> list[str]:
+  """The words of a text, in order."""
+  return _WORD.findall(text)
+
+
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+  """Every run of n words; of fewer words the one run there is, or none."""
+  if len(words) <= n:
+    return [tuple(words)] if words else []
+  return list(zip(*(words[i:] for i in range(n))))
+
+
+def scripts(text: str) -> collections.Counter[str]:
+  """How many letters of each script: "LATIN", "HAN", "CYRILLIC", ..."""
+  counts: collections.Counter[str] = collections.Counter()
+  for character, count in collections.Counter(text).items():
+    name = _script(character)
+    if name:
+      counts[name] += count
+  return counts
+
+
+@functools.cache
+def _script(character: str) -> str:
+  if not character.isalpha():
+    return ""
+  name = unicodedata.name(character, "").partition(" ")[0]
+  name = name.partition("-")[0]
+  return _SAME.get(name, name)

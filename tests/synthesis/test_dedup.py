@@ -1,0 +1,81 @@
+"""Repetitions are found, and nothing else is: against every pair compared."""
+
+import random
+
+import pytest
+
+from opera_jax import structs
+from opera_jax.synthesis import dedup
+
+VOCABULARY = [f"word{i}" for i in range(400)]
+
+
+def _prompts(texts):
+  return [
+    structs.Prompt(str(i), "open_ended", text, "")
+    for i, text in enumerate(texts)
+  ]
+
+
+def _index(a, b, n):
+  """The Jaccard index of word n-grams, written again."""
+  a, b = a.lower().split(), b.lower().split()
+  a = {tuple(a[i : i + n]) for i in range(len(a) - n + 1)}
+  b = {tuple(b[i : i + n]) for i in range(len(b) - n + 1)}
+  return len(a & b) / len(a | b)
+
+
+def test_exact_and_near():
+  long = (
+    "Write a letter to an old friend who has moved away to the sea last year"
+  )
+  texts = [
+    long,
+    "Something else altogether",
+    long.upper().replace(" ", "  "),
+    long + " again",
+    "Something else altogether again",
+  ]
+  found = dedup.repeats(_prompts(texts), threshold=0.8)
+  assert found == [None, None, ("exact", "0"), ("near", "0"), None]
+  found = dedup.repeats(_prompts(texts), threshold=0.0)
+  assert found == [None, None, ("exact", "0"), None, None]
+
+
+def test_numbers_make_another_sum():
+  text = "Ann has {} apples and gives {} of them to Ben; how many are left?"
+  texts = [text.format(i, i // 2) for i in range(4, 40)]
+  assert not any(dedup.repeats(_prompts(texts), threshold=0.8))
+
+
+def test_against_all_pairs():
+  rng = random.Random(0)
+  texts = []
+  for _ in range(60):
+    own = rng.choices(VOCABULARY, k=60)
+    texts.append(" ".join(own))
+    for changes in (1, 2, 3, 5, 9, 20):
+      other = list(own)
+      for place in rng.sample(range(60), changes):
+        other[place] = rng.choice(VOCABULARY)
+      texts.append(" ".join(other))
+  kept, expected = [], []
+  for i, text in enumerate(texts):
+    best = max(((_index(text, texts[j], 3), j) for j in kept), default=(0, 0))
+    if best[0] >= 0.8:
+      expected.append(i)
+    else:
+      kept.append(i)
+  found = dedup.repeats(_prompts(texts), threshold=0.8)
+  dropped = [i for i, one in enumerate(found) if one]
+  assert len(expected) > 100
+  # The hash may miss a pair near the threshold and never makes one up.
+  for i in dropped:
+    assert _index(texts[i], texts[int(found[i][1])], 3) >= 0.8
+  assert len(set(expected) - set(dropped)) <= 0.05 * len(expected)
+
+
+@pytest.mark.parametrize("changes", [{"threshold": 1.5}, {"ngram": 0}])
+def test_bad_settings(changes):
+  with pytest.raises(ValueError, match="Change config.pool"):
+    dedup.repeats([], **({"threshold": 0.8} | changes))
