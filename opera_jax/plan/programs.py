@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from opera_jax.models import qwen3
 from opera_jax.plan import abstract, cost, fit
 from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import price as price_lib
@@ -233,12 +234,12 @@ class _Run:
   def prefill(self) -> Program:
     config = self._config
     P = max(self._engine["prompt_buckets"])
-    R = self._ways * engine_lib.prompts_at_once(P)
+    R = self._ways * programs_lib.prompts_at_once(P)
     slots = self._slots()
     return Program(
       name="prefill",
       shape=f"{R} prompts x {P:,}",
-      jitted=slots_lib.programs(self._graphdef)["admit"],
+      jitted=programs_lib.programs(self._graphdef)["admit"],
       arguments=(
         self._values.rollout_params(),
         slots.trunk,
@@ -274,7 +275,7 @@ class _Run:
     return Program(
       name="decode",
       shape=f"{B} prompts x {P:,}, {S} slots x {C:,}, {steps} steps",
-      jitted=slots_lib.programs(self._graphdef)["decode"],
+      jitted=programs_lib.programs(self._graphdef)["decode"],
       arguments=(
         params,
         self._slots(),
@@ -291,14 +292,14 @@ class _Run:
 
   def grow(self) -> Program:
     """The last lengthening of the caches: both lengths are held at once."""
-    longest = engine_lib.whole_blocks(self._rollout["max_new_tokens"])
-    lengths = map(engine_lib.whole_blocks, self._engine["cache_buckets"])
+    longest = slots_lib.whole_blocks(self._rollout["max_new_tokens"])
+    lengths = map(slots_lib.whole_blocks, self._engine["cache_buckets"])
     shorter = [x for x in lengths if x < longest]
     old, new = self._slots(max(shorter, default=longest)), self._slots()
     return Program(
       name="grow",
       shape=f"caches of {old.cache.k.shape[3]:,} to {longest:,} tokens",
-      jitted=slots_lib.programs(self._graphdef)["grow"],
+      jitted=programs_lib.programs(self._graphdef)["grow"],
       arguments=(old,),
       static={"capacity": longest},
       flops=cost.Flops(0.0),
@@ -338,8 +339,8 @@ class _Run:
     return self._values.slots(
       self._engine["rows"],
       self._slots_a_prompt(),
-      engine_lib.whole_blocks(max(self._engine["prompt_buckets"])),
-      capacity or engine_lib.whole_blocks(self._rollout["max_new_tokens"]),
+      slots_lib.whole_blocks(max(self._engine["prompt_buckets"])),
+      capacity or slots_lib.whole_blocks(self._rollout["max_new_tokens"]),
       self._engine["cache_dtype"],
     )
 

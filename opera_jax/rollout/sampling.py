@@ -156,7 +156,6 @@ def sample(
   """
   R, V = logit_RV.shape
   temperature = settings.temperature or 1.0
-  own_RV = logit_RV / temperature
   kept_RV = (logit_RV + _bias(settings, V)[None]) / temperature
   if settings.min_new_tokens and settings.stop_ids:
     drawn_R = jnp.zeros(R, jnp.int32) if drawn_R is None else drawn_R
@@ -174,8 +173,25 @@ def sample(
       lambda key: jax.random.gumbel(key, (V,), jnp.float32)
     )(key_R)
   token_R = jnp.argmax(kept_RV, axis=-1).astype(jnp.int32)
+  return token_R, logprob(logit_RV, token_R, temperature)
+
+
+def logprob(
+  logit_RV: jax.Array, token_R: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+  """Log-probability of one token a row.
+
+  Args:
+    logit_RV: float32 logits of the head.
+    token_R: int32.
+    temperature: divides the logits.
+
+  Returns:
+    float32 [R].
+  """
+  own_RV = logit_RV / temperature
   chosen_R = jnp.take_along_axis(own_RV, token_R[:, None], axis=-1)[:, 0]
-  return token_R, chosen_R - jax.nn.logsumexp(own_RV, axis=-1)
+  return chosen_R - jax.nn.logsumexp(own_RV, axis=-1)
 
 
 def _bias(settings: Sampling, V: int) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine, sampling, schedule, slots
+from opera_jax.rollout import engine, programs, rows, sampling
 from opera_jax.sharding import layout, mesh, rules
 
 STOP = 7
@@ -172,18 +172,16 @@ def test_meshes_give_the_same_samples(tiny_model, usual):
 
 def _state(tiny_model, capacity=1024):
   config, graphdef, params = tiny_model
-  programs = slots.programs(graphdef)
-  state = programs["empty"](
-    config, 4, 4, 256, capacity, recent=0, dtype="float32"
-  )
-  return programs, params, state
+  made = programs.programs(graphdef)
+  state = made["empty"](config, 4, 4, 256, capacity, recent=0, dtype="float32")
+  return made, params, state
 
 
 def test_decoding_copies_no_cache(tiny_model, one_device):
-  programs, params, state = _state(tiny_model)
+  made, params, state = _state(tiny_model)
   with jax.set_mesh(one_device):
     compiled = (
-      programs["decode"]
+      made["decode"]
       .lower(params, state, None, np.int32(1), settings=SETTINGS, steps=8)
       .compile()
     )
@@ -203,47 +201,65 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
 
 
 def test_a_kept_sample_becomes_trunk(tiny_model, one_device, slow_logprob):
-  config, graphdef, params = tiny_model
+  """Kept tokens are context: twice over, past what the trunk first held."""
+  settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
-  prompts = _prompts()[:2]
-  settings = sampling.Sampling(max_new_tokens=16)
-  programs = slots.programs(graphdef)
-  keys = np.asarray(
-    jax.random.key_data(jax.random.split(jax.random.key(3), (2, 3)))
-  )
-  with jax.set_mesh(one_device):
-    state, out = sampler.draw(
-      params,
-      sampler.empty(3, settings),
-      schedule.Schedule(2, 3, [0, 1], 3),
-      prompts,
-      ["a", "b"],
-      keys,
-      settings,
-      samples=3,
-      stops=None,
+  driven = sampler.rows(tiny_model[2], 3, settings, None, priced=True)
+  keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
+  context = _prompts()[:2]
+  driven.begin([(r, str(r), c) for r, c in enumerate(context)])
+  for chosen, count in (
+    ((2, 1), (60, 4)),
+    ((0, 0), (55, 60)),
+    ((1, 2), (5, 9)),
+  ):
+    driven.fork(
+      [
+        rows.Fork(r, s, keys[r, s], budget=60)
+        for r in range(2)
+        for s in range(3)
+      ]
     )
-    chosen, count = np.array([2, 1]), np.array([9, 4])
-    state = programs["keep"](
-      state, jnp.asarray(chosen), jnp.asarray(count), tokens=16
-    )
-    longer = [
-      np.concatenate([p, group[c].tokens[:n]])
-      for p, group, c, n in zip(prompts, out, chosen, count)
-    ]
-    np.testing.assert_array_equal(state.limit, [len(x) - 1 for x in longer])
-    fresh = programs["assign"](
-      state,
-      jnp.asarray([[True, False, False]] * 2),
-      jnp.asarray([[x[-1]] * 3 for x in longer], jnp.int32),
-      jnp.full((2, 3), 5, jnp.int32),
-      jnp.asarray(keys),
-    )
-    _, drawn = programs["decode"](
-      params, fresh, None, np.int32(99), settings=settings, steps=16
-    )
-  for row, context in enumerate(longer):
-    assert drawn.count[row, 0] == 5 and not drawn.live[row].any()
-    tokens = np.asarray(drawn.token[row, 0, :5])
-    want = slow_logprob(np.concatenate([context, tokens]))[len(context) - 1 :]
-    np.testing.assert_allclose(drawn.logprob[row, 0, :5], want, atol=1e-4)
+    grown = {}
+    while True:
+      pieces = driven.draw(rows.NEVER)
+      for piece in pieces:
+        grown.setdefault((piece.row, piece.slot), []).append(piece)
+      if not any(piece.live for piece in pieces):
+        break
+    kept = []
+    for (row, slot), mine in grown.items():
+      sample = rows.joined(mine)
+      assert len(sample.tokens) == 60
+      price = np.concatenate([piece.price for piece in mine])
+      want = slow_logprob(np.concatenate([context[row], sample.tokens]))
+      want = want[len(context[row]) - 1 :]
+      np.testing.assert_allclose(price, want, atol=1e-4)
+      assert not np.allclose(sample.logprob, want, atol=1e-2)
+      if slot == chosen[row]:
+        kept.append((row, slot, sample.tokens[: count[row]]))
+    driven.keep(kept)
+    for row, _, tokens in kept:
+      context[row] = np.concatenate([context[row], tokens])
+  assert max(map(len, context)) > 128
+
+
+def test_decoding_prices_only_when_asked(tiny_model, one_device):
+  """Not asked for, a second pass over the logits is not compiled."""
+  made, params, state = _state(tiny_model, 128)
+  settings = sampling.Sampling(max_new_tokens=8, temperature=0.7)
+  V = tiny_model[0].vocab_size
+
+  def exponentials(**static):
+    with jax.set_mesh(one_device):
+      text = str(
+        made["decode"]
+        .trace(
+          params, state, None, np.int32(1), settings=settings, steps=8, **static
+        )
+        .jaxpr
+      )
+    return sum(f"f32[16,{V}] = exp" in line for line in text.splitlines())
+
+  assert exponentials() == 1
+  assert exponentials(priced=True) == 2

@@ -1,0 +1,310 @@
+"""The programs that act on rows of slots.
+
+Every program takes the slots' buffers for itself and gives them back changed.
+All take and give whole arrays, so that on a mesh each process calls them with
+the same host arrays.
+
+Shape key: L layers, B rows, S slots a row, T trunk capacity, C slot capacity,
+R prompts of one admission, P their padded length, U steps of one call, W recent
+tokens, D hidden, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from opera_jax.models import attention, kv_cache
+from opera_jax.rollout import sampling
+from opera_jax.rollout import slots as slots_lib
+from opera_jax.sharding import rules
+from opera_jax.text import automaton
+
+TOGETHER = 512  # prompt tokens that a device computes at once, at least
+
+
+def admit(
+  graphdef: nnx.GraphDef,
+  params: Any,
+  trunk: kv_cache.Trunk,
+  limit_B: jax.Array,
+  token_RP: jax.Array,
+  length_R: jax.Array,
+  row_R: jax.Array,
+) -> tuple[kv_cache.Trunk, jax.Array]:
+  """Computes prompts and puts them into rows whose slots are all free.
+
+  Args:
+    graphdef: of the model.
+    params: parameters.
+    trunk: of the slots, to be changed.
+    limit_B: of the slots, to be changed.
+    token_RP: int32 prompts, right-padded, P <= T.
+    length_R: int32, at least 1.
+    row_R: int32, the row of each prompt; B or more for padding.
+  """
+  model = nnx.merge(graphdef, params)
+  R, P = token_RP.shape
+  position_P = jnp.arange(P, dtype=jnp.int32)
+  config = model.config
+  _, piece = model(
+    token_RP,
+    jnp.broadcast_to(position_P[None], (R, P)),
+    attention.prefill(
+      (position_P[None] < length_R[:, None]).astype(jnp.int32),
+      implementation=config.attention or None,
+    ),
+    kv_cache.empty_trunk(
+      config.layers,
+      R,
+      P,
+      config.kv_heads,
+      config.head_dim,
+      trunk.k.dtype,
+    ),
+  )
+  trunk = jax.tree.map(
+    lambda whole, part: whole.at[:, row_R, :P].set(part, mode="drop"),
+    trunk,
+    piece,
+  )
+  limit_B = limit_B.at[row_R].set(length_R - 1, mode="drop")
+  trunk = jax.tree.map(lambda x: rules.constrain(x, slots_lib.TRUNK), trunk)
+  return trunk, rules.constrain(limit_B, ("batch",))
+
+
+def assign(
+  slots: slots_lib.Slots,
+  fresh_BS: jax.Array,
+  token_BS: jax.Array,
+  budget_BS: jax.Array,
+  key_BS: jax.Array,
+  state_BS: jax.Array,
+) -> slots_lib.Slots:
+  """Begins a sample in each slot of `fresh`; the others go on.
+
+  Args:
+    slots: to be changed; trunk and cache may be None.
+    fresh_BS: bool.
+    token_BS: int32, the last token of the slot's context.
+    budget_BS: int32, tokens that may be drawn.
+    key_BS: random key data of the samples.
+    state_BS: int32, of the stop strings' automaton, at their start.
+  """
+
+  def pick(new, old):
+    where = fresh_BS.reshape(fresh_BS.shape + (1,) * (old.ndim - 2))
+    return jnp.where(where, new, old)
+
+  slots = slots.replace(
+    token=pick(token_BS, slots.token),
+    depth=pick(0, slots.depth),
+    budget=pick(budget_BS, slots.budget),
+    key=pick(key_BS, slots.key),
+    state=pick(state_BS, slots.state),
+    recent=pick(-1, slots.recent),
+    live=slots.live | fresh_BS,
+    ended=pick(0, slots.ended),
+  )
+  return slots_lib.laid_out(slots)
+
+
+def keep(
+  slots: slots_lib.Slots, slot_B: jax.Array, count_B: jax.Array, tokens: int
+) -> slots_lib.Slots:
+  """Makes the first tokens of a slot part of its row's trunk.
+
+  Args:
+    slots: to be changed.
+    slot_B: int32, the slot of each row.
+    count_B: int32 at most `tokens`, how many of its tokens to keep; 0 changes
+      nothing.
+    tokens: static bound of the counts.
+  """
+  B = slot_B.shape[0]
+  n = jnp.arange(tokens, dtype=jnp.int32)[None]
+  T = slots.trunk.k.shape[2]
+  # Key j of a slot is that of its context's last token, then of its own.
+  place_Bn = jnp.where(n < count_B[:, None], slots.limit[:, None] + n, T)
+  row_B1 = jnp.arange(B)[:, None]
+
+  def move(trunk, cache):
+    part = cache[:, jnp.arange(B), slot_B, :tokens]
+    return trunk.at[:, row_B1, place_Bn].set(part, mode="drop")
+
+  trunk = kv_cache.Trunk(
+    k=move(slots.trunk.k, slots.cache.k), v=move(slots.trunk.v, slots.cache.v)
+  )
+  return slots_lib.laid_out(
+    slots.replace(trunk=trunk, limit=slots.limit + count_B)
+  )
+
+
+def grow(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
+  """Lengthens every slot's cache to `capacity` tokens."""
+  more = capacity - slots.cache.k.shape[3]
+  pad = ((0, 0),) * 3 + ((0, more),) + ((0, 0),) * 2
+  cache = jax.tree.map(lambda x: jnp.pad(x, pad), slots.cache)
+  return slots_lib.laid_out(slots.replace(cache=cache))
+
+
+def grow_trunk(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
+  """Lengthens every row's trunk to `capacity` tokens."""
+  more = capacity - slots.trunk.k.shape[2]
+  pad = ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2
+  trunk = jax.tree.map(lambda x: jnp.pad(x, pad), slots.trunk)
+  return slots_lib.laid_out(slots.replace(trunk=trunk))
+
+
+def decode(
+  graphdef: nnx.GraphDef,
+  params: Any,
+  slots: slots_lib.Slots,
+  stops: automaton.Automaton | None,
+  free: jax.Array,
+  *,
+  settings: sampling.Sampling,
+  steps: int,
+  whole_rows: bool = False,
+  priced: bool = False,
+) -> tuple[slots_lib.Slots, slots_lib.Drawn]:
+  """Draws up to `steps` tokens in every live slot.
+
+  Args:
+    graphdef: of the model.
+    params: parameters.
+    slots: to be changed; each live slot's capacity is at least its depth plus
+      `steps`.
+    stops: automaton of stop strings, or None.
+    free: int32 scalar; leaves early when so many slots have ended in this
+      call, to let new samples in.
+    settings: how to draw.
+    steps: U.
+    whole_rows: `free` counts rows of which every slot has ended.
+    priced: also returns log-probabilities at temperature 1.
+  """
+  model = nnx.merge(graphdef, params)
+  head, transposed = model.head_matrix()
+  B, S = slots.token.shape
+  start_live = slots.live
+
+  def cond(carry):
+    step, slots, _ = carry
+    if whole_rows:
+      ended = jnp.sum(jnp.any(start_live, 1) & ~jnp.any(slots.live, 1))
+    else:
+      ended = jnp.sum(start_live & ~slots.live)
+    return (step < steps) & jnp.any(slots.live) & (ended < free)
+
+  def body(carry):
+    step, slots, drawn = carry
+    hidden_BSD, cache = model(
+      slots.token,
+      slots.limit[:, None] + slots.depth,
+      attention.decode(slots.trunk, slots.limit, slots.depth, slots.live),
+      slots.cache,
+    )
+    logit_RV = jax.lax.dot_general(
+      hidden_BSD.reshape(B * S, -1),
+      head.astype(hidden_BSD.dtype),
+      (((1,), (1 if transposed else 0,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    key_R = jax.vmap(jax.random.fold_in)(
+      jax.random.wrap_key_data(slots.key.reshape(B * S, -1)),
+      slots.depth.reshape(B * S),
+    )
+    token_R, logprob_R = sampling.sample(
+      logit_RV, key_R, settings, slots.depth.reshape(B * S)
+    )
+    new = [token_R, logprob_R]
+    if priced:
+      new.append(sampling.logprob(logit_RV, token_R))
+    new = [x.reshape(B, S) for x in new]
+    slots = _after(slots.replace(cache=cache), new[0], stops, settings)
+    drawn = [
+      jax.lax.dynamic_update_slice(whole, x[..., None], (0, 0, step))
+      for whole, x in zip(drawn, new, strict=True)
+    ]
+    return step + 1, slots, drawn
+
+  start_depth = slots.depth
+  dtypes = [jnp.int32, jnp.float32] + [jnp.float32] * priced
+  nothing = [jnp.zeros((B, S, steps), dtype) for dtype in dtypes]
+  _, slots, drawn = jax.lax.while_loop(
+    cond, body, (jnp.int32(0), slots, nothing)
+  )
+  return slots_lib.laid_out(slots), slots_lib.Drawn(
+    token=drawn[0],
+    logprob=drawn[1],
+    price=drawn[2] if priced else None,
+    count=jnp.where(start_live, slots.depth - start_depth, 0),
+    live=slots.live,
+    ended=slots.ended,
+  )
+
+
+def _after(
+  slots: slots_lib.Slots,
+  token_BS: jax.Array,
+  stops: automaton.Automaton | None,
+  settings: sampling.Sampling,
+) -> slots_lib.Slots:
+  """The slots once `token_BS` has been drawn in those that are live."""
+  live_BS = slots.live
+  depth_BS = slots.depth + live_BS
+  stop_BS = jnp.zeros_like(live_BS)
+  for stop_id in settings.stop_ids:
+    stop_BS |= token_BS == stop_id
+  state_BS = slots.state
+  if stops is not None:
+    state_BS, event_BS = automaton.step(stops, state_BS, token_BS)
+    late_BS = depth_BS >= settings.min_new_tokens
+    stop_BS |= (event_BS > 0) & late_BS
+  ended_BS = jnp.where(stop_BS, slots_lib.STOPPED, 0)
+  recent_BSW = slots.recent
+  if settings.loop_period:
+    recent_BSW = jnp.concatenate(
+      [recent_BSW[..., 1:], token_BS[..., None]], axis=-1
+    )
+    flat_RW = recent_BSW.reshape(-1, recent_BSW.shape[-1])
+    loop_R = sampling.loops(flat_RW, settings.loop_period)
+    loop_BS = loop_R.reshape(token_BS.shape)
+    ended_BS = jnp.where(loop_BS & ~stop_BS, slots_lib.LOOPED, ended_BS)
+  ended_BS = jnp.where(live_BS, ended_BS, slots.ended)
+  return slots.replace(
+    token=token_BS,
+    depth=depth_BS,
+    state=state_BS,
+    recent=recent_BSW,
+    live=live_BS & (ended_BS == 0) & (depth_BS < slots.budget),
+    ended=ended_BS,
+  )
+
+
+def prompts_at_once(P: int) -> int:
+  """How many prompts of a bucket one device computes together."""
+  return max(1, TOGETHER // P)
+
+
+def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
+  """The jitted programs by name; each takes the slots' buffers for itself."""
+  return {
+    "empty": jax.jit(
+      slots_lib.empty,
+      static_argnums=(0, 1, 2, 3, 4),
+      static_argnames=("recent", "dtype"),
+    ),
+    "admit": jax.jit(functools.partial(admit, graphdef), donate_argnums=(1, 2)),
+    "assign": jax.jit(assign, donate_argnums=0),
+    "keep": jax.jit(keep, donate_argnums=0, static_argnames="tokens"),
+    "grow": jax.jit(grow, static_argnames="capacity"),
+    "grow_trunk": jax.jit(grow_trunk, static_argnames="capacity"),
+    "decode": jax.jit(
+      functools.partial(decode, graphdef),
+      donate_argnums=1,
+      static_argnames=("settings", "steps", "whole_rows", "priced"),
+    ),
+  }

@@ -1,0 +1,269 @@
+"""Rows of slots as the host drives them: begin, fork, draw, keep.
+
+A row begins with a context, which is computed once (its trunk). Samples fork
+from the end of the context, each in a slot; what one of them drew can be kept,
+and then is context too, without running anything again. Whoever drives the
+rows says what sits where; every process of a run says the same.
+
+Shape key: B rows, S slots a row, R contexts computed at once, P their padded
+length.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.rollout import programs as programs_lib
+from opera_jax.rollout import sampling as sampling_lib
+from opera_jax.rollout import slots as slots_lib
+from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.sharding import layout
+from opera_jax.text import automaton
+
+REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
+NEVER = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+  """A sample to begin at the end of its row's context."""
+
+  row: int
+  slot: int
+  key: np.ndarray  # [words] uint32, random key data
+  budget: int  # tokens that may be drawn, at least 1
+  state: int = 0  # of the stop strings' automaton, where it starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """What a slot drew in one call."""
+
+  row: int
+  slot: int
+  tokens: np.ndarray  # [n] int32
+  logprob: np.ndarray  # [n] float32, at the sampling temperature
+  price: np.ndarray | None  # [n] float32, at temperature 1, where asked
+  live: bool  # goes on in the next call
+  ended: int  # a key of REASONS
+
+
+class Rows:
+  """B rows of S slots, with one policy, one way to draw, one set of stops."""
+
+  def __init__(
+    self,
+    programs: dict[str, Any],
+    params: Any,
+    slots: slots_lib.Slots,
+    settings: sampling_lib.Sampling,
+    stops: automaton.Automaton | None,
+    *,
+    mesh: jax.sharding.Mesh,
+    prompt_buckets: Sequence[int],
+    cache_buckets: Sequence[int],
+    steps: int,
+    whole_rows: bool = False,
+    priced: bool = False,
+  ):
+    """Takes fresh slots over.
+
+    Args:
+      programs: of `rollout.programs`.
+      params: parameters, in the ROLLOUT layout.
+      slots: with nothing in them.
+      settings: how to draw; lengths are the forks' own.
+      stops: automaton of stop strings, or None.
+      mesh: over which the slots lie.
+      prompt_buckets: allowed padded lengths of contexts, ascending; past the
+        last, its multiples.
+      cache_buckets: lengths of slots' caches, whole blocks, likewise.
+      steps: tokens that a slot draws in one call.
+      whole_rows: a call of `draw` leaves early for rows rather than slots.
+      priced: pieces come with log-probabilities at temperature 1.
+    """
+    self._programs, self._params, self._slots = programs, params, slots
+    self._stops, self._mesh = stops, mesh
+    self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
+    self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._static = {
+      "settings": settings,
+      "steps": steps,
+      "whole_rows": whole_rows,
+      "priced": priced,
+    }
+    shape = slots.depth.shape
+    self.count, self.width = shape
+    self._depth, self._budget = np.zeros(shape, int), np.zeros(shape, int)
+    self._live = np.zeros(shape, bool)
+    self._length = np.ones(shape[0], int)  # tokens of each row's context
+    self._last = np.zeros(shape[0], np.int32)  # the last of them
+    self._name = [""] * shape[0]
+
+  def begin(self, contexts: Sequence[tuple[int, str, np.ndarray]]) -> None:
+    """Computes contexts, a few of like length at a time.
+
+    Args:
+      contexts: (row, name, int32 tokens), at least one token; no slot of the
+        row is live. The name is for error messages.
+    """
+    by_bucket: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for row, name, tokens in contexts:
+      P = trunks_lib.bucket(len(tokens), self._prompt_buckets)
+      by_bucket.setdefault(P, []).append((row, tokens))
+      self._length[row], self._last[row] = len(tokens), tokens[-1]
+      self._name[row] = name
+    for P, pairs in sorted(by_bucket.items()):
+      self._make_room(P)
+      # The number at once goes by the bucket alone: what a prompt computes
+      # must not depend on who came with it.
+      R = self._ways * programs_lib.prompts_at_once(P)
+      for start in range(0, len(pairs), R):
+        self._begin(pairs[start : start + R], R, P)
+
+  def fork(self, forks: Sequence[Fork]) -> None:
+    """Begins samples in slots that are not live."""
+    if not forks:
+      return
+    shape = (self.count, self.width)
+    fresh_BS = np.zeros(shape, bool)
+    token_BS, state_BS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    key_BS = np.zeros((*shape, *forks[0].key.shape), forks[0].key.dtype)
+    for fork in forks:
+      place = fork.row, fork.slot
+      fresh_BS[place] = self._live[place] = True
+      token_BS[place], state_BS[place] = self._last[fork.row], fork.state
+      key_BS[place] = fork.key
+      self._depth[place], self._budget[place] = 0, fork.budget
+    fresh_BS, token_BS, budget_BS, state_BS = layout.to_devices(
+      (fresh_BS, token_BS, self._budget.astype(np.int32), state_BS),
+      layout.rows(self._mesh),
+    )
+    # The caches stay out of it, so that one program serves all their sizes.
+    slots = self._slots
+    rest = self._call(
+      "assign",
+      slots.replace(trunk=None, cache=None),
+      *(fresh_BS, token_BS, budget_BS, self._everywhere(key_BS), state_BS),
+    )
+    self._slots = rest.replace(trunk=slots.trunk, cache=slots.cache)
+
+  def draw(self, free: int) -> list[Piece]:
+    """Draws some tokens in every live slot.
+
+    Args:
+      free: how many slots (or rows) that end are worth an early return.
+
+    Returns:
+      A piece for each slot that was live, in order.
+
+    Raises:
+      FloatingPointError: logits that are not finite.
+    """
+    need = int(self._depth[self._live].max()) + self._static["steps"]
+    need = min(need, int(self._budget[self._live].max()))
+    if need > self._slots.cache.k.shape[3]:
+      self._slots = self._call(
+        "grow",
+        self._slots,
+        capacity=trunks_lib.bucket(need, self._cache_buckets),
+      )
+    self._slots, drawn = self._call(
+      "decode",
+      self._params,
+      self._slots,
+      self._stops,
+      np.int32(free),
+      **self._static,
+    )
+    drawn = layout.to_host(drawn)
+    self._depth += drawn.count
+    pieces = []
+    for row, slot in zip(*np.nonzero(self._live)):
+      own = (row, slot, slice(0, int(drawn.count[row, slot])))
+      piece = Piece(
+        row=int(row),
+        slot=int(slot),
+        tokens=drawn.token[own],
+        logprob=drawn.logprob[own],
+        price=None if drawn.price is None else drawn.price[own],
+        live=bool(drawn.live[row, slot]),
+        ended=int(drawn.ended[row, slot]),
+      )
+      if not np.isfinite(piece.logprob).all():
+        raise FloatingPointError(
+          f"Sampling prompt {self._name[row]!r} met logits that are not "
+          "finite. The parameters have diverged; lower the learning rate "
+          "or resume from an earlier checkpoint."
+        )
+      pieces.append(piece)
+    self._live = np.array(drawn.live)
+    return pieces
+
+  def keep(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
+    """Makes what slots drew part of their rows' contexts.
+
+    Args:
+      kept: (row, slot, the first tokens that the slot drew), one a row at
+        most, at least one token each; no slot of the row is live.
+    """
+    if not kept:
+      return
+    slot_B, count_B = (np.zeros(self.count, np.int32) for _ in range(2))
+    for row, slot, tokens in kept:
+      slot_B[row], count_B[row] = slot, len(tokens)
+      self._length[row] += len(tokens)
+      self._last[row] = tokens[-1]
+    self._make_room(int(self._length.max()) - 1)
+    most = trunks_lib.bucket(int(count_B.max()), self._cache_buckets)
+    self._slots = self._call(
+      "keep", self._slots, *self._everywhere((slot_B, count_B)), tokens=most
+    )
+
+  def _call(self, program: str, *arguments, **static):
+    with jax.set_mesh(self._mesh):
+      return self._programs[program](*arguments, **static)
+
+  def _begin(self, pairs, R, P):
+    token_RP = np.zeros((R, P), np.int32)
+    length_R = np.ones(R, np.int32)
+    row_R = np.full(R, self.count, np.int32)
+    for place, (row, tokens) in enumerate(pairs):
+      token_RP[place, : len(tokens)] = tokens
+      length_R[place], row_R[place] = len(tokens), row
+    arrays = layout.to_devices((token_RP, length_R), layout.rows(self._mesh))
+    trunk, limit = self._call(
+      "admit",
+      self._params,
+      self._slots.trunk,
+      self._slots.limit,
+      *arrays,
+      self._everywhere(row_R),
+    )
+    self._slots = self._slots.replace(trunk=trunk, limit=limit)
+
+  def _make_room(self, tokens: int) -> None:
+    """Lengthens the trunks where they do not hold so many tokens."""
+    if tokens > self._slots.trunk.k.shape[2]:
+      longer = trunks_lib.bucket(tokens, self._prompt_buckets)
+      self._slots = self._call(
+        "grow_trunk", self._slots, capacity=slots_lib.whole_blocks(longer)
+      )
+
+  def _everywhere(self, arrays):
+    return layout.to_devices(arrays, layout.replicated(self._mesh))
+
+
+def joined(pieces: Sequence[Piece]) -> structs.Sample:
+  """The sample that a slot drew in several calls."""
+  ended = pieces[-1].ended
+  return structs.Sample(
+    tokens=np.concatenate([piece.tokens for piece in pieces]),
+    logprob=np.concatenate([piece.logprob for piece in pieces]),
+    finished=ended == slots_lib.STOPPED,
+    reason=REASONS[ended],
+  )
