@@ -150,15 +150,17 @@ def get_config() -> ml_collections.ConfigDict:
   config.synthesis = {
     "batch": 256,
     "candidates": 4,  # [P]
-    "budget": 20,  # [C]
+    "budget": 20,  # [C]; 5: the first five; 0: plain sampling
     "price": "sequence",  # [P]; or "candidate"
+    "choose": "",  # "module:function", a judge in place of the price
     "temperature": 0.6,  # [C]
     "top_k": 20,  # [C]
     "top_p": 0.95,  # [C]
     "max_step_tokens": 1024,
     "max_thought_tokens": 8192,
     "max_answer_tokens": 4096,
-    "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),  # [C]
+    # [C]; ("\n\n",) searches at every step, whatever its words
+    "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),
     "template": "{prompt}",
   }
   config.select = {

@@ -90,7 +90,7 @@ def load(path: str) -> Callable[..., Any]:
     found = getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError) as error:
     raise ValueError(
-      f"Reward {path!r} cannot be imported: {error}. Write "
+      f"The function {path!r} cannot be imported: {error}. Write "
       '"package.module:function", with the package on PYTHONPATH.'
     ) from error
   return found

@@ -185,6 +185,10 @@ class Pricer:
     names = ("length_buckets", "slot_buckets", "branch_buckets")
     return math.prod(len(self._pack[name]) for name in names)
 
+  def bucket(self, trunk: np.ndarray) -> int:
+    """The length that a trunk is padded to where it is priced alone."""
+    return trunks_lib.bucket(len(trunk), self._pack["length_buckets"])
+
   def price(
     self,
     params: Any,

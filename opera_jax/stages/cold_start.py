@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from opera_jax.data import traces
+from opera_jax.rewards import function
 from opera_jax.sharding import layout, runtime
 from opera_jax.stages import card as card_lib
 from opera_jax.stages import parts as parts_lib
@@ -31,6 +32,7 @@ class Search:
   candidates: int
   budget: int
   price: str
+  choose: str  # "package.module:function" in place of the price, or ""
   temperature: float
   top_k: int
   top_p: float
@@ -227,6 +229,7 @@ def _searcher(run: setup_lib.Run, settings: Search) -> search.Searcher:
     candidates=settings.candidates,
     budget=settings.budget,
     price=settings.price,
+    choose=function.load(settings.choose) if settings.choose else None,
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,

@@ -1,20 +1,31 @@
-"""Perplexity-guided trace synthesis: brake, branch, price, keep.
+"""Perplexity-guided trace synthesis: brake, fork, price, keep.
 
-For every prompt (all of them advance together):
+Every prompt has a row of the sampler, which computes it once; then, each row
+on its own:
 
-1. brake: sample the thought until a reflection word appears; the word and
-   what follows is cut off, the word becomes the trigger;
-2. branch: sample k candidates that open with the trigger and run to the next
-   reflection word at the head of a sentence, or to </think>;
-3. price: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i;
-4. keep the candidate of lowest perplexity, and go on from its end;
+1. brake: sample the thought until a reflection word appears; what follows the
+   word is dropped, the word becomes the trigger;
+2. fork: from the end of the row's trunk sample k candidates that open with the
+   trigger and run to the next reflection word at the head of a sentence, or to
+   </think>;
+3. price: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
+   temperature 1 and without truncation, from what sampling computed anyway;
+4. keep the candidate of lowest perplexity: its keys and values become trunk,
+   and the row goes on from there;
 5. past the budget of reflections the thought runs on to </think>;
-6. the answer is sampled from the ORIGINAL prompt followed by the thought.
+6. the answer is sampled from the ORIGINAL prompt followed by the thought: from
+   the same trunk, or, where a template stood around the prompt, after one more
+   pass over prompt and thought.
 
-The trigger opens the candidate, and the price covers exactly what is kept.
+A row that is through takes the next prompt. The trigger opens the candidate,
+and the price covers exactly what is kept. What a prompt draws is folded from
+(key, round, its id, candidate), so that a trace depends on no other prompt.
 """
 
+import collections
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,30 +35,44 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import price as price_lib
-from opera_jax.text import automaton
+from opera_jax.synthesis import brake
 from opera_jax.text import tokenizer as tokenizer_lib
 
-BRAKES = ("Wait", "But", "Hmm", "Let me think", "However")
+BRAKES = brake.WORDS
 PRICES = ("sequence", "candidate")
+
+# (prompt, thought so far, candidates) -> index of the one to keep.
+Choose = Callable[[str, str, Sequence[str]], int]
 
 
 @dataclasses.dataclass
 class _Search:
-  """One prompt on its way; `status` says what comes next, or how it ended."""
+  """One prompt on its way; `status` is its phase, or how it ended."""
 
+  index: int
   prompt: structs.Prompt
   head: np.ndarray  # tokens of the meta-prompt, <think> included
   thought: np.ndarray  # tokens after <think>, up to and with </think> at last
   trigger: np.ndarray
   rounds: list[traces.Round]
   answer: np.ndarray
+  logprob: float = 0.0  # of head and thought, summed, at temperature 1
+  trigger_logprob: float = 0.0
   status: str = "brake"
 
-  @property
-  def context(self) -> np.ndarray:
-    return np.concatenate([self.head, self.thought, self.trigger])
+
+@dataclasses.dataclass(frozen=True)
+class _Stretch:
+  """What one slot drew, cut."""
+
+  kept: np.ndarray
+  trigger: np.ndarray
+  status: str
+  logprob: float  # of the kept tokens, summed, at temperature 1
+  trigger_logprob: float
 
 
 class Searcher:
@@ -63,6 +88,7 @@ class Searcher:
     candidates: int = 4,
     budget: int = 20,
     price: str = "sequence",
+    choose: Choose | None = None,
     temperature: float = 0.6,
     top_k: int = 20,
     top_p: float = 0.95,
@@ -74,13 +100,20 @@ class Searcher:
     """Builds the brake automata.
 
     Args:
-      engine: samples.
-      pricer: prices candidates.
+      engine: samples; its rows are the prompts that advance together, each
+        with a slot for every candidate.
+      pricer: prices the prompts, once each.
       tokenizer: of the policy.
-      brakes: reflection words, exact case, whole words.
-      candidates: k; 1 is plain sampling.
-      budget: reflections searched before the thought runs on unsearched.
+      brakes: reflection words, or ("\\n\\n",) to search at every step; see
+        `brake.Brakes`.
+      candidates: k.
+      budget: reflections searched before the thought runs on unsearched; 0 is
+        plain sampling.
       price: "sequence" (the paper's) or "candidate" (its tokens alone).
+      choose: takes (prompt, thought so far, candidates that came to an end) as
+        text and returns the index to keep, in place of the perplexities, which
+        are recorded all the same. Every process asks it, and must hear the
+        same.
       temperature: of all sampling here.
       top_k: of all sampling here.
       top_p: of all sampling here.
@@ -90,37 +123,35 @@ class Searcher:
       template: the meta-prompt, with one `{prompt}`.
 
     Raises:
-      ValueError: an unknown price, no candidate, a template without its
-        placeholder.
+      ValueError: an unknown price, no candidate, a negative budget, a template
+        without its placeholder, brakes that cannot be.
     """
     if price not in PRICES:
       raise ValueError(f"price must be one of {PRICES}, got {price!r}.")
     if candidates < 1:
       raise ValueError(f"candidates must be at least 1, got {candidates}.")
+    if budget < 0:
+      raise ValueError(
+        f"budget must be at least 0, got {budget}. Use 0 for plain sampling."
+      )
     if template.count("{prompt}") != 1:
       raise ValueError(
         f"The template {template[:60]!r} must hold {{prompt}} exactly once."
       )
     self._engine, self._pricer, self._tokenizer = engine, pricer, tokenizer
-    self._candidates, self._budget, self._price = candidates, budget, price
-    self._brakes = tuple(brakes)
-    # Within a thought a candidate ends at a brake that opens a sentence.
-    self._heads = tuple(lead + word for word in brakes for lead in ("\n", ". "))
-    self._brake_table, self._head_table = (
-      automaton.compile_stops(
-        strings, tokenizer.vocab_bytes, right_boundary=True
-      )
-      for strings in (self._brakes, self._heads)
-    )
-    stop_ids = (tokenizer.end_id, tokenizer.think_close_id)
-    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    self._step = sampling.Sampling(
-      max_new_tokens=max_step_tokens, stop_ids=stop_ids, **draw
-    )
-    self._last = sampling.Sampling(
-      max_new_tokens=max_answer_tokens, stop_ids=stop_ids[:1], **draw
-    )
+    self._candidates, self._budget = candidates, budget
+    self._price, self._choose = price, choose
+    self._brakes = brake.Brakes(brakes, tokenizer)
+    self._most = dict.fromkeys(brake.PHASES, max_step_tokens)
+    self._most["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
+    self._settings = sampling.Sampling(
+      max_new_tokens=max(self._most.values()),
+      stop_ids=(tokenizer.end_id,),
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+    )
     self._template = template
 
   def run(
@@ -144,150 +175,213 @@ class Searcher:
     Returns:
       A trace for each prompt, in order; `status` is "complete" or the reason
       why it is not.
+
+    Raises:
+      ValueError: a prompt beyond the largest bucket, or `choose` returns no
+        index of what it was given.
+      FloatingPointError: logits that are not finite.
     """
-    opened = self._tokenizer.encode_template("<think>\n")
+    searches = self._searches(prompts)
+    self._engine.check([search.head for search in searches], self._settings)
+    if self._budget and self._price == "sequence":
+      self._price_heads(price_params, searches)
+    rows = self._engine.rows(
+      sample_params,
+      self._candidates if self._budget else 1,
+      self._settings,
+      self._brakes.table,
+      whole_rows=True,
+      priced=self._budget > 0,
+    )
+
+    @functools.cache
+    def keys(number: int) -> np.ndarray:
+      return engine_lib.keys(
+        jax.random.fold_in(key, number),
+        [prompt.id for prompt in prompts],
+        rows.width,
+      )
+
+    waiting = collections.deque(
+      sorted(searches, key=lambda s: (self._engine.bucket(s.head), s.index))
+    )
+    sitting: dict[int, _Search] = {}
+    contexts: list[tuple[int, str, np.ndarray]] = []  # to be computed
+    ready: list[int] = []  # rows that go on
+    drawn: dict[tuple[int, int], list[rows_lib.Piece]] = {}
+    while True:
+      free = [row for row in range(rows.count) if row not in sitting]
+      for row in free[: len(waiting)]:
+        sitting[row] = waiting.popleft()
+        contexts.append((row, sitting[row].prompt.id, sitting[row].head))
+        ready.append(row)
+      if not sitting:
+        return [self._trace(search) for search in searches]
+      rows.begin(contexts)
+      rows.fork(
+        [fork for r in ready for fork in self._forks(r, sitting[r], keys)]
+      )
+      pieces = rows.draw(max(1, len(sitting) // 8))
+      live = {piece.row for piece in pieces if piece.live}
+      for piece in pieces:
+        drawn.setdefault((piece.row, piece.slot), []).append(piece)
+        if advance is not None:
+          advance(len(piece.tokens))
+      contexts, ready, kept = [], [], []
+      for row in sorted({piece.row for piece in pieces} - live):
+        search = sitting[row]
+        slot, tokens = self._go_on(
+          search,
+          [drawn.pop((row, s)) for s in range(self._width(search))],
+        )
+        if search.status not in brake.PHASES:
+          del sitting[row]
+          continue
+        ready.append(row)
+        if search.status == "answer" and self._template != "{prompt}":
+          context = self._head("{prompt}", search.prompt), search.thought
+          contexts.append((row, search.prompt.id, np.concatenate(context)))
+        else:
+          kept.append((row, slot, tokens))
+      rows.keep(kept)
+
+  def _searches(self, prompts) -> list[_Search]:
     none = np.zeros(0, np.int32)
-    searches = [
+    return [
       _Search(
+        index=index,
         prompt=prompt,
-        head=np.concatenate(
-          [self._chat(self._template, prompt.prompt), opened]
-        ),
+        head=self._head(self._template, prompt),
         thought=none,
         trigger=none,
         rounds=[],
         answer=none,
       )
-      for prompt in prompts
+      for index, prompt in enumerate(prompts)
     ]
 
-    def sample(group, settings, stops, samples, round_index):
-      return self._engine.sample(
-        sample_params,
-        [s.context for s in group],
-        settings,
-        jax.random.fold_in(key, round_index),
-        samples=samples,
-        ids=[s.prompt.id for s in group],
-        stops=stops,
-        advance=advance,
-      )
-
-    for search, (one,) in zip(
-      searches, sample(searches, self._step, self._brake_table, 1, 0)
-    ):
-      self._go_on(search, none, one, self._brakes)
-    for round_index in range(1, self._budget + 1):
-      group = [s for s in searches if s.status == "branch"]
-      if not group:
-        break
-      drawn = sample(
-        group, self._step, self._head_table, self._candidates, round_index
-      )
-      self._keep_best(price_params, group, drawn)
-    rest = [s for s in searches if s.status == "branch"]
-    for search, (one,) in zip(
-      rest, sample(rest, self._step, None, 1, self._budget + 1)
-    ):
-      self._go_on(search, search.trigger, one, ())
-    self._answer(sample_params, searches, key, advance)
-    return [self._trace(search) for search in searches]
-
-  def _chat(self, template: str, prompt: str) -> np.ndarray:
-    return self._tokenizer.chat_prompt(template.replace("{prompt}", prompt))
-
-  def _cut(self, sample: structs.Sample, stops: Sequence[str]):
-    """A stretch without its closing brake, that brake, and how it ended."""
-    tokens = sample.tokens
-    if not sample.finished:
-      return tokens, tokens[:0], "thought too long"
-    if tokens[-1] == self._tokenizer.think_close_id:
-      return tokens, tokens[:0], "answer"
-    if stops:
-      found = automaton.find_first(
-        tokens, self._tokenizer.vocab_bytes, stops, right_boundary=True
-      )
-      if found is not None:
-        # The stop string may open with "\n" or ". "; those stay behind.
-        word = next(w for w in self._brakes if stops[found.string].endswith(w))
-        begin = found.stop - len(word.encode())
-        _, ends = automaton.spell(tokens, self._tokenizer.vocab_bytes)
-        first = int(np.searchsorted(ends, begin, side="right"))
-        return tokens[:first], tokens[first : found.token_after], "branch"
-    return tokens, tokens[:0], "turn ended inside the thought"
-
-  def _go_on(self, search, opening, sample, stops):
-    kept, trigger, status = self._cut(sample, stops)
-    search.thought = np.concatenate([search.thought, opening, kept])
-    search.trigger, search.status = trigger, status
-    if len(search.thought) > self._max_thought_tokens:
-      search.status = "thought too long"
-
-  def _keep_best(self, params, group, drawn):
-    trunks = [np.concatenate([s.head, s.thought]) for s in group]
-    cuts, branches = [], []
-    for place, (search, samples) in enumerate(zip(group, drawn)):
-      for sample in samples:
-        kept, _, status = self._cut(sample, self._heads)
-        tokens = np.concatenate([search.trigger, kept])
-        cuts.append((tokens, sample, status))
-        branches.append(
-          structs.Branch(trunk=place, fork=len(trunks[place]), tokens=tokens)
-        )
-    prices = self._pricer.price(params, trunks, branches)
-    for place, search in enumerate(group):
-      mine = range(place * self._candidates, (place + 1) * self._candidates)
-      perplexity = [
-        self._perplexity(prices.trunk_logprob[place], prices.branch_logprob[i])
-        for i in mine
-      ]
-      whole = [cuts[i][2] in ("branch", "answer") for i in mine]
-      # A candidate that ran out of length or turn is kept only if all did.
-      best = min(
-        range(self._candidates), key=lambda c: (not whole[c], perplexity[c])
-      )
-      search.rounds.append(
-        traces.Round(
-          trigger=self._tokenizer.decode(search.trigger),
-          kept=best,
-          candidates=tuple(
-            traces.Candidate(
-              text=self._tokenizer.decode(cuts[i][0]),
-              perplexity=perplexity[c],
-              tokens=len(cuts[i][0]),
-            )
-            for c, i in enumerate(mine)
-          ),
-        )
-      )
-      self._go_on(search, search.trigger, cuts[mine[best]][1], self._heads)
-
-  def _perplexity(self, trunk_T: np.ndarray, candidate_G: np.ndarray) -> float:
-    if self._price == "candidate":
-      return float(np.exp(-candidate_G.mean()))
-    # The first token of the prompt has no context and no price.
-    total = trunk_T[1:].sum() + candidate_G.sum()
-    return float(np.exp(-total / (len(trunk_T) - 1 + len(candidate_G))))
-
-  def _answer(self, params, searches, key, advance):
-    group = [s for s in searches if s.status == "answer"]
+  def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
+    text = template.replace("{prompt}", prompt.prompt)
     opened = self._tokenizer.encode_template("<think>\n")
-    drawn = self._engine.sample(
-      params,
-      [
-        np.concatenate(
-          [self._chat("{prompt}", s.prompt.prompt), opened, s.thought]
+    return np.concatenate([self._tokenizer.chat_prompt(text), opened])
+
+  def _price_heads(self, params, searches) -> None:
+    """Sums of the prompts' own log-probabilities."""
+    by_bucket = collections.defaultdict(list)
+    for search in searches:
+      by_bucket[self._pricer.bucket(search.head)].append(search)
+    # Shape by shape, so that no prompt's price depends on its neighbours.
+    for _, group in sorted(by_bucket.items()):
+      prices = self._pricer.price(params, [search.head for search in group])
+      for search, logprob_T in zip(group, prices.trunk_logprob):
+        # The first token of the prompt has no context and no price.
+        search.logprob = float(logprob_T[1:].sum(dtype=np.float64))
+
+  def _width(self, search: _Search) -> int:
+    return self._candidates if search.status == "branch" else 1
+
+  def _forks(self, row: int, search: _Search, keys) -> list[rows_lib.Fork]:
+    phase = search.status
+    number = {
+      "brake": 0,
+      "branch": len(search.rounds) + 1,
+      "rest": self._budget + 1,
+      "answer": self._budget + 2,
+    }[phase]
+    return [
+      rows_lib.Fork(
+        row,
+        slot,
+        key=keys(number)[search.index, slot],
+        budget=self._most[phase],
+        state=self._brakes.start[phase],
+      )
+      for slot in range(self._width(search))
+    ]
+
+  def _go_on(
+    self, search: _Search, drawn: Sequence[Sequence[rows_lib.Piece]]
+  ) -> tuple[int, np.ndarray]:
+    """Takes what a row drew; which slot is kept, and its tokens that are."""
+    if search.status == "answer":
+      sample = rows_lib.joined(drawn[0])
+      search.answer = sample.tokens
+      search.status = "complete" if sample.finished else "answer too long"
+      return 0, sample.tokens
+    stretches = [self._stretch(search.status, pieces) for pieces in drawn]
+    best = 0
+    if search.status == "branch":
+      best = self._keep_best(search, stretches)
+    one = stretches[best]
+    search.thought = np.concatenate([search.thought, search.trigger, one.kept])
+    search.logprob += search.trigger_logprob + one.logprob
+    search.trigger, search.trigger_logprob = one.trigger, one.trigger_logprob
+    search.status = one.status
+    if len(search.thought) > self._max_thought_tokens:
+      search.status = brake.TOO_LONG
+    elif one.status == "branch" and len(search.rounds) >= self._budget:
+      search.status = "rest"
+    return best, np.concatenate([one.kept, one.trigger])
+
+  def _stretch(self, phase: str, pieces: Sequence[rows_lib.Piece]) -> _Stretch:
+    sample = rows_lib.joined(pieces)
+    kept, trigger, status = self._brakes.cut(sample, phase)
+    sums = [0.0, 0.0]
+    if self._budget:
+      price_T = np.concatenate([piece.price for piece in pieces])
+      stop = len(kept) + len(trigger)
+      parts = price_T[: len(kept)], price_T[len(kept) : stop]
+      sums = [float(part.sum(dtype=np.float64)) for part in parts]
+    return _Stretch(kept, trigger, status, *sums)
+
+  def _keep_best(self, search: _Search, stretches: Sequence[_Stretch]) -> int:
+    """Records a round; the index of the candidate that is kept."""
+    candidates = []
+    for stretch in stretches:
+      tokens = np.concatenate([search.trigger, stretch.kept])
+      total, count = search.trigger_logprob + stretch.logprob, len(tokens)
+      if self._price == "sequence":
+        total += search.logprob
+        count += len(search.head) - 1 + len(search.thought)
+      candidates.append(
+        traces.Candidate(
+          text=self._tokenizer.decode(tokens),
+          perplexity=float(np.exp(-total / count)),
+          tokens=len(tokens),
         )
-        for s in group
-      ],
-      self._last,
-      jax.random.fold_in(key, self._budget + 2),
-      ids=[s.prompt.id for s in group],
-      advance=advance,
+      )
+    # A candidate that ran out of length or turn is kept only if all did.
+    every = range(len(stretches))
+    whole = [i for i in every if stretches[i].status in brake.PHASES]
+    best = self._best(search, candidates, whole or every)
+    search.rounds.append(
+      traces.Round(
+        trigger=self._tokenizer.decode(search.trigger),
+        kept=best,
+        candidates=tuple(candidates),
+      )
     )
-    for search, (one,) in zip(group, drawn):
-      search.answer = one.tokens
-      search.status = "complete" if one.finished else "answer too long"
+    return best
+
+  def _best(self, search, candidates, among: Sequence[int]) -> int:
+    if self._choose is None:
+      return min(among, key=lambda i: candidates[i].perplexity)
+    chosen = self._choose(
+      search.prompt.prompt,
+      self._tokenizer.decode(search.thought),
+      [candidates[i].text for i in among],
+    )
+    try:
+      place = operator.index(chosen)
+    except TypeError:
+      place = -1
+    if isinstance(chosen, bool) or not 0 <= place < len(among):
+      raise ValueError(
+        f"The choice among {len(among)} candidates of prompt "
+        f"{search.prompt.id!r} is {chosen!r}; it must be an index from 0 to "
+        f"{len(among) - 1}. Correct the function of config.synthesis.choose."
+      )
+    return among[place]
 
   def _trace(self, search: _Search) -> traces.Trace:
     opened = self._tokenizer.encode_template("<think>\n")

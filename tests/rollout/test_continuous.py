@@ -1,7 +1,6 @@
 """Slots, neighbours, refills, growth: none of them changes a sample."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

@@ -1,12 +1,14 @@
 """Synthesis goes on where it was, mends what broke, and stays small."""
 
 import json
+import operator
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -228,3 +230,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   assert process.returncode != 0
   assert f"--workdir={tmp_path / 'file' / 'run'} cannot be written" in output
   assert "Name another folder" in output
+
+
+def test_a_judge_is_named_by_path(monkeypatch):
+  """`config.synthesis.choose` reaches the search as a function."""
+  config = tiny.get_config("smoke")
+  given = {}
+  monkeypatch.setattr(
+    cold_start.search, "Searcher", lambda *_, **given_: given.update(given_)
+  )
+  values = dict(config.synthesis)
+  run = types.SimpleNamespace(engine=None, pricer=None, tokenizer=None)
+  cold_start._searcher(run, cold_start.Search(**values))
+  assert given["choose"] is None
+  values["choose"] = "operator:indexOf"
+  cold_start._searcher(run, cold_start.Search(**values))
+  assert given["choose"] is operator.indexOf
+  values["choose"] = "operator:nowhere"
+  with pytest.raises(ValueError, match="cannot be imported"):
+    cold_start._searcher(run, cold_start.Search(**values))

@@ -1,7 +1,8 @@
 """The search brakes, prices what it keeps, and repeats no fault of the release.
 
-The sampler is scripted here, so that every candidate is known; the prices come
-from a real model.
+What a slot draws is scripted in some tests, so that every candidate is known;
+prices come from a real model. The others sample, and are held against a naive
+search that shares nothing.
 """
 
 import dataclasses
@@ -10,12 +11,16 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import synthesis
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3
+from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import rows as rows_lib
+from opera_jax.rollout import slots
 from opera_jax.scoring import price
 from opera_jax.synthesis import search
-from opera_jax.text import tokenizer as tokenizer_lib
+from opera_jax.text import automaton
 
 PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "A story.")
 OPENING = "The scene is the old mill.\n\nWait,"
@@ -31,40 +36,79 @@ ROUNDS = [
 ANSWER = "\n\nThe end.<|im_end|>"
 
 
-@pytest.fixture(scope="module")
-def words():
-  made = storyworld.corpus(200, 0)
-  return tokenizer_lib.Tokenizer.train_bpe(
-    [t for d in made for t in (d.prompt, d.thought, d.answer)], 420
-  )
-
-
 class ScriptedEngine:
-  """Hands out given texts instead of sampling; remembers what it was asked."""
+  """Hands out given texts instead of sampling; remembers what it was asked.
 
-  def __init__(self, words, opening=OPENING, rounds=ROUNDS, answer=ANSWER):
-    self.words, self.calls = words, []
-    self.script = [[opening], *rounds, [answer]]
-    self.answer = [answer]
+  It is its own rows. What is drawn is priced by a real model in one pass over
+  the row's context and the text.
+  """
 
-  def sample(
-    self, params, prompts, settings, key, *, samples=1, ids, stops=None,
-    advance=None,
-  ):  # fmt: skip
-    if not prompts:
-      return []
-    context = self.words.decode(prompts[0])
-    self.calls.append((context, samples, stops is not None))
+  count = 1
+
+  def __init__(self, words, machine, **script):
+    self.words, (self.params, self.pricer) = words, machine
+    script = {"opening": OPENING, "rounds": ROUNDS, "answer": ANSWER} | script
+    self.script = [[script["opening"]], *script["rounds"]]
+    self.answer = [script["answer"]]
+    self.calls, self.prefills = [], []
+
+  def check(self, prompts, settings):
+    pass
+
+  def bucket(self, prompt):
+    return 1
+
+  def rows(self, params, width, settings, stops, *, whole_rows, priced):
+    self.width, self.stops = width, stops
+    assert whole_rows and priced == (width > 1)
+    return self
+
+  def begin(self, contexts):
+    for row, _, tokens in contexts:
+      assert row == 0
+      self.context = tokens
+      self.prefills.append(self.words.decode(tokens))
+
+  def fork(self, forks):
+    self.forks = forks
+
+  def keep(self, kept):
+    for _, slot, tokens in kept:
+      np.testing.assert_array_equal(tokens, self.drawn[slot][: len(tokens)])
+      self.context = np.concatenate([self.context, tokens])
+
+  def draw(self, free):
+    context = self.words.decode(self.context)
+    self.calls.append((context, len(self.forks)))
+    texts = self.script[min(len(self.calls), len(self.script)) - 1]
     if context.endswith("</think>"):
       texts = self.answer
-    else:
-      texts = self.script[len(self.calls) - 1][:samples]
-    return [[self._sample(text) for text in texts] for _ in prompts]
+    texts = texts[: len(self.forks)]
+    self.drawn = [
+      self.words.encode_template(t.removesuffix("~")) for t in texts
+    ]
+    return [self._piece(slot, text) for slot, text in enumerate(texts)]
 
-  def _sample(self, text):
-    finished = not text.endswith("~")
-    tokens = self.words.encode_template(text.removesuffix("~"))
-    return structs.Sample(tokens, np.zeros(len(tokens), np.float32), finished)
+  def _piece(self, slot, text):
+    tokens = self.drawn[slot]
+    whole = [np.concatenate([self.context, tokens])]
+    own = self.pricer.price(self.params, whole).trunk_logprob[0]
+    fork = self.forks[slot]
+    state, events = np.int32(fork.state), []
+    for token in tokens:
+      state, event = automaton.step(self.stops, state, np.int32(token))
+      events.append(int(event))
+    # The table stops a thought where the script says that it ends.
+    if not text.endswith("~") and not text.endswith("<|im_end|>"):
+      ends = events[-1] or self.stops.end_event[state]
+      assert ends and not any(events[:-1]), (text, events)
+    else:
+      assert not any(events), (text, events)
+    return rows_lib.Piece(
+      row=0, slot=slot, tokens=tokens, logprob=tokens * np.float32(np.nan),
+      price=own[len(self.context) :], live=False,
+      ended=0 if text.endswith("~") else slots.STOPPED,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +123,9 @@ def machine(words, one_device):
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
-    rows=2,
+    rows=1,
     length_buckets=(192,),
-    slot_buckets=(4,),
+    slot_buckets=(1,),
     branch_buckets=(32,),
   )
   return params, pricer
@@ -95,7 +139,7 @@ def _run(words, machine, engine, **settings):
 
 
 def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
-  engine = ScriptedEngine(words)
+  engine = ScriptedEngine(words, machine)
   trace = _run(words, machine, engine)
   assert trace.status == "complete"
   first = trace.rounds[0]
@@ -119,7 +163,7 @@ def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
 @pytest.mark.parametrize("kind", ["sequence", "candidate"])
 def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
   params, pricer = machine
-  trace = _run(words, machine, ScriptedEngine(words), price=kind)
+  trace = _run(words, machine, ScriptedEngine(words, machine), price=kind)
   head = words.encode_template(
     "<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
     "<think>\nThe scene is the old mill.\n\n"
@@ -141,20 +185,20 @@ def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
 
 def test_budget_binds_and_the_thought_runs_on(words, machine):
   rounds = [[" so.\n\nBut"] * 4] * 2 + [[" to the end.\n\nHmm, yes.\n</think>"]]
-  engine = ScriptedEngine(words, rounds=rounds)
+  engine = ScriptedEngine(words, machine, rounds=rounds)
   trace = _run(words, machine, engine, budget=2)
   assert len(trace.rounds) == 2
   assert trace.status == "complete"
   assert trace.thought.endswith("But to the end.\n\nHmm, yes.\n")
   # Two rounds of four, then one sample without brakes, then the answer.
-  assert [(n, stops) for _, n, stops in engine.calls] == [
-    (1, True), (4, True), (4, True), (1, False), (1, False),
-  ]  # fmt: skip
+  assert [count for _, count in engine.calls] == [1, 4, 4, 1, 1]
+  assert len(engine.prefills) == 1
 
 
 def test_answer_comes_from_the_original_prompt(words, machine):
-  engine = ScriptedEngine(words)
+  engine = ScriptedEngine(words, machine)
   _run(words, machine, engine, template="Think aloud. {prompt}")
+  assert len(engine.prefills) == 2
   assert "Think aloud. Tell a story." in engine.calls[0][0]
   assert "Think aloud" not in engine.calls[-1][0]
   assert "user\nTell a story.<|im_end|>" in engine.calls[-1][0]
@@ -171,13 +215,13 @@ def test_answer_comes_from_the_original_prompt(words, machine):
   ],
 )
 def test_broken_traces_say_why(words, machine, changes, status):
-  trace = _run(words, machine, ScriptedEngine(words, **changes))
+  trace = _run(words, machine, ScriptedEngine(words, machine, **changes))
   assert trace.status == status
 
 
 def test_whole_candidates_go_before_broken_ones(words, machine):
   rounds = [[" on and on~", " stop.<|im_end|>", " fine.\n</think>", " and~"]]
-  trace = _run(words, machine, ScriptedEngine(words, rounds=rounds))
+  trace = _run(words, machine, ScriptedEngine(words, machine, rounds=rounds))
   assert trace.rounds[0].kept == 2
   assert trace.status == "complete"
 
@@ -187,14 +231,183 @@ def test_whole_candidates_go_before_broken_ones(words, machine):
   [
     ({"price": "cheap"}, "price must be one of"),
     ({"candidates": 0}, "at least 1"),
+    ({"budget": -1}, "at least 0"),
+    ({"brakes": ("Wait", "\n\n")}, "not both"),
+    ({"brakes": ()}, "at least one"),
+    ({"brakes": ("Wait ",)}, "no white space at its ends"),
     ({"template": "no placeholder"}, "exactly once"),
   ],
 )
 def test_bad_settings_are_refused(words, machine, settings, message):
   with pytest.raises(ValueError, match=message):
-    _run(words, machine, ScriptedEngine(words), **settings)
+    _run(words, machine, ScriptedEngine(words, machine), **settings)
 
 
 def test_traces_are_plain_records(words, machine):
-  trace = _run(words, machine, ScriptedEngine(words))
+  trace = _run(words, machine, ScriptedEngine(words, machine))
   assert dataclasses.asdict(trace)["rounds"][0]["trigger"] == "Wait"
+
+
+def test_separators_brake_at_every_step(words, machine):
+  """No word is needed, what follows may be one, and a step ends exactly."""
+  opening = "The mill.\n\n"
+  rounds = [
+    ["It rains.\n\n", "But why.\n\n", "So.\n\n", "A key\n.\n\n"],
+    [" end.\n</think>"] * 4,
+  ]
+  engine = ScriptedEngine(words, machine, opening=opening, rounds=rounds)
+  trace = _run(words, machine, engine, brakes=("\n\n",))
+  assert [c.text for c in trace.rounds[0].candidates] == rounds[0]
+  assert {r.trigger for r in trace.rounds} == {""}
+  kept = rounds[0][trace.rounds[0].kept]
+  assert trace.thought == f"{opening}{kept} end.\n"
+  assert trace.status == "complete"
+
+
+def test_a_judge_chooses_in_place_of_the_price(words, machine):
+  asked = []
+
+  def last(prompt, thought, candidates):
+    asked.append((prompt, thought, list(candidates)))
+    return np.int64(len(candidates) - 1)
+
+  rounds = [[" on and on~", " it.\n\nBut", " so.\n\nBut", " and~"], *ROUNDS[2:]]
+  engine = ScriptedEngine(words, machine, rounds=rounds)
+  trace = _run(words, machine, engine, choose=last)
+  # Candidates that came to no end are not offered.
+  assert asked[0] == (
+    "Tell a story.",
+    "The scene is the old mill.\n\n",
+    ["Wait it.\n\n", "Wait so.\n\n"],
+  )
+  assert [r.kept for r in trace.rounds] == [2, 3]
+  usual = _run(words, machine, ScriptedEngine(words, machine, rounds=rounds))
+  assert usual.rounds[0].candidates == trace.rounds[0].candidates
+
+
+@pytest.mark.parametrize("choice", [4, -1, True, None, "1", 0.0])
+def test_no_index_is_refused(words, machine, choice):
+  with pytest.raises(ValueError, match="among 4 candidates of prompt 'p'"):
+    _run(
+      words, machine, ScriptedEngine(words, machine), choose=lambda *_: choice
+    )
+
+
+# Sampled, not scripted.
+
+
+def _engine(teller, device, **changes):
+  config, graphdef, _ = teller
+  values = {
+    "rows": 4, "prompt_buckets": (64, 128), "cache_buckets": (128,),
+    "steps": 16,
+  }  # fmt: skip
+  return engine_lib.Engine(graphdef, config, mesh=device, **values | changes)
+
+
+def _pricer(teller, device, rows=4):
+  config, graphdef, _ = teller
+  return price.Pricer(
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=device,
+    rows=rows,
+    length_buckets=(64, 128, 512),
+    slot_buckets=(1,),
+    branch_buckets=(1,),
+  )
+
+
+def _prompts(count):
+  made = storyworld.corpus(count, 7)
+  return [
+    structs.Prompt(f"p{i}", "open_ended", d.prompt, d.answer)
+    for i, d in enumerate(made)
+  ]
+
+
+def _search(teller, words, device, prompts, settings, **changes):
+  searcher = search.Searcher(
+    _engine(teller, device, **changes),
+    _pricer(teller, device),
+    words,
+    **dataclasses.asdict(settings),
+  )
+  return searcher.run(teller[2], teller[2], prompts, jax.random.key(5))
+
+
+# Steps of its thoughts open with these, so that most are braked at.
+BRAKE_OFTEN = synthesis.Settings(
+  brakes=(*search.BRAKES, "The", "There", "It", "At", "Later"),
+  max_step_tokens=80,
+  budget=3,
+)
+
+
+@pytest.fixture(scope="module")
+def usual(teller, words, one_device):
+  return _search(teller, words, one_device, _prompts(10), BRAKE_OFTEN)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"price": "candidate", "template": "Think, and doubt. {prompt}"},
+    {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
+    {"budget": 0},
+  ],
+)
+def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
+  """A prefill for every stretch and a pass for every price: the same."""
+  settings = dataclasses.replace(BRAKE_OFTEN, **changes)
+  prompts = _prompts(4)
+  ours = _search(teller, words, one_device, prompts, settings)
+  alone = _engine(teller, one_device, rows=1, prompt_buckets=(512,))
+  rounds = 0
+  for prompt, trace in zip(prompts, ours, strict=True):
+    theirs, _ = synthesis.naive(
+      alone, _pricer(teller, one_device, 1), words, teller[2], prompt,
+      jax.random.key(5), settings,
+    )  # fmt: skip
+    synthesis.check_equal(trace, theirs)
+    rounds += len(trace.rounds)
+  assert rounds >= 4 or not settings.budget
+  assert "complete" in {trace.status for trace in ours}
+
+
+def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
+  """Neighbours, order, rows and steps: none of them changes a token."""
+  assert len({len(trace.rounds) for trace in usual}) > 2
+  order = [7, 2, 9, 4, 0]
+  prompts = _prompts(10)
+  few = [prompts[i] for i in order]
+  got = _search(teller, words, one_device, few, BRAKE_OFTEN)
+  assert got == [usual[i] for i in order]  # every bit, prices too
+  got = _search(teller, words, one_device, few, BRAKE_OFTEN, rows=2, steps=5)
+  for index, trace in zip(order, got, strict=True):
+    synthesis.check_equal(trace, usual[index])
+
+
+def test_a_prompt_is_computed_once(teller, words, one_device):
+  engine = _engine(teller, one_device)
+  admitted, admit = [], engine._programs["admit"]
+
+  def counted(*arguments):
+    admitted.extend(int(row) for row in arguments[-1] if row < 4)
+    return admit(*arguments)
+
+  engine._programs["admit"] = counted
+  for template, times in (("{prompt}", 1), ("Think. {prompt}", 2)):
+    searcher = search.Searcher(
+      engine,
+      _pricer(teller, one_device),
+      words,
+      **dataclasses.asdict(dataclasses.replace(BRAKE_OFTEN, template=template)),
+    )
+    traces = searcher.run(teller[2], teller[2], _prompts(6), jax.random.key(1))
+    # The second pass is the answer's, from the original prompt.
+    answers = sum(len(t.answer) > 0 for t in traces)
+    assert sum(len(t.rounds) for t in traces) > 4
+    assert len(admitted) == 6 + (times - 1) * answers
+    admitted.clear()

@@ -1,0 +1,113 @@
+"""Where a thought is stopped, and where a stretch of it is cut.
+
+Brakes are words or separators. A word opens what comes next: the stretch is
+cut before it, and it becomes the trigger that opens every candidate. A
+separator ("\\n\\n") closes what came before: the stretch is kept up to and with
+the token that completes it, and nothing is a trigger.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opera_jax import structs
+from opera_jax.text import automaton, regions
+from opera_jax.text import tokenizer as tokenizer_lib
+
+WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
+# What a prompt is at: the thought up to its first brake, the candidates of a
+# round, the thought after the last round, the answer.
+PHASES = ("brake", "branch", "rest", "answer")
+TOO_LONG = "thought too long"
+TURN_ENDED = "turn ended inside the thought"
+
+
+class Brakes:
+  """The brakes of a search, as tables for the device and for the host."""
+
+  def __init__(self, brakes: Sequence[str], tokenizer: tokenizer_lib.Tokenizer):
+    """Compiles the brakes.
+
+    Args:
+      brakes: words (exact case, no word character after them) or separators
+        (white space).
+      tokenizer: of the policy.
+
+    Raises:
+      ValueError: no brake, an empty one, words among separators, white space
+        at the end of a word, a brake that the vocabulary cannot spell.
+    """
+    self._tokenizer = tokenizer
+    self._brakes = tuple(brakes)
+    blank = [not brake.strip() for brake in brakes]
+    if not brakes or not all(brakes) or any(blank) != all(blank):
+      raise ValueError(
+        f"Brakes are {self._brakes}; they must be words, or separators made "
+        "of white space, at least one and not both. Change "
+        "config.synthesis.brakes."
+      )
+    self._words = not blank[0]
+    if self._words and any(brake != brake.strip() for brake in brakes):
+      raise ValueError(
+        f"Brakes are {self._brakes}; a word has no white space at its ends. "
+        "Change config.synthesis.brakes."
+      )
+    # Within a thought a candidate ends at a word that opens a sentence.
+    heads = self._brakes
+    if self._words:
+      heads = tuple(
+        lead + word for word in self._brakes for lead in ("\n", ". ")
+      )
+    self._stops = {"brake": self._brakes, "branch": heads}
+    tables = {
+      phase: automaton.compile_stops(
+        strings, tokenizer.vocab_bytes, right_boundary=self._words
+      )
+      for phase, strings in self._stops.items()
+    }
+    close = (tokenizer.think_close_id,)
+    table, starts = regions.join(
+      [
+        (tables.get(phase), () if phase == "answer" else close)
+        for phase in PHASES
+      ],
+      tokenizer.vocab_size,
+    )
+    self.table: automaton.Automaton = table  # of all phases
+    # The state of the table in which a sample of each phase starts.
+    self.start: dict[str, int] = dict(zip(PHASES, starts))
+
+  def cut(
+    self, sample: structs.Sample, phase: str
+  ) -> tuple[np.ndarray, np.ndarray, str]:
+    """Cuts a stretch of thought where it was stopped.
+
+    Args:
+      sample: drawn in `phase`, which is not "answer".
+      phase: of PHASES.
+
+    Returns:
+      The tokens that stay, those of the trigger after them, and what comes
+      next: "branch", "answer", or how the thought broke off.
+    """
+    tokens = sample.tokens
+    none = tokens[:0]
+    if not sample.finished:
+      return tokens, none, TOO_LONG
+    if tokens[-1] == self._tokenizer.think_close_id:
+      return tokens, none, "answer"
+    stops = self._stops.get(phase)
+    vocab = self._tokenizer.vocab_bytes
+    found = stops and automaton.find_first(
+      tokens, vocab, stops, right_boundary=self._words
+    )
+    if not found:
+      return tokens, none, TURN_ENDED
+    if not self._words:
+      return tokens[: found.token_after], none, "branch"
+    # The stop string may open with "\n" or ". "; those stay behind.
+    string = stops[found.string]
+    word = next(w for w in self._brakes if string.endswith(w))
+    _, ends = automaton.spell(tokens, vocab)
+    first = int(np.searchsorted(ends, found.stop - len(word.encode()), "right"))
+    return tokens[:first], tokens[first : found.token_after], "branch"

@@ -1,0 +1,29 @@
+"""A small model that was taught to think: its thoughts brake by themselves."""
+
+import pytest
+
+from benchmarks import synthesis
+from opera_jax.data import storyworld
+from opera_jax.models import qwen3
+from opera_jax.text import tokenizer as tokenizer_lib
+
+
+@pytest.fixture(scope="session")
+def words():
+  made = storyworld.corpus(200, 0)
+  return tokenizer_lib.Tokenizer.train_bpe(
+    [t for d in made for t in (d.prompt, d.thought, d.answer)], 420
+  )
+
+
+@pytest.fixture(scope="session")
+def teller(words, one_device):
+  """(config, graphdef, params) of a storyteller."""
+  config = qwen3.Config(
+    vocab_size=words.vocab_size, hidden=48, layers=2, heads=4, kv_heads=2,
+    head_dim=16, intermediate=96,
+  )  # fmt: skip
+  graphdef, params = synthesis.train(
+    words, config, one_device, steps=150, batch_size=8, row_length=192
+  )
+  return config, graphdef, params
