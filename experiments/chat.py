@@ -24,6 +24,10 @@ _STAGE = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_string("prompt", None, "Answer this and leave.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Answers a prompt.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+# A terminal obeys control characters, and a model may write any: they are
+# shown as their pictures instead.
+_SAFE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+_SAFE |= {127: 0x2421} | {c: 0xFFFD for c in range(128, 160)}
 _STOP = flags.DEFINE_multi_string("stop", [], "Strings that end an answer.")
 
 
@@ -51,7 +55,8 @@ def main(_) -> None:
     )[0]
     for number, answer in enumerate(answers, 1):
       if len(answers) > 1:
-        print(f"--- {number} of {len(answers)}\n{answer.text}", end="")
+        print(f"--- {number} of {len(answers)}")
+        _show(turn, number, answer.text)
       sample = answer.sample
       print(f"\n[{len(sample.tokens)} tokens, ended by {sample.reason}]")
 
@@ -73,7 +78,7 @@ def _prompts():
 
 def _show(prompt: int, sample: int, more: str) -> None:
   del prompt, sample
-  sys.stdout.write(more)
+  sys.stdout.write(more.translate(_SAFE))
   sys.stdout.flush()
 
 

@@ -102,6 +102,39 @@ def test_a_finished_run_repeats_nothing(straight):
   assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("DONE.json")}
 
 
+def _chat(workdir, *flags, typed="") -> str:
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "experiments.chat"),
+      "--config=configs/tiny.py:smoke",
+      f"--workdir={workdir}",
+      *flags,
+    ],
+    cwd=ROOT,
+    input=typed,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_a_model_answers_by_hand(straight):
+  workdir, _ = straight
+  typed = _chat(workdir, typed="Tell me of a fox.\n\n")
+  streamed = typed.removeprefix("prompt> ")
+  text, _, rest = streamed.partition("\n[")
+  assert text and " tokens, ended by " in rest
+  # The same draw, not streamed, beside another one.
+  both = _chat(workdir, "--prompt=Tell me of a fox.", "--samples=2")
+  assert text in both and both.count(" tokens, ended by ") == 2
+  # The string that ends an answer is not shown.
+  end = text[len(text) // 2 :][:4]
+  cut = _chat(workdir, "--prompt=Tell me of a fox.", f"--stop={end}")
+  assert cut.partition("\n[")[0] == text[: text.index(end)]
+
+
 def test_a_changed_setting_is_refused(straight):
   workdir, _ = straight
   process = _start(workdir, "--config.sft.learning_rate=0.5")
