@@ -72,6 +72,13 @@ QUESTIONS = (
     "correct",
   ),
 )
+START = "synthesize,select,sft"
+EACH = "--config.rl.seed={seed} --config.rl.token_budget={tokens}"
+MEASURES = (
+  *("facts", "correct", "tokens", "math_tokens"),
+  *("reflections", "r_self", "score", "finished"),
+)
+CURVES = ("reward/mean", "length/completion", "reward/correct", "reward/score")
 
 
 def get_config(arg: str = ""):
@@ -84,7 +91,13 @@ def get_config(arg: str = ""):
   config.questions = QUESTIONS
   config.baseline = "opera"  # what rows are compared with
   config.seeds = (0, 1, 2)
-  config.token_budget = 60_000  # sampled tokens a cell
+  # Stages of the model that all begin with, folders of it that cells share,
+  # stages of a cell, the models before and after, and flags of every cell.
+  config.start, config.shared = START, ("tokenizer", "base", "sft")
+  config.stages, config.first, config.last = "rl", "sft", "rl"
+  config.each = EACH.format(seed="{seed}", tokens=60_000)
+  config.measures = MEASURES
+  config.curves = CURVES
   config.samples = 2  # a held-out prompt
   config.probes = 32  # held-out prompts that are probed
   config.resamples = 2_000
@@ -93,7 +106,7 @@ def get_config(arg: str = ""):
     config.rows = (ROWS[0], ROWS[6])
     config.questions = (("Which?", "opera", "R_VR + 0.2 R_SA", "correct"),)
     config.seeds = (0,)
-    config.token_budget = 1_000
+    config.each = EACH.format(seed="{seed}", tokens=1_000)
     config.probes = 4
     config.resamples = 200
   elif arg:

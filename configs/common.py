@@ -26,6 +26,7 @@ def supervised() -> dict:
     "reduction": "token_mean",
     "micro_batches": 1,
     "checkpoint_every": 100,
+    "seed": -1,  # of this stage alone; -1 takes the run's
   }
 
 
@@ -162,6 +163,7 @@ def get_config() -> ml_collections.ConfigDict:
     # [C]; ("\n\n",) searches at every step, whatever its words
     "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),
     "template": "{prompt}",
+    "seed": -1,  # of this stage alone; -1 takes the run's
   }
   config.select = {
     "min_reflections": 1,

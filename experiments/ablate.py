@@ -1,10 +1,15 @@
-"""Methods and seeds on one task, from one SFT model, at equal sampled tokens.
+"""Variants and seeds on one task, from one model.
 
   python -m experiments.ablate --config=configs/ablations.py --workdir=runs/abl
+  python -m experiments.ablate --config=configs/cold_start.py --workdir=runs/cs
+
+The first compares methods of RL from one SFT model at equal sampled tokens, the
+second ways to synthesise from one base model, by the SFT model they give.
 
 Every cell is a run of `experiments.opera_rl` in its own process and folder;
 a finished cell is not repeated, and a killed one goes on. Leaves
-`ablation.md` (results, costs, probes), `ablation.json` and `curves.png`.
+`ablation.md` (results, costs, of RL also probes), `ablation.json` and
+`curves.png`.
 """
 
 import ast
@@ -21,45 +26,41 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from opera_jax.data import traces
 from opera_jax.evals import ablation
 from opera_jax.report import learning_curves
 from opera_jax.stages import measure, probing, score, setup
 from opera_jax.train import metrics
-
-SHARED = ("tokenizer", "base", "sft")
 
 
 def ablate(config, folder: str) -> None:
   """The grid, cell by cell, and its tables."""
   workdir = pathlib.Path(folder).resolve()
   every = split(config.flags)
-  # 1. One base model and one SFT model for all cells.
+  # 1. One model that all cells begin with.
   start = workdir / "start"
-  run_driver(
-    config.task, start, ["--config.stages=synthesize,select,sft"], every
-  )
+  run_driver(config.task, start, [f"--config.stages={config.start}"], every)
   task = load(config.task, every)
   run = setup.setup(
     start,
     temperature=task.rollout.temperature,
     **{name: task[name] for name in setup.SECTIONS},
   )
-  # 2. The SFT model, then every row and seed.
-  values = {
-    "sft": {0: held_out(run, "sft", start / "measured.json", config, task)}
-  }
+  # 2. That model, then every row and seed.
+  first = held_out(run, config.first, start / "measured.json", config, task)
+  values = {config.first: {0: first}}
   cost = {}
   for seed in config.seeds:
     for name, path, changes in config.rows:
       cell = workdir / "cells" / f"{slug(name)}-{seed}"
-      train(cell, start, f"{path}:{config.size}", seed, config, every, changes)
+      train(cell, start, config_of(path, config), seed, config, every, changes)
       values.setdefault(name, {})[seed] = held_out(
-        run, str(cell / "rl"), cell / "measured.json", config, task
+        run, str(cell / config.last), cell / "measured.json", config, task
       )
       cost.setdefault(name, {})[seed] = spent(cell)
       print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
   # 3. What each reward pays for completions made to be paid.
-  probed = probe(run, config, task, every)
+  probed = probe(run, config, task, every) if config.probes else {}
   # 4. Tables and curves.
   write(workdir, config, values, cost, probed)
 
@@ -80,17 +81,16 @@ def run_driver(path: str, folder, settings, every) -> None:
 
 
 def train(cell, start, path, seed, config, every, changes) -> None:
-  """One cell: RL from the shared SFT model."""
-  if (cell / "rl" / "DONE.json").exists():
+  """One cell: the stages that differ, from the shared model."""
+  if (cell / config.last / "DONE.json").exists():
     return
   cell.mkdir(parents=True, exist_ok=True)
-  for name in SHARED:
+  for name in config.shared:
     if not (cell / name).exists():
       (cell / name).symlink_to(start / name)
   settings = [
-    "--config.stages=rl",
-    f"--config.rl.seed={seed}",
-    f"--config.rl.token_budget={config.token_budget}",
+    f"--config.stages={config.stages}",
+    *split(config.each.format(seed=seed)),
     *split(changes),
   ]
   begin = time.monotonic()
@@ -132,6 +132,13 @@ def held_out(run, stage: str, kept: pathlib.Path, config, task):
 
 def spent(cell: pathlib.Path) -> dict[str, float]:
   """What a cell cost."""
+  if not (cell / "rl").exists():
+    made = list(traces.read(cell / "synthesize" / "traces"))
+    done = json.loads((cell / "select" / "DONE.json").read_text())
+    return {
+      "sampled_tokens": sum(sampled_tokens(trace) for trace in made),
+      "traces": done["kept"],
+    }
   lines = metrics.read(cell / "rl" / "metrics.jsonl")
   priced = ("price/trunk_tokens", "price/branch_tokens", "price/credit_tokens")
   return {
@@ -140,6 +147,17 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
     "seconds": sum(line["time/step"] for line in lines),
     "steps": len(lines),
   }
+
+
+def sampled_tokens(trace: traces.Trace) -> int:
+  """Tokens drawn for a trace, with those of the candidates it dropped."""
+  dropped = [
+    one.tokens
+    for round_ in trace.rounds
+    for place, one in enumerate(round_.candidates)
+    if place != round_.kept
+  ]
+  return len(trace.completion) + sum(dropped)
 
 
 def probe(run, config, task, every):
@@ -156,7 +174,7 @@ def probe(run, config, task, every):
   scorers = {}
   for name, path, changes in config.rows:
     reward = load(
-      f"{path}:{config.size}", [*every, *split(changes)]
+      config_of(path, config), [*every, *split(changes)]
     ).reward.to_dict()
     if reward not in [known for known, _ in scorers.values()]:
       made = score.Scorer(run.pricer, run.tokenizer, **reward)
@@ -173,15 +191,14 @@ def probe(run, config, task, every):
 def write(workdir, config, values, cost, probed) -> None:
   """The tables as Markdown, all numbers as JSON, the curves as a picture."""
   size = {"resamples": config.resamples}
+  shown = {name: measure.MEASURES[name] for name in config.measures}
   text = "\n\n".join(
     [
-      ablation.results(
-        values, measure.MEASURES, baseline=config.baseline, **size
-      ),
+      ablation.results(values, shown, baseline=config.baseline, **size),
       ablation.answers(values, config.questions, **size),
       ablation.costs(cost),
-      ablation.efficiency(values, "sft"),
-      ablation.probes(probed),
+      ablation.efficiency(values, config.first),
+      *([ablation.probes(probed)] if probed else []),
     ]
   )
   (workdir / "ablation.md").write_text(text + "\n")
@@ -200,7 +217,7 @@ def write(workdir, config, values, cost, probed) -> None:
   curves = {
     name: [
       metrics.read(
-        workdir / "cells" / f"{slug(name)}-{s}" / "rl" / "metrics.jsonl"
+        workdir / "cells" / f"{slug(name)}-{s}" / config.last / "metrics.jsonl"
       )
       for s in config.seeds
     ]
@@ -208,10 +225,15 @@ def write(workdir, config, values, cost, probed) -> None:
   }
   learning_curves.write(
     curves,
-    ("reward/mean", "length/completion", "reward/correct", "reward/score"),
+    config.curves,
     workdir / "curves.png",
   )
   print(text, flush=True)
+
+
+def config_of(path: str, config) -> str:
+  """A row's config with its size; the task's where it names none."""
+  return f"{path}:{config.size}" if path else config.task
 
 
 def split(changes: str) -> list[str]:

@@ -44,7 +44,7 @@ from opera_jax.train import step as train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-STAGES = ("synthesize", "select", "sft", "rl", "evaluate", "report")
+STAGES = ("base", "synthesize", "select", "sft", "rl", "evaluate", "report")
 
 
 def main(_) -> None:

@@ -13,6 +13,7 @@ Values = Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]
 COSTS = {
   "sampled_tokens": "tokens sampled",
   "priced_tokens": "tokens priced",
+  "traces": "traces kept",
   "seconds": "seconds",
 }
 
@@ -81,13 +82,15 @@ def difference(
 
 
 def costs(cost: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
-  """Mean cost of a cell, one row a method."""
+  """Mean cost of a cell, one row a method; costs nobody has are left out."""
+  first = next(iter(next(iter(cost.values())).values()))
+  present = [name for name in COSTS if name in first]
   lines = [
-    "| method | " + " | ".join(COSTS.values()) + " |",
-    "|---" * (len(COSTS) + 1) + "|",
+    "| method | " + " | ".join(COSTS[name] for name in present) + " |",
+    "|---" * (len(present) + 1) + "|",
   ]
   for row, by_seed in cost.items():
-    means = [np.mean([c[name] for c in by_seed.values()]) for name in COSTS]
+    means = [np.mean([c[name] for c in by_seed.values()]) for name in present]
     lines.append(f"| {row} | " + " | ".join(f"{m:,.0f}" for m in means) + " |")
   return "\n".join(lines)
 

@@ -41,6 +41,7 @@ class Search:
   max_answer_tokens: int
   brakes: tuple[str, ...]
   template: str
+  seed: int = -1  # of the draws; below 0 takes the run's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,8 @@ def _make(
     leave = preemption.told
   rollout_params = machine.for_rollout(params)
   searcher = _searcher(machine, settings)
-  prompts, key = run.tasks.synthesis, jax.random.key(run.seed + 1)
+  seed = run.seed if settings.seed < 0 else settings.seed
+  prompts, key = run.tasks.synthesis, jax.random.key(seed + 1)
   shown = parts.done
   with metrics.Progress(
     len(prompts), "synthesize", unit="trace", done=shown

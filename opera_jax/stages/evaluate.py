@@ -157,6 +157,30 @@ def _measures(
         for p, group in zip(prompts, groups)
       ]
     )
+  parts |= thought_prices(run, params, prompts, ids, groups)
+  return {name: np.asarray(v, np.float64) for name, v in parts.items()}
+
+
+def thought_prices(
+  run: setup_lib.Run,
+  params: Any,
+  prompts: Sequence[structs.Prompt],
+  ids: Sequence[np.ndarray],
+  groups: Sequence[Sequence[structs.Sample]],
+) -> dict[str, np.ndarray]:
+  """What the reference costs after an empty thought, and after the model's own.
+
+  Args:
+    run: its pricer.
+    params: the model that prices.
+    prompts: B tasks.
+    ids: their chat prompts as tokens.
+    groups: samples of each, whose thoughts alone are read.
+
+  Returns:
+    "logp_direct" and "logp_thought", nats a token, [B] each; the second is the
+    mean over a prompt's samples.
+  """
   empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
   gap = run.tokenizer.encode("\n\n")
   trunks, branches = [], []
@@ -183,9 +207,10 @@ def _measures(
   mean_BX = np.asarray([p.mean() for p in prices.branch_logprob]).reshape(
     len(prompts), -1
   )
-  parts["logp_direct"] = mean_BX[:, 0]
-  parts["logp_thought"] = mean_BX[:, 1:].mean(axis=1)
-  return {name: np.asarray(v, np.float64) for name, v in parts.items()}
+  return {
+    "logp_direct": mean_BX[:, 0],
+    "logp_thought": mean_BX[:, 1:].mean(axis=1),
+  }
 
 
 def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:

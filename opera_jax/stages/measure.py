@@ -24,9 +24,10 @@ MEASURES = {
   "reflections": "reflections a thought",
   "r_self": "R_self",
   "score": "L, nats a token",
+  "logp_thought": "log P(y_ref given x, own thought), nats a token",
   "finished": "completions that end",
 }
-OPEN_ENDED = ("facts", "r_self", "score")
+OPEN_ENDED = ("facts", "r_self", "score", "logp_thought")
 MATHS = ("correct", "math_tokens")
 
 
@@ -70,7 +71,8 @@ def measure(
     `MATHS` over maths, the rest over all, in the order of the prompts. A
     measure of which there is no prompt is left out.
   """
-  scored = run.measurer.score(params, prompts, run.prompt_ids(prompts), groups)
+  ids = run.prompt_ids(prompts)
+  scored = run.measurer.score(params, prompts, ids, groups)
   opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   maths = [b for b, p in enumerate(prompts) if p.task == "math"]
   told = [b for b in opened if "facts" in prompts[b].columns]
@@ -83,6 +85,12 @@ def measure(
   if opened:
     out["r_self"] = parts["r_self"][opened].mean(axis=1)
     out["score"] = parts["score"][opened].mean(axis=1)
+    prices = evaluate.thought_prices(
+      run,
+      params,
+      *([every[b] for b in opened] for every in (prompts, ids, groups)),
+    )
+    out["logp_thought"] = prices["logp_thought"]
   if maths:
     out["correct"] = parts["correct"][maths].mean(axis=1)
     out["math_tokens"] = out["tokens"][maths]

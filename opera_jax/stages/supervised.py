@@ -41,6 +41,7 @@ class Recipe:
   reduction: str  # see `losses.reduce`
   micro_batches: int
   checkpoint_every: int  # updates
+  seed: int = -1  # of the order of the rows; below 0 takes the run's
 
 
 def base(
@@ -135,7 +136,7 @@ def _train(
     row_length=recipe.row_tokens,
     packed=recipe.packed,
     epochs=recipe.epochs,
-    seed=run.seed,
+    seed=run.seed if recipe.seed < 0 else recipe.seed,
     pad_id=run.tokenizer.pad_id,
   )
   rate = optimizer.schedule(

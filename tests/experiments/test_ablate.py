@@ -8,27 +8,32 @@ import sys
 import pytest
 from conftest import ROOT
 
-from configs import ablations
+from configs import ablations, cold_start
 from experiments import ablate
 from opera_jax.stages import measure
 
 
 @pytest.mark.parametrize("arg", ["", "smoke"])
-def test_the_grid_names_real_configs_rows_and_measures(arg):
-  config = ablations.get_config(arg)
-  names = {name for name, _, _ in config.rows} | {"sft"}
+@pytest.mark.parametrize("grid", [ablations, cold_start])
+def test_the_grid_names_real_configs_rows_and_measures(grid, arg):
+  config = grid.get_config(arg)
+  names = {name for name, _, _ in config.rows} | {config.first}
   task = ablate.load(config.task, [])
   for name, path, changes in config.rows:
-    made = ablate.load(f"{path}:{config.size}", ablate.split(changes))
+    made = ablate.load(
+      ablate.config_of(path, config),
+      [*ablate.split(config.each.format(seed=3)), *ablate.split(changes)],
+    )
     for section in ("seed", "tokenizer", "model", "data", "base"):
       assert made[section] == task[section], (name, section)
   assert config.baseline in names
+  assert set(config.measures) <= set(measure.MEASURES)
   for _, row, other, name in config.questions:
     assert {row, other} <= names and name in measure.MEASURES
   slugs = [ablate.slug(name) for name in sorted(names)]
   assert len(set(slugs)) == len(names)
   with pytest.raises(ValueError, match="'tall'"):
-    ablations.get_config("tall")
+    grid.get_config("tall")
 
 
 def test_changes_of_a_row_are_applied():
@@ -46,13 +51,13 @@ def test_changes_of_a_row_are_applied():
   assert config.reward.parts == "sar + 0*opera + 0*verifiable"
 
 
-def _run(workdir):
+def _run(workdir, grid="ablations"):
   env = dict(os.environ, XLA_FLAGS="")
   env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
   done = subprocess.run(
     [
       *(sys.executable, "-m", "experiments.ablate"),
-      "--config=configs/ablations.py:smoke",
+      f"--config=configs/{grid}.py:smoke",
       f"--workdir={workdir}",
     ],
     cwd=ROOT,
@@ -83,3 +88,19 @@ def test_a_small_grid_runs_and_repeats_nothing(tmp_path):
   assert "rl: 1/1" not in _run(tmp_path)
   assert (cells[0] / "rl" / "DONE.json").stat().st_mtime_ns == before
   assert (tmp_path / "ablation.md").read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_small_grid_of_cold_starts(tmp_path):
+  _run(tmp_path, "cold_start")
+  text = (tmp_path / "ablation.md").read_text()
+  for word in ("| plain sampling | 1 |", "| base | 1 |", "traces kept"):
+    assert word in text
+  # Both rows have the base model's draws; only one of them searched.
+  kept = json.loads((tmp_path / "ablation.json").read_text())
+  search, plain = (
+    kept["cost"][row]["0"] for row in ("lowest perplexity", "plain sampling")
+  )
+  assert search["sampled_tokens"] > plain["sampled_tokens"] > 0
+  assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -32,7 +32,7 @@ from opera_jax.stages import (
 CONFIGS = sorted(
   path.stem
   for path in (ROOT / "configs").glob("*.py")
-  if path.stem not in ("__init__", "common", "ablations")
+  if path.stem not in ("__init__", "common", "ablations", "cold_start")
 )
 
 

@@ -1,0 +1,77 @@
+"""Ways to synthesise the cold start, by the SFT model that each gives.
+
+  python -m experiments.ablate --config=configs/cold_start.py --workdir=runs/cs
+
+On storyworld. Real prompts, as in configs/open_ended.py:
+
+  --config.task=configs/open_ended.py \\
+  --config.flags="--config.data.path=FILE.jsonl ..."
+
+Every row starts from one base model, synthesises with its own search, and is
+trained on what the filters keep. `--config=configs/cold_start.py:smoke` is two
+rows and one seed, for tests.
+"""
+
+import ml_collections
+
+TINY = "configs/tiny.py"
+# Name of a row, its config ("" takes the task's), what is changed in it.
+ROWS = (
+  ("lowest perplexity", "", ""),
+  ("plain sampling", "", "--config.synthesis.candidates=1"),
+  ("price of the candidate alone", "", "--config.synthesis.price=candidate"),
+  ("first five reflections", "", "--config.synthesis.budget=5"),
+)
+MEASURES = (
+  *("logp_thought", "score", "facts", "correct"),
+  *("r_self", "reflections", "tokens", "finished"),
+)
+QUESTIONS = (
+  (
+    "What does the search add to plain sampling?",
+    "lowest perplexity",
+    "plain sampling",
+    "logp_thought",
+  ),
+  (
+    "Whose completions make the reference likelier?",
+    "lowest perplexity",
+    "plain sampling",
+    "score",
+  ),
+  (
+    "And the price of the candidate alone?",
+    "price of the candidate alone",
+    "lowest perplexity",
+    "logp_thought",
+  ),
+)
+
+
+def get_config(arg: str = ""):
+  """Returns the config; `arg` is "" or "smoke"."""
+  config = ml_collections.ConfigDict()
+  config.task = TINY + (":smoke" if arg else "")
+  config.size = ""
+  config.flags = ""  # given to every run of the grid
+  config.rows = ROWS
+  config.questions = QUESTIONS
+  config.baseline = "lowest perplexity"
+  config.seeds = (0, 1, 2)
+  # See configs/ablations.py.
+  config.start, config.shared = "base", ("tokenizer", "base")
+  config.stages = "synthesize,select,sft"
+  config.first, config.last = "base", "sft"
+  config.each = "--config.synthesis.seed={seed} --config.sft.seed={seed}"
+  config.measures = MEASURES
+  config.curves = ("loss",)
+  config.samples = 2  # a held-out prompt
+  config.probes = 0  # of rewards; they have no part in this
+  config.resamples = 2_000
+  if arg == "smoke":
+    config.rows, config.questions = ROWS[:2], QUESTIONS[:1]
+    config.seeds = (0,)
+    config.resamples = 200
+  elif arg:
+    raise ValueError(f"configs/cold_start.py takes '' or 'smoke', got {arg!r}.")
+  return config.lock()
