@@ -18,8 +18,13 @@ TINY = "configs/tiny.py"
 # Name of a row, its config ("" takes the task's), what is changed in it.
 ROWS = (
   ("lowest perplexity", "", ""),
-  ("plain sampling", "", "--config.synthesis.candidates=1"),
+  ("plain sampling", "", "--config.synthesis.budget=0"),
   ("price of the candidate alone", "", "--config.synthesis.price=candidate"),
+  (
+    "no keywords: every step",
+    "",
+    "\"--config.synthesis.brakes=('\\n\\n',)\"",
+  ),
   ("first five reflections", "", "--config.synthesis.budget=5"),
 )
 MEASURES = (
