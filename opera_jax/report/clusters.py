@@ -82,9 +82,9 @@ def _bar(part: int, whole: int) -> str:
 
 def _map(view: View) -> str:
   dots = "".join(
-    f'<circle class="spot{"" if p.taken else " left"}" '
-    f'style="--h:{_hue(p.cluster)}" cx="{_across(p.x):.1f}" '
-    f'cy="{_down(p.y):.1f}" r="3"/>'
+    f'<circle stroke="{_colour(p.cluster)}" '
+    f'fill="{_colour(p.cluster) if p.taken else "none"}" '
+    f'cx="{_across(p.x):.1f}" cy="{_down(p.y):.1f}" r="3"/>'
     for p in view.points
   )
   labels = []
@@ -133,8 +133,9 @@ def _clusters(clusters: Sequence[Cluster]) -> str:
     tasks = ", ".join(f"{n:,} {_text(t)}" for t, n in one.tasks.items())
     nearest = "".join(f"<li>{_text(_cut(text))}</li>" for text in one.nearest)
     rows.append(
-      f'<tr><th scope="row"><i class="swatch hue" style="--h:{_hue(index)}">'
-      f"</i>{index + 1}</th>"
+      f'<tr><th scope="row"><i class="swatch" '
+      f'style="height:12px;background:{_colour(index)}"></i>'
+      f"{index + 1}</th>"
       f'<td class="count">{one.taken:,} of {one.size:,}'
       f"{_bar(one.size, 2 * largest)}<small>{tasks}</small></td>"
       f'<td><ol class="nearest said">{nearest}</ol></td></tr>'
@@ -174,9 +175,9 @@ def _down(y: float) -> float:
   return _MARGIN + (1 - y) / 2 * (_HEIGHT - 2 * _MARGIN)
 
 
-def _hue(index: int) -> int:
-  """Degrees; the golden angle keeps any number of neighbours apart."""
-  return round(index * 137.508) % 360
+def _colour(index: int) -> str:
+  """The golden angle keeps neighbouring numbers apart, however many."""
+  return f"hsl({round(index * 137.508) % 360},60%,50%)"
 
 
 def _cut(text: str) -> str:

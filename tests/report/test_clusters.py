@@ -61,7 +61,7 @@ def test_what_is_said(tmp_path):
   assert "7 of 9 prompts" in shown
   assert "5 of 6" in shown and "2 of 3" in shown
   assert "2 (chosen)" in shown
-  assert shown.count("<circle") == 2 and shown.count('class="spot left"') == 1
+  assert shown.count("<circle") == 2 and shown.count('fill="none"') == 1
 
 
 def test_an_empty_rest_is_left_out():
