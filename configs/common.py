@@ -165,10 +165,29 @@ def get_config() -> ml_collections.ConfigDict:
     "template": "{prompt}",
     "seed": -1,  # of this stage alone; -1 takes the run's
   }
-  config.select = {
+  config.select = {  # see `opera_jax.synthesis.filters`
     "min_reflections": 1,
-    "max_repeat": 0.2,
+    "max_repeat": 0.2,  # a largest share of 1 rules nothing out
+    "ngram": 8,
+    "max_ngram_repeat": 0.5,
+    "max_copied": 0.7,
+    "max_foreign": 0.1,
+    "think_tags": False,
+    "brakes": ("Wait", "Hmm", "Let me think"),
+    "max_brakes": 1,  # in an answer
+    "min_thought_words": 1,
+    "max_thought_words": 0,  # 0 for no limit
+    "min_answer_words": 1,
+    "max_answer_words": 0,
+    "max_deviation": 6.0,  # 0 for no limit
     "keep_share": 1.0,
+    "rl": {  # which prompts RL is run on
+      "samples": 0,  # of the SFT model a maths prompt; [P] 8; 0 keeps all
+      "right": (1,),  # [P] numbers of right ones that are kept
+      # "column:NAME" or "package.module:function" scores open-ended prompts.
+      "judge": "",
+      "band": (2.0, 3.0),  # [P] scores that are kept, of 5
+    },
   }
   # Of the data sets that synthesis and selection leave, in their README.md.
   config.card = {"name": "OPERA cold-start traces", "license": "unknown"}

@@ -75,6 +75,7 @@ def get_config(arg: str = ""):
     config.synthesis.batch = 12
     config.synthesis.budget = 3
     config.select.min_reflections = 0
+    config.select.think_tags = True
     config.sft.batch_size = 2
     config.rl.steps = 3
     config.rl.prompts = 4

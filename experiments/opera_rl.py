@@ -33,11 +33,13 @@ from opera_jax.stages import (
   fit,
   learner,
   reporting,
+  rl_select,
   setup,
   summary,
   supervised,
   workdir,
 )
+from opera_jax.synthesis import filters, rl_filter
 from opera_jax.train import checkpoint, metrics, optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as train_step
@@ -76,12 +78,10 @@ def opera(config, folder: str) -> None:
     ),
     fit_plan.device_limit(run.mesh),
   )
-  if "rl" in stages and len(run.tasks.rl) < config.rl.prompts:
-    raise ValueError(
-      f"config.rl.prompts asks for {config.rl.prompts} prompts a step and "
-      f"{len(run.tasks.rl)} tasks are left for RL. Lower it, or raise "
-      "config.data.rl, add tasks, or raise the length limits."
-    )
+  if "rl" in stages:
+    enough(config, len(run.tasks.rl))
+  rules = config.select.to_dict()
+  rl_rules = rl_filter.Rules(**rules.pop("rl"))
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(
@@ -102,16 +102,25 @@ def opera(config, folder: str) -> None:
     if "select" in stages:
       cold_start.select(
         run,
-        cold_start.Select(**config.select),
+        filters.Rules(**rules),
         config.reward.keywords,
         card.Card(**config.card),
       )
     # 3. SFT on what was selected.
     if "sft" in stages:
       supervised.sft(run, supervised.Recipe(**config.sft), preemption)
-    # 4. RL: reflections that make the reference likelier are rewarded.
+    # 4. RL: reflections that make the reference likelier are rewarded, on
+    #    prompts that the SFT model neither masters nor fails.
     if "rl" in stages:
-      reinforce(run, config.rl, config.rollout, preemption)
+      chosen = rl_select.select(
+        run,
+        rl_rules,
+        sampling.Sampling(
+          stop_ids=(run.tokenizer.end_id,), **config.rollout.to_dict()
+        ),
+      )
+      enough(config, len(chosen.tasks.rl))
+      reinforce(chosen, config.rl, config.rollout, preemption)
     # 5. Was it real? Held-out prompts, all three models, an outside measure.
     if "evaluate" in stages:
       evaluate.evaluate(
@@ -160,6 +169,20 @@ def check(config, ways: int) -> None:
         f"{name} gives {rows} rows an update, which do not divide over "
         f"{ways} data shards. Change it, or config.mesh."
       )
+
+
+def enough(config, left: int) -> None:
+  """Refuses RL with fewer prompts than a step takes.
+
+  Raises:
+    ValueError: `left` prompts are too few.
+  """
+  if left < config.rl.prompts:
+    raise ValueError(
+      f"config.rl.prompts asks for {config.rl.prompts} prompts a step and "
+      f"{left} tasks are left for RL. Lower it, or raise config.data.rl, add "
+      "tasks, raise the length limits, or loosen config.select.rl."
+    )
 
 
 def reinforce(run: setup.Run, rl, rollout, preemption) -> None:

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
 from opera_jax.stages import card, cold_start, setup, supervised
+from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -42,8 +43,10 @@ def main(_) -> None:
     cold_start.synthesize(
       run, cold_start.Search(**config.synthesis), about, preemption
     )
+    rules = config.select.to_dict()
+    rules.pop("rl")  # of the RL stage
     cold_start.select(
-      run, cold_start.Select(**config.select), config.reward.keywords, about
+      run, filters.Rules(**rules), config.reward.keywords, about
     )
 
 

@@ -1,9 +1,11 @@
 """Prompts and their references, from any source of rows, checked one by one."""
 
 import hashlib
+import json
 import os
+import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opera_jax import structs
@@ -202,6 +204,23 @@ def _task(
       f" default_task (now {default_task!r}) for rows without one."
     )
   return task
+
+
+def row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
+  """A prompt as a row that `load` reads with its own names; `more` wins."""
+  fields = {name: getattr(prompt, name) for name in ("id", *FIELDS)}
+  return fields | prompt.columns | fields | more
+
+
+def write(path: str | os.PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
+  """Writes rows as JSONL, whole or not at all."""
+  path = pathlib.Path(path)
+  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  # Half a surrogate pair becomes its JSON escape.
+  with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+    for line in lines:
+      file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+  partial.replace(path)
 
 
 def token_lengths(

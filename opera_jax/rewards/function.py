@@ -15,7 +15,7 @@ own prompts: groups are whole, and no sample is asked about twice.
 import dataclasses
 import importlib
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import pool
 from typing import Any
 
@@ -43,40 +43,55 @@ class Reward:
   def rewards(
     self, rollouts: structs.Rollouts, answers: structs.Answers
   ) -> dict[str, np.ndarray]:
-    """What the function says, float32 [B, N].
-
-    Raises:
-      ValueError: it cannot be imported, or its answer is not one finite
-        number a sample.
-      TimeoutError: it took too long.
-    """
-    function = load(self.path)
+    """What the function says, float32 [B, N]; see `ask` for what it raises."""
     tasks = [
       rollouts.prompts[rollouts.owner(r)]
       for r in range(len(rollouts.completions))
     ]
-    columns: dict[str, list[Any]] = {
-      "id": [t.id for t in tasks],
-      "task": [t.task for t in tasks],
-      "reference": [t.reference for t in tasks],
-    }
-    for name in sorted({n for t in tasks for n in t.columns} - set(columns)):
-      columns[name] = [t.columns.get(name) for t in tasks]
-    numbers = _in_time(
-      lambda: function(
-        [t.prompt for t in tasks], list(rollouts.texts), **columns
-      ),
-      self.path,
-      self.timeout,
-    )
-    values_R = np.asarray(numbers, np.float32)
-    if values_R.shape != (len(tasks),) or not np.isfinite(values_R).all():
-      raise ValueError(
-        f"Reward {self.path} must return {len(tasks)} finite numbers, one a "
-        f"completion; got shape {values_R.shape}: {values_R[:8]}."
-      )
+    values_R = ask(self.path, tasks, rollouts.texts, self.timeout)
     shape = (len(rollouts.prompts), rollouts.samples)
     return {"total": values_R.reshape(shape)}
+
+
+def ask(
+  path: str,
+  tasks: Sequence[structs.Prompt],
+  texts: Sequence[str],
+  timeout: float,
+) -> np.ndarray:
+  """What the function says of completions, float32 [R].
+
+  Args:
+    path: "package.module:function".
+    tasks: the prompt of each completion.
+    texts: the completions.
+    timeout: seconds that the call may take.
+
+  Raises:
+    ValueError: it cannot be imported, or its answer is not one finite number
+      a completion.
+    TimeoutError: it took too long.
+  """
+  function = load(path)
+  columns: dict[str, list[Any]] = {
+    "id": [t.id for t in tasks],
+    "task": [t.task for t in tasks],
+    "reference": [t.reference for t in tasks],
+  }
+  for name in sorted({n for t in tasks for n in t.columns} - set(columns)):
+    columns[name] = [t.columns.get(name) for t in tasks]
+  numbers = _in_time(
+    lambda: function([t.prompt for t in tasks], list(texts), **columns),
+    path,
+    timeout,
+  )
+  values_R = np.asarray(numbers, np.float32)
+  if values_R.shape != (len(tasks),) or not np.isfinite(values_R).all():
+    raise ValueError(
+      f"Reward {path} must return {len(tasks)} finite numbers, one a "
+      f"completion; got shape {values_R.shape}: {values_R[:8]}."
+    )
+  return values_R
 
 
 def load(path: str) -> Callable[..., Any]:

@@ -44,15 +44,6 @@ class Search:
   seed: int = -1  # of the draws; below 0 takes the run's
 
 
-@dataclasses.dataclass(frozen=True)
-class Select:
-  """Settings of `synthesis.filters.verdicts`."""
-
-  min_reflections: int
-  max_repeat: float
-  keep_share: float
-
-
 def synthesize(
   run: setup_lib.Run,
   settings: Search,
@@ -99,7 +90,7 @@ def synthesize(
 
 def select(
   run: setup_lib.Run,
-  settings: Select,
+  settings: filters.Rules,
   keywords: list[str],
   card: card_lib.Card,
 ) -> None:
@@ -113,9 +104,7 @@ def select(
     counts = {}
     if runtime.lead():
       # Two passes, so that only a word and a number a trace are in memory.
-      why, counts = filters.verdicts(
-        traces.read(source), keywords=keywords, **asked
-      )
+      why, counts = filters.verdicts(traces.read(source), settings, keywords)
       tables = {"Filters": asked | {"keywords": tuple(keywords)}}
       tables["Of all traces"] = counts
       tables["Search"] = {

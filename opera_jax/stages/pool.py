@@ -5,12 +5,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from opera_jax import structs
+from opera_jax.data import prompts as prompts_lib
 from opera_jax.report import clusters as page
 from opera_jax.sharding import runtime
 from opera_jax.stages import workdir as workdir_lib
@@ -126,13 +126,19 @@ def _build(stage, prompts, settings, seed, embedder) -> None:
     "clusters": len(take_K),
   }
   if runtime.lead():
-    _write(
+    prompts_lib.write(
       stage.path / "prompts.jsonl",
-      (_row(kept[place], cluster=int(found.label[place])) for place in chosen),
+      (
+        prompts_lib.row(kept[place], cluster=int(found.label[place]))
+        for place in chosen
+      ),
     )
-    _write(
+    prompts_lib.write(
       stage.path / "rejected.jsonl",
-      (_row(r.prompt, reason=r.reason, detail=r.detail) for r in rejected),
+      (
+        prompts_lib.row(r.prompt, reason=r.reason, detail=r.detail)
+        for r in rejected
+      ),
     )
     page.write(
       stage.path / "clusters.html",
@@ -168,26 +174,6 @@ def _embedded(
       parts.append(vectors)
       progress.update(len(texts))
   return np.concatenate(parts)
-
-
-def _row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
-  return {
-    "id": prompt.id,
-    "task": prompt.task,
-    "prompt": prompt.prompt,
-    "reference": prompt.reference,
-    **{n: v for n, v in prompt.columns.items() if n not in more},
-    **more,
-  }
-
-
-def _write(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-  partial = path.with_name(path.name + ".tmp")
-  # Half a surrogate pair becomes its JSON escape.
-  with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-  partial.replace(path)
 
 
 def _view(

@@ -28,6 +28,7 @@ from opera_jax.stages import (
   supervised,
   tasks,
 )
+from opera_jax.synthesis import filters, rl_filter
 
 CONFIGS = sorted(
   path.stem
@@ -65,10 +66,11 @@ WHOLE = {
   - {"graphdef", "vocab_size", "mesh", "temperature"},
   "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
-  "select": _fields(cold_start.Select),
+  "select": _fields(filters.Rules) | {"rl"},
   "card": _fields(card.Card),
   "evaluate": _fields(evaluate.Settings) - {"max_new_tokens"},
 }
+WHOLE_WITHIN = {"select.rl": _fields(rl_filter.Rules)}
 
 
 def _read_in_driver() -> set[str]:
@@ -94,6 +96,9 @@ def test_every_field_is_read():
       unread += [f"{name}.{f}" for f in value if f"{name}.{f}" not in read]
     elif name not in read:
       unread.append(name)
+  for name, fields in WHOLE_WITHIN.items():
+    section, _, inner = name.partition(".")
+    assert set(common.get_config()[section][inner]) == fields, name
   assert not unread
 
 

@@ -19,6 +19,7 @@ from configs import tiny
 from opera_jax.data import traces
 from opera_jax.stages import card as card_lib
 from opera_jax.stages import cold_start, setup
+from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
 ABOUT = card_lib.Card(name="Made up", license="cc0-1.0")
@@ -38,7 +39,8 @@ class _Searcher:
         id=p.id,
         prompt=p.prompt,
         reference=p.reference,
-        thought="One.\n\nWait, " + f"{p.id} " * self._words,
+        thought="One.\n\nWait, "
+        + " ".join(f"{p.id}-{i}" for i in range(self._words)),
         answer="" if p.id.endswith(("3", "7")) else "Fine.",
         completion=np.arange(5, dtype=np.int32),
         rounds=(traces.Round("Wait", 0, (traces.Candidate("Wait", 1.5, 4),)),),
@@ -75,10 +77,13 @@ def make(tmp_path, monkeypatch):
           run, cold_start.Search(**config.synthesis), ABOUT, preemption
         )
 
+    rules = config.select.to_dict()
+    rules.pop("rl")
+
     def select():
       cold_start.select(
         run,
-        cold_start.Select(**config.select),
+        filters.Rules(**rules),
         config.reward.keywords,
         ABOUT,
       )

@@ -1,0 +1,123 @@
+"""The prompts that RL is run on, chosen by what the SFT model makes of them."""
+
+import dataclasses
+import json
+
+import jax
+
+from opera_jax import structs
+from opera_jax.data import prompts as prompts_lib
+from opera_jax.rewards import function, verifiable
+from opera_jax.rollout import sampling
+from opera_jax.sharding import exchange, runtime
+from opera_jax.stages import setup as setup_lib
+from opera_jax.synthesis import rl_filter
+
+
+def select(
+  run: setup_lib.Run,
+  rules: rl_filter.Rules,
+  settings: sampling.Sampling,
+) -> setup_lib.Run:
+  """Drops RL prompts; the run itself where the rules drop nothing.
+
+  Writes `select_rl/prompts.jsonl` and `select_rl/rejected.jsonl`, each with
+  its number of right samples or its score, and counts by reason.
+
+  Args:
+    run: the run, with a finished SFT model.
+    rules: what is kept.
+    settings: how to sample.
+  """
+  if not rules.active():
+    return run
+  stage = run.stage(
+    "select_rl",
+    select_rl=dataclasses.asdict(rules),
+    rollout=dataclasses.asdict(settings),
+  )
+  with stage.alone():
+    if not stage.finished():
+      found = _found(run, rules, settings)
+      why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
+      if runtime.lead():
+        for name in ("prompts", "rejected"):
+          prompts_lib.write(
+            stage.path / f"{name}.jsonl",
+            (
+              _row(prompt, word, found)
+              for prompt, word in zip(run.tasks.rl, why, strict=True)
+              if (word is None) == (name == "prompts")
+            ),
+          )
+      print(f"select_rl: {counts}", flush=True)
+      stage.finish(counts)
+  text = exchange.read(stage.path / "prompts.jsonl").decode()
+  kept = {json.loads(line)["id"] for line in text.splitlines()}
+  rl = [p for p in run.tasks.rl if p.id in kept]
+  return dataclasses.replace(
+    run,
+    tasks=dataclasses.replace(run.tasks, rl=rl),
+    settings=run.settings | {"select_rl": dataclasses.asdict(rules)},
+  )
+
+
+def _found(run, rules, settings):
+  """`right` and `score` of `rl_filter.verdicts`."""
+  maths = [p for p in run.tasks.rl if p.task == "math" and rules.samples]
+  opened = [p for p in run.tasks.rl if p.task == "open_ended" and rules.judge]
+  if rules.judge.startswith(rl_filter.COLUMN):
+    score = rl_filter.column_scores(opened, rules.judge)
+    asked = []
+  else:
+    score, asked = {}, opened
+  if not maths and not asked:
+    return {"right": {}, "score": score}
+  params = run.for_rollout(run.load("sft"))
+
+  def texts(prompts: list[structs.Prompt], samples: int) -> list[list[str]]:
+    drawn = run.engine.sample(
+      params,
+      run.prompt_ids(prompts),
+      settings,
+      jax.random.key(run.seed + 4),
+      samples=samples,
+      ids=[p.id for p in prompts],
+    )
+    return [
+      [run.tokenizer.decode(s.tokens, skip_special=True) for s in group]
+      for group in drawn
+    ]
+
+  def check(share):
+    return [
+      sum(
+        verifiable.correct_many(
+          group,
+          [prompt.reference] * len(group),
+          method=run.reward["math_check"],
+        )
+      )
+      for prompt, group in share
+    ]
+
+  def judge(share):
+    said = [prompt for prompt, _ in share], [group[0] for _, group in share]
+    values = function.ask(rules.judge, *said, run.reward["timeout"])
+    return [float(value) for value in values]
+
+  def asks(prompts, samples, work):
+    pairs = list(zip(prompts, texts(prompts, samples), strict=True))
+    answers = exchange.each(pairs, work)
+    return {p.id: one for p, one in zip(prompts, answers, strict=True)}
+
+  right = asks(maths, rules.samples, check)
+  return {"right": right, "score": score | asks(asked, 1, judge)}
+
+
+def _row(prompt, word, found):
+  row = prompts_lib.row(prompt)
+  for name in ("right", "score"):
+    if prompt.id in found[name]:
+      row[name] = found[name][prompt.id]
+  return row if word is None else row | {"reason": word}
