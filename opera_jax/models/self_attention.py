@@ -130,34 +130,78 @@ def _few(T):
 
 
 def _prefixes(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+  """A chunk of queries meets the keys from its own segments' start on.
+
+  How many those are is known when it runs: of a few window lengths, all
+  compiled, the shortest is taken that holds them.
+  """
   T = q_BTNH.shape[1]
   size = min(max(_SMALL_CHUNK, -(-T // _PREFIXES)), _CHUNK)
-  attend = _attend if T <= _CHUNK else jax.checkpoint(_attend)
   parts = []
   for start in range(0, T, size):
     end = min(start + size, T)
+    query_BC = segment_BT[:, start:end]
+    same_BCT = query_BC[:, :, None] == segment_BT[:, None, :end]
+    needed = end - jnp.argmax(same_BCT.any((0, 1)))
+    windows = [w for w in _windows(size) if w < end] + [end]
+
+    def attend(window, start=start, end=end, query_BC=query_BC):
+      keys = slice(end - window, end)
+
+      def run(q_BCNH, k_BTKH, v_BTKH):
+        return _attend(
+          q_BCNH,
+          query_BC,
+          jnp.arange(start - end, 0, dtype=jnp.int32) + window,
+          k_BTKH[:, keys],
+          v_BTKH[:, keys],
+          segment_BT[:, keys],
+        )
+
+      return jax.checkpoint(run) if T > _CHUNK else run
+
     parts.append(
-      attend(
+      jax.lax.switch(
+        sum((needed > w).astype(jnp.int32) for w in windows[:-1]),
+        [attend(window) for window in windows],
         q_BTNH[:, start:end],
-        segment_BT[:, start:end],
-        jnp.arange(start, end, dtype=jnp.int32),
-        k_BTKH[:, :end],
-        v_BTKH[:, :end],
-        segment_BT[:, :end],
+        k_BTKH,
+        v_BTKH,
       )
+      if len(windows) > 1
+      else attend(end)(q_BTNH[:, start:end], k_BTKH, v_BTKH)
     )
   return jnp.concatenate(parts, axis=1)
 
 
+def _windows(size):
+  return [size * 2**power for power in range(1, _PREFIXES.bit_length())]
+
+
 def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):
   """Some queries, at their positions of the row, over all its keys."""
-  T = segment_BT.shape[1]
+  B, C, N, H = q_BCNH.shape
+  T, K = k_BTKH.shape[1:3]
   key_T = jnp.arange(T, dtype=jnp.int32)
   seen_CT = key_T[None] <= position_C[:, None]
   mask_BCT = seen_CT[None] & (query_BC[:, :, None] == segment_BT[:, None])
-  return jax.nn.dot_product_attention(
-    q_BCNH, k_BTKH, v_BTKH, mask=mask_BCT[:, None], implementation="xla"
+  # Heads first: two plain products of matrices for each.
+  q_BKCH = q_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  q_BKCH = q_BKCH.reshape(B, K, -1, H)
+  score_BKCT = jnp.matmul(
+    q_BKCH,
+    k_BTKH.transpose(0, 2, 3, 1),
+    preferred_element_type=jnp.float32,
+  ).reshape(B, N, C, T)
+  weight_BNCT = jax.nn.softmax(
+    score_BKCT * H**-0.5, axis=-1, where=mask_BCT[:, None]
   )
+  out_BKCH = jnp.matmul(
+    weight_BNCT.reshape(B, K, -1, T).astype(v_BTKH.dtype),
+    v_BTKH.transpose(0, 2, 1, 3),
+  )
+  out_BCNH = out_BKCH.reshape(B, N, C, H).transpose(0, 2, 1, 3)
+  return out_BCNH.astype(q_BCNH.dtype)
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_BT, right_padded):
