@@ -2,8 +2,9 @@
 
 Synthesis is divided into parts of `Search.batch` prompts. Any number of
 processes may share the folder of the run: each part is made by one of them,
-and a part whose process dies is made by another, now or at the next start.
-What is in memory does not grow with what is done.
+and what a process that dies leaves undone is done by another, now or at the
+next start. A kill loses the traces in flight, no ended one. What is in memory
+does not grow with what is done.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from opera_jax.train import checkpoint, metrics
 class Search:
   """Settings of `synthesis.search.Searcher`, and of the batches of prompts."""
 
-  batch: int  # prompts that advance together; what a kill loses at most
+  batch: int  # prompts of a part, which one process makes
   candidates: int
   budget: int
   price: str
@@ -59,7 +60,7 @@ def synthesize(
     run: the run, with a finished base model.
     settings: of the search.
     card: of the data set.
-    preemption: asked after every part; all that is done is kept.
+    preemption: asked after every trace; all that have ended are kept.
 
   Raises:
     OSError: a part cannot be written.
@@ -155,8 +156,9 @@ def _make(
   preemption: checkpoint.Preemption,
 ) -> None:
   """Makes every trace that the parts lack, unless another process does."""
-  lacking = any([parts.missing(index) for index in range(len(parts))])
-  if not runtime.from_lead(np.asarray(lacking)):
+  prompts = run.tasks.synthesis
+  done = len(prompts) - int(runtime.from_lead(np.asarray(parts.lacking())))
+  if done == len(prompts):
     return
   own, params = run.on_own_devices(), run.load("base")
   if own is None:
@@ -174,27 +176,28 @@ def _make(
   rollout_params = machine.for_rollout(params)
   searcher = _searcher(machine, settings)
   seed = run.seed if settings.seed < 0 else settings.seed
-  prompts, key = run.tasks.synthesis, jax.random.key(seed + 1)
-  shown = parts.done
+  key = jax.random.key(seed + 1)
   with metrics.Progress(
-    len(prompts), "synthesize", unit="trace", done=shown
+    len(prompts), "synthesize", unit="trace", done=done
   ) as progress:
     for index, items in work:
+
+      def ended(trace: traces.Trace, index: int = index) -> None:
+        if own is not None or runtime.lead():
+          parts.add(index, trace)
+        progress.update()
+        if leave():
+          raise SystemExit(preemption.EXIT_CODE)
+
       # A trace depends on its prompt's id and the key, not on its part.
-      made = searcher.run(
+      searcher.run(
         rollout_params,
         params,
         [prompts[i] for i in items],
         key,
         advance=lambda tokens: progress.update(0, tokens=tokens),
+        ended=ended,
       )
-      if own is not None or runtime.lead():
-        parts.put(index, made)
-      progress.update(parts.done - shown)
-      shown = parts.done
-      if leave():
-        raise SystemExit(preemption.EXIT_CODE)
-    progress.update(parts.done - shown)  # what others made at the end
 
 
 def _agreed(parts: parts_lib.Parts) -> Iterator[tuple[int, list[int]]]:

@@ -1,8 +1,8 @@
-"""The parts of a long synthesis: files that appear whole, and are found again.
+"""The parts of a long synthesis: files that grow line by line, and survive.
 
-Part i holds the traces of items [i * size, (i + 1) * size), a JSONL file that
-takes its name when all of it is on the disk. What a file lacks all the same,
-cut short by whatever means, is missing, item by item.
+Part i holds the traces of items [i * size, (i + 1) * size), a JSONL file to
+which a line is added as each item ends; when all have, it is put in order. What
+a file lacks, cut short by whatever means, is missing, item by item.
 """
 
 import contextlib
@@ -49,10 +49,9 @@ class Parts:
   def __len__(self) -> int:
     return -(-len(self._ids) // self.size)
 
-  @property
-  def done(self) -> int:
-    """Items of the parts that were seen to be whole."""
-    return sum(len(self._items(index)) for index in self._whole)
+  def lacking(self) -> int:
+    """How many items have no trace yet, in all."""
+    return sum(len(self.missing(index)) for index in range(len(self)))
 
   def missing(self, index: int) -> list[int]:
     """The items of a part that have no trace yet."""
@@ -74,7 +73,7 @@ class Parts:
       own: the parts to claim; of the others the end is waited for.
 
     Yields:
-      A part and the items that it lacks, which `put` is to add before the
+      A part and the items that it lacks, which `add` is to add before the
       next is asked for.
     """
     left = [i for i in range(len(self)) if self.missing(i)]
@@ -83,49 +82,61 @@ class Parts:
         with self._claim(index, own) as held:
           items = self.missing(index)  # it may have been made meanwhile
           if held and items:
+            self._mend(index)
             yield index, items
+            self._mend(index)
       before, left = len(left), [i for i in left if self.missing(i)]
       if len(left) == before:
         time.sleep(_POLL)
 
-  def put(self, index: int, made: Sequence[traces.Trace]) -> None:
-    """Adds traces to a part, all or none of them; its claimant calls it.
-
-    Args:
-      index: of the part.
-      made: traces of items that it lacks.
+  def add(self, index: int, trace: traces.Trace) -> None:
+    """Adds a trace to a part; its claimant calls it.
 
     Raises:
       OSError: the disk is full, or the like.
-      ValueError: a trace of no item of the part.
+      ValueError: a trace of no item of the part, or one that
+        `traces.to_line` refuses.
     """
-    found = self._found(index) | {trace.id: trace for trace in made}
     wanted = [self._ids[i] for i in self._items(index)]
-    if strange := sorted(found.keys() - set(wanted)):
+    if trace.id not in wanted:
       raise ValueError(
         f"Part {index} holds items {wanted[0]!r} to {wanted[-1]!r}, and "
-        f"{strange[0]!r} is none of them."
+        f"{trace.id!r} is none of them."
       )
+    line = traces.to_line(trace)
+    with (
+      _explained(self._path(index)),
+      open(self._path(index), "a", encoding="utf-8", newline="\n") as file,
+    ):
+      file.write(line)
+
+  def _mend(self, index: int) -> None:
+    """Puts a part's whole lines in order, on the disk; drops what is none."""
+    found, path = self._found(index), self._path(index)
+    wanted = [self._ids[i] for i in self._items(index)]
     lines = [traces.to_line(found[name]) for name in wanted if name in found]
-    path = self._path(index)
     partial = path.with_suffix(".partial")
-    try:
+    with _explained(path):
       partial.write_text("".join(lines), encoding="utf-8", newline="\n")
       traces.sync(partial)
       partial.replace(path)
       traces.sync(self._folder)
-    except OSError as error:
-      raise OSError(
-        f"{path} cannot be written ({error}). The parts before it are kept: "
-        "make room, or give the rights, and give the same command again."
-      ) from error
-    if len(lines) == len(wanted):
-      self._whole.add(index)
 
   def read(self) -> Iterator[traces.Trace]:
-    """Every trace, in the order of the items, one part in memory at a time."""
+    """Every trace, in the order of the items, one part in memory at a time.
+
+    Raises:
+      ValueError: an item has none.
+    """
     for index in range(len(self)):
-      yield from self._found(index).values()
+      found = self._found(index)
+      for item in self._items(index):
+        if self._ids[item] not in found:
+          raise ValueError(
+            f"{self._path(index)} lacks item {self._ids[item]!r}; give the "
+            "same command again, and it is made."
+          )
+        yield found[self._ids[item]]
 
   def _items(self, index: int) -> range:
     start = index * self.size
@@ -154,3 +165,14 @@ class Parts:
         if trace.id in wanted:
           out[trace.id] = trace
     return out
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      f"{path} cannot be written ({error}). What is done is kept: make room, "
+      "or give the rights, and give the same command again."
+    ) from error

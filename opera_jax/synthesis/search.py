@@ -162,6 +162,7 @@ class Searcher:
     key: jax.Array,
     *,
     advance: Callable[[int], None] | None = None,
+    ended: Callable[[traces.Trace], None] | None = None,
   ) -> list[traces.Trace]:
     """Synthesises one trace a prompt.
 
@@ -171,6 +172,7 @@ class Searcher:
       prompts: tasks.
       key: random key.
       advance: called with the tokens sampled as they come.
+      ended: called with each trace when it has ended, in whatever order.
 
     Returns:
       A trace for each prompt, in order; `status` is "complete" or the reason
@@ -236,6 +238,8 @@ class Searcher:
         )
         if search.status not in brake.PHASES:
           del sitting[row]
+          if ended is not None:
+            ended(self._trace(search))
           continue
         ready.append(row)
         if search.status == "answer" and self._template != "{prompt}":

@@ -31,23 +31,24 @@ class _Searcher:
   def __init__(self, note, words=20):
     self._note, self._words = note, words
 
-  def run(self, sample_params, price_params, prompts, key, advance):
+  def run(self, sample_params, price_params, prompts, key, advance, ended):
     self._note += [p.id for p in prompts]
     advance(5 * len(prompts))
-    return [
-      traces.Trace(
-        id=p.id,
-        prompt=p.prompt,
-        reference=p.reference,
-        thought="One.\n\nWait, "
-        + " ".join(f"{p.id}-{i}" for i in range(self._words)),
-        answer="" if p.id.endswith(("3", "7")) else "Fine.",
-        completion=np.arange(5, dtype=np.int32),
-        rounds=(traces.Round("Wait", 0, (traces.Candidate("Wait", 1.5, 4),)),),
-        status="complete",
-      )
-      for p in prompts
-    ]
+    for p in reversed(prompts):  # in whatever order
+      ended(self._trace(p))
+
+  def _trace(self, p):
+    return traces.Trace(
+      id=p.id,
+      prompt=p.prompt,
+      reference=p.reference,
+      thought="One.\n\nWait, "
+      + " ".join(f"{p.id}-{i}" for i in range(self._words)),
+      answer="" if p.id.endswith(("3", "7")) else "Fine.",
+      completion=np.arange(5, dtype=np.int32),
+      rounds=(traces.Round("Wait", 0, (traces.Candidate("Wait", 1.5, 4),)),),
+      status="complete",
+    )
 
 
 @pytest.fixture

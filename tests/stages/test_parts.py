@@ -35,26 +35,40 @@ def _fill(made, stop=None):
   """Does the work; returns the items in the order they were asked for."""
   asked = []
   for index, items in made.work(range(len(made))):
-    asked += items
-    made.put(index, [_trace(IDS[i]) for i in items])
-    if len(asked) >= (stop or len(IDS)):
-      break
+    for item in items:
+      asked.append(item)
+      made.add(index, _trace(IDS[item]))
+      if len(asked) == stop:
+        return asked
   return asked
 
 
 def test_everything_once_and_in_order(tmp_path):
   made = parts.Parts(tmp_path, IDS, 4)
-  assert len(made) == 3 and made.done == 0
+  assert len(made) == 3 and made.lacking() == 10
   assert _fill(made) == list(range(10))
-  assert made.done == 10
+  assert made.lacking() == 0
   assert [t.id for t in made.read()] == IDS
   again = parts.Parts(tmp_path, IDS, 4)
-  assert _fill(again) == [] and again.done == 10
+  assert _fill(again) == [] and again.lacking() == 0
 
 
 def test_a_second_start_goes_on(tmp_path):
-  assert _fill(parts.Parts(tmp_path, IDS, 4), stop=5) == list(range(8))
-  assert _fill(parts.Parts(tmp_path, IDS, 4)) == [8, 9]
+  """Item by item: one that has ended is there, whatever its part lacks."""
+  assert _fill(parts.Parts(tmp_path, IDS, 4), stop=5) == [0, 1, 2, 3, 4]
+  with pytest.raises(ValueError, match="lacks item 'item-5'"):
+    list(parts.Parts(tmp_path, IDS, 4).read())
+  assert _fill(parts.Parts(tmp_path, IDS, 4)) == [5, 6, 7, 8, 9]
+
+
+def test_the_order_in_which_items_end_is_forgotten(tmp_path):
+  made = parts.Parts(tmp_path, IDS, 10)
+  for index, items in made.work([0]):
+    for item in reversed(items):
+      made.add(index, _trace(IDS[item]))
+  assert [t.id for t in made.read()] == IDS
+  text = (tmp_path / "00000000.jsonl").read_text()
+  assert text == "".join(traces.to_line(_trace(name)) for name in IDS)
 
 
 @pytest.mark.parametrize("lost", [1, 7, 120, 170, 10_000])
@@ -82,23 +96,24 @@ def test_a_cut_inside_a_letter_or_a_line_of_something_else(tmp_path):
 
 def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
   made = parts.Parts(tmp_path, IDS, 4)
-  made.put(0, [_trace(IDS[0])])
+  assert _fill(made, stop=1) == [0]
 
   def full(path):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(traces, "sync", full)
   with pytest.raises(OSError, match="No space left.*same command again"):
-    made.put(0, [_trace(IDS[1])])
+    _fill(made)
   assert parts.Parts(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
   with pytest.raises(ValueError, match="'item-9' is none of them"):
-    made.put(0, [_trace(IDS[9])])
+    made.add(0, _trace(IDS[9]))
   bad = dataclasses.replace(
     _trace(IDS[1]),
     rounds=(traces.Round("Wait", 1, (traces.Candidate("Wait", 1.0, 1),)),),
   )
   with pytest.raises(ValueError, match="kept 1 of the perplexities"):
-    made.put(0, [bad])
+    made.add(0, bad)
+  assert parts.Parts(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
 
 
 def test_bad_items(tmp_path):
@@ -128,19 +143,21 @@ def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
 
   def other(seconds):
     naps.append(seconds)
-    made.put(1, [_trace(name) for name in IDS[4:8]])
+    for name in IDS[4:8]:
+      made.add(1, _trace(name))
 
   monkeypatch.setattr(time, "sleep", other)
   mine = parts.Parts(tmp_path, IDS, 4)
   asked = []
   for index, items in mine.work([0, 2]):
     asked += items
-    mine.put(index, [_trace(IDS[i]) for i in items])
+    for item in items:
+      mine.add(index, _trace(IDS[item]))
   assert asked == [0, 1, 2, 3, 8, 9]
-  assert mine.done == 10 and naps
+  assert mine.lacking() == 0 and naps
 
 
-# A worker notes each item it makes before it puts the part.
+# A worker notes each item it makes before it adds its trace.
 WORKER = """
 import os, sys, time
 sys.path.insert(0, "tests/stages")
@@ -155,10 +172,10 @@ for index, items in made.work(range(len(made))):
   for item in items:
     log.write(f"{item}\\n")
     time.sleep(0.002)
-  if index == int(hang):
-    log.write("hangs\\n")
-    time.sleep(600)
-  made.put(index, [test_parts._trace(ids[i]) for i in items])
+    if item == int(hang):
+      log.write("hangs\\n")
+      time.sleep(600)
+    made.add(index, test_parts._trace(ids[item]))
 """
 
 
@@ -176,17 +193,16 @@ def _log(folder, name):
 
 
 def test_processes_at_once_and_one_of_them_killed(tmp_path):
-  """Only the part in flight of the killed process is made a second time."""
-  hanging = _worker(tmp_path, "a", hang=8)
+  """Only the item in flight of the killed process is made a second time."""
+  hanging = _worker(tmp_path, "a", hang=34)
   deadline = time.monotonic() + 60
   while "hangs" not in _log(tmp_path, "a"):
     assert time.monotonic() < deadline
     time.sleep(0.01)
   others = [_worker(tmp_path, name) for name in "bc"]
   time.sleep(2.5)
-  lost = set(range(32, 36))
   made_by_others = {int(i) for i in _log(tmp_path, "b") + _log(tmp_path, "c")}
-  assert not made_by_others & lost
+  assert not made_by_others & set(range(32, 36))
   hanging.send_signal(signal.SIGKILL)
   for process in (hanging, *others):
     process.wait(timeout=60)
@@ -194,7 +210,7 @@ def test_processes_at_once_and_one_of_them_killed(tmp_path):
   every = [int(i) for n in "abc" for i in _log(tmp_path, n) if i != "hangs"]
   times = collections.Counter(every)
   assert set(times) == set(range(200))
-  assert {item for item, count in times.items() if count > 1} == lost
+  assert {item for item, count in times.items() if count > 1} == {34}
   assert max(times.values()) == 2
   assert len(_log(tmp_path, "b")) and len(_log(tmp_path, "c"))
   final = parts.Parts(tmp_path, [f"item-{i}" for i in range(200)], 4)
