@@ -26,7 +26,7 @@ import tempfile
 import numpy as np
 from absl import app, flags
 
-from benchmarks import harness
+from benchmarks import harness, peers
 
 _METHOD = flags.DEFINE_string("method", None, "Run one method, for the parent.")
 _FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
@@ -236,51 +236,16 @@ def _lengths(tokens, stops) -> list[int]:
   return first.tolist()
 
 
-class _Numbers:
-  """A tokenizer of numbers written out, for a sampler that takes strings."""
-
-  def encode(self, text, **_):
-    return [int(word) for word in text.split()]
-
-  def decode(self, ids, **_):
-    return " ".join(map(str, ids))
-
-  def bos_id(self):
-    return None
-
-  def eos_id(self):
-    return 1
-
-  def pad_id(self):
-    return 0
-
-
 def _tunix(folder, workload, prompts, stops):
   import itertools
 
-  import jax.numpy as jnp
   from tunix.generate import sampler as tunix_sampler
-  from tunix.models.qwen3 import model, params
 
   config = model_config()
-  theirs = model.ModelConfig(
-    num_layers=config.layers,
-    vocab_size=config.vocab_size,
-    embed_dim=config.hidden,
-    hidden_dim=config.intermediate,
-    num_heads=config.heads,
-    head_dim=config.head_dim,
-    num_kv_heads=config.kv_heads,
-    rope_theta=int(config.rope_theta),
-    norm_eps=config.norm_epsilon,
-    use_tied_embedding=config.tied,
-  )
-  transformer = params.create_model_from_safe_tensors(
-    folder, theirs, dtype=jnp.float32
-  )
+  transformer = peers.tunix_model(folder, config)
   sampler = tunix_sampler.Sampler(
     transformer,
-    _Numbers(),
+    peers.Numbers(),
     tunix_sampler.CacheConfig(
       cache_size=workload.prompt_tokens + workload.new_tokens,
       num_layers=config.layers,
