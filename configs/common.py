@@ -162,7 +162,11 @@ def get_config() -> ml_collections.ConfigDict:
     "max_answer_tokens": 4096,
     # [C]; ("\n\n",) searches at every step, whatever its words
     "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),
-    "template": "{prompt}",
+    "template": "{prompt}",  # the meta-prompt, or a .txt file with it
+    # "search", or "rewrite": REER (arXiv 2509.06160) in its place
+    "method": "search",
+    "rounds": 10,  # of rewriting
+    "guide": "configs/templates/rewrite.txt",  # shows it the reference
     "seed": -1,  # of this stage alone; -1 takes the run's
   }
   config.select = {  # see `opera_jax.synthesis.filters`
@@ -258,6 +262,7 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.checkpoint = name
   config.tokenizer.path = name
   config.data.kind = "jsonl"
+  config.synthesis.template = "configs/templates/monologue.txt"  # [P]
   config.model.vocab_size = 151_936
   config.model.kv_heads = 8
   config.model.head_dim = 128

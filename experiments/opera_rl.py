@@ -80,6 +80,7 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
+  searching = cold_start.Search(**config.synthesis)
   rules = config.select.to_dict()
   rl_rules = rl_filter.Rules(**rules.pop("rl"))
   with checkpoint.Preemption() as preemption:
@@ -95,7 +96,7 @@ def opera(config, folder: str) -> None:
     if "synthesize" in stages:
       cold_start.synthesize(
         run,
-        cold_start.Search(**config.synthesis),
+        searching,
         card.Card(**config.card),
         preemption,
       )

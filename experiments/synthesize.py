@@ -32,6 +32,9 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
+  searching = cold_start.Search(**config.synthesis)
+  rules = config.select.to_dict()
+  rules.pop("rl")  # of the RL stage
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,
@@ -40,11 +43,7 @@ def main(_) -> None:
       path=config.checkpoint,
     )
     about = card.Card(**config.card)
-    cold_start.synthesize(
-      run, cold_start.Search(**config.synthesis), about, preemption
-    )
-    rules = config.select.to_dict()
-    rules.pop("rl")  # of the RL stage
+    cold_start.synthesize(run, searching, about, preemption)
     cold_start.select(
       run, filters.Rules(**rules), config.reward.keywords, about
     )

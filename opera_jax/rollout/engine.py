@@ -159,6 +159,10 @@ class Engine:
           if advance is not None:
             advance(len(out[i][sample].tokens))
 
+  def longest_prompt(self) -> int:
+    """Tokens that a prompt may have."""
+    return self._prompt_buckets[-1]
+
   def check(
     self,
     prompts: Sequence[np.ndarray],

@@ -14,20 +14,23 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rewards import function
-from opera_jax.sharding import layout, runtime
+from opera_jax.sharding import exchange, layout, runtime
 from opera_jax.stages import card as card_lib
 from opera_jax.stages import parts as parts_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
-from opera_jax.synthesis import filters, search
+from opera_jax.synthesis import filters, rewrite, search, templates
 from opera_jax.train import checkpoint, metrics
+
+METHODS = ("search", "rewrite")
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """Settings of `synthesis.search.Searcher`, and of the batches of prompts."""
+  """Settings of `search.Searcher` or `rewrite.Rewriter`, and of the batches."""
 
   batch: int  # prompts of a part, which one process makes
   candidates: int
@@ -41,8 +44,30 @@ class Search:
   max_thought_tokens: int
   max_answer_tokens: int
   brakes: tuple[str, ...]
-  template: str
+  template: str  # its text; a .txt file is read
+  method: str  # "search", or "rewrite" (REER, without brakes)
+  rounds: int  # of rewriting
+  guide: str  # template of rewriting, with the reference
   seed: int = -1  # of the draws; below 0 takes the run's
+
+  def __post_init__(self):
+    """Reads the templates: what a stage was made with is their text."""
+    if self.method not in METHODS:
+      raise ValueError(
+        f"Unknown config.synthesis.method {self.method!r}; use one of "
+        f"{METHODS}."
+      )
+    for setting, names in self.templates().items():
+      text = templates.load(
+        getattr(self, setting), names, f"config.synthesis.{setting}"
+      )
+      object.__setattr__(self, setting, text)
+
+  def templates(self) -> dict[str, tuple[str, ...]]:
+    """The templates in force, and the placeholders of each."""
+    if self.method == "search":
+      return {"template": ("prompt",)}
+    return {"template": ("prompt",), "guide": ("prompt", "reference")}
 
 
 def synthesize(
@@ -69,11 +94,17 @@ def synthesize(
   stage = run.stage("synthesize", synthesize=asked)
   if _whole(stage):
     return
-  prompts = run.tasks.synthesis
+  prompts, longer = _fitting(run, settings)
+  if longer and runtime.lead():
+    print(
+      f"synthesize: {longer} prompts are too long for the sampler in their "
+      "template and are left out.",
+      flush=True,
+    )
   parts = parts_lib.Parts(
     stage.path / "parts", [p.id for p in prompts], settings.batch
   )
-  _make(run, parts, settings, preemption)
+  _make(run, prompts, parts, settings, preemption)
   with stage.alone():
     if _whole(stage):
       return
@@ -151,12 +182,12 @@ def _whole(stage: workdir_lib.Stage) -> bool:
 
 def _make(
   run: setup_lib.Run,
+  prompts: list[structs.Prompt],
   parts: parts_lib.Parts,
   settings: Search,
   preemption: checkpoint.Preemption,
 ) -> None:
   """Makes every trace that the parts lack, unless another process does."""
-  prompts = run.tasks.synthesis
   done = len(prompts) - int(runtime.from_lead(np.asarray(parts.lacking())))
   if done == len(prompts):
     return
@@ -214,21 +245,70 @@ def _agreed(parts: parts_lib.Parts) -> Iterator[tuple[int, list[int]]]:
     yield int(note[0]), [int(item) for item in note[1:] if item >= 0]
 
 
-def _searcher(run: setup_lib.Run, settings: Search) -> search.Searcher:
+def _searcher(
+  run: setup_lib.Run, settings: Search
+) -> search.Searcher | rewrite.Rewriter:
+  machines = run.engine, run.pricer, run.tokenizer
+  draw = {
+    "candidates": settings.candidates,
+    "temperature": settings.temperature,
+    "top_k": settings.top_k,
+    "top_p": settings.top_p,
+    "max_step_tokens": settings.max_step_tokens,
+    "max_thought_tokens": settings.max_thought_tokens,
+    "max_answer_tokens": settings.max_answer_tokens,
+    "template": settings.template,
+  }
+  if settings.method == "rewrite":
+    return rewrite.Rewriter(
+      *machines, rounds=settings.rounds, guide=settings.guide, **draw
+    )
   return search.Searcher(
-    run.engine,
-    run.pricer,
-    run.tokenizer,
+    *machines,
     brakes=settings.brakes,
-    candidates=settings.candidates,
     budget=settings.budget,
     price=settings.price,
     choose=function.load(settings.choose) if settings.choose else None,
-    temperature=settings.temperature,
-    top_k=settings.top_k,
-    top_p=settings.top_p,
-    max_step_tokens=settings.max_step_tokens,
-    max_thought_tokens=settings.max_thought_tokens,
-    max_answer_tokens=settings.max_answer_tokens,
-    template=settings.template,
+    **draw,
   )
+
+
+def _fitting(
+  run: setup_lib.Run, settings: Search
+) -> tuple[list[structs.Prompt], int]:
+  """The prompts that the sampler holds in their templates; how many are not.
+
+  Raises:
+    ValueError: none; or one without a reference, where it is needed.
+  """
+  opened = len(run.tokenizer.encode_template("<think>\n"))
+  room = run.engine.longest_prompt() - opened
+  if settings.method == "rewrite":
+    room -= settings.max_thought_tokens
+    for prompt in run.tasks.synthesis:
+      rewrite.check(prompt)
+  texts = [getattr(settings, name) for name in settings.templates()]
+
+  def lengths(share):
+    return [
+      max(
+        len(
+          run.tokenizer.chat_prompt(
+            templates.fill(text, {"prompt": p.prompt, "reference": p.reference})
+          )
+        )
+        for text in texts
+      )
+      for p in share
+    ]
+
+  prompts = run.tasks.synthesis
+  found = exchange.each(prompts, lengths)
+  kept = [p for p, length in zip(prompts, found, strict=True) if length <= room]
+  if not kept:
+    raise ValueError(
+      f"No prompt of {len(prompts)} fits in {room} tokens with its template; "
+      f"the shortest has {min(found, default=0)}. Raise "
+      "config.engine.prompt_buckets, or shorten the template."
+    )
+  return kept, len(prompts) - len(kept)

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from opera_jax.data import traces
+from opera_jax.synthesis import brake
 from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")
-_UNCLOSED = ("thought too long", "turn ended inside the thought")
+_UNCLOSED = (brake.TOO_LONG, brake.TURN_ENDED)
 _FEWEST = 10  # searched traces from which an outlier can be told
 _NORMAL = 1.4826  # standard deviations of a normal in its median deviation
 

@@ -38,7 +38,7 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import price as price_lib
-from opera_jax.synthesis import brake
+from opera_jax.synthesis import brake, templates
 from opera_jax.text import tokenizer as tokenizer_lib
 
 BRAKES = brake.WORDS
@@ -120,7 +120,7 @@ class Searcher:
       max_step_tokens: longest stretch sampled at once.
       max_thought_tokens: a longer thought is given up.
       max_answer_tokens: a longer answer is given up.
-      template: the meta-prompt, with one `{prompt}`.
+      template: the meta-prompt, with one `{prompt}`; see `templates.load`.
 
     Raises:
       ValueError: an unknown price, no candidate, a negative budget, a template
@@ -133,10 +133,6 @@ class Searcher:
     if budget < 0:
       raise ValueError(
         f"budget must be at least 0, got {budget}. Use 0 for plain sampling."
-      )
-    if template.count("{prompt}") != 1:
-      raise ValueError(
-        f"The template {template[:60]!r} must hold {{prompt}} exactly once."
       )
     self._engine, self._pricer, self._tokenizer = engine, pricer, tokenizer
     self._candidates, self._budget = candidates, budget
@@ -152,7 +148,9 @@ class Searcher:
       top_k=top_k,
       top_p=top_p,
     )
-    self._template = template
+    self._template = templates.load(
+      template, ("prompt",), "config.synthesis.template"
+    )
 
   def run(
     self,

@@ -1,0 +1,193 @@
+"""REER takes a rewrite only if it makes the reference likelier.
+
+What is drawn is scripted, so that every rewrite is known; prices come from a
+real model, and are computed here once more by the definition.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.models import qwen3
+from opera_jax.scoring import price
+from opera_jax.synthesis import rewrite
+
+PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "The key was old.")
+DRAFT = "The scene is the old mill.\n\nWait, it rains.\n\nSo be it.\n</think>"
+REWRITES = [
+  "There is a key.\n\n",
+  "But the key was old.\n\n",
+  "So it ends.\n</think>",
+  "and on and on~",
+]
+ANSWER = "\n\nThe end.<|im_end|>"
+HEAD = "<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
+
+
+class ScriptedEngine:
+  """Hands out given texts instead of sampling; remembers what it was asked."""
+
+  def __init__(self, words, draft=DRAFT, rewrites=REWRITES, answer=ANSWER):
+    self.words, self.calls = words, []
+    self.draft, self.rewrites, self.answer = draft, rewrites, answer
+
+  def check(self, prompts, settings):
+    self.checked = max(map(len, prompts))
+
+  def sample(
+    self, params, prompts, settings, key, *, samples, ids, stops, advance
+  ):
+    out = []
+    for prompt in prompts:
+      context = self.words.decode(prompt)
+      self.calls.append((context, samples))
+      if context.endswith("</think>"):
+        texts = [self.answer]
+      elif samples == 1:
+        texts = [self.draft]
+      else:
+        texts = self.rewrites
+      assert len(texts) == samples
+      out.append([self._sample(text) for text in texts])
+    return out
+
+  def _sample(self, text):
+    tokens = self.words.encode_template(text.removesuffix("~"))
+    none = np.zeros(len(tokens), np.float32)
+    return structs.Sample(tokens, none, not text.endswith("~"))
+
+
+@pytest.fixture(scope="module")
+def machine(words, one_device):
+  config = qwen3.Config(
+    vocab_size=words.vocab_size, hidden=32, layers=1, heads=2, kv_heads=1,
+    head_dim=16, intermediate=48,
+  )  # fmt: skip
+  graphdef, params = qwen3.create(config, 1)
+  params = jax.tree.map(lambda x: x * 3.0, params)
+  pricer = price.Pricer(
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=one_device,
+    rows=4,
+    length_buckets=(192,),
+    slot_buckets=(1,),
+    branch_buckets=(32,),
+  )
+  return params, pricer
+
+
+def _run(words, machine, engine, prompt=PROMPT, **settings):
+  params, pricer = machine
+  rewriter = rewrite.Rewriter(engine, pricer, words, **settings)
+  (trace,) = rewriter.run(None, params, [prompt], jax.random.key(0))
+  return trace
+
+
+def _perplexity(words, machine, thought):
+  """PPL(y_ref | x, z) in one row, by the definition."""
+  params, pricer = machine
+  row = words.encode_template(f"{HEAD}<think>\n{thought}</think>")
+  reference = words.encode(PROMPT.reference)
+  row = np.concatenate([row, words.encode("\n\n"), reference])
+  priced = pricer.price(params, [row]).trunk_logprob[0][-len(reference) :]
+  return float(np.exp(-priced.mean()))
+
+
+def test_every_step_is_replayed_by_the_definition(words, machine):
+  trace = _run(words, machine, ScriptedEngine(words), rounds=3)
+  assert trace.status == "complete"
+  steps = [
+    "The scene is the old mill.\n\n",
+    "Wait, it rains.\n\n",
+    "So be it.\n",
+  ]
+  number, gains = 0, 0
+  for _ in range(3):
+    before = gains
+    for place in range(len(steps)):
+      made = trace.rounds[number]
+      number += 1
+      # What broke off is not tried; whatever closed a rewrite, it ends as its
+      # place asks.
+      end = "\n" if place == 2 else "\n\n"
+      drawn = [text.partition("\n")[0] + end for text in REWRITES[:3]]
+      tried = [steps[place], *drawn]
+      assert [c.text for c in made.candidates] == tried
+      expected = [
+        _perplexity(
+          words, machine, "".join([*steps[:place], text, *steps[place + 1 :]])
+        )
+        for text in tried
+      ]
+      found = [c.perplexity for c in made.candidates]
+      np.testing.assert_allclose(found, expected, rtol=1e-4)
+      assert made.kept == int(np.argmin(found))
+      gains += made.kept > 0
+      steps[place] = tried[made.kept]
+    if gains == before:
+      break
+  assert gains and number == len(trace.rounds)
+  assert trace.thought == "".join(steps)
+  assert trace.answer == "The end."
+  assert words.decode(trace.completion) == (
+    f"<think>\n{trace.thought}</think>{ANSWER}"
+  )
+
+
+def test_it_stops_after_a_round_without_gain(words, machine):
+  same = ["The scene is the old mill.\n\n"] * 4
+  engine = ScriptedEngine(words, draft=same[0] + "</think>", rewrites=same)
+  trace = _run(words, machine, engine)
+  # The step as it stands is kept among equals.
+  assert [made.kept for made in trace.rounds] == [0]
+  assert [samples for _, samples in engine.calls] == [1, 4, 1]
+
+
+def test_only_the_rewriter_sees_the_reference(words, machine):
+  engine = ScriptedEngine(words)
+  _run(
+    words, machine, engine, rounds=1,
+    template="Aloud: {prompt}", guide="{prompt} Known: {reference}",
+  )  # fmt: skip
+  (draft, _), *steps, (answer, _) = engine.calls
+  assert "Aloud: Tell" in draft and "Known" not in draft
+  assert steps and all("Known: The key was old." in c for c, _ in steps)
+  # Each step is drawn after the ones before it as they stand now.
+  assert steps[0][0].endswith("<think>\n")
+  assert answer.startswith(f"{HEAD}<think>\n")
+
+
+def test_a_longer_thought_is_not_taken(words, machine):
+  engine = ScriptedEngine(words, draft="So.\n\nYes.\n</think>")
+  size = len(words.encode("So.\n\nYes.\n"))
+  trace = _run(words, machine, engine, max_thought_tokens=size)
+  assert [len(made.candidates) for made in trace.rounds][0] == 1
+  assert trace.thought == "So.\n\nYes.\n"
+  head = len(words.encode_template(f"{HEAD}<think>\n"))
+  assert engine.checked > head + size  # room for guide and thought
+
+
+@pytest.mark.parametrize(
+  "changes, status",
+  [
+    ({"draft": "On and on~"}, "thought too long"),
+    ({"draft": "It stops.<|im_end|>"}, "turn ended inside the thought"),
+    ({"draft": "</think>"}, "thought missing"),
+    ({"answer": "\n\nThe answer goes on~"}, "answer too long"),
+  ],
+)
+def test_broken_traces_say_why(words, machine, changes, status):
+  trace = _run(words, machine, ScriptedEngine(words, **changes), rounds=1)
+  assert trace.status == status
+
+
+def test_bad_settings(words, machine):
+  bare = structs.Prompt("q", "open_ended", "Tell.", "")
+  with pytest.raises(ValueError, match="'q' has no reference.*method=search"):
+    _run(words, machine, ScriptedEngine(words), prompt=bare)
+  with pytest.raises(ValueError, match="candidates=0"):
+    _run(words, machine, ScriptedEngine(words), candidates=0)
+  with pytest.raises(ValueError, match="config.synthesis.guide"):
+    _run(words, machine, ScriptedEngine(words), guide="{prompt}")
