@@ -26,6 +26,7 @@ ROWS = (
     "\"--config.synthesis.brakes=('\\n\\n',)\"",
   ),
   ("first five reflections", "", "--config.synthesis.budget=5"),
+  ("rewriting (REER)", "", "--config.synthesis.method=rewrite"),
 )
 MEASURES = (
   *("logp_thought", "score", "facts", "correct"),

@@ -79,6 +79,7 @@ def get_config(arg: str = ""):
   config.synthesis.max_step_tokens = 96
   config.synthesis.max_thought_tokens = 224
   config.synthesis.max_answer_tokens = 128
+  config.synthesis.guide = "{prompt}"  # too small to follow another
 
   config.sft.batch_size = 4
   config.sft.packed = True

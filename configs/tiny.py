@@ -47,6 +47,8 @@ def get_config(arg: str = ""):
   config.synthesis.max_step_tokens = 96
   config.synthesis.max_thought_tokens = 192
   config.synthesis.max_answer_tokens = 96
+  # Too small to follow a guide: where it rewrites, it samples anew.
+  config.synthesis.guide = "{prompt}"
 
   config.sft.batch_size = 8
   config.sft.packed = True

@@ -59,6 +59,10 @@ def main(_) -> None:
 def opera(config, folder: str) -> None:
   """The whole method, in the folder of the run."""
   stages = workdir.parse_stages(config.stages, STAGES)
+  searching = cold_start.Search(**config.synthesis)
+  selecting = config.select.to_dict()
+  rl_rules = rl_filter.Rules(**selecting.pop("rl"))
+  rules = filters.Rules(**selecting)
   run = setup.setup(
     folder,
     temperature=config.rollout.temperature,
@@ -80,9 +84,6 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
-  searching = cold_start.Search(**config.synthesis)
-  rules = config.select.to_dict()
-  rl_rules = rl_filter.Rules(**rules.pop("rl"))
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(
@@ -103,7 +104,7 @@ def opera(config, folder: str) -> None:
     if "select" in stages:
       cold_start.select(
         run,
-        filters.Rules(**rules),
+        rules,
         config.reward.keywords,
         card.Card(**config.card),
       )

@@ -27,14 +27,15 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   runtime.start(**config.runtime)
+  searching = cold_start.Search(**config.synthesis)
+  selecting = config.select.to_dict()
+  selecting.pop("rl")  # of the RL stage
+  rules = filters.Rules(**selecting)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
-  searching = cold_start.Search(**config.synthesis)
-  rules = config.select.to_dict()
-  rules.pop("rl")  # of the RL stage
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,
@@ -44,9 +45,7 @@ def main(_) -> None:
     )
     about = card.Card(**config.card)
     cold_start.synthesize(run, searching, about, preemption)
-    cold_start.select(
-      run, filters.Rules(**rules), config.reward.keywords, about
-    )
+    cold_start.select(run, rules, config.reward.keywords, about)
 
 
 if __name__ == "__main__":

@@ -57,17 +57,15 @@ class Search:
         f"Unknown config.synthesis.method {self.method!r}; use one of "
         f"{METHODS}."
       )
-    for setting, names in self.templates().items():
+    for setting in self.templates():
       text = templates.load(
-        getattr(self, setting), names, f"config.synthesis.{setting}"
+        getattr(self, setting), ("prompt",), f"config.synthesis.{setting}"
       )
       object.__setattr__(self, setting, text)
 
-  def templates(self) -> dict[str, tuple[str, ...]]:
-    """The templates in force, and the placeholders of each."""
-    if self.method == "search":
-      return {"template": ("prompt",)}
-    return {"template": ("prompt",), "guide": ("prompt", "reference")}
+  def templates(self) -> tuple[str, ...]:
+    """The fields whose templates are in force."""
+    return ("template",) if self.method == "search" else ("template", "guide")
 
 
 def synthesize(

@@ -5,7 +5,8 @@ z* = argmin_z PPL(y_ref | x, z). Here, for every prompt:
 
 1. draft: sample a thought after the meta-prompt;
 2. rewrite: for one step of it after the other, sample k steps in its place, by
-   a policy that is shown the reference and the thought up to there;
+   a policy that is shown the thought up to there, and by its own template the
+   reference;
 3. price: mean log p(y_ref | x, z') of each whole thought z' after the ORIGINAL
    prompt, which says nothing of the reference;
 4. keep the best of them if it is above the thought as it stands;
@@ -101,7 +102,8 @@ class Rewriter:
         longer thought is not taken.
       max_answer_tokens: a longer answer is given up.
       template: the meta-prompt of the draft, with one `{prompt}`.
-      guide: that of a rewrite, with one `{prompt}` and one `{reference}`.
+      guide: that of a rewrite, with one `{prompt}`; without `{reference}` the
+        rewriter does not see it, and steps are but sampled anew.
 
     Raises:
       ValueError: no candidate, no round, a template without its placeholder.
@@ -116,9 +118,7 @@ class Rewriter:
     self._template = templates.load(
       template, ("prompt",), "config.synthesis.template"
     )
-    self._guide = templates.load(
-      guide, ("prompt", "reference"), "config.synthesis.guide"
-    )
+    self._guide = templates.load(guide, ("prompt",), "config.synthesis.guide")
     self._most = max_thought_tokens
     self._stops = automaton.compile_stops(
       (thought_lib.SEPARATOR,), tokenizer.vocab_bytes

@@ -126,6 +126,11 @@ def test_configs_are_locked_and_hold_common_fields_only(name):
     ("rl.mini_batch", 3, "config.rl.mini_batch"),
     ("base.batch_size", 12, "config.base.batch_size"),
     ("tokenizer.path", "no/such/folder", "tokenizer.json"),
+    ("synthesis.template", "Think.", "'Think.' holds {prompt} 0 times"),
+    ("synthesis.template", "none.txt", "synthesis.template=none.txt: no such"),
+    ("synthesis.method", "polish", "config.synthesis.method 'polish'"),
+    ("select.max_copied", 1.5, "config.select.max_copied"),
+    ("select.rl.band", (3.0, 2.0), "config.select.rl.band"),
   ],
 )
 def test_a_wrong_value_is_named_before_any_work(

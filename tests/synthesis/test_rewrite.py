@@ -190,4 +190,4 @@ def test_bad_settings(words, machine):
   with pytest.raises(ValueError, match="candidates=0"):
     _run(words, machine, ScriptedEngine(words), candidates=0)
   with pytest.raises(ValueError, match="config.synthesis.guide"):
-    _run(words, machine, ScriptedEngine(words), guide="{prompt}")
+    _run(words, machine, ScriptedEngine(words), guide="{reference}")
