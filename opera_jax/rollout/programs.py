@@ -212,10 +212,7 @@ def decode(
       (((1,), (1 if transposed else 0,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    key_R = jax.vmap(jax.random.fold_in)(
-      jax.random.wrap_key_data(slots.key.reshape(B * S, -1)),
-      slots.depth.reshape(B * S),
-    )
+    key_R = jax.random.wrap_key_data(slots.key.reshape(B * S, -1))
     token_R, logprob_R = sampling.sample(
       logit_RV, key_R, settings, slots.depth.reshape(B * S)
     )

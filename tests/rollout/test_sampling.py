@@ -129,3 +129,47 @@ def test_all_banned_is_refused():
   settings = sampling.Sampling(max_new_tokens=9, banned_ids=(0, 1))
   with pytest.raises(ValueError, match="leave at least one"):
     settings.check(2)
+
+
+def test_draws_of_keys_places_and_tokens_are_independent():
+  """Neither the next token nor the next key repeats or leans on this one."""
+  V, keys, places = 64, 200, 40
+  logits = jnp.zeros((keys, V))
+  key_R = jax.random.split(jax.random.key(3), keys)
+  settings = sampling.Sampling(max_new_tokens=places)
+
+  @jax.jit
+  def draw(place):
+    drawn_R = jnp.full(keys, place)
+    return sampling.sample(logits, key_R, settings, drawn_R)[0]
+
+  drawn = np.stack([draw(place) for place in range(places)])
+  for one, two in (
+    (drawn[:-1], drawn[1:]),
+    (drawn[:, :-1], drawn[:, 1:]),
+    (drawn, np.zeros_like(drawn)),
+  ):
+    # Both halves of a pair, and their difference, are uniform over V.
+    counts = np.bincount(((one - two) % V).ravel(), minlength=V)
+    expected = one.size / V
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    assert statistic < 103.4  # 99.9th percentile, 63 degrees of freedom
+
+
+def test_rare_tokens_come_as_often_as_they_should():
+  """A vocabulary of 100,000: the tail is drawn in proportion, to its end."""
+  V, draws = 100_000, 4000
+  logits = jnp.where(jnp.arange(V) < 10, 9.0, 0.0)
+  tokens, _ = sampling.sample(
+    jnp.broadcast_to(logits[None], (draws, V)),
+    jax.random.split(jax.random.key(1), draws),
+    sampling.Sampling(max_new_tokens=1),
+  )
+  tokens = np.asarray(tokens)
+  share = 10 * np.exp(9.0) / (10 * np.exp(9.0) + V - 10)
+  common = (tokens < 10).sum()
+  assert abs(common - draws * share) < 4 * (draws * share * (1 - share)) ** 0.5
+  tail = tokens[tokens >= 10]
+  tenths = np.bincount(tail * 10 // V, minlength=10)
+  expected = len(tail) / 10
+  assert ((tenths - expected) ** 2 / expected).sum() < 27.9  # 9 degrees
