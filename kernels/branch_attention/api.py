@@ -5,8 +5,9 @@ its own branch's keys c <= offset[b, s] + g:
 
   out = softmax_visible(scale q [trunk_k; branch_k]^T) [trunk_v; branch_v]
 
-Pricing: C == G, offset 0. Decoding: G == 1, C the cache's length, offset the
-number of tokens before the current one, S the samples of one prompt.
+Pricing: C == G, offset 0. Decoding (`decode_attention`): G == 1, C the cache's
+length, offset the number of tokens before the current one, S the samples of
+one prompt.
 
 Shape key: B rows, S branches, G queries of a branch, N query heads, K
 key-value heads, H head features, T trunk length, C branch length.
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import target
-from kernels.branch_attention import pallas_tpu, reference, xla
+from kernels.branch_attention import pallas_tpu, reference, xla, xla_decode
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
@@ -30,7 +31,6 @@ def branch_attention(
   limit_BS: jax.Array,
   offset_BS: jax.Array | None = None,
   *,
-  layer: jax.Array | None = None,
   scale: float,
   implementation: str | None = None,
   block_keys: int | None = None,
@@ -51,12 +51,9 @@ def branch_attention(
     branch_v_BSCKH: like the branches' keys.
     limit_BS: [B, S] integer, how much of the trunk a branch sees.
     offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
-    layer: int scalar; keys and values then lead with an axis of layers, of
-      which this one is read where it lies, by "xla". Without gradients.
     scale: what multiplies q.k, usually H ** -0.5.
     implementation: "reference", "xla" or "pallas_tpu"; None picks.
-    block_keys: keys of one block of "xla"; None is 256, or 128 with one query
-      a branch, whose caches are mostly part-filled.
+    block_keys: keys of one block of "xla"; None is 256.
     block_scores: scores of one row of the batch that "xla" holds at once,
       over all heads; more queries than that go chunk by chunk. None is what
       a CPU's caches hold, or 16 MiB on an accelerator.
@@ -76,36 +73,19 @@ def branch_attention(
     branch_k_BSCKH,
     branch_v_BSCKH,
   )
-  if layer is not None and not (
-    implementation == "xla"
-    or (implementation is None and target.platform() != "tpu")
-  ):
-    arrays = (q_BSGNH, *(x[layer] for x in arrays[1:]))
-    layer = None
-  _check(*(x if layer is None or x is q_BSGNH else x[0] for x in arrays))
+  _check(*arrays)
   if offset_BS is None:
     offset_BS = jnp.zeros_like(limit_BS)
   _check_bounds(q_BSGNH, limit_BS, offset_BS)
   if block_keys is None:
-    block_keys = 256 if q_BSGNH.shape[2] > 1 else 128
+    block_keys = 256
   if block_scores is None:
     block_scores = _score_budget(*q_BSGNH.shape[::3], block_keys)
-  if block_keys < 1 or block_scores < 1:
-    raise ValueError(
-      f"Blocks hold at least 1 key and 1 score, got block_keys={block_keys} "
-      f"and block_scores={block_scores}. Raise them."
-    )
-  if implementation is not None and implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"Branch attention has the implementations {IMPLEMENTATIONS}, got "
-      f"{implementation!r}. Name one of them, or None."
-    )
+  _check_blocks(block_keys=block_keys, block_scores=block_scores)
+  implementation = _pick(implementation, arrays)
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     return reference.branch_attention(*arrays, *bounds, scale=scale)
-  if implementation is None and target.platform() == "tpu":
-    applies = pallas_tpu.unsupported(*arrays) is None
-    implementation = "pallas_tpu" if applies else "xla"
   if implementation == "pallas_tpu":
     return pallas_tpu.branch_attention(*arrays, *bounds, scale=float(scale))
   return xla.branch_attention(
@@ -114,14 +94,100 @@ def branch_attention(
     scale=float(scale),
     block_keys=block_keys,
     block_scores=block_scores,
-    layer=layer,
   )
+
+
+def decode_attention(
+  q_BSNH: jax.Array,
+  trunk_k_LBKTH: jax.Array,
+  trunk_v_LBKTH: jax.Array,
+  branch_k_LBSKCH: jax.Array,
+  branch_v_LBSKCH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array,
+  layer: jax.Array | None = None,
+  *,
+  scale: float,
+  implementation: str | None = None,
+  block_keys: int | None = None,
+) -> jax.Array:
+  """`branch_attention` of one query a branch, in one layer of caches.
+
+  The caches hold heads before tokens, and all layers, of which one is read
+  where it lies, or one layer, without the axis L. Without gradients.
+
+  Args:
+    q_BSNH: [B, S, N, H] floating.
+    trunk_k_LBKTH: [L, B, K, T, H] floating.
+    trunk_v_LBKTH: like the trunk's keys.
+    branch_k_LBSKCH: [L, B, S, K, C, H] floating.
+    branch_v_LBSKCH: like the branches' keys.
+    limit_BS: [B, S] integer, how much of the trunk a branch sees.
+    offset_BS: [B, S] integer, own keys before the query's.
+    layer: int scalar in [0, L), or None where the caches are of one layer.
+    scale: what multiplies q.k, usually H ** -0.5.
+    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    block_keys: keys of one block of "xla"; None is 64 on a CPU, else 128.
+
+  Returns:
+    [B, S, N, H], of q's dtype.
+
+  Raises:
+    ValueError: as `branch_attention`.
+  """
+  caches = (trunk_k_LBKTH, trunk_v_LBKTH, branch_k_LBSKCH, branch_v_LBSKCH)
+  one = caches
+  if layer is not None:
+    one = [jax.eval_shape(lambda x: x[0], x) for x in caches]
+  one = [jax.eval_shape(lambda x: x.swapaxes(-3, -2), x) for x in one]
+  _check(jax.eval_shape(lambda q: q[:, :, None], q_BSNH), *one)
+  _check_bounds(q_BSNH, limit_BS, offset_BS)
+  if block_keys is None:
+    block_keys = 64 if target.platform() == "cpu" else 128
+  _check_blocks(block_keys=block_keys)
+  implementation = _pick(implementation, (q_BSNH, *caches))
+  bounds = (limit_BS, jnp.maximum(offset_BS, 0))
+  if implementation == "reference":
+    own = [x if layer is None else x[layer] for x in caches]
+    own = [x.swapaxes(-3, -2) for x in own]
+    return reference.branch_attention(
+      q_BSNH[:, :, None], *own, *bounds, scale=scale
+    )[:, :, 0]
+  arrays = (q_BSNH, *caches, *bounds, layer)
+  if implementation == "pallas_tpu":
+    if layer is None:
+      arrays = (q_BSNH, *(x[None] for x in caches), *bounds, jnp.int32(0))
+    return pallas_tpu.decode_attention(*arrays, scale=float(scale))
+  return xla_decode.decode_attention(
+    *arrays, scale=float(scale), block_keys=block_keys
+  )
+
+
+def _pick(implementation, arrays):
+  """The name of the implementation, checked."""
+  if implementation is None:
+    tpu = target.platform() == "tpu" and not pallas_tpu.unsupported(*arrays)
+    return "pallas_tpu" if tpu else "xla"
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"Branch attention has the implementations {IMPLEMENTATIONS}, got "
+      f"{implementation!r}. Name one of them, or None."
+    )
+  return implementation
 
 
 def _score_budget(B, N, block_keys):
   if target.platform() == "cpu":
     return max((1 << 20) // B, 64 * N * block_keys)
   return 1 << 22
+
+
+def _check_blocks(**sizes):
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(
+        f"A block holds at least 1 key and score, got {name}={size}. Raise it."
+      )
 
 
 def _check(q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH):

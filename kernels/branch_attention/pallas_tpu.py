@@ -7,9 +7,10 @@ pass runs each half with the logsumexp of the whole. Against the trunk all
 queries of a row stand in one long block, so that decoding reads a prompt's
 cache once for all of its samples.
 
-The kernels read keys as [.., K, length, H]. Inside a jitted loop or layer XLA
-lays caches and projections out that way and the transposes here are free; an
-array that enters a program with its axes in memory order is copied once.
+The kernels read keys as [.., K, length, H]. Caches lie that way; inside a
+jitted layer XLA lays projections out that way too and the transposes here are
+free; an array that enters a program with its axes in memory order is copied
+once.
 
 Shape key: B rows, S branches, G queries of a branch, N query heads, K
 key-value heads, R = N / K, Q = G * R, H head features, T trunk length, C
@@ -25,20 +26,17 @@ from kernels import manual_axes
 from kernels.branch_attention import prefix
 
 
-def unsupported(
-  q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
-) -> str | None:
-  """Why these kernels do not apply, or None where they do."""
-  arrays = (q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH)
+def unsupported(*arrays: jax.Array) -> str | None:
+  """Why these kernels do not apply, or None where they do.
+
+  Args:
+    *arrays: queries, keys and values; features are their last axis.
+  """
   dtypes = {str(x.dtype) for x in arrays}
   if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
     return f"the arrays are {sorted(dtypes)}, not all float32 or all bfloat16"
-  if q_BSGNH.shape[-1] > 256:
-    return f"a head has {q_BSGNH.shape[-1]} features, more than 256"
+  if arrays[0].shape[-1] > 256:
+    return f"a head has {arrays[0].shape[-1]} features, more than 256"
   return None
 
 
@@ -59,12 +57,64 @@ def branch_attention(
     NotImplementedError: with the reason, where `unsupported` gives one.
   """
   arrays = (q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH)
+  _refuse(*arrays)
+  return _attention(scale, *arrays, limit_BS, offset_BS)
+
+
+def decode_attention(
+  q_BSNH: jax.Array,
+  trunk_k_LBKTH: jax.Array,
+  trunk_v_LBKTH: jax.Array,
+  branch_k_LBSKCH: jax.Array,
+  branch_v_LBSKCH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array,
+  layer: jax.Array,
+  *,
+  scale: float,
+) -> jax.Array:
+  """Computes `api.decode_attention`; the layer is fetched where it lies.
+
+  Raises:
+    NotImplementedError: with the reason, where `unsupported` gives one.
+  """
+  trunk, branches = (
+    (trunk_k_LBKTH, trunk_v_LBKTH),
+    (branch_k_LBSKCH, branch_v_LBSKCH),
+  )
+  _refuse(q_BSNH, *trunk, *branches)
+  B, S, N, H = q_BSNH.shape
+  K, T = trunk_k_LBKTH.shape[2:4]
+  R, C = N // K, branch_k_LBSKCH.shape[4]
+  q_BKSRH = q_BSNH.reshape(B, S, K, R, H).swapaxes(1, 2)
+  limit_BSR, own_BSR = (
+    jnp.broadcast_to(jnp.minimum(x, most)[..., None], (B, S, R))
+    for x, most in ((limit_BS, T), (offset_BS + 1, C))
+  )
+  seed = prefix.forward(
+    scale,
+    q_BKSRH.reshape(B, K, 1, S * R, H),
+    *[x[:, :, None] for x in trunk],
+    limit_BSR.reshape(B, 1, S * R).astype(jnp.int32),
+    layer=layer,
+  )
+  out_BKSRH, _ = prefix.forward(
+    scale,
+    q_BKSRH,
+    *branches,
+    own_BSR.astype(jnp.int32),
+    [x.reshape(B, K, S, R, -1) for x in seed],
+    layer=layer,
+  )
+  return out_BKSRH.swapaxes(1, 2).reshape(B, S, N, H)
+
+
+def _refuse(*arrays):
   reason = unsupported(*arrays)
   if reason is not None:
     raise NotImplementedError(
       f"The TPU kernel does not apply: {reason}. Pass implementation='xla'."
     )
-  return _attention(scale, *arrays, limit_BS, offset_BS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

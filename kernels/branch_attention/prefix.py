@@ -40,6 +40,7 @@ def forward(
   v_BSKTH: jax.Array,
   seen_BSQ: jax.Array,
   seed: tuple[jax.Array, jax.Array] | None = None,
+  layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attends to prefixes.
 
@@ -50,15 +51,20 @@ def forward(
     v_BSKTH: like the keys.
     seen_BSQ: [B, S, Q] int32 in [0, T], how many keys a query sees.
     seed: out and logsumexp over other keys of the same softmax, or None.
+    layer: int scalar; keys and values then lead with an axis of layers, of
+      which this one is fetched where it lies.
 
   Returns:
     out [B, K, S, Q, H], of q's dtype if seeded, else float32, to be a seed;
     logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
     a logsumexp of about -1e30.
   """
-  plan = Plan(q_BKSQH, k_BSKTH)
+  plan = Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
   *outer, H = q_BKSQH.shape
   seed = seed or ()
+  needed = plan.needed(seen_BSQ)
+  if layer is not None:
+    needed = jnp.append(needed, layer.astype(jnp.int32))
   operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seed)
   per_query = (plan.query_spec(H, _outer), plan.query_spec(1, _outer))
   return pl.pallas_call(
@@ -86,7 +92,7 @@ def forward(
     ),
     compiler_params=_compiler_params(),
     name="prefix_attention_forward",
-  )(plan.needed(seen_BSQ), *operands)
+  )(needed, *operands)
 
 
 def backward(
@@ -172,9 +178,10 @@ class Plan:
   The grid is (b, s, head group, outer block, inner block).
   """
 
-  def __init__(self, q_BKSQH, k_BSKTH):
+  def __init__(self, q_BKSQH, k_BSKTH, layered=False):
     B, K, S, Q, self.H = q_BKSQH.shape
-    self.T, self.Q, self.S = k_BSKTH.shape[3], Q, S
+    self.T, self.Q, self.S = k_BSKTH.shape[-2], Q, S
+    self.layered = layered
     self.q = min(Q, BLOCK_QUERIES)
     self.heads = K if Q <= FEW_QUERIES else 1
     key_bytes = self.heads * self.H * k_BSKTH.dtype.itemsize
@@ -223,6 +230,14 @@ class Plan:
     )
 
   def key_spec(self, key):
+    if self.layered:  # its number stands behind the numbers of blocks
+      return pl.BlockSpec(
+        (None, 1, 1, self.heads, self.t, self.H),
+        lambda b, s, k, *rest: (
+          *(rest[-1][rest[-1].shape[0] - 1], b, s, k),
+          *(key(b, s, *rest), 0),
+        ),
+      )
     return pl.BlockSpec(
       (1, 1, self.heads, self.t, self.H),
       lambda b, s, k, *rest: (b, s, k, key(b, s, *rest), 0),

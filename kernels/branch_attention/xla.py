@@ -34,7 +34,6 @@ def branch_attention(
   scale: float,
   block_keys: int,
   block_scores: int,
-  layer: jax.Array | None = None,
 ) -> jax.Array:
   """Streams `api.branch_attention`; `block_scores` scores of a row at once."""
   B, S, G, N, H = q_BSGNH.shape
@@ -49,11 +48,7 @@ def branch_attention(
     *(trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH),
     *(limit_BS, offset_BS),
   )
-  if layer is None:
-    out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
-  else:
-    settings = (scale, block_keys, (S, G + pad))
-    out_BSGKRH = _forward_rule(settings, *arrays, layer=layer)[0]
+  out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
   return out_BSGKRH.reshape(B, S, G + pad, N, H)[:, :, :G]
 
 
@@ -62,14 +57,12 @@ def _attention(settings, q_BSGKRH, *keys):
   return _forward_rule(settings, q_BSGKRH, *keys)[0]
 
 
-def _forward_rule(settings, q_BSGKRH, *keys, layer=None):
+def _forward_rule(settings, q_BSGKRH, *keys):
   scale, block_keys, chunk = settings
 
   def attend(part):
     q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
-    own = keys[2:]
-    if layer is None:
-      own = [_take(x, part, chunk[:1]) for x in own]
+    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
     zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
     total = (zero[..., 0] + MASKED, zero[..., 0], zero)
     total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
@@ -85,8 +78,8 @@ def _forward_rule(settings, q_BSGKRH, *keys, layer=None):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     limit = own[2][..., None]
-    total = _visit(step, total, BRANCH, *own[:2], seen, block_keys, layer)
-    total = _visit(step, total, TRUNK, *keys[:2], limit, block_keys, layer)
+    total = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
+    total = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
@@ -161,15 +154,14 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
+def _visit(step, total, axes, k, v, seen_BSQ, block_keys):
   """Folds `step` over the blocks of keys that some query sees.
 
   `seen_BSQ` (or [B, S, 1]) counts the visible keys. The last block ends at
-  the last key; what it shares with the block before is masked. With a layer,
-  keys and values lead with an axis of layers, and a block is cut out of all.
+  the last key; what it shares with the block before is masked.
   """
   axis = axes.index("x")
-  length = k.shape[axis + (layer is not None)]
+  length = k.shape[axis]
   size = min(block_keys, length)
   seen_B1SQ1 = seen_BSQ[:, None, :, :, None]
 
@@ -177,19 +169,12 @@ def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
     start = jnp.minimum(i * size, length - size)
     position = (start + jnp.arange(size))[None, None, None, None]
     visible = (position >= i * size) & (position < seen_B1SQ1)
-    k_block, v_block = (cut(x, start) for x in (k, v))
+    k_block, v_block = (
+      jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (k, v)
+    )
     return step(total, k_block, v_block, axes, visible, start)
 
-  def cut(x, start):
-    if layer is None:
-      return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-    starts, sizes = [0] * x.ndim, list(x.shape)
-    starts[0], sizes[0] = layer, 1
-    starts[axis + 1], sizes[axis + 1] = start, size
-    return jax.lax.dynamic_slice(x, starts, sizes)[0]
-
-  # With a layer even one block is a loop: the same program for any length.
-  if size == length and layer is None:
+  if size == length:
     visible = jnp.arange(size)[None, None, None, None] < seen_B1SQ1
     return step(total, k, v, axes, visible, 0)
   count = -(-jnp.minimum(jnp.max(seen_BSQ), length) // size)
@@ -198,56 +183,17 @@ def _visit(step, total, axes, k, v, seen_BSQ, block_keys, layer=None):
 
 def _scores(q_BKSQH, k, axes):
   """Every query against every key of a block, [B, K, S, Q, x] float32."""
-  B, K, S, Q, _ = q_BKSQH.shape
-  if _few(q_BKSQH, axes):
-    wide_BSNF = _heads_apart(q_BKSQH)
-    flat = k.reshape(*k.shape[:-2], -1)
-    if axes == TRUNK:
-      wide_BnF = wide_BSNF.reshape(B, S * K * Q, -1)
-      score = _einsum("bnf,bxf->bnx", wide_BnF, flat)
-    else:
-      score = _einsum("bsnf,bsxf->bsnx", wide_BSNF, flat)
-    return score.reshape(B, S, K, Q, -1).transpose(0, 2, 1, 3, 4)
   return _einsum(f"bksqh,{axes}->bksqx", q_BKSQH, k)
 
 
 def _weigh(p_BKSQx, v, axes):
   """Probabilities times values, [B, K, S, Q, H] float32."""
-  B, K, S, Q, x = p_BKSQx.shape
-  if _few(p_BKSQx, axes):
-    p_BSKQx = p_BKSQx.transpose(0, 2, 1, 3, 4)
-    flat = v.reshape(*v.shape[:-2], -1)
-    if axes == TRUNK:
-      wide = _einsum("bnx,bxf->bnf", p_BSKQx.reshape(B, -1, x), flat)
-    else:
-      wide = _einsum("bsnx,bsxf->bsnf", p_BSKQx.reshape(B, S, -1, x), flat)
-    wide = wide.reshape(B, S, K, Q, K, -1)
-    return jnp.stack([wide[:, :, k, :, k] for k in range(K)], axis=1)
   return _einsum(f"bksqx,{axes}->bksqh", p_BKSQx, v)
 
 
 def _spread(p_BKSQx, q_BKSQH, axes):
   """Transposed: what each key receives, shaped like the keys, float32."""
   return _einsum(f"bksqx,bksqh->{axes}", p_BKSQx, q_BKSQH)
-
-
-def _few(x_BKSQH, axes):
-  """Whether the queries that share keys are so few that heads go together."""
-  _, K, S, Q, _ = x_BKSQH.shape
-  return K * Q * (S if axes == TRUNK else 1) <= 32
-
-
-def _heads_apart(q_BKSQH):
-  """[B, S, K * Q, K * H]: each head in its own columns, zeros elsewhere.
-
-  A few queries of one branch then meet its cache in one matmul over K * H
-  features, which reads the cache as it lies; heads as a batch axis would have
-  it copied at every step of decoding.
-  """
-  B, K, S, Q, H = q_BKSQH.shape
-  same = jnp.eye(K, dtype=bool)[None, None, :, None, :, None]
-  q_BSKQ1H = q_BKSQH.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
-  return jnp.where(same, q_BSKQ1H, 0).reshape(B, S, K * Q, K * H)
 
 
 def _einsum(equation, x, y):

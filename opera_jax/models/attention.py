@@ -85,8 +85,8 @@ def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
 
   def attend(cache, layer, q, k, v):
     cache = kv_cache.Trunk(
-      k=cache.k.at[layer].set(k.astype(cache.k.dtype)),
-      v=cache.v.at[layer].set(v.astype(cache.v.dtype)),
+      k=cache.k.at[layer].set(jnp.swapaxes(k, 1, 2).astype(cache.k.dtype)),
+      v=cache.v.at[layer].set(jnp.swapaxes(v, 1, 2).astype(cache.v.dtype)),
     )
     return inner(None, layer, q, k, v)[0], cache
 
@@ -103,23 +103,27 @@ def decode(
 
   Queries come as [B, S, N, H] (the token axis holds the samples). The new
   key of a live sample is written into its own cache at `depth`, then the
-  sample sees its row's trunk below `limit` and its own keys up to there.
+  sample sees its row's trunk below `limit` and its own keys up to there. Where
+  the caches' layers are apart, `layer` must be an int.
   """
 
   def attend(cache, layer, q, k, v):
-    out_BSNH, cache_k, cache_v = on_mesh.decode_attention(
-      q,
-      k.astype(cache.k.dtype),
-      v.astype(cache.v.dtype),
-      trunk.k,
-      trunk.v,
-      cache.k,
-      cache.v,
-      limit_B,
-      jnp.where(live_BS, depth_BS, cache.k.shape[3]),
-      layer,
+    apart = isinstance(cache.k, tuple)
+    halves = [trunk.k, trunk.v, cache.k, cache.v]
+    if apart:
+      halves = [half[layer] for half in halves]
+    dtype = halves[0].dtype
+    out_BSNH, *new = on_mesh.decode_attention(
+      *(q, k.astype(dtype), v.astype(dtype), *halves, limit_B),
+      jnp.where(live_BS, depth_BS, cache.capacity),
+      None if apart else layer,
       scale=q.shape[-1] ** -0.5,
     )
-    return out_BSNH, kv_cache.Samples(k=cache_k, v=cache_v)
+    if apart:
+      new = [
+        (*old[:layer], one, *old[layer + 1 :])
+        for old, one in zip((cache.k, cache.v), new)
+      ]
+    return out_BSNH, kv_cache.Samples(*new)
 
   return attend

@@ -69,13 +69,13 @@ def decode_attention(
   q_BSNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  trunk_k_LBTKH: jax.Array,
-  trunk_v_LBTKH: jax.Array,
-  cache_k_LBSCKH: jax.Array,
-  cache_v_LBSCKH: jax.Array,
+  trunk_k_LBKTH: jax.Array,
+  trunk_v_LBKTH: jax.Array,
+  cache_k_LBSKCH: jax.Array,
+  cache_v_LBSKCH: jax.Array,
   limit_B: jax.Array,
   depth_BS: jax.Array,
-  layer: jax.Array,
+  layer: jax.Array | None,
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -87,57 +87,59 @@ def decode_attention(
     q_BSNH: queries of the new tokens.
     k_BSKH: their keys, of the cache's dtype.
     v_BSKH: their values.
-    trunk_k_LBTKH: keys of the rows' prompts, all layers.
-    trunk_v_LBTKH: values.
-    cache_k_LBSCKH: keys of the samples' own tokens.
-    cache_v_LBSCKH: values.
+    trunk_k_LBKTH: keys of the rows' prompts, all layers.
+    trunk_v_LBKTH: values.
+    cache_k_LBSKCH: keys of the samples' own tokens.
+    cache_v_LBSKCH: values.
     limit_B: int32, trunk tokens that a row's samples see.
     depth_BS: int32, the place of the new token in its cache; C or more writes
       nothing, and what the sample then gives has no meaning.
-    layer: int32 scalar.
+    layer: int32 scalar; None where the caches are one layer's, without L.
     scale: what multiplies q.k.
 
   Returns:
     out [B, S, N, H], and the two caches.
   """
 
-  def run(q, k, v, trunk_k, trunk_v, cache_k, cache_v, limit, depth, layer):
+  def run(q, k, v, trunk_k, trunk_v, cache_k, cache_v, limit, depth, *layer):
     B, S = depth.shape
-    place = (layer, jnp.arange(B)[:, None], jnp.arange(S)[None], depth)
+    b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
+    place = (*layer, b, s, slice(None), depth)
     cache_k = cache_k.at[place].set(k, mode="drop")
     cache_v = cache_v.at[place].set(v, mode="drop")
-    live = depth < cache_k.shape[3]
-    out = branch_attention_api.branch_attention(
-      q[:, :, None],
+    live = depth < cache_k.shape[-2]
+    out = branch_attention_api.decode_attention(
+      q,
       trunk_k,
       trunk_v,
       cache_k,
       cache_v,
       jnp.where(live, limit[:, None], 0),
       jnp.where(live, depth, 0),
-      layer=layer,
+      *layer,
       scale=scale,
-      block_keys=DECODE_BLOCK,
     )
-    return out[:, :, 0], cache_k, cache_v
+    return out, cache_k, cache_v
 
   arrays = (
-    *(q_BSNH, k_BSKH, v_BSKH, trunk_k_LBTKH, trunk_v_LBTKH),
-    *(cache_k_LBSCKH, cache_v_LBSCKH, limit_B, depth_BS, layer),
+    *(q_BSNH, k_BSKH, v_BSKH, trunk_k_LBKTH, trunk_v_LBKTH),
+    *(cache_k_LBSKCH, cache_v_LBSKCH, limit_B, depth_BS),
+    *(() if layer is None else (layer,)),
   )
   if rules.alone():
     return run(*arrays)
   batch = rules.activation_axis("batch", q_BSNH.shape[0])
   heads = rules.activation_axis("heads", k_BSKH.shape[2])
   new = PartitionSpec(batch, None, heads)
-  trunk = PartitionSpec(None, batch, None, heads)
-  cache = PartitionSpec(None, batch, None, None, heads)
+  stack = () if layer is None else (None,)
+  trunk = PartitionSpec(*stack, batch, heads)
+  cache = PartitionSpec(*stack, batch, None, heads)
   row = PartitionSpec(batch)
   return jax.shard_map(
     run,
     in_specs=(
       *(new, new, new, trunk, trunk, cache, cache, row, row),
-      PartitionSpec(),
+      *([PartitionSpec()] * len(stack)),
     ),
     out_specs=(new, cache, cache),
   )(*arrays)

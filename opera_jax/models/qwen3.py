@@ -11,7 +11,7 @@ H head dimension, F feed-forward, V vocabulary, L layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -245,6 +245,7 @@ class Qwen3(nnx.Module):
     position_BT: jax.Array,
     attend: Attend,
     cache: Any = None,
+    layers: Sequence[Any] | None = None,
   ) -> tuple[jax.Array, Any]:
     """Runs all layers.
 
@@ -254,6 +255,7 @@ class Qwen3(nnx.Module):
       attend: `attend(cache, layer, q, k, v) -> (out, cache)`, one of
         `opera_jax.models.attention`.
       cache: what `attend` carries from layer to layer; None for none.
+      layers: what `apart` gave, to be run one after the other; None scans.
 
     Returns:
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
@@ -262,9 +264,7 @@ class Qwen3(nnx.Module):
     x_BTD = look_up(self.embed[...], token_BT, config.dtype)
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
-    graphdef, stacked = nnx.split(self.layers)
-    # Before the scan, so that devices send one another the compute dtype.
-    stacked = jax.tree.map(lambda x: x.astype(config.dtype), stacked)
+    graphdef, stacked = self._layers()
 
     def layer(carry, inputs):
       x_BTD, cache = carry
@@ -279,11 +279,35 @@ class Qwen3(nnx.Module):
       layer = jax.checkpoint(
         layer, policy=REMAT[config.remat], prevent_cse=False
       )
-    (x_BTD, cache), _ = jax.lax.scan(
-      layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
-    )
+    if layers is None:
+      (x_BTD, cache), _ = jax.lax.scan(
+        layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
+      )
+    else:
+      for index, params in enumerate(layers):
+        (x_BTD, cache), _ = layer((x_BTD, cache), (index, params))
     x_BTD = rms_norm(x_BTD, self.final_norm[...], config.norm_epsilon)
     return x_BTD, cache
+
+  def _layers(self):
+    """The layers' graph and stacked parameters, in the compute dtype."""
+    graphdef, stacked = nnx.split(self.layers)
+    # Before the scan, so that devices send one another the compute dtype.
+    dtype = self.config.dtype
+    return graphdef, jax.tree.map(lambda x: x.astype(dtype), stacked)
+
+  def apart(self) -> list[Any]:
+    """The layers' parameters, each layer's on its own.
+
+    A loop around `__call__` that is given them does not cut every layer out of
+    the stack in each of its turns. The program grows with the depth.
+    """
+    _, stacked = self._layers()
+
+    def one(index):
+      return jax.tree.map(lambda x: x[index], stacked)
+
+    return [one(index) for index in range(self.config.layers)]
 
   def head_matrix(self) -> tuple[jax.Array, bool]:
     """The output head, and whether it is [V, D] (tied) rather than [D, V]."""

@@ -50,14 +50,15 @@ class Values:
   ) -> slots_lib.Slots:
     """The engine's slots; see `slots.empty`."""
     self.rows("engine.rows", (rows,), jnp.int32)
-    shapes = jax.eval_shape(
-      functools.partial(
-        slots_lib.empty,
-        *(self._config, rows, slots, trunk, capacity),
-        recent=0,
-        dtype=dtype,
+    with jax.set_mesh(self._mesh):  # caches lie as its devices like it
+      shapes = jax.eval_shape(
+        functools.partial(
+          slots_lib.empty,
+          *(self._config, rows, slots, trunk, capacity),
+          recent=0,
+          dtype=dtype,
+        )
       )
-    )
     return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
       shapes,

@@ -298,7 +298,7 @@ class _Run:
     old, new = self._slots(max(shorter, default=longest)), self._slots()
     return Program(
       name="grow",
-      shape=f"caches of {old.cache.k.shape[3]:,} to {longest:,} tokens",
+      shape=f"caches of {old.cache.capacity:,} to {longest:,} tokens",
       jitted=programs_lib.programs(self._graphdef)["grow"],
       arguments=(old,),
       static={"capacity": longest},

@@ -10,6 +10,7 @@ tokens, D hidden, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,17 +63,18 @@ def admit(
       P,
       config.kv_heads,
       config.head_dim,
-      trunk.k.dtype,
+      jax.tree.leaves(trunk.k)[0].dtype,
     ),
   )
+  if isinstance(trunk.k, tuple):
+    piece = kv_cache.apart(piece)
   trunk = jax.tree.map(
-    lambda whole, part: whole.at[:, row_R, :P].set(part, mode="drop"),
+    lambda whole, part: whole.at[..., row_R, :, :P, :].set(part, mode="drop"),
     trunk,
     piece,
   )
   limit_B = limit_B.at[row_R].set(length_R - 1, mode="drop")
-  trunk = jax.tree.map(lambda x: rules.constrain(x, slots_lib.TRUNK), trunk)
-  return trunk, rules.constrain(limit_B, ("batch",))
+  return slots_lib.laid_out_trunk(trunk), rules.constrain(limit_B, ("batch",))
 
 
 def assign(
@@ -125,17 +127,19 @@ def keep(
   """
   B = slot_B.shape[0]
   n = jnp.arange(tokens, dtype=jnp.int32)[None]
-  T = slots.trunk.k.shape[2]
+  T = slots.trunk.length
   # Key j of a slot is that of its context's last token, then of its own.
   place_Bn = jnp.where(n < count_B[:, None], slots.limit[:, None] + n, T)
   row_B1 = jnp.arange(B)[:, None]
 
   def move(trunk, cache):
-    part = cache[:, jnp.arange(B), slot_B, :tokens]
-    return trunk.at[:, row_B1, place_Bn].set(part, mode="drop")
+    part_LBKnH = cache[..., jnp.arange(B), slot_B, :, :tokens, :]
+    part_BnLKH = jnp.moveaxis(part_LBKnH, (-4, -2), (0, 1))
+    return trunk.at[..., row_B1, :, place_Bn, :].set(part_BnLKH, mode="drop")
 
   trunk = kv_cache.Trunk(
-    k=move(slots.trunk.k, slots.cache.k), v=move(slots.trunk.v, slots.cache.v)
+    k=jax.tree.map(move, slots.trunk.k, slots.cache.k),
+    v=jax.tree.map(move, slots.trunk.v, slots.cache.v),
   )
   return slots_lib.laid_out(
     slots.replace(trunk=trunk, limit=slots.limit + count_B)
@@ -144,18 +148,21 @@ def keep(
 
 def grow(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
   """Lengthens every slot's cache to `capacity` tokens."""
-  more = capacity - slots.cache.k.shape[3]
-  pad = ((0, 0),) * 3 + ((0, more),) + ((0, 0),) * 2
-  cache = jax.tree.map(lambda x: jnp.pad(x, pad), slots.cache)
+  more = capacity - slots.cache.capacity
+  cache = jax.tree.map(lambda x: _padded(x, more), slots.cache)
   return slots_lib.laid_out(slots.replace(cache=cache))
 
 
 def grow_trunk(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
   """Lengthens every row's trunk to `capacity` tokens."""
-  more = capacity - slots.trunk.k.shape[2]
-  pad = ((0, 0),) * 2 + ((0, more),) + ((0, 0),) * 2
-  trunk = jax.tree.map(lambda x: jnp.pad(x, pad), slots.trunk)
+  more = capacity - slots.trunk.length
+  trunk = jax.tree.map(lambda x: _padded(x, more), slots.trunk)
   return slots_lib.laid_out(slots.replace(trunk=trunk))
+
+
+def _padded(x: jax.Array, more: int) -> jax.Array:
+  """`more` further tokens, which lie on the last axis but one."""
+  return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
 
 def decode(
@@ -164,6 +171,7 @@ def decode(
   slots: slots_lib.Slots,
   stops: automaton.Automaton | None,
   free: jax.Array,
+  layers: Sequence[Any] | None = None,
   *,
   settings: sampling.Sampling,
   steps: int,
@@ -180,6 +188,7 @@ def decode(
     stops: automaton of stop strings, or None.
     free: int32 scalar; leaves early when so many slots have ended in this
       call, to let new samples in.
+    layers: what `apart` gave, where the caches' layers are apart.
     settings: how to draw.
     steps: U.
     whole_rows: `free` counts rows of which every slot has ended.
@@ -205,6 +214,7 @@ def decode(
       slots.limit[:, None] + slots.depth,
       attention.decode(slots.trunk, slots.limit, slots.depth, slots.live),
       slots.cache,
+      layers,
     )
     logit_RV = jax.lax.dot_general(
       hidden_BSD.reshape(B * S, -1),
@@ -281,6 +291,11 @@ def _after(
   )
 
 
+def apart(graphdef: nnx.GraphDef, params: Any) -> list[Any]:
+  """The layers' parameters, each layer's on its own; see `Qwen3.apart`."""
+  return nnx.merge(graphdef, params).apart()
+
+
 def prompts_at_once(P: int) -> int:
   """How many prompts of a bucket one device computes together."""
   return max(1, TOGETHER // P)
@@ -294,6 +309,7 @@ def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
       static_argnums=(0, 1, 2, 3, 4),
       static_argnames=("recent", "dtype"),
     ),
+    "apart": jax.jit(functools.partial(apart, graphdef)),
     "admit": jax.jit(functools.partial(admit, graphdef), donate_argnums=(1, 2)),
     "assign": jax.jit(assign, donate_argnums=0),
     "keep": jax.jit(keep, donate_argnums=0, static_argnames="tokens"),

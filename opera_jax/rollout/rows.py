@@ -88,6 +88,10 @@ class Rows:
     """
     self._programs, self._params, self._slots = programs, params, slots
     self._stops, self._mesh = stops, mesh
+    # Where the caches' layers are apart, so are the weights.
+    self._layers = None
+    if isinstance(slots.cache.k, tuple):
+      self._layers = self._call("apart", params)
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
     self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
     self._static = {
@@ -166,7 +170,7 @@ class Rows:
     """
     need = int(self._depth[self._live].max()) + self._static["steps"]
     need = min(need, int(self._budget[self._live].max()))
-    if need > self._slots.cache.k.shape[3]:
+    if need > self._slots.cache.capacity:
       self._slots = self._call(
         "grow",
         self._slots,
@@ -178,6 +182,7 @@ class Rows:
       self._slots,
       self._stops,
       np.int32(free),
+      self._layers,
       **self._static,
     )
     drawn = layout.to_host(drawn)
@@ -248,7 +253,7 @@ class Rows:
 
   def _make_room(self, tokens: int) -> None:
     """Lengthens the trunks where they do not hold so many tokens."""
-    if tokens > self._slots.trunk.k.shape[2]:
+    if tokens > self._slots.trunk.length:
       longer = trunks_lib.bucket(tokens, self._prompt_buckets)
       self._slots = self._call(
         "grow_trunk", self._slots, capacity=slots_lib.whole_blocks(longer)

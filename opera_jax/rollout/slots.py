@@ -14,20 +14,21 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels import target
 from opera_jax.models import kv_cache, on_mesh, qwen3
 from opera_jax.sharding import rules
 
 STOPPED, LOOPED = 1, 2
-TRUNK = (None, "batch", None, "heads", None)
-CACHE = (None, "batch", None, None, "heads", None)
+TRUNK = ("batch", "heads", None, None)  # and layers before them, if stacked
+CACHE = ("batch", None, "heads", None, None)
 
 
 @struct.dataclass
 class Slots:
   """What every row and slot is at."""
 
-  trunk: kv_cache.Trunk  # [L, B, T, K, H]
-  cache: kv_cache.Samples  # [L, B, S, C, K, H]
+  trunk: kv_cache.Trunk  # [L, B, K, T, H] in all
+  cache: kv_cache.Samples  # [L, B, S, K, C, H] in all
   limit: jax.Array  # [B] int32, trunk tokens seen by the slots of a row
   token: jax.Array  # [B, S] int32, the token to feed next
   depth: jax.Array  # [B, S] int32, own tokens fed, which is tokens drawn
@@ -68,9 +69,13 @@ def empty(
   def zeros():
     return jnp.zeros(shape, jnp.int32)
 
+  trunk = kv_cache.empty_trunk(config.layers, rows, trunk_capacity, *sizes)
+  cache = kv_cache.empty_samples(config.layers, rows, slots, capacity, *sizes)
+  if target.platform() == "cpu":
+    trunk, cache = kv_cache.apart(trunk), kv_cache.apart(cache)
   slots = Slots(
-    trunk=kv_cache.empty_trunk(config.layers, rows, trunk_capacity, *sizes),
-    cache=kv_cache.empty_samples(config.layers, rows, slots, capacity, *sizes),
+    trunk=trunk,
+    cache=cache,
     limit=jnp.zeros(rows, jnp.int32),
     token=zeros(),
     depth=zeros(),
@@ -117,9 +122,21 @@ def _by_axes(function, slots: Slots) -> Slots:
     slots.replace(trunk=None, cache=None),
   )
   return rest.replace(
-    trunk=jax.tree.map(lambda x: function(x, TRUNK), slots.trunk),
-    cache=jax.tree.map(lambda x: function(x, CACHE), slots.cache),
+    trunk=_of_layers(function, slots.trunk, TRUNK),
+    cache=_of_layers(function, slots.cache, CACHE),
   )
+
+
+def _of_layers(function, cache, axes):
+  """Stacked layers lead with an axis of their own."""
+  return jax.tree.map(
+    lambda x: function(x, (None,) * (x.ndim - len(axes)) + axes), cache
+  )
+
+
+def laid_out_trunk(trunk: kv_cache.Trunk) -> kv_cache.Trunk:
+  """Pins the trunk over the mesh in force."""
+  return _of_layers(rules.constrain, trunk, TRUNK)
 
 
 def whole_blocks(tokens: int) -> int:

@@ -219,25 +219,79 @@ def test_bad_input_names_the_value(change, message):
     api.branch_attention(*arrays, limit_BS, offset_BS, scale=SCALE, **change)
 
 
-def test_a_layer_is_read_out_of_all():
-  arrays, limit_BS = _inputs(G=1, C=9)
-  offset_BS = jnp.asarray([[0, 8, 2], [1, 0, 3]], jnp.int32)
-  q, *keys = arrays
-  stacked = [jnp.stack([-x, x, 2 * x]) for x in keys]
+def _caches(keys, layers=3, layer=1):
+  """Trunk and branches as decoding keeps them: heads first, layers stacked."""
+  own = [jnp.swapaxes(x, -3, -2) for x in keys]
+  if not layers:
+    return own
+  return [
+    jnp.stack([x if i == layer else -x - i for i in range(layers)]) for x in own
+  ]
 
-  def attend(implementation, layer):
-    return api.branch_attention(
-      q,
-      *(keys if layer is None else stacked),
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    {"S": 3, "T": 13, "C": 9},
+    {"S": 3, "T": 16, "C": 12},  # whole blocks
+    {"S": 6, "N": 8, "T": 16, "C": 8},  # many queries on a trunk
+  ],
+)
+def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
+  if implementation == "pallas_tpu":
+    request.getfixturevalue("interpreted")
+  arrays, limit_BS = _inputs(G=1, **sizes)
+  rng = np.random.default_rng(1)
+  offset_BS = jnp.asarray(rng.integers(sizes["C"], size=limit_BS.shape))
+  q, *keys = arrays
+  want = api.branch_attention(
+    *arrays, limit_BS, offset_BS, scale=SCALE, implementation="reference"
+  )[:, :, 0]
+
+  @jax.jit
+  def attend(caches, layer):
+    return api.decode_attention(
+      q[:, :, 0],
+      *caches,
       limit_BS,
       offset_BS,
-      layer=layer,
+      layer,
       scale=SCALE,
       implementation=implementation,
       block_keys=4,
     )
 
-  want = attend("reference", None)
-  for implementation in ("reference", "xla"):
-    got = jax.jit(attend, static_argnums=0)(implementation, jnp.int32(1))
-    _close([got], [want], 1e-5)
+  _close([attend(_caches(keys), jnp.int32(1))], [want], 1e-5)
+  _close([attend(_caches(keys, layers=0), None)], [want], 1e-5)
+
+
+def test_decoding_does_not_change_with_the_caches_lengths():
+  """Longer caches, the same bits: neighbours may need them."""
+  arrays, _ = _inputs(G=1, S=2, T=512, C=512)
+  q, *keys = arrays
+  limit_BS = jnp.asarray([[3, 70], [100, 0]])
+  offset_BS = jnp.asarray([[120, 0], [63, 64]])
+
+  def attend(length, **layers):
+    caches = _caches([x[..., :length, :, :] for x in keys], **layers)
+    layer = jnp.int32(1) if layers.get("layers", 3) else None
+    return jax.jit(api.decode_attention, static_argnames="scale")(
+      q[:, :, 0], *caches, limit_BS, offset_BS, layer, scale=SCALE
+    )
+
+  for layers in ({}, {"layers": 0}):
+    short = attend(128, **layers)
+    for length in (256, 512):
+      np.testing.assert_array_equal(attend(length, **layers), short)
+
+
+def test_decoding_refuses_caches_that_do_not_match():
+  arrays, limit_BS = _inputs(G=1)
+  q, *keys = arrays
+  caches = _caches(keys, layers=0)
+  caches[1] = caches[1][:, :, :-1]
+  with pytest.raises(ValueError, match="Trunk values have shape"):
+    api.decode_attention(
+      q[:, :, 0], *caches, limit_BS, limit_BS, None, scale=SCALE
+    )

@@ -255,8 +255,8 @@ def test_keys_and_values_of_every_layer(pair):
   for layer, theirs in enumerate(cache.layers):
     for ours, value in ((trunk.k, theirs.keys), (trunk.v, theirs.values)):
       np.testing.assert_allclose(
-        ours[layer, 0, :size],
-        value[0].numpy().swapaxes(0, 1),
+        ours[layer, 0, :, :size],
+        value[0].numpy(),
         rtol=0,
         atol=1e-5,
         err_msg=f"layer {layer}",

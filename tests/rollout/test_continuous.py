@@ -181,16 +181,24 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
   with jax.set_mesh(one_device):
     compiled = (
       made["decode"]
-      .lower(params, state, None, np.int32(1), settings=SETTINGS, steps=8)
+      .lower(
+        params,
+        state,
+        None,
+        np.int32(1),
+        made["apart"](params),
+        settings=SETTINGS,
+        steps=8,
+      )
       .compile()
     )
-  cache = state.cache.k.nbytes + state.cache.v.nbytes
+  cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
   memory = compiled.memory_analysis()
   # What comes in goes out in the same place, and no part is made twice.
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < 0.1 * cache
-  L, B, S, C, K, H = state.cache.k.shape
-  whole = f"f32[{L},{B},{S},{C},{K},{H}]"
+  B, S, K, C, H = state.cache.k[0].shape
+  whole = f"f32[{B},{S},{K},{C},{H}]"
   copies = [
     line
     for line in compiled.as_text().splitlines()
@@ -254,11 +262,17 @@ def test_decoding_prices_only_when_asked(tiny_model, one_device):
       text = str(
         made["decode"]
         .trace(
-          params, state, None, np.int32(1), settings=settings, steps=8, **static
+          params,
+          state,
+          None,
+          np.int32(1),
+          made["apart"](params),
+          settings=settings,
+          steps=8,
+          **static,
         )
         .jaxpr
       )
     return sum(f"f32[16,{V}] = exp" in line for line in text.splitlines())
 
-  assert exponentials() == 1
-  assert exponentials(priced=True) == 2
+  assert 0 < exponentials() == exponentials(priced=True) - 1
