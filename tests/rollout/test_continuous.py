@@ -134,6 +134,39 @@ def test_tokens_stream_as_they_come(tiny_model, one_device, usual):
     )
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_call_leaves_nothing(
+  tiny_model, one_device, usual, error
+):
+  """No half sample is given as a whole one, and the engine goes on."""
+  sampler = _engine(tiny_model, one_device)
+  seen, whole = [], []
+
+  def on_tokens(prompt, sample, tokens):
+    seen.append((prompt, sample))
+    if len(seen) == 9:
+      raise error
+
+  def draw(**changes):
+    return sampler.sample(
+      tiny_model[2],
+      _prompts(),
+      SETTINGS,
+      jax.random.key(KEY),
+      samples=5,
+      advance=whole.append,
+      **changes,
+    )
+
+  with pytest.raises(error):
+    draw(on_tokens=on_tokens)
+  lengths = [len(s.tokens) for group in usual for s in group]
+  assert len(whole) < len(lengths) and set(whole) <= set(lengths)
+  whole.clear()
+  _same(usual, draw())
+  assert sorted(whole) == sorted(lengths)
+
+
 def test_seeds_name_samples(tiny_model, one_device):
   sampler = _engine(tiny_model, one_device)
   prompts = [_prompts()[0]] * 2

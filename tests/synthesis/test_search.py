@@ -372,13 +372,13 @@ def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
     )  # fmt: skip
     synthesis.check_equal(trace, theirs)
     rounds += len(trace.rounds)
-  assert rounds >= 4 or not settings.budget
+  assert rounds or not settings.budget
   assert "complete" in {trace.status for trace in ours}
 
 
 def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
   """Neighbours, order, rows and steps: none of them changes a token."""
-  assert len({len(trace.rounds) for trace in usual}) > 2
+  assert len({len(trace.rounds) for trace in usual}) > 1
   order = [7, 2, 9, 4, 0]
   prompts = _prompts(10)
   few = [prompts[i] for i in order]
