@@ -188,7 +188,12 @@ def _tfds(source: str, name: str, split: str):
   try:
     builder = tfds.builder(name, file_format="array_record")
     builder.download_and_prepare()
-  except (OSError, ValueError, tfds.core.DatasetNotFoundError) as error:
+  except (
+    ImportError,
+    OSError,
+    ValueError,
+    tfds.core.DatasetNotFoundError,
+  ) as error:
     raise ValueError(
       f"{source}: the data set cannot be made ({error}). Check the name, or"
       " give the directory of a prepared one."

@@ -59,7 +59,7 @@ def load(
   Args:
     kind: "storyworld", made from the seed, or "jsonl".
     seed: of the making and the splitting.
-    synthesis: tasks for the cold start (jsonl: at most).
+    synthesis: tasks for the cold start.
     rl: tasks for RL (jsonl: at most; may be those of the cold start).
     held_out: tasks that no training stage sees.
     documents: pretraining documents; 0 where the base model is loaded.
@@ -125,8 +125,14 @@ def load(
   train, held = prompts_lib.split(every, held_out, seed)
   rng = random.Random(f"tasks/{seed}")
   for_synthesis = [*train, *bare]
+  if synthesis > len(for_synthesis):
+    raise ValueError(
+      f"config.data.synthesis asks for {synthesis:,} prompts and "
+      f"{len(for_synthesis):,} are left beside {held_out:,} held out. Lower it "
+      "or config.data.held_out, raise config.data.prompt_words, or add tasks."
+    )
   chosen = {
-    "synthesis": rng.sample(for_synthesis, min(synthesis, len(for_synthesis))),
+    "synthesis": rng.sample(for_synthesis, synthesis),
     "rl": rng.sample(train, min(rl, len(train))),
   }
   notes.insert(

@@ -58,7 +58,7 @@ def _load(**changes):
   data = common.get_config().data.to_dict() | {
     "kind": "jsonl",
     "task_map": {"chat": "open_ended", "math": "math"},
-    "synthesis": 8,
+    "synthesis": 4,
     "rl": 100,
     "held_out": 5,
     "documents": 40,
@@ -227,6 +227,11 @@ def test_bad_response_files(tmp_path):
     ({"path": "no/such.jsonl"}, FileNotFoundError, "no/such.jsonl: no such"),
     ({"math_path": "none.jsonl"}, FileNotFoundError, "none.jsonl: no such"),
     ({"held_out": 9}, ValueError, r"9 tasks are left .*held_out is 9"),
+    (
+      {"synthesis": 5},
+      ValueError,
+      "asks for 5 prompts and 4 are left beside 5 held out. Lower it",
+    ),
     ({"task_map": {}}, ValueError, r"a.jsonl:1: task is 'chat'.*task_map"),
     ({"prompt_words": 2}, ValueError, "0 tasks are left.*prompt_words"),
   ],
@@ -261,6 +266,7 @@ def test_too_few_rl_tasks_stop_before_any_training(tmp_path):
   config = open_ended.get_config()
   config.data.path = _write(tmp_path / "a.jsonl", _rows(9))
   config.data.held_out = 6
+  config.data.synthesis = 3
   config.base.batch_size = config.sft.batch_size = 8  # of eight devices
   with pytest.raises(ValueError, match="for 12 prompts a step and 3 tasks"):
     opera_rl.opera(config, str(tmp_path / "run"))
@@ -321,7 +327,10 @@ def test_real_files_load(shared_data):
 def test_the_chain_runs_on_files(tmp_path, kind):
   """Every stage finishes on a user's own small files."""
   maths = _write(tmp_path / "m.jsonl", _maths(60))
-  flags = [f"--config.data.math_path={maths}"]
+  flags = [
+    f"--config.data.math_path={maths}",
+    "--config.data.synthesis=4",  # of 20 maths tasks 16 are held out
+  ]
   if kind != "maths alone":
     flags.append(
       f"--config.data.path={_write(tmp_path / 'a.jsonl', _rows(60))}"
