@@ -114,6 +114,7 @@ def get_config(arg: str = ""):
     config.synthesis.max_thought_tokens = 320
     config.select.min_reflections = 0
     config.select.think_tags = True
+    config.select.min_thought_words = 0
     config.sft.batch_size = 1
     config.rl.steps = 2
     config.rl.prompts = 4

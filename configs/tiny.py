@@ -78,6 +78,7 @@ def get_config(arg: str = ""):
     config.synthesis.budget = 3
     config.select.min_reflections = 0
     config.select.think_tags = True
+    config.select.min_thought_words = 0
     config.sft.batch_size = 2
     config.rl.steps = 3
     config.rl.prompts = 4
