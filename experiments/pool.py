@@ -63,11 +63,12 @@ def make(config, folder: str) -> None:
 
 def policy(config, folder: str) -> pool.Embed:
   """Embeds by the base model of the run."""
-  run = setup.setup(
-    folder,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  sections = {name: config[name] for name in setup.SECTIONS}
+  # No other stage is run here; the pool may be smaller than what they take.
+  sections["data"] = {
+    **config.data, "synthesis": 0, "rl": 0, "held_out": 0,
+  }  # fmt: skip
+  run = setup.setup(folder, temperature=config.rollout.temperature, **sections)
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,

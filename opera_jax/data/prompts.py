@@ -256,7 +256,7 @@ def filter_by_length(
     prompt that breaks both limits counts as "prompt_too_long".
 
   Raises:
-    ValueError: a reference of zero tokens, or nothing is left.
+    ValueError: a reference of zero tokens, or nothing is left of something.
   """
   kept = []
   counts = {"kept": 0, "prompt_too_long": 0, "reference_too_long": 0}
@@ -274,8 +274,8 @@ def filter_by_length(
     else:
       counts["kept"] += 1
       kept.append(prompt)
-  if not kept:
-    shortest = min((length for length, _ in lengths), default=None)
+  if prompts and not kept:
+    shortest = min(length for length, _ in lengths)
     raise ValueError(
       f"No prompt of {len(prompts)} fits in {max_prompt_tokens} prompt tokens"
       f" and {max_reference_tokens} reference tokens ({counts}; the shortest"

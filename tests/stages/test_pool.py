@@ -160,7 +160,7 @@ def test_the_policy_embeds(tmp_path):
     "--config.pool.clusters=3",
     "--config.pool.minimum=1",
     "--config.data.documents=64",
-    "--config.data.held_out=8",
+    "--config.data.synthesis=500",  # of another run; there are 60
   )
   assert done.returncode == 0, done.stderr
   assert "'kept': 24, 'clusters': 3" in done.stdout
