@@ -104,6 +104,20 @@ def test_xla(layout, sizes):
   _check("xla", layout, sizes)
 
 
+def test_windows_hold_segments_of_every_length():
+  """One row each of short, middling and long segments, and all at once."""
+  T = 1100
+  rows = [np.repeat(np.arange(1, T), size)[:T] for size in (40, 290, T)]
+  rows.append(np.repeat([1, 2, 3, 4, 0], [600, 5, 95, 300, 100]))
+  arrays = _arrays(1, T, 4, 2, 8)
+  for row in rows:
+    segment_BT = row[None].astype(np.int32)
+    _assert_close(
+      _value_and_gradients(self_attention.self_attention, arrays, segment_BT),
+      _value_and_gradients(_einsum, arrays, segment_BT),
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
   "sizes",
