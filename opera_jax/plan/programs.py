@@ -234,7 +234,8 @@ class _Run:
   def prefill(self) -> Program:
     config = self._config
     P = max(self._engine["prompt_buckets"])
-    R = self._ways * programs_lib.prompts_at_once(P)
+    with jax.set_mesh(self._mesh):
+      R = self._ways * programs_lib.prompts_at_once(P)
     slots = self._slots()
     return Program(
       name="prefill",

@@ -17,13 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels import target
 from opera_jax.models import attention, kv_cache
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
 from opera_jax.text import automaton
 
-TOGETHER = 512  # prompt tokens that a device computes at once, at least
+# Prompt tokens that a device computes at once, at least. A CPU is busy with
+# few, and an admission of one prompt costs as much as one of all.
+TOGETHER = {"cpu": 128, "gpu": 512, "tpu": 512}
 
 
 def admit(
@@ -297,8 +300,8 @@ def apart(graphdef: nnx.GraphDef, params: Any) -> list[Any]:
 
 
 def prompts_at_once(P: int) -> int:
-  """How many prompts of a bucket one device computes together."""
-  return max(1, TOGETHER // P)
+  """How many prompts of a bucket a device of the mesh in force computes."""
+  return max(1, TOGETHER[target.platform()] // P)
 
 
 def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:

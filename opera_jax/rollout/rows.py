@@ -125,7 +125,8 @@ class Rows:
       self._make_room(P)
       # The number at once goes by the bucket alone: what a prompt computes
       # must not depend on who came with it.
-      R = self._ways * programs_lib.prompts_at_once(P)
+      with jax.set_mesh(self._mesh):
+        R = self._ways * programs_lib.prompts_at_once(P)
       for start in range(0, len(pairs), R):
         self._begin(pairs[start : start + R], R, P)
 
