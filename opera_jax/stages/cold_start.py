@@ -209,6 +209,10 @@ def _make(
   with metrics.Progress(
     len(prompts), "synthesize", unit="trace", done=done
   ) as progress:
+
+    def count_others() -> None:
+      progress.update(len(prompts) - parts.lacking() - progress.done)
+
     for index, items in work:
 
       def ended(trace: traces.Trace, index: int = index) -> None:
@@ -227,6 +231,8 @@ def _make(
         advance=lambda tokens: progress.update(0, tokens=tokens),
         ended=ended,
       )
+      count_others()
+    count_others()
 
 
 def _agreed(parts: parts_lib.Parts) -> Iterator[tuple[int, list[int]]]:

@@ -128,6 +128,11 @@ class Progress:
   def __exit__(self, *exception: object) -> None:
     self.close()
 
+  @property
+  def done(self) -> int:
+    """Units finished."""
+    return self._done
+
   def update(self, count: int = 1, *, tokens: int = 0) -> None:
     """Counts `count` units more, in which `tokens` tokens were worked."""
     self._done += count

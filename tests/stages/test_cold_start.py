@@ -153,6 +153,19 @@ def test_a_part_cut_short_is_searched_again_for_what_it_lost(make):
   assert list(traces.read(workdir / "synthesize" / "traces")) == want
 
 
+def test_progress_counts_what_was_there_and_what_others_make(make, capsys):
+  workdir, searched, synthesize, _ = make()
+  synthesize()
+  assert "synthesize: 24/24 traces" in capsys.readouterr().err
+  (workdir / "synthesize" / "DONE.json").unlink()
+  part = workdir / "synthesize" / "parts" / "00000012.jsonl"
+  part.write_bytes(part.read_bytes()[:-10])
+  synthesize()
+  assert len(searched) == 1
+  shown = capsys.readouterr().err
+  assert "synthesize: 24/24 traces, " in shown
+
+
 def test_memory_does_not_grow_with_what_is_done(make):
   peaks = []
   for items in (60, 600):
