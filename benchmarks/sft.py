@@ -39,7 +39,7 @@ _FOLDER = flags.DEFINE_string("folder", None, "The parent's folder.")
 _DATA = flags.DEFINE_string("data", "../shared/data", "Folder of real data.")
 
 METHODS = ("ours", "tunix", "tunix, own", "transformers")
-SCALE = 8
+SCALE = 16
 PAIRS = 32
 BATCH = 8  # pairs an update
 ROW = 16_384 // SCALE
