@@ -92,13 +92,14 @@ def main(_) -> None:
     for name in WORKLOADS:
       results = {m: _child(folder, name, m) for m in METHODS}
       blocks.append(_block(name, results))
-  body = (
-    f"`python -m benchmarks.rl_step`; {harness.hardware()}; float32; a Qwen3 "
-    f"of {qwen3.parameter_count(params):,} parameters ({config.layers} layers, "
-    f"width {config.hidden}, vocabulary {config.vocab_size:,}); medians of "
-    "warm steps.\n\n" + "\n\n".join(blocks)
-  )
-  harness.write_section("rl_step", body)
+      body = (
+        f"`python -m benchmarks.rl_step`; {harness.hardware()}; float32; a "
+        f"Qwen3 of {qwen3.parameter_count(params):,} parameters "
+        f"({config.layers} layers, width {config.hidden}, vocabulary "
+        f"{config.vocab_size:,}); medians of warm steps.\n\n"
+        + "\n\n".join(blocks)
+      )
+      harness.write_section("rl_step", body)
   print(body)
 
 
