@@ -1,21 +1,17 @@
 """Perplexity-guided trace synthesis: brake, fork, price, keep.
 
-Every prompt has a row of the sampler, which computes it once; then, each row
-on its own:
+Every prompt has a row of the sampler, which computes it once; then, by itself:
 
 1. brake: sample the thought until a reflection word appears; what follows the
    word is dropped, the word becomes the trigger;
-2. fork: from the end of the row's trunk sample k candidates that open with the
-   trigger and run to the next reflection word at the head of a sentence, or to
-   </think>;
+2. fork: from the trunk's end sample k candidates that open with the trigger and
+   run to the next reflection word that opens a sentence, or to </think>;
 3. price: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
-   temperature 1 and without truncation, from what sampling computed anyway;
-4. keep the candidate of lowest perplexity: its keys and values become trunk,
-   and the row goes on from there;
+   temperature 1 and untruncated, from what sampling computed anyway;
+4. keep the candidate of lowest perplexity: its keys and values become trunk;
 5. past the budget of reflections the thought runs on to </think>;
-6. the answer is sampled from the ORIGINAL prompt followed by the thought: from
-   the same trunk, or, where a template stood around the prompt, after one more
-   pass over prompt and thought.
+6. sample the answer from the ORIGINAL prompt and the thought: from the same
+   trunk, or, where a template stood around the prompt, after one more pass.
 
 A row that is through takes the next prompt. The trigger opens the candidate,
 and the price covers exactly what is kept. What a prompt draws is folded from
@@ -43,7 +39,6 @@ from opera_jax.text import tokenizer as tokenizer_lib
 
 BRAKES = brake.WORDS
 PRICES = ("sequence", "candidate")
-
 # (prompt, thought so far, candidates) -> index of the one to keep.
 Choose = Callable[[str, str, Sequence[str]], int]
 
