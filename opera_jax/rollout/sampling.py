@@ -117,12 +117,13 @@ def truncate(
     float32 logits [R, V].
   """
   V = logit_RV.shape[-1]
-  if 0 < top_k < V:
-    kth_R1 = jax.lax.top_k(logit_RV, top_k)[0][:, -1:]
-    logit_RV = jnp.where(logit_RV < kth_R1, -jnp.inf, logit_RV)
+  some = 0 < top_k < V
+  if some or top_p < 1:
+    # Dear on a CPU, so once: what top k leaves is sorted already.
+    sorted_RK = jax.lax.top_k(logit_RV, top_k if some else V)[0]
+  if some:
+    logit_RV = jnp.where(logit_RV < sorted_RK[:, -1:], -jnp.inf, logit_RV)
   if top_p < 1:
-    width = top_k if 0 < top_k < V else V
-    sorted_RK = jax.lax.top_k(logit_RV, width)[0]
     probability_RK = jax.nn.softmax(sorted_RK, axis=-1)
     before_RK = jnp.cumsum(probability_RK, axis=-1) - probability_RK
     count_R1 = jnp.sum(before_RK < top_p, axis=-1, keepdims=True)
