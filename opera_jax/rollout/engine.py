@@ -188,8 +188,9 @@ class Engine:
 
   def programs(self) -> int:
     """How many programs one setting of sampling can need."""
-    # A prefill a bucket; empty and assign; decode a cache size, grow between.
-    return len(self._prompt_buckets) + 2 + 2 * len(self._cache_buckets) - 1
+    # A prefill a bucket; empty, assign and, on a CPU, weights by layer; decode
+    # a cache size, grow between.
+    return len(self._prompt_buckets) + 3 + 2 * len(self._cache_buckets) - 1
 
   def rows(
     self,
