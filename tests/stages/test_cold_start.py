@@ -215,8 +215,7 @@ def _outcome(workdir):
 @pytest.mark.timeout(900)
 def test_killed_and_two_at_once_equal_one_straight_run(tmp_path):
   output = _finish(_start(tmp_path / "straight"))
-  for word in ("traces/s", "s left"):
-    assert word in output
+  assert "traces/s" in output
   want = _outcome(tmp_path / "straight")
   assert sum(want[0].values()) == 24
 
@@ -224,7 +223,7 @@ def test_killed_and_two_at_once_equal_one_straight_run(tmp_path):
   both = [_start(tmp_path / "two") for _ in range(2)]
   parts = tmp_path / "two" / "synthesize" / "parts"
   deadline = time.monotonic() + 400
-  while len(list(parts.glob("*.jsonl"))) < 2:
+  while sum(b"\n" in p.read_bytes() for p in parts.glob("*.jsonl")) < 2:
     assert time.monotonic() < deadline
     time.sleep(0.01)
   both[0].send_signal(signal.SIGKILL)
