@@ -97,7 +97,7 @@ def get_config(arg: str = ""):
   config.stages, config.first, config.last = "rl", "sft", "rl"
   config.each = EACH.format(seed="{seed}", tokens=60_000)
   config.measures = MEASURES
-  config.curves = CURVES
+  config.curves, config.over = CURVES, "rollout/tokens"
   config.samples = 2  # a held-out prompt
   config.probes = 32  # held-out prompts that are probed
   config.resamples = 2_000

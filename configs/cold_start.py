@@ -70,7 +70,7 @@ def get_config(arg: str = ""):
   config.first, config.last = "base", "sft"
   config.each = "--config.synthesis.seed={seed} --config.sft.seed={seed}"
   config.measures = MEASURES
-  config.curves = ("loss",)
+  config.curves, config.over = ("sft/loss", "sft/entropy"), "sft/tokens"
   config.samples = 2  # a held-out prompt
   config.probes = 0  # of rewards; they have no part in this
   config.resamples = 2_000

@@ -227,6 +227,7 @@ def write(workdir, config, values, cost, probed) -> None:
     curves,
     config.curves,
     workdir / "curves.png",
+    config.over,
   )
   print(text, flush=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+SAMPLED = "rollout/tokens"
 Lines = Sequence[Mapping[str, Any]]  # a cell's metrics, one line a step
 
 
@@ -13,13 +14,15 @@ def write(
   cells: Mapping[str, Sequence[Lines]],
   names: Sequence[str],
   path: str | os.PathLike,
+  over: str = SAMPLED,
 ) -> None:
-  """Draws every metric over the tokens sampled, one line a method.
+  """Draws every metric over the tokens so far, one line a method.
 
   Args:
     cells: by method, the metrics of each of its seeds.
     names: metrics; one that no cell has is left out.
     path: PNG to write.
+    over: the metric that counts a step's tokens.
   """
   from matplotlib import figure
 
@@ -30,7 +33,7 @@ def write(
   axes = picture.subplots(1, max(len(names), 1), squeeze=False)[0]
   for axis, name in zip(axes, names):
     for index, (method, seeds) in enumerate(cells.items()):
-      tokens_T, value_ST = series(seeds, name)
+      tokens_T, value_ST = series(seeds, name, over)
       style = {"color": f"C{index % 10}"}
       dash = "-" if index < 10 else "--"
       axis.plot(
@@ -43,16 +46,16 @@ def write(
         alpha=0.15,
         **style,
       )
-    axis.set(title=name, xlabel="tokens sampled")
+    axis.set(title=name, xlabel="tokens sampled" if over == SAMPLED else over)
   if names:
     axes[-1].legend(fontsize="small")
   picture.savefig(path, dpi=110)
 
 
 def series(
-  seeds: Sequence[Lines], name: str, points: int = 40
+  seeds: Sequence[Lines], name: str, over: str = SAMPLED, points: int = 40
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A metric of several seeds at common counts of sampled tokens.
+  """A metric of several seeds at common counts of tokens so far.
 
   Returns:
     (tokens [T], values [S, T]), up to where the first seed ends; empty where
@@ -61,9 +64,7 @@ def series(
   known = [
     [
       (total, line[name])
-      for total, line in zip(
-        np.cumsum([line["rollout/tokens"] for line in lines]), lines
-      )
+      for total, line in zip(np.cumsum([line[over] for line in lines]), lines)
       if line.get(name) is not None
     ]
     for lines in seeds
