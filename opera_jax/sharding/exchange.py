@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any, TypeVar
 
 import jax
@@ -64,12 +65,14 @@ def each(
   mine = [items[i] for i in own(len(items))]
   if jax.process_count() == 1:
     return list(work(mine)) if mine else []
-  raised = None
-  try:
-    told = {"values": list(work(mine)) if mine else []}
-  except Exception as error:  # noqa: BLE001 - raised below, once all know
-    raised = error
-    told = {"error": f"{type(error).__name__}: {error}"}
+  # What it raises is told to all, who else would wait for ever.
+  with futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(lambda: list(work(mine)) if mine else [])
+  raised = done.exception()
+  if raised is None:
+    told = {"values": done.result()}
+  else:
+    told = {"error": f"{type(raised).__name__}: {raised}"}
   heard = [json.loads(one) for one in gather(json.dumps(told).encode())]
   if raised is not None:
     raise raised
