@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opera_jax.models import self_attention
+from opera_jax.models import self_attention, windowed_attention
 from opera_jax.sharding import rules
 
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -27,7 +27,7 @@ REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "attention": jax.checkpoint_policies.save_only_these_names(
-    self_attention.OUTPUT
+    windowed_attention.OUTPUT
   ),
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }

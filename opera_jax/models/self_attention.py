@@ -19,15 +19,10 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from kernels import target
+from opera_jax.models import windowed_attention
 from opera_jax.sharding import rules
 
 IMPLEMENTATIONS = ("splash", "cudnn", "xla")
-# What the remat policy "attention" keeps.
-OUTPUT = "attention"
-# "xla" holds the scores of so many queries of a row at once.
-_CHUNK = 512
-_SMALL_CHUNK = 128
-_PREFIXES = 8
 _LANES = 128
 _BLOCKS = (512, 384, 256, _LANES)
 
@@ -80,21 +75,21 @@ def self_attention(
     out_BTNH = _cudnn(*arrays, right_padded)
   else:
     out_BTNH = _xla(*arrays)
-  return checkpoint_name(out_BTNH, OUTPUT)
+  return checkpoint_name(out_BTNH, windowed_attention.OUTPUT)
 
 
 def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
   """Chunks of queries, one after the other; long ones are made anew backward.
 
-  No [B, N, T, T] array is ever whole. A few chunks each meet only the keys up
-  to their own last query. Many, or chunks of a length that is split over
-  devices, go through a scan that meets all keys; there a chunk takes every
-  n-th query, so that it covers all shards.
+  No [B, N, T, T] array is ever whole. A few chunks each meet only the keys of
+  their segments. Many, or chunks of a length that is split over devices, go
+  through a scan that meets all keys; there a chunk takes every n-th query, so
+  that it covers all shards.
   """
   B, T, N, H = q_BTNH.shape
   if _few(T):
-    return _prefixes(q_BTNH, k_BTKH, v_BTKH, segment_BT)
-  chunks = -(-T // _CHUNK)
+    return windowed_attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+  chunks = -(-T // windowed_attention.CHUNK)
   pad = -T % chunks
   q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
   query_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
@@ -126,56 +121,7 @@ def _few(T):
   """Whether the chunks of T queries are few, and each on one device."""
   mesh = jax.sharding.get_abstract_mesh()
   whole = mesh.empty or mesh.shape[rules.ACTIVATIONS["length"]] == 1
-  return whole and T <= _PREFIXES * _CHUNK
-
-
-def _prefixes(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-  """A chunk of queries meets the keys from its own segments' start on.
-
-  How many those are is known when it runs: of a few window lengths, all
-  compiled, the shortest is taken that holds them.
-  """
-  T = q_BTNH.shape[1]
-  size = min(max(_SMALL_CHUNK, -(-T // _PREFIXES)), _CHUNK)
-  parts = []
-  for start in range(0, T, size):
-    end = min(start + size, T)
-    query_BC = segment_BT[:, start:end]
-    same_BCT = query_BC[:, :, None] == segment_BT[:, None, :end]
-    needed = end - jnp.argmax(same_BCT.any((0, 1)))
-    windows = [w for w in _windows(size) if w < end] + [end]
-
-    def attend(window, start=start, end=end, query_BC=query_BC):
-      keys = slice(end - window, end)
-
-      def run(q_BCNH, k_BTKH, v_BTKH):
-        return _attend(
-          q_BCNH,
-          query_BC,
-          jnp.arange(start - end, 0, dtype=jnp.int32) + window,
-          k_BTKH[:, keys],
-          v_BTKH[:, keys],
-          segment_BT[:, keys],
-        )
-
-      return jax.checkpoint(run) if T > _CHUNK else run
-
-    parts.append(
-      jax.lax.switch(
-        sum((needed > w).astype(jnp.int32) for w in windows[:-1]),
-        [attend(window) for window in windows],
-        q_BTNH[:, start:end],
-        k_BTKH,
-        v_BTKH,
-      )
-      if len(windows) > 1
-      else attend(end)(q_BTNH[:, start:end], k_BTKH, v_BTKH)
-    )
-  return jnp.concatenate(parts, axis=1)
-
-
-def _windows(size):
-  return [size * 2**power for power in range(1, _PREFIXES.bit_length())]
+  return whole and T <= windowed_attention.CHUNKS * windowed_attention.CHUNK
 
 
 def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):
@@ -259,7 +205,7 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
     ),
     head_shards=1,
     q_seq_shards=shards,
-    residual_checkpoint_name=OUTPUT,
+    residual_checkpoint_name=windowed_attention.OUTPUT,
     interpret=target.platform() != "tpu",
   )
 
