@@ -203,6 +203,10 @@ def get_config() -> ml_collections.ConfigDict:
     "samples": 16,  # [C] a prompt
     "mini_batch": 8,  # prompts an update [C]
     "micro_batches": 1,
+    # Samples of a prompt that a row of an update holds behind one copy of it;
+    # 1: a row a sample.
+    "share": 1,
+    # Padded lengths of a row, or of the samples in one that share a prompt.
     "row_buckets": (2048, 4096, 8192, 16_384),
     "learning_rate": 1e-6,  # [P]
     "warmup": 0.4,  # [C] share of the updates

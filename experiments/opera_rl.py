@@ -160,7 +160,18 @@ def check(config, ways: int) -> None:
       f"A step's {rl.prompts} prompts do not divide into mini-batches of "
       f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
     )
-  used = 2 if rl.loss == "dpo" else rl.samples  # rows of a group
+  if rl.share < 1 or rl.samples % rl.share:
+    raise ValueError(
+      f"A row of an update holds a whole part of a group's {rl.samples} "
+      f"samples, got config.rl.share = {rl.share}. Use a divisor of "
+      "config.rl.samples; 1 gives each sample a row."
+    )
+  if rl.share > 1 and rl.loss == "dpo":
+    raise ValueError(
+      f"DPO compares two rows of a group, so that config.rl.share = {rl.share} "
+      "cannot be: set it to 1."
+    )
+  used = 2 if rl.loss == "dpo" else rl.samples // rl.share  # rows of a group
   for name, rows in (
     ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),
     ("config.base.batch_size", config.base.batch_size),
@@ -251,9 +262,12 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else step
   )
+  updating = learner.programs(
+    rl.row_buckets, rl.share, run.engine.prompt_lengths()
+  )
   print(
     f"rl: at most {run.engine.programs()} programs to sample, "
-    f"{run.pricer.programs()} to price, {len(rl.row_buckets)} to update",
+    f"{run.pricer.programs()} to price, {updating} to update",
     flush=True,
   )
 
@@ -310,6 +324,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         kl_estimator=rl.kl_estimator,
         importance_cap=rl.importance_cap,
         buckets=rl.row_buckets,
+        share=rl.share,
         parts=updates_a_step,
       )
       seconds["time/credit"] = time.monotonic()

@@ -90,7 +90,13 @@ class Thoughts:
 
 @struct.dataclass
 class Batch:
-  """Rows of an RL or SFT update, right-padded; a row is prompt + completion."""
+  """Rows of an RL or SFT update, right-padded; a row is prompt + completion.
+
+  Where `branches` is not 0, a row is a prompt of `trunk` places, padding
+  included, and then so many completions of equal places each, which all go on
+  from the end of the prompt and do not see one another; segment 1 is the
+  prompt, each completion has its own.
+  """
 
   tokens: jax.Array  # [R, T] int32
   positions: jax.Array  # [R, T] int32, restart at 0 with each segment
@@ -102,6 +108,8 @@ class Batch:
   # What only some losses read, [R, T, ...] by name: "value" and "returns" of
   # a critic, "top_ids" and "top_logprob" of a teacher.
   extra: dict[str, jax.Array] = struct.field(default_factory=dict)
+  trunk: int = struct.field(pytree_node=False, default=0)
+  branches: int = struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)

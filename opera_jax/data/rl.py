@@ -1,5 +1,10 @@
-"""Rows of a policy update from completions, prices and advantages."""
+"""Rows of a policy update from completions, prices and advantages.
 
+Shape key: R completions, rows of T tokens; P tokens of a shared prompt, S
+completions that share it, G tokens of each.
+"""
+
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -9,78 +14,139 @@ from opera_jax import structs
 from opera_jax.data import batching
 
 
-def rows(
-  trunks: Sequence[np.ndarray],
-  prompt_lengths: Sequence[int],
-  advantages: Sequence[np.ndarray],
-  old_logprob: Sequence[np.ndarray],
-  ref_logprob: Sequence[np.ndarray],
-  *,
-  buckets: Sequence[int],
-) -> structs.Batch:
-  """Pads rows to one length; completion tokens are the targets.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the completions of a step stand in the rows of its update.
+
+  Attributes:
+    row: [R] the row of each completion.
+    begin: [R] the place of its first token there.
+    size: [R] its tokens.
+    shape: rows, and tokens of a row.
+    trunk: P, or 0 where every row is one prompt and its completion.
+    branches: S, or 0.
+  """
+
+  row: np.ndarray
+  begin: np.ndarray
+  size: np.ndarray
+  shape: tuple[int, int]
+  trunk: int = 0
+  branches: int = 0
+
+  def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Values of completion tokens put at their places, 0 elsewhere.
+
+    Args:
+      values: [size, ...] of each completion.
+
+    Returns:
+      [*shape, ...], dtype of the values.
+    """
+    out = np.zeros((*self.shape, *values[0].shape[1:]), values[0].dtype)
+    for place, value in zip(self._places(), values, strict=True):
+      out[place] = value
+    return out
+
+  def cut(self, array: np.ndarray) -> list[np.ndarray]:
+    """Undoes `spread`: [size, ...] of each completion."""
+    return [array[place] for place in self._places()]
+
+  def _places(self):
+    for row, begin, size in zip(self.row, self.begin, self.size):
+      yield row, slice(begin, begin + size)
+
+
+def whole(
+  begins: Sequence[int], sizes: Sequence[int], buckets: Sequence[int]
+) -> Layout:
+  """A row a completion: its prompt, then itself.
 
   Args:
-    trunks: int32 [T_r], prompt + completion.
-    prompt_lengths: tokens of each row that are prompt.
-    advantages: float32 [C_r] of each row, one a completion token.
-    old_logprob: float32 [T_r] of each row under the policy that the updates
-      start from.
-    ref_logprob: float32 [T_r] under the reference policy.
+    begins: prompt tokens of each.
+    sizes: tokens of each.
     buckets: allowed T, of which the smallest that holds every row is taken.
-
-  Returns:
-    A host batch of `len(trunks)` rows.
 
   Raises:
     ValueError: a row longer than the largest bucket.
   """
-  R = len(trunks)
-  length = batching.bucket(max(map(len, trunks)), buckets)
-  tokens_RT = np.zeros((R, length), np.int32)
-  segments_RT = np.zeros((R, length), np.int32)
-  mask_RT = np.zeros((R, length), np.float32)
-  advantage_RT = np.zeros((R, length), np.float32)
-  old_RT = np.zeros((R, length), np.float32)
-  ref_RT = np.zeros((R, length), np.float32)
-  for r, trunk in enumerate(trunks):
-    size, begin = len(trunk), prompt_lengths[r]
-    tokens_RT[r, :size] = trunk
-    segments_RT[r, :size] = 1
-    mask_RT[r, begin:size] = 1
-    advantage_RT[r, begin:size] = advantages[r]
-    old_RT[r, :size] = old_logprob[r]
-    ref_RT[r, :size] = ref_logprob[r]
-  positions_RT = np.broadcast_to(np.arange(length, dtype=np.int32), (R, length))
-  return structs.Batch(
-    tokens=tokens_RT,
-    positions=positions_RT,
-    segments=segments_RT,
-    loss_mask=mask_RT,
-    advantage=advantage_RT,
-    old_logprob=old_RT,
-    ref_logprob=ref_RT,
-  )
+  begin, size = np.asarray(begins), np.asarray(sizes)
+  length = batching.bucket(int((begin + size).max()), buckets)
+  return Layout(np.arange(len(size)), begin, size, (len(size), length))
 
 
-def spread(
-  values: Sequence[np.ndarray], begins: Sequence[int], length: int
-) -> np.ndarray:
-  """Values of completion tokens put at their places, 0 elsewhere.
+def shared(
+  sizes: Sequence[int], share: int, trunk: int, buckets: Sequence[int]
+) -> Layout:
+  """A row for every `share` completions of a prompt, behind one copy of it.
 
   Args:
-    values: [C_r, ...] of each row.
-    begins: prompt tokens of each row.
-    length: T.
+    sizes: tokens of each completion, prompt-major.
+    share: S, which divides the completions of a prompt.
+    trunk: P, padded tokens of a prompt.
+    buckets: allowed G, of which the smallest that holds every completion is
+      taken.
+
+  Raises:
+    ValueError: a completion longer than the largest bucket.
+  """
+  size = np.asarray(sizes)
+  length = batching.bucket(int(size.max()), buckets)
+  row, slot = np.divmod(np.arange(len(size)), share)
+  shape = (len(size) // share, trunk + share * length)
+  return Layout(row, trunk + slot * length, size, shape, trunk, share)
+
+
+def rows(
+  layout: Layout,
+  trunks: Sequence[np.ndarray],
+  advantages: Sequence[np.ndarray],
+  old_logprob: Sequence[np.ndarray],
+  ref_logprob: Sequence[np.ndarray],
+) -> structs.Batch:
+  """Puts completions where `layout` says; their tokens are the targets.
+
+  Args:
+    layout: of the completions.
+    trunks: int32, prompt + completion.
+    advantages: float32 [size] of each, one a completion token.
+    old_logprob: float32 [size] of each under the policy that the updates start
+      from.
+    ref_logprob: float32 [size] under the reference policy.
 
   Returns:
-    [R, T, ...], dtype of the values.
+    A host batch.
   """
-  rest = values[0].shape[1:]
-  out = np.zeros((len(values), length, *rest), values[0].dtype)
-  for row, (value, begin) in enumerate(zip(values, begins)):
-    out[row, begin : begin + len(value)] = value
-  return out
+  tokens = np.zeros(layout.shape, np.int32)
+  segments = np.zeros(layout.shape, np.int32)
+  positions = np.zeros(layout.shape, np.int32)
+  if not layout.branches:
+    positions[:] = np.arange(layout.shape[1])
+  for r, (row, begin, size) in enumerate(
+    zip(layout.row, layout.begin, layout.size)
+  ):
+    prompt = len(trunks[r]) - size
+    tokens[row, :prompt] = trunks[r][:prompt]
+    tokens[row, begin : begin + size] = trunks[r][prompt:]
+    segments[row, :prompt] = 1
+    if layout.branches:
+      P, G = layout.trunk, (layout.shape[1] - layout.trunk) // layout.branches
+      positions[row, :P] = np.arange(P)
+      positions[row, begin : begin + G] = prompt + np.arange(G)
+      segments[row, begin : begin + size] = 2 + (begin - P) // G
+    else:
+      segments[row, begin : begin + size] = 1
+  return structs.Batch(
+    tokens=tokens,
+    positions=positions,
+    segments=segments,
+    loss_mask=layout.spread([np.ones(s, np.float32) for s in layout.size]),
+    advantage=layout.spread(advantages),
+    old_logprob=layout.spread(old_logprob),
+    ref_logprob=layout.spread(ref_logprob),
+    trunk=layout.trunk,
+    branches=layout.branches,
+  )
 
 
 def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:

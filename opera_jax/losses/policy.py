@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opera_jax.losses import reduce
+
 NAMES = ("clipped", "gspo")
 
 
@@ -81,25 +83,27 @@ def sequence_ratio(
   logprob_RT: jax.Array,
   old_logprob_RT: jax.Array,
   weight_RT: jax.Array,
+  segments_RT: jax.Array,
 ) -> jax.Array:
   """GSPO's log-ratio of each token (arXiv 2507.18071), for `clipped_surrogate`.
 
-  With `s = exp(mean_t(logprob_t - old_t))` over the row's targets, the value
-  is `log s` on every token, and its gradient that of the mean, so that the
-  sum over a row's tokens with equal weights is the gradient of `s A`.
+  With `s = exp(mean_t(logprob_t - old_t))` over a sequence's targets, the
+  value is `log s` on each of its tokens, and its gradient that of the mean, so
+  that the sum over them with equal weights is the gradient of `s A`.
 
   Args:
     logprob_RT: float32, under the live policy.
     old_logprob_RT: float32, under the policy that sampled.
-    weight_RT: 1 where token t is a target; one sequence a row.
+    weight_RT: 1 where token t is a target.
+    segments_RT: int32, the sequences of a row; see `reduce.token_weight`.
 
   Returns:
-    float32 [R, T], the row's mean log-ratio on every token.
+    float32 [R, T], its sequence's mean log-ratio on every token.
   """
-  count_R1 = jnp.maximum(jnp.sum(weight_RT, axis=1, keepdims=True), 1.0)
   delta_RT = jnp.where(weight_RT > 0, logprob_RT - old_logprob_RT, 0.0)
-  mean_R1 = jnp.sum(delta_RT, axis=1, keepdims=True) / count_R1
-  return jnp.broadcast_to(mean_R1, logprob_RT.shape)
+  count_RT = reduce.sequence_sum(weight_RT, segments_RT)
+  total_RT = reduce.sequence_sum(delta_RT, segments_RT)
+  return total_RT / jnp.maximum(count_RT, 1.0)
 
 
 def truncated_weight(

@@ -49,7 +49,7 @@ def token_weight(
   if name == "sequence_mean":
     length_RS = jax.vmap(_segment_sum)(mask_RT, segments_RT)
     sequences = jnp.sum(length_RS > 0)
-    mine_RT = jnp.take_along_axis(length_RS, segments_RT, axis=1)
+    mine_RT = sequence_sum(mask_RT, segments_RT)
     return mask_RT / jnp.maximum(mine_RT * sequences, 1.0)
   if name == "constant":
     if constant is None or constant <= 0:
@@ -61,10 +61,24 @@ def token_weight(
   raise ValueError(f"Unknown reduction {name!r}. Use one of {NAMES}.")
 
 
-def _segment_sum(mask_T: jax.Array, segments_T: jax.Array) -> jax.Array:
-  """Targets of each segment of one row, [T + 1]."""
+def sequence_sum(value_RT: jax.Array, segments_RT: jax.Array) -> jax.Array:
+  """The sum of values over each token's own sequence, at every token.
+
+  Args:
+    value_RT: float32.
+    segments_RT: int32, see `token_weight`.
+
+  Returns:
+    float32 [R, T].
+  """
+  total_RS = jax.vmap(_segment_sum)(value_RT, segments_RT)
+  return jnp.take_along_axis(total_RS, segments_RT, axis=1)
+
+
+def _segment_sum(value_T: jax.Array, segments_T: jax.Array) -> jax.Array:
+  """Sum of each segment of one row, [T + 1]."""
   return jax.ops.segment_sum(
-    mask_T, segments_T, num_segments=mask_T.shape[0] + 1
+    value_T, segments_T, num_segments=value_T.shape[0] + 1
   )
 
 

@@ -93,8 +93,10 @@ class Values:
       )
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
 
-  def batch(self, name: str, B: int, T: int) -> structs.Batch:
-    """B rows of T tokens; see `rows` for the name."""
+  def batch(
+    self, name: str, B: int, T: int, trunk: int = 0, branches: int = 0
+  ) -> structs.Batch:
+    """B rows of T tokens; see `rows` for the name, `Batch` for the others."""
     whole, real = (
       self.rows(name, (B, T), dtype) for dtype in (jnp.int32, jnp.float32)
     )
@@ -106,6 +108,8 @@ class Values:
       advantage=real,
       old_logprob=real,
       ref_logprob=real,
+      trunk=trunk,
+      branches=branches,
     )
 
   def state(

@@ -58,16 +58,22 @@ def causal_pairs(T: int) -> float:
   return T * (T + 1) / 2
 
 
-def update(config: qwen3.Config, B: int, T: int) -> Flops:
+def update(
+  config: qwen3.Config, B: int, T: int, S: int = 0, G: int = 0
+) -> Flops:
   """Forward and backward over B rows of T tokens.
+
+  Where S is not 0, a row's T tokens are a prompt without targets, and S
+  completions of G tokens go on from it.
 
   The backward pass of every product is two products. Beside what
   `config.remat` repeats, the head's logits and attention's scores are formed
   again, because neither is ever kept.
   """
-  layers = B * T * layer_flops(config)
-  attention = attention_flops(config, B * causal_pairs(T))
-  head = B * T * head_flops(config)
+  pairs = causal_pairs(T) + S * (G * T + causal_pairs(G))
+  layers = B * (T + S * G) * layer_flops(config)
+  attention = attention_flops(config, B * pairs)
+  head = B * (S * G if S else T) * head_flops(config)
   again_layers, again_attention = _RECOMPUTED[config.remat]
   forward = layers + attention + head
   return Flops(

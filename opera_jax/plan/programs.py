@@ -115,7 +115,9 @@ def most(
   return {
     "sample": sampler.programs(),
     "price": pricer.programs(),
-    "update": len(rl["row_buckets"]),
+    "update": learner.programs(
+      rl["row_buckets"], rl["share"], sampler.prompt_lengths()
+    ),
   }
 
 
@@ -190,17 +192,25 @@ class _Run:
         f"{rl['divergence_coef']}. Plan without them: a critic's head and its "
         "rows come on top; or leave 'update' out of --programs."
       )
-    B, T = rl["mini_batch"] * rl["samples"], max(rl["row_buckets"])
+    share, longest = rl["share"], max(rl["row_buckets"])
+    B, T = rl["mini_batch"] * rl["samples"] // share, longest
+    shape, sizes, shared = f"{T:,}", (T,), {}
+    if share > 1:
+      P = max(self._engine["prompt_buckets"])
+      shape, sizes = f"({P:,} + {share} x {T:,})", (P, share, longest)
+      T, shared = P + share * longest, {"trunk": P, "branches": share}
     return Program(
       name="update",
-      shape=f"{B} rows x {T:,}, {rl['micro_batches']} micro-batches",
+      shape=f"{B} rows x {shape}, {rl['micro_batches']} micro-batches",
       jitted=learn.update,
       arguments=(
         self._values.state(learn.optimizer),
-        self._values.batch("rl.mini_batch x rl.samples", B, T),
+        self._values.batch(
+          "rl.mini_batch x rl.samples / rl.share", B, T, **shared
+        ),
       ),
       static={},
-      flops=cost.update(self._config, B, T),
+      flops=cost.update(self._config, B, *sizes),
       streamed=0.0,
       calls=rl["prompts"] // rl["mini_batch"],
       beside=fit.shard_bytes(self._params),  # the reference policy

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kernels import target
 from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.rollout import programs as programs_lib
@@ -163,6 +164,10 @@ class Engine:
     """Tokens that a prompt may have."""
     return self._prompt_buckets[-1]
 
+  def prompt_lengths(self) -> tuple[int, ...]:
+    """Lengths that prompts are padded to."""
+    return self._prompt_buckets
+
   def check(
     self,
     prompts: Sequence[np.ndarray],
@@ -190,7 +195,9 @@ class Engine:
     """How many programs one setting of sampling can need."""
     # A prefill a bucket; empty, assign and, on a CPU, weights by layer; decode
     # a cache size, grow between.
-    return len(self._prompt_buckets) + 3 + 2 * len(self._cache_buckets) - 1
+    with jax.set_mesh(self._mesh):
+      once = 3 if target.platform() == "cpu" else 2
+    return len(self._prompt_buckets) + once + 2 * len(self._cache_buckets) - 1
 
   def rows(
     self,

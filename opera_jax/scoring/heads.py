@@ -4,7 +4,7 @@ A critic is a linear head on the policy's last hidden state. A teacher's top
 tokens are found block by block of the vocabulary, so that no
 [tokens, vocabulary] array is ever whole.
 
-Shape key: R rows, T tokens of a row, K top tokens, D hidden, V vocabulary.
+Shape key: R rows, T tokens of a row, X states of a row, K top tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -38,24 +38,24 @@ def row_heads(
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params["policy"])
-    hidden_RTD = price.row_hidden(model, batch)
-    target_RT = jnp.roll(batch.tokens, -1, axis=1)
-    logprob_RT, entropy_RT = price.token_prices(
-      model, hidden_RTD, target_RT, temperature
+    states = price.row_states(model, batch)
+    hidden_RXD, target_RX = states.hidden_RXD, states.said(batch.tokens)
+    logprob_RX, entropy_RX = price.token_prices(
+      model, hidden_RXD, target_RX, temperature
     )
     critic = params["value"]
-    value_RT = hidden_RTD.astype(jnp.float32) @ critic["kernel"]
-    heads = {"value": price.shifted(value_RT + critic["bias"])}
+    value_RX = hidden_RXD.astype(jnp.float32) @ critic["kernel"]
+    heads = {"value": states.placed(value_RX + critic["bias"])}
     if "top_ids" in batch.extra:
       head, transposed = model.head_matrix()
-      head = head.astype(hidden_RTD.dtype)
+      head = head.astype(hidden_RXD.dtype)
       rows_VD = head if transposed else head.T
-      ids_RTK = jnp.roll(batch.extra["top_ids"], -1, axis=1)
-      logit_RT = _logits(hidden_RTD, rows_VD, target_RT[..., None], temperature)
-      scale_RT1 = logit_RT - logprob_RT[..., None]
-      logit_RTK = _logits(hidden_RTD, rows_VD, ids_RTK, temperature)
-      heads["top_logprob"] = price.shifted(logit_RTK - scale_RT1)
-    return price.shifted(logprob_RT), price.shifted(entropy_RT), heads
+      ids_RXK = states.said(batch.extra["top_ids"])
+      logit_RX = _logits(hidden_RXD, rows_VD, target_RX[..., None], temperature)
+      scale_RX1 = logit_RX - logprob_RX[..., None]
+      logit_RXK = _logits(hidden_RXD, rows_VD, ids_RXK, temperature)
+      heads["top_logprob"] = states.placed(logit_RXK - scale_RX1)
+    return states.placed(logprob_RX), states.placed(entropy_RX), heads
 
   return fn
 
@@ -82,7 +82,7 @@ def row_top(
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
-    hidden_RTD = price.row_hidden(model, batch)
+    states = price.row_states(model, batch)
     head, transposed = model.head_matrix()
     rows_VD = (head if transposed else head.T).astype(jnp.float32)
     V = rows_VD.shape[0]
@@ -106,8 +106,8 @@ def row_top(
         ids_TK = jnp.take_along_axis(names, place, axis=1)
       return ids_TK, best_TK - norm_T[:, None]
 
-    ids_RTK, logprob_RTK = jax.lax.map(row, hidden_RTD)
-    return price.shifted(ids_RTK), price.shifted(logprob_RTK)
+    ids_RXK, logprob_RXK = jax.lax.map(row, states.hidden_RXD)
+    return states.placed(ids_RXK), states.placed(logprob_RXK)
 
   return fn
 

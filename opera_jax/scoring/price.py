@@ -43,16 +43,53 @@ def shifted(x_BT: jax.Array) -> jax.Array:
   return jnp.pad(x_BT[:, :-1], ((0, 0), (1, 0), *rest))
 
 
-def row_hidden(model: qwen3.Qwen3, batch: structs.Batch) -> jax.Array:
-  """Final hidden states [R, T, D] of an update's rows."""
-  hidden_RTD, _ = model(
-    batch.tokens,
-    batch.positions,
-    attention.causal(
-      batch.segments, implementation=model.config.attention or None
-    ),
+@dataclasses.dataclass(frozen=True)
+class RowStates:
+  """Final hidden states of an update's rows, each before the token it says.
+
+  Shape key: R rows, T tokens of a row, X states of a row.
+  """
+
+  hidden_RXD: jax.Array
+  trunk: int  # leading places without a state, where completions share them
+
+  def said(self, x_RT: jax.Array) -> jax.Array:
+    """[R, X, ...]: of what stands at every token, that after each state."""
+    if self.trunk:
+      return x_RT[:, self.trunk :]
+    return jnp.roll(x_RT, -1, axis=1)
+
+  def placed(self, x_RX: jax.Array) -> jax.Array:
+    """[R, T, ...]: what a state gives, at the token it says; 0 at others."""
+    if self.trunk:
+      rest = ((0, 0),) * (x_RX.ndim - 2)
+      return jnp.pad(x_RX, ((0, 0), (self.trunk, 0), *rest))
+    return shifted(x_RX)
+
+
+def row_states(model: qwen3.Qwen3, batch: structs.Batch) -> RowStates:
+  """Runs an update's rows; a prompt that completions share is run once."""
+  implementation = model.config.attention or None
+  if not batch.branches:
+    attend = attention.causal(batch.segments, implementation=implementation)
+    hidden_RTD, _ = model(batch.tokens, batch.positions, attend)
+    return RowStates(hidden_RTD, 0)
+  P, S = batch.trunk, batch.branches
+  R, T = batch.tokens.shape
+  G = (T - P) // S
+  segment_RP = (batch.segments[:, :P] == 1).astype(jnp.int32)
+  limit_RS = batch.positions[:, P::G]  # a completion begins behind its prompt
+  attend = attention.trunk_and_branches(
+    segment_RP, limit_RS, G, implementation=implementation
   )
-  return hidden_RTD
+  hidden_RTD, _ = model(batch.tokens, batch.positions, attend)
+  last_RS1 = jnp.maximum(limit_RS - 1, 0)[..., None]
+  first_RSD = jnp.take_along_axis(hidden_RTD[:, :P], last_RS1, axis=1)
+  own_RSGD = hidden_RTD[:, P:].reshape(R, S, G, -1)
+  before_RSGD = jnp.concatenate(
+    [first_RSD[:, :, None], own_RSGD[:, :, :-1]], axis=2
+  )
+  return RowStates(before_RSGD.reshape(R, S * G, -1), P)
 
 
 def row_logprob(
@@ -63,18 +100,17 @@ def row_logprob(
   Returns:
     `f(params, batch) -> (logprob_RT, entropy_RT)`, float32: entry t is the
     log-probability of token t after the tokens before it in its segment
-    (entry 0 is 0), and the entropy of the distribution it was drawn from.
+    (entry 0 is 0, and every entry of a prompt that completions share), and the
+    entropy of the distribution it was drawn from.
   """
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
-    logprob_RT, entropy_RT = token_prices(
-      model,
-      row_hidden(model, batch),
-      jnp.roll(batch.tokens, -1, axis=1),
-      temperature,
+    states = row_states(model, batch)
+    logprob_RX, entropy_RX = token_prices(
+      model, states.hidden_RXD, states.said(batch.tokens), temperature
     )
-    return shifted(logprob_RT), shifted(entropy_RT)
+    return states.placed(logprob_RX), states.placed(entropy_RX)
 
   return fn
 

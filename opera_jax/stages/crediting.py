@@ -125,6 +125,7 @@ def assign(
   kl_estimator: str,
   importance_cap: float,
   buckets: Sequence[int],
+  share: int,
   parts: int,
 ) -> tuple[structs.Batch, dict[str, float]]:
   """The rows of a step's updates, with every token's advantage.
@@ -141,7 +142,8 @@ def assign(
     kl_coef: weight of KL taken off the reward.
     kl_estimator: see `losses.kl`.
     importance_cap: see `policy.truncated_weight`; 0 weighs nothing.
-    buckets: allowed row lengths.
+    buckets: allowed lengths of rows, or of completions that share a prompt.
+    share: completions of a prompt that one row holds; 1 gives each a row.
     parts: mini-batches of the step.
 
   Returns:
@@ -150,30 +152,35 @@ def assign(
   rollouts, trunks = scored.rollouts, scored.trunks
   sizes = [len(s.tokens) for s in rollouts.completions]
   begins = [len(trunk) - size for trunk, size in zip(trunks, sizes)]
+  if share > 1:
+    longest = max(map(run.engine.bucket, rollouts.prompt_ids))
+    place = rl_data.shared(sizes, share, longest, buckets)
+  else:
+    place = rl_data.whole(begins, sizes, buckets)
 
-  def cut(rows):
-    return [row[b : b + s] for row, b, s in zip(rows, begins, sizes)]
+  def own(rows):
+    return [row[begin:] for row, begin in zip(rows, begins)]
 
+  old_logprob, ref_logprob = own(old.trunk_logprob), own(ref.trunk_logprob)
   rows = rl_data.rows(
+    place,
     trunks,
-    begins,
     [np.zeros(size, np.float32) for size in sizes],
-    old.trunk_logprob,
-    ref.trunk_logprob,
-    buckets=buckets,
+    old_logprob,
+    ref_logprob,
   )
-  old_logprob, extra, value = cut(old.trunk_logprob), {}, None
+  extra, value = {}, None
   if learn.values is not None:
     extra["value"] = learner_lib.by_parts(
       run, learn.values, params, rows, parts
     )
-    value = cut(extra["value"])
+    value = place.cut(extra["value"])
   outcome = creditor.credit(
     models,
     scored,
     old_logprob,
     penalty=penalties(
-      old_logprob, cut(ref.trunk_logprob), coef=kl_coef, estimator=kl_estimator
+      old_logprob, ref_logprob, coef=kl_coef, estimator=kl_estimator
     ),
     value=value,
   )
@@ -183,24 +190,21 @@ def assign(
       a * policy_loss.truncated_weight(o, s.logprob, importance_cap)
       for a, o, s in zip(advantage, old_logprob, rollouts.completions)
     ]
-  length = rows.tokens.shape[1]
   if learn.values is not None:
     if outcome.credit.returns is None:
       raise ValueError(
         "config.rl.value_coef trains a critic, and no credit rule gives it "
         "targets. Add gae to config.rl.credit, or set it to 0."
       )
-    extra["returns"] = rl_data.spread(outcome.credit.returns, begins, length)
+    extra["returns"] = place.spread(outcome.credit.returns)
   metrics = {**outcome.credit.metrics, "price/credit_tokens": outcome.tokens}
   if learn.top is not None:
     top_ids, top_logprob = _teacher_tops(
       run, learn, outcome, models, rollouts, buckets, parts
     )
-    extra["top_ids"] = rl_data.spread(top_ids, begins, length)
-    extra["top_logprob"] = rl_data.spread(top_logprob, begins, length)
-  rows = rows.replace(
-    advantage=rl_data.spread(advantage, begins, length), extra=extra
-  )
+    extra["top_ids"] = place.spread(top_ids)
+    extra["top_logprob"] = place.spread(top_logprob)
+  rows = rows.replace(advantage=place.spread(advantage), extra=extra)
   if learn.pairs:
     rows = rl_data.pairs(rows, rollouts.samples, parts)
   return rows, {name: float(value) for name, value in metrics.items()}
@@ -217,14 +221,12 @@ def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
   trunks = rollouts.after(ask.turns)
   longest = max(map(len, trunks))
   zeros = [np.zeros(len(trunk), np.float32) for trunk in trunks]
-  batch = rl_data.rows(
-    trunks,
+  place = rl_data.whole(
     [0] * len(trunks),
-    zeros,
-    zeros,
-    zeros,
-    buckets=(trunks_lib.bucket(longest, buckets),),
+    list(map(len, trunks)),
+    (trunks_lib.bucket(longest, buckets),),
   )
+  batch = rl_data.rows(place, trunks, zeros, zeros, zeros)
   tops = learner_lib.by_parts(run, learn.top, models[ask.model], batch, parts)
   return tuple(
     [

@@ -1,7 +1,7 @@
 """The update of an RL step by the names in a config: loss, critic, teacher."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -143,6 +143,13 @@ def build(
     else None,
     top=jax.jit(tops) if divergence_coef > 0 else None,
   )
+
+
+def programs(
+  row_buckets: Sequence[int], share: int, prompt_lengths: Sequence[int]
+) -> int:
+  """How many programs updates can need: one a shape; see `data.rl`."""
+  return len(row_buckets) * (len(prompt_lengths) if share > 1 else 1)
 
 
 def by_parts(

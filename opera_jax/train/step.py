@@ -120,8 +120,7 @@ def make_policy_update(
   Args:
     logprob_fn: see the module; its entropies are logged.
     optimizer: an optax transformation.
-    loss: "clipped", token ratios; or "gspo", the ratio of the sequence, with
-      one sequence a row.
+    loss: "clipped", token ratios; or "gspo", the ratio of the sequence.
     clip_low: see `policy.clipped_surrogate`.
     clip_high: see `policy.clipped_surrogate`.
     dual_clip: see `policy.clipped_surrogate`.
@@ -165,7 +164,9 @@ def make_policy_update(
     logprob_RT = jnp.where(target_RT, logprob_RT, 0.0)
     now_RT, then_RT = logprob_RT, batch.old_logprob
     if loss == "gspo":
-      now_RT = policy.sequence_ratio(now_RT, then_RT, batch.loss_mask)
+      now_RT = policy.sequence_ratio(
+        now_RT, then_RT, batch.loss_mask, batch.segments
+      )
       then_RT = jnp.zeros_like(now_RT)
     loss_RT, aux = policy.clipped_surrogate(
       now_RT,

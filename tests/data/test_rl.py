@@ -12,8 +12,9 @@ def _rows(advantages, begins=(2, 3, 2, 1)):
     np.arange(b + s, dtype=np.int32) + 10 * r
     for r, (b, s) in enumerate(zip(begins, sizes))
   ]
-  zeros = [np.full(len(t), -0.5, np.float32) for t in trunks]
-  return rl.rows(trunks, begins, advantages, zeros, zeros, buckets=(8,))
+  half = [np.full(size, -0.5, np.float32) for size in sizes]
+  place = rl.whole(begins, sizes, (8,))
+  return rl.rows(place, trunks, advantages, half, half)
 
 
 def _advantages(*values):
@@ -28,9 +29,44 @@ def test_advantages_stand_on_completion_tokens():
 
 
 def test_spread_takes_further_axes():
-  got = rl.spread([np.ones((2, 3)), np.ones((1, 3))], [1, 0], 4)
+  place = rl.whole([1, 0], [2, 1], (4,))
+  values = [np.ones((2, 3)), np.ones((1, 3))]
+  got = place.spread(values)
   assert got.shape == (2, 4, 3)
   np.testing.assert_array_equal(got[:, :, 0], [[0, 1, 1, 0], [1, 0, 0, 0]])
+  for own, value in zip(place.cut(got), values, strict=True):
+    np.testing.assert_array_equal(own, value)
+
+
+def test_samples_share_a_prompt():
+  """Two prompts of 2 and 3 tokens, two samples each, in rows of two."""
+  trunks = [
+    np.asarray(row, np.int32)
+    for row in ([1, 2, 3], [1, 2, 4, 5], [6, 7, 8, 9], [6, 7, 8, 10, 11, 12])
+  ]
+  sizes = [1, 2, 1, 3]
+  place = rl.shared(sizes, 2, 4, (3, 8))
+  advantages = [np.full(n, n, np.float32) for n in sizes]
+  batch = rl.rows(place, trunks, advantages, advantages, advantages)
+  assert (batch.trunk, batch.branches) == (4, 2)
+  np.testing.assert_array_equal(
+    batch.tokens,
+    [[1, 2, 0, 0, 3, 0, 0, 4, 5, 0], [6, 7, 8, 0, 9, 0, 0, 10, 11, 12]],
+  )
+  np.testing.assert_array_equal(
+    batch.positions,
+    [[0, 1, 2, 3, 2, 3, 4, 2, 3, 4], [0, 1, 2, 3, 3, 4, 5, 3, 4, 5]],
+  )
+  np.testing.assert_array_equal(
+    batch.segments,
+    [[1, 1, 0, 0, 2, 0, 0, 3, 3, 0], [1, 1, 1, 0, 2, 0, 0, 3, 3, 3]],
+  )
+  np.testing.assert_array_equal(
+    batch.advantage,
+    [[0, 0, 0, 0, 1, 0, 0, 2, 2, 0], [0, 0, 0, 0, 1, 0, 0, 3, 3, 3]],
+  )
+  with pytest.raises(ValueError, match="9"):
+    rl.shared([9], 1, 4, (3, 8))
 
 
 def test_mini_batches_cut_what_is_extra_too():

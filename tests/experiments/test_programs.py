@@ -65,13 +65,15 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
       for _ in range(draw.integers(0, 5))
     ]
     prices = pricer.price(state.params, trunks, branches)
+    begins = [len(p) for p in prompts for _ in range(SAMPLES)]
+    sizes = [len(s.tokens) for group in groups for s in group]
+    own = [row[b:] for row, b in zip(prices.trunk_logprob, begins)]
     batch = rl_data.rows(
+      rl_data.whole(begins, sizes, ROWS),
       trunks,
-      [len(p) for p in prompts for _ in range(SAMPLES)],
-      draw.normal(size=len(trunks)),
-      prices.trunk_logprob,
-      prices.trunk_logprob,
-      buckets=ROWS,
+      [np.full(size, draw.normal(), np.float32) for size in sizes],
+      own,
+      own,
     )
     placed = layout.to_devices(batch, layout.rows(one_device))
     state, metrics = update(state, placed)

@@ -119,7 +119,9 @@ def test_gspo_is_the_sequence_ratio():
   advantage = np.asarray([[2.0], [-1.0], [5.0]])
 
   def loss(now):
-    ratio = policy.sequence_ratio(now, jnp.asarray(old), jnp.asarray(mask))
+    ratio = policy.sequence_ratio(
+      now, jnp.asarray(old), jnp.asarray(mask), jnp.ones((3, 5), jnp.int32)
+    )
     per_token, _ = policy.clipped_surrogate(
       ratio,
       jnp.zeros((3, 5)),

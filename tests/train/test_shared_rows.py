@@ -1,0 +1,171 @@
+"""Samples behind one copy of their prompt: the update of a row a sample."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.data import rl as rl_data
+from opera_jax.models import qwen3
+from opera_jax.scoring import heads, price
+from opera_jax.sharding import layout, rules
+from opera_jax.sharding import mesh as mesh_lib
+from opera_jax.stages import fit, learner
+from opera_jax.train import optimizer
+from opera_jax.train import state as train_state
+
+CONFIG = qwen3.Config(
+  vocab_size=304,
+  hidden=48,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=12,
+  intermediate=80,
+)
+PROMPTS, SAMPLES = 4, 4
+SETTINGS = {
+  "loss": "clipped", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0,
+  "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01,
+  "value_coef": 0.0, "value_clip": 0.2, "divergence_coef": 0.0, "top": 3,
+  "ema": 0.0, "beta": 0.1, "reduction": "sequence_mean", "constant": 0.0,
+  "micro_batches": 1, "temperature": 0.9,
+}  # fmt: skip
+
+
+def _batches(share):
+  """The same ragged samples: a row each, and `share` of a prompt in a row."""
+  draw = np.random.default_rng(0)
+  prompts = [draw.integers(0, 304, draw.integers(1, 9)) for _ in range(PROMPTS)]
+  sizes = draw.integers(1, 15, PROMPTS * SAMPLES)
+  trunks = [
+    np.concatenate([prompts[i // SAMPLES], draw.integers(0, 304, n)])
+    for i, n in enumerate(sizes)
+  ]
+  rest = [
+    [draw.normal(-3, 1, n).astype(np.float32) for n in sizes] for _ in range(3)
+  ]
+  begins = [len(t) - n for t, n in zip(trunks, sizes)]
+  places = (
+    rl_data.whole(begins, sizes, (24,)),
+    rl_data.shared(sizes, share, 12, (16,)),
+  )
+  return places, [rl_data.rows(place, trunks, *rest) for place in places]
+
+
+def _own(places, arrays):
+  """What stands at the samples' tokens, in one order."""
+  return [
+    np.concatenate(place.cut(np.asarray(array)))
+    for place, array in zip(places, arrays)
+  ]
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_prices_and_heads(share):
+  graphdef, params = qwen3.create(CONFIG, 0)
+  places, batches = _batches(share)
+  critic = {
+    "kernel": jnp.asarray(np.random.default_rng(1).normal(size=48)),
+    "bias": jnp.float32(0.5),
+  }
+  fn = jax.jit(heads.row_heads(graphdef, temperature=0.9))
+  tops = jax.jit(heads.row_top(graphdef, 3, temperature=0.9))
+  got = []
+  for place, batch in zip(places, batches):
+    ids, top_logprob = tops(params, batch)
+    batch = batch.replace(extra={"top_ids": ids})
+    logprob, entropy, more = fn({"policy": params, "value": critic}, batch)
+    got.append((logprob, entropy, more["value"], top_logprob, ids))
+    named, found = _own([place] * 2, (more["top_logprob"], top_logprob))
+    np.testing.assert_allclose(named, found, rtol=1e-5, atol=1e-5)
+  for pair in zip(*got):
+    one, other = _own(places, pair)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def _updated(batch, mesh, **changes):
+  graphdef, params = qwen3.create(CONFIG, 0)
+  params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
+  learn = learner.build(
+    graphdef, optimizer.adamw(1e-3, b1=0.9), **SETTINGS | changes
+  )
+  state = fit.place(
+    train_state.create(params, learn.optimizer, jax.random.key(0)), mesh
+  )
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(batch, layout.rows(mesh))
+    state, metrics = learn.update(state, batch)
+  # After one update the first moment is a tenth of the gradient.
+  shape = jax.tree.structure(state.params)
+  found = []
+
+  def visit(node):
+    if jax.tree.structure(node) == shape:
+      found.append(node)
+    return jax.tree.structure(node) == shape
+
+  jax.tree.leaves(state.opt_state, is_leaf=visit)
+  return jax.device_get((found[0], metrics))
+
+
+def _assert_same(ours, theirs):
+  for one, other in zip(jax.tree.leaves(ours[0]), jax.tree.leaves(theirs[0])):
+    scale = np.abs(other).max()
+    assert scale > 0
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)
+  for name, value in theirs[1].items():
+    assert ours[1][name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"loss": "gspo", "clip_low": 2e-1},
+    {"reduction": "token_mean", "micro_batches": 2},
+  ],
+  ids=["grpo", "gspo", "in_parts"],
+)
+def test_gradients(one_device, changes):
+  _, (plain, shared) = _batches(2)
+  _assert_same(
+    _updated(shared, one_device, **changes),
+    _updated(plain, one_device, **changes),
+  )
+
+
+@pytest.mark.parametrize(
+  "shape",
+  [
+    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
+  ],
+)
+def test_gradients_over_a_mesh(one_device, shape):
+  _, (plain, shared) = _batches(2)
+  _assert_same(
+    _updated(shared, mesh_lib.create(shape)), _updated(plain, one_device)
+  )
+
+
+def test_a_sample_sees_its_prompt_and_itself():
+  """Gradients say who is read: of one token's price, by embedding row."""
+  prompt, samples = [1, 2], [[10, 11, 12], [20, 21, 22]]
+  trunks = [np.asarray(prompt + own, np.int32) for own in samples]
+  zeros = [np.zeros(3, np.float32)] * 2
+  place = rl_data.shared([3, 3], 2, 4, (3,))
+  batch = rl_data.rows(place, trunks, zeros, zeros, zeros)
+  # Untied, so that only what is read shows.
+  untied = dataclasses.replace(CONFIG, tied=False)
+  graphdef, params = qwen3.create(untied, 0)
+  fn = price.row_logprob(graphdef)
+
+  def second_of_second(params):
+    return place.cut(fn(params, batch)[0])[1][1]
+
+  grads = jax.jit(jax.grad(second_of_second))(params)
+  read = np.flatnonzero(np.abs(np.asarray(grads["embed"][...])).sum(1))
+  np.testing.assert_array_equal(read, [1, 2, 20])
