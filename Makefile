@@ -15,10 +15,10 @@ demo: $(VENV)/base.done
 
 test: $(VENV)/dev.done
 	@echo "Running the fast tests; 'make test-all' adds the slow ones."
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/dev.done
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."

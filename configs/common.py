@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     "norm_epsilon": 1e-6,
     "tied": True,
     "dtype": "float32",
-    "remat": "none",  # or full, attention, dots
+    "remat": "dots",  # or none, full, attention
     "attention": "",  # splash, cudnn or xla; "" goes by the device
   }
   config.data = {

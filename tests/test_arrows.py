@@ -45,7 +45,7 @@ def _package(module: str) -> str | None:
   """Our package of an imported module; None for other people's."""
   parts = module.split(".")
   if parts[0] == "kernels":
-    return KERNEL_APIS if parts[-1] in ("api", "target") else "kernels"
+    return KERNEL_APIS if parts[-1] in ("api", "target", "tiles") else "kernels"
   if parts[0] in ("configs", "experiments"):
     return parts[0]
   if parts[0] == "opera_jax" and len(parts) > 1:

@@ -17,9 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels import target
-from kernels.branch_attention import pallas_tpu, reference, xla, xla_decode
+from kernels.branch_attention import (
+  pallas_tpu,
+  reference,
+  xla,
+  xla_decode,
+  xla_rows,
+)
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "xla_rows", "pallas_tpu")
 
 
 def branch_attention(
@@ -52,7 +58,8 @@ def branch_attention(
     limit_BS: [B, S] integer, how much of the trunk a branch sees.
     offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
     scale: what multiplies q.k, usually H ** -0.5.
-    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    implementation: "reference", "xla" (streams), "xla_rows" (one branch after
+      the other, for a CPU) or "pallas_tpu"; None picks.
     block_keys: keys of one block of "xla"; None is 256.
     block_scores: scores of one row of the batch that "xla" holds at once,
       over all heads; more queries than that go chunk by chunk. None is what
@@ -74,6 +81,7 @@ def branch_attention(
     branch_v_BSCKH,
   )
   _check(*arrays)
+  given_BS = None if offset_BS is None else jnp.maximum(offset_BS, 0)
   if offset_BS is None:
     offset_BS = jnp.zeros_like(limit_BS)
   _check_bounds(q_BSGNH, limit_BS, offset_BS)
@@ -82,10 +90,14 @@ def branch_attention(
   if block_scores is None:
     block_scores = _score_budget(*q_BSGNH.shape[::3], block_keys)
   _check_blocks(block_keys=block_keys, block_scores=block_scores)
-  implementation = _pick(implementation, arrays)
+  implementation = _pick(implementation, arrays, cpu="xla_rows")
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     return reference.branch_attention(*arrays, *bounds, scale=scale)
+  if implementation == "xla_rows":
+    return xla_rows.branch_attention(
+      *arrays, limit_BS, given_BS, scale=float(scale)
+    )
   if implementation == "pallas_tpu":
     return pallas_tpu.branch_attention(*arrays, *bounds, scale=float(scale))
   return xla.branch_attention(
@@ -145,7 +157,9 @@ def decode_attention(
   if block_keys is None:
     block_keys = 64 if target.platform() == "cpu" else 128
   _check_blocks(block_keys=block_keys)
-  implementation = _pick(implementation, (q_BSNH, *caches))
+  if implementation == "xla_rows":
+    raise ValueError('Decoding has no "xla_rows"; use "xla", or None.')
+  implementation = _pick(implementation, (q_BSNH, *caches), cpu="xla")
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     own = [x if layer is None else x[layer] for x in caches]
@@ -163,11 +177,13 @@ def decode_attention(
   )
 
 
-def _pick(implementation, arrays):
-  """The name of the implementation, checked."""
+def _pick(implementation, arrays, cpu):
+  """The name of the implementation, checked; `cpu` is a CPU's."""
   if implementation is None:
-    tpu = target.platform() == "tpu" and not pallas_tpu.unsupported(*arrays)
-    return "pallas_tpu" if tpu else "xla"
+    platform = target.platform()
+    if platform == "tpu" and not pallas_tpu.unsupported(*arrays):
+      return "pallas_tpu"
+    return cpu if platform == "cpu" else "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"Branch attention has the implementations {IMPLEMENTATIONS}, got "

@@ -67,7 +67,6 @@ def trunk_and_branches(
       branches(k),
       branches(v),
       limit_BS,
-      jnp.zeros_like(limit_BS),
       scale=q.shape[-1] ** -0.5,
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])

@@ -33,11 +33,10 @@ def branch_attention(
   branch_k_BSCKH: jax.Array,
   branch_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
-  offset_BS: jax.Array,
   *,
   scale: float,
 ) -> jax.Array:
-  """`kernels.branch_attention` over the mesh in force.
+  """`kernels.branch_attention` over the mesh in force, without offsets.
 
   Args, returns and errors are the kernel's.
   """
@@ -49,7 +48,6 @@ def branch_attention(
     branch_k_BSCKH,
     branch_v_BSCKH,
     limit_BS,
-    offset_BS,
   )
   if rules.alone():
     return attend(*arrays)
@@ -60,7 +58,7 @@ def branch_attention(
   row = PartitionSpec(batch)
   return jax.shard_map(
     attend,
-    in_specs=(query, trunk, trunk, query, query, row, row),
+    in_specs=(query, trunk, trunk, query, query, row),
     out_specs=query,
   )(*arrays)
 

@@ -29,7 +29,10 @@ REMAT = {
   "attention": jax.checkpoint_policies.save_only_these_names(
     windowed_attention.OUTPUT
   ),
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(windowed_attention.OUTPUT),
+  ),
 }
 
 
@@ -48,7 +51,9 @@ class Config:
   norm_epsilon: float = 1e-6
   tied: bool = True
   dtype: str = "float32"
-  remat: str = "none"
+  # Products and attention are kept for the backward pass, the rest is made
+  # anew: less memory traffic than keeping all.
+  remat: str = "dots"
   attention: str = ""  # see `self_attention`; "" goes by the device
 
   def __post_init__(self):
@@ -150,6 +155,32 @@ def _look_up_backward(dtype, saved, grad_BTD):
 look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
+@jax.custom_vjp
+def project(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+  """x @ w, [B, T, O], whose gradients turn the narrower factor alone.
+
+  The weights' gradient contracts all tokens, so that one of its factors is
+  turned first. Left to itself that is the output's, and on a CPU all that led
+  to it is then computed column by column.
+  """
+  return x_BTI @ w_IO
+
+
+def _project_forward(x_BTI, w_IO):
+  return project(x_BTI, w_IO), (x_BTI, w_IO)
+
+
+def _project_backward(saved, grad_BTO):
+  x_BTI, w_IO = saved
+  narrow_first = w_IO.shape[0] <= w_IO.shape[1]
+  pair = (x_BTI, grad_BTO) if narrow_first else (grad_BTO, x_BTI)
+  grad = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())))
+  return grad_BTO @ w_IO.T, grad if narrow_first else grad.T
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 def _normal(key, shape, fan_in):
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
@@ -191,10 +222,10 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BTD):
     dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype))
-    hidden_BTF = gate_BTF * (x_BTD @ self.up[...].astype(dtype))
+    gate_BTF = jax.nn.silu(project(x_BTD, self.gate[...].astype(dtype)))
+    hidden_BTF = gate_BTF * project(x_BTD, self.up[...].astype(dtype))
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return hidden_BTF @ self.down[...].astype(dtype)
+    return project(hidden_BTF, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
@@ -255,7 +286,8 @@ class Qwen3(nnx.Module):
       attend: `attend(cache, layer, q, k, v) -> (out, cache)`, one of
         `opera_jax.models.attention`.
       cache: what `attend` carries from layer to layer; None for none.
-      layers: what `apart` gave, to be run one after the other; None scans.
+      layers: what `apart` gave, to be run one after the other, without
+        gradients; None scans.
 
     Returns:
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
@@ -275,11 +307,11 @@ class Qwen3(nnx.Module):
       )
       return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
 
-    if REMAT[config.remat] is not None:
-      layer = jax.checkpoint(
-        layer, policy=REMAT[config.remat], prevent_cse=False
-      )
     if layers is None:
+      if REMAT[config.remat] is not None:
+        layer = jax.checkpoint(
+          layer, policy=REMAT[config.remat], prevent_cse=False
+        )
       (x_BTD, cache), _ = jax.lax.scan(
         layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
       )

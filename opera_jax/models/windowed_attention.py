@@ -7,9 +7,7 @@ probabilities anew, so that queries, keys, values and outputs are all that is
 kept.
 
 On a CPU what costs is memory traffic, so rows go one after the other, whose
-scores stay in its caches. A chunk's softmax is written to fuse with the
-product before it: nothing but the probabilities leaves it, and what masks is
-added.
+scores stay in its caches.
 
 Shape key: b rows at once, T tokens (queries), N query heads, K key/value heads,
 R = N / K query heads a key head, H head dimension, C queries of a chunk,
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import target
+from kernels import target, tiles
 from opera_jax.sharding import rules
 
 # What the remat policy "attention" keeps.
@@ -29,7 +27,6 @@ OUTPUT = "attention"
 CHUNK = 512
 CHUNKS = 8
 _SMALLEST = 128
-MASKED = -1e30  # finite: a query whose window holds no key gives no NaN
 
 
 @jax.custom_vjp
@@ -65,53 +62,53 @@ def _by_rows(function, arrays):
 
 
 def _forward(q_bTNH, k_bTKH, v_bTKH, segment_bT):
-  K = k_bTKH.shape[2]
-  q_bKRTH, k_bKTH, v_bKTH = _grouped(q_bTNH, K), _led(k_bTKH), _led(v_bTKH)
+  K, H = k_bTKH.shape[2:]
+  q_bKRTH = tiles.grouped(q_bTNH, K)
+  k_bKTH, v_bKTH = jnp.swapaxes(k_bTKH, 1, 2), jnp.swapaxes(v_bTKH, 1, 2)
   outs = []
   for start, end, windows, chosen in _chunks(segment_bT):
 
     def run(window, start=start, end=end):
       keys = slice(end - window, end)
-      p, total = _probabilities(
+      return tiles.forward(
         q_bKRTH[:, :, :, start:end],
         k_bKTH[:, :, keys],
+        v_bKTH[:, :, keys],
         _bias(segment_bT, start, end, window),
+        H**-0.5,
       )
-      return _weigh(p.astype(v_bKTH.dtype), v_bKTH[:, :, keys]) / total
 
     outs.append(_switch(chosen, windows, run))
   out_bKRTH = jnp.concatenate(outs, axis=3).astype(q_bTNH.dtype)
-  return _ungrouped(out_bKRTH)
+  return tiles.ungrouped(out_bKRTH)
 
 
 def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
   K, H = k_bTKH.shape[2:]
-  q_bKRTH, k_bKTH, v_bKTH = _grouped(q_bTNH, K), _led(k_bTKH), _led(v_bTKH)
-  d_out_bKRTH = _grouped(d_out_bTNH, K)
-  delta_bTN1 = jnp.sum(
-    d_out_bTNH.astype(jnp.float32) * out_bTNH.astype(jnp.float32),
-    axis=-1,
-    keepdims=True,
-  )
-  delta_bKRT1 = _grouped(delta_bTN1, K)
+  per_query = (q_bTNH, d_out_bTNH, tiles.delta(d_out_bTNH, out_bTNH))
+  per_query = [tiles.grouped(x, K) for x in per_query]
+  k_bKTH, v_bKTH = jnp.swapaxes(k_bTKH, 1, 2), jnp.swapaxes(v_bTKH, 1, 2)
   shape = (*k_bKTH.shape[:2], H, k_bKTH.shape[2])
   d_keys = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
   d_qs = []
   for start, end, windows, chosen in _chunks(segment_bT):
 
     def run(window, d_k_bKHT, d_v_bKHT, start=start, end=end):
-      keys, queries = slice(end - window, end), slice(start, end)
-      q, d_out = (x[:, :, :, queries] for x in (q_bKRTH, d_out_bKRTH))
-      k, v = k_bKTH[:, :, keys], v_bKTH[:, :, keys]
-      p, total = _probabilities(q, k, _bias(segment_bT, start, end, window))
-      p = p / total
-      slope = _scores(d_out, v) - delta_bKRT1[:, :, :, queries]
-      d_score = (p * slope * H**-0.5).astype(q.dtype)
-      p = p.astype(d_out.dtype)
+      keys = slice(end - window, end)
+      q, d_out, delta = (x[:, :, :, start:end] for x in per_query)
+      d_q, d_k, d_v = tiles.backward(
+        q,
+        k_bKTH[:, :, keys],
+        v_bKTH[:, :, keys],
+        _bias(segment_bT, start, end, window),
+        d_out,
+        delta,
+        H**-0.5,
+      )
       return (
-        _weigh(d_score, k),
-        d_k_bKHT.at[..., keys].add(_received(q, d_score)),
-        d_v_bKHT.at[..., keys].add(_received(d_out, p)),
+        d_q,
+        d_k_bKHT.at[..., keys].add(d_k),
+        d_v_bKHT.at[..., keys].add(d_v),
       )
 
     d_q, *d_keys = _switch(chosen, windows, run, *d_keys)
@@ -121,7 +118,7 @@ def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
     jnp.moveaxis(d, 3, 1).astype(x.dtype)
     for d, x in zip(d_keys, (k_bTKH, v_bTKH))
   )
-  return _ungrouped(d_q_bKRTH), d_k_bTKH, d_v_bTKH
+  return tiles.ungrouped(d_q_bKRTH), d_k_bTKH, d_v_bTKH
 
 
 def _chunks(segment_bT):
@@ -146,55 +143,11 @@ def _switch(chosen, windows, run, *operands):
 
 
 def _bias(segment_bT, start, end, window):
-  """0 where a query sees a key, else MASKED, [b, 1, 1, C, W]."""
+  """What masks, [b, 1, 1, C, W]."""
   query_C = jnp.arange(start, end)
   key_W = jnp.arange(end - window, end)
   same_bCW = (
     segment_bT[:, start:end, None] == segment_bT[:, None, end - window : end]
   )
   seen_bCW = same_bCW & (key_W[None] <= query_C[:, None])[None]
-  return jnp.where(seen_bCW, 0.0, MASKED)[:, None, None]
-
-
-def _probabilities(q_bKRCH, k_bKWH, bias_b11CW):
-  """exp(score - its maximum) [b, K, R, C, W], and its sums [b, K, R, C, 1]."""
-  score = _scores(q_bKRCH, k_bKWH) * q_bKRCH.shape[-1] ** -0.5 + bias_b11CW
-  p = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
-  return p, jnp.sum(p, axis=-1, keepdims=True)
-
-
-def _scores(q_bKRCH, k_bKWH):
-  return _product(q_bKRCH, k_bKWH, (4,), (3,))
-
-
-def _weigh(p_bKRCW, v_bKWH):
-  return _product(p_bKRCW, v_bKWH, (4,), (2,))
-
-
-def _received(q_bKRCH, p_bKRCW):
-  """What each key gets, [b, K, H, W]: the large factor lies as it is."""
-  return _product(q_bKRCH, p_bKRCW, (2, 3), (2, 3))
-
-
-def _product(x, y, x_axes, y_axes):
-  """Batched over b and K."""
-  return jax.lax.dot_general(
-    x,
-    y,
-    ((x_axes, y_axes), ((0, 1), (0, 1))),
-    preferred_element_type=jnp.float32,
-  )
-
-
-def _grouped(x_bTNH, K):
-  b, T, N, H = x_bTNH.shape
-  return x_bTNH.reshape(b, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-
-
-def _ungrouped(x_bKRTH):
-  b, K, R, T, H = x_bKRTH.shape
-  return x_bKRTH.transpose(0, 3, 1, 2, 4).reshape(b, T, K * R, H)
-
-
-def _led(x_bTKH):
-  return jnp.swapaxes(x_bTKH, 1, 2)
+  return tiles.bias(seen_bCW)[:, None, None]

@@ -97,6 +97,24 @@ def test_streaming_equals_the_reference(shape, blocks):
   _close(got, _run("reference", arrays, limit_BS), 1e-5)
 
 
+@pytest.mark.parametrize(
+  "shape",
+  [{}, {"T": 300, "G": 290, "C": 290, "B": 1}, {"K": 4, "S": 1}],
+  ids=["whole", "query-chunks", "ungrouped"],
+)
+def test_branch_by_branch_equals_the_reference(shape):
+  arrays, limit_BS = _inputs(**shape)
+  got = _run("xla_rows", arrays, limit_BS)
+  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+
+
+def test_branch_by_branch_with_earlier_keys_of_its_own():
+  arrays, limit_BS = _inputs(C=11)
+  offset_BS = jnp.asarray([[0, 4, 6], [3, -1, 2]], jnp.int32)
+  got = _run("xla_rows", arrays, limit_BS, offset_BS)
+  _close(got, _run("reference", arrays, limit_BS, jnp.maximum(offset_BS, 0)), 1e-5)
+
+
 @pytest.mark.parametrize("block_keys", [512, 4])
 def test_decoding_over_a_part_filled_cache(block_keys):
   arrays, limit_BS = _inputs(G=1, C=11)
@@ -107,10 +125,12 @@ def test_decoding_over_a_part_filled_cache(block_keys):
 
 def test_bfloat16_inputs_keep_float32_sums():
   arrays, limit_BS = _inputs(dtype=jnp.bfloat16)
-  got = _run("xla", arrays, limit_BS, block_keys=4)
   exact = [x.astype(jnp.float32) for x in arrays]
-  assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
-  _close(got, _run("reference", exact, limit_BS), 2e-2)
+  want = _run("reference", exact, limit_BS)
+  for implementation in ("xla", "xla_rows"):
+    got = _run(implementation, arrays, limit_BS, block_keys=4)
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    _close(got, want, 2e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""Branch attention of one branch after the other, for a CPU.
+
+A branch meets the trunk and itself in one softmax, whose scores stay in the
+CPU's caches; see `kernels.tiles`.
+
+Shape key: B rows, S branches, G queries of a branch, N query heads, K
+key-value heads, R = N / K, H head features, T trunk length, C branch length,
+g queries of a chunk, W = T + own keys that a chunk meets.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import manual_axes, tiles
+
+CHUNK = 128
+
+
+def branch_attention(
+  q_BSGNH: jax.Array,
+  trunk_k_BTKH: jax.Array,
+  trunk_v_BTKH: jax.Array,
+  branch_k_BSCKH: jax.Array,
+  branch_v_BSCKH: jax.Array,
+  limit_BS: jax.Array,
+  offset_BS: jax.Array | None,
+  *,
+  scale: float,
+) -> jax.Array:
+  """Computes `api.branch_attention`; an offset of None is known to be 0."""
+  return _attention(
+    scale,
+    q_BSGNH,
+    trunk_k_BTKH,
+    trunk_v_BTKH,
+    branch_k_BSCKH,
+    branch_v_BSCKH,
+    limit_BS,
+    offset_BS,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, *arrays):
+  return _forward_rule(scale, *arrays)[0]
+
+
+def _forward_rule(scale, q_BSGNH, tk_BTKH, tv_BTKH, *own):
+  K = tk_BTKH.shape[2]
+
+  def row(inputs):
+    tk_TKH, tv_TKH, per_branch = inputs
+    tk_KTH, tv_KTH = jnp.swapaxes(tk_TKH, 0, 1), jnp.swapaxes(tv_TKH, 0, 1)
+
+    def branch(inputs):
+      q_GNH, k_CKH, v_CKH, *bounds = inputs
+      q_1KRGH = tiles.grouped(q_GNH[None], K)
+      k_1KXH, v_1KXH = _joined(tk_KTH, k_CKH), _joined(tv_KTH, v_CKH)
+      out = [
+        tiles.forward(
+          q_1KRGH[:, :, :, queries],
+          k_1KXH[:, :, keys],
+          v_1KXH[:, :, keys],
+          mask,
+          scale,
+        )
+        for queries, keys, mask in _chunks(q_GNH, tk_TKH, k_CKH, *bounds)
+      ]
+      out_1KRGH = jnp.concatenate(out, axis=3).astype(q_GNH.dtype)
+      return tiles.ungrouped(out_1KRGH)[0]
+
+    return jax.lax.map(branch, per_branch)
+
+  out_BSGNH = jax.lax.map(row, (tk_BTKH, tv_BTKH, _given(q_BSGNH, *own)))
+  return out_BSGNH, (q_BSGNH, tk_BTKH, tv_BTKH, *own, out_BSGNH)
+
+
+def _backward_rule(scale, saved, d_out_BSGNH):
+  q_BSGNH, tk_BTKH, tv_BTKH, *own, out_BSGNH = saved
+  T, K, H = tk_BTKH.shape[1:]
+  like = (d_out_BSGNH, q_BSGNH, tk_BTKH, tv_BTKH, *own[:2])
+
+  def zeros(length):
+    zero = jnp.zeros((1, K, H, length), jnp.float32)
+    return manual_axes.varying_like(zero, *like)
+
+  def row(inputs):
+    tk_TKH, tv_TKH, per_branch = inputs
+    tk_KTH, tv_KTH = jnp.swapaxes(tk_TKH, 0, 1), jnp.swapaxes(tv_TKH, 0, 1)
+
+    def branch(d_trunk, inputs):
+      d_out_GNH, out_GNH, q_GNH, k_CKH, v_CKH, *bounds = inputs
+      per_query = (q_GNH, d_out_GNH, tiles.delta(d_out_GNH, out_GNH))
+      per_query = [tiles.grouped(x[None], K) for x in per_query]
+      k_1KXH, v_1KXH = _joined(tk_KTH, k_CKH), _joined(tv_KTH, v_CKH)
+      d_keys, d_q = [zeros(T + k_CKH.shape[0])] * 2, []
+      for queries, keys, mask in _chunks(q_GNH, tk_TKH, k_CKH, *bounds):
+        q, d_out, delta = (x[:, :, :, queries] for x in per_query)
+        one, *more = tiles.backward(
+          *(q, k_1KXH[:, :, keys], v_1KXH[:, :, keys], mask, d_out, delta),
+          scale,
+        )
+        d_q.append(one)
+        d_keys = [d.at[..., keys].add(m) for d, m in zip(d_keys, more)]
+      d_trunk = [d + more[..., :T] for d, more in zip(d_trunk, d_keys)]
+      d_q_1KRGH = jnp.concatenate(d_q, axis=3).astype(q_GNH.dtype)
+      d_own = [jnp.moveaxis(d[0, ..., T:], 2, 0) for d in d_keys]
+      return d_trunk, (tiles.ungrouped(d_q_1KRGH)[0], *d_own)
+
+    d_trunk, rest = jax.lax.scan(branch, [zeros(T)] * 2, per_branch)
+    return *(jnp.moveaxis(d[0], 2, 0) for d in d_trunk), rest
+
+  d_tk, d_tv, (d_q, d_k, d_v) = jax.lax.map(
+    row, (tk_BTKH, tv_BTKH, _given(d_out_BSGNH, out_BSGNH, q_BSGNH, *own))
+  )
+  primals = (q_BSGNH, tk_BTKH, tv_BTKH, *own[:2])
+  gradients = (
+    manual_axes.reduce_like(d_x, x).astype(x.dtype)
+    for d_x, x in zip((d_q, d_tk, d_tv, d_k, d_v), primals)
+  )
+  return (*gradients, None, None)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+def _given(*arrays):
+  """Without an offset that is None."""
+  return tuple(x for x in arrays if x is not None)
+
+
+def _joined(trunk_KTH, branch_CKH):
+  return jnp.concatenate([trunk_KTH, jnp.swapaxes(branch_CKH, 0, 1)], 1)[None]
+
+
+def _chunks(q_GNH, trunk_TKH, branch_CKH, limit, offset=None):
+  """(queries, keys, what masks [g, W]) of every chunk of a branch."""
+  G, T, C = len(q_GNH), len(trunk_TKH), len(branch_CKH)
+  key_X = jnp.arange(T + C)
+  for start in range(0, G, CHUNK):
+    end = min(start + CHUNK, G)
+    # Without an offset no query sees an own key behind its own place.
+    keys = slice(0, T + end if offset is None else T + C)
+    last_g = T + jnp.arange(start, end) + (0 if offset is None else offset)
+    key_1W = key_X[None, keys]
+    seen_gW = (key_1W <= last_g[:, None]) & ((key_1W < limit) | (key_1W >= T))
+    yield slice(start, end), keys, tiles.bias(seen_gW)[None, None, None]
