@@ -7,7 +7,7 @@
 A step samples N completions of each of B prompts, rewards them by a toy
 function of their text, and makes one update on all of them: AdamW, clipped
 surrogate, no KL. Ours is the stage itself, `experiments.opera_rl.reinforce`,
-timed by its own metrics. It prices every completion with the policy before the
+timed by its own metrics; in its update samples share their prompt. It prices every completion with the policy before the
 update, for the old log-probabilities; tunix, told of one iteration a batch,
 takes those of the update's own forward pass and skips that.
 
@@ -175,7 +175,8 @@ def _ours(folder, workload) -> dict:
   config.rl.steps = WARM + w.steps
   config.rl.prompts = config.rl.mini_batch = w.prompts
   config.rl.samples = w.samples
-  config.rl.row_buckets = (longest,)
+  config.rl.share = w.samples
+  config.rl.row_buckets = (w.new_tokens,)
   config.rl.learning_rate, config.rl.weight_decay = RATE, DECAY
   config.rl.max_grad_norm, config.rl.kl_coef = CLIP, 0.0
   config.rl.max_delta = 0.0

@@ -51,7 +51,7 @@ def smoke() -> Config:
   config.price.length_buckets = (192, 384)
   config.price.slot_buckets = (8,)
   config.price.branch_buckets = (96,)
-  config.rl.row_buckets = (192, 384)
+  config.rl.share, config.rl.row_buckets = 1, (192, 384)
   config.rl.constant = 48.0
   config.rl.top = 8
   return config
@@ -71,7 +71,7 @@ def ablation() -> Config:
   config.rl.mini_batch = 4
   config.rl.learning_rate = 2e-4
   config.rl.checkpoint_every = 10
-  config.rl.row_buckets = (192, 256)
+  config.rl.share, config.rl.row_buckets = 1, (192, 256)
   config.rl.constant = 160.0
   config.rl.top = 16
   return config
