@@ -9,6 +9,7 @@ neither its slot nor its neighbours.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,9 +79,11 @@ class Engine:
     self._config, self._mesh = config, mesh
     self._rows, self._slots, self._steps = rows, slots, steps
     self._prompt_buckets = tuple(prompt_buckets)
-    self._cache_buckets = tuple(
-      slots_lib.whole_blocks(c) for c in cache_buckets
-    )
+    with jax.set_mesh(mesh):
+      self._trunk_buckets, self._cache_buckets = (
+        tuple(sorted({slots_lib.whole_blocks(x) for x in buckets}))
+        for buckets in (prompt_buckets, cache_buckets)
+      )
     self._dtype = cache_dtype
     self._programs = programs_lib.programs(graphdef)
 
@@ -137,6 +140,7 @@ class Engine:
     growing: dict[tuple[int, int], list[rows_lib.Piece]] = {}
     while True:
       rows.begin([(r, names[i], prompts[i]) for r, i in schedule.admit()])
+      rows.retire(schedule.idle())
       rows.fork(
         [
           rows_lib.Fork(row, slot, keys[i, sample], settings.max_new_tokens)
@@ -146,9 +150,9 @@ class Engine:
       sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
       if not sitting:
         return out
-      # With nothing waiting, only the end of all is worth a stop.
-      free = max(1, len(sitting) // 8)
-      for piece in rows.draw(free if schedule.waiting() else rows_lib.NEVER):
+      # With nothing waiting, only work for half as many is worth a stop.
+      free = max(1, len(sitting) // (8 if schedule.waiting() else 2))
+      for piece in rows.draw(free):
         i, sample = sitting[piece.row, piece.slot]
         growing.setdefault((i, sample), []).append(piece)
         if on_tokens is not None and len(piece.tokens):
@@ -188,9 +192,32 @@ class Engine:
 
   def programs(self) -> int:
     """How many programs one setting of sampling can need."""
-    # A prefill a bucket; empty, assign and, on a CPU, weights by layer; decode
-    # a cache size, grow between.
-    return len(self._prompt_buckets) + 3 + 2 * len(self._cache_buckets) - 1
+    trunks, caches = self._trunk_buckets, len(self._cache_buckets)
+    sizes = [self._rows]
+    lanes = 1
+    if self._packs():
+      sizes = rows_lib.row_counts(self._rows)
+      lanes = sum(
+        len(
+          {
+            rows_lib.lane_count(live + 1, rows, self._slots)
+            for live in range(rows * self._slots)
+          }
+        )
+        for rows in sizes
+      )
+    # A prefill a bucket and a trunk that holds it; trunks and caches grow from
+    # any size to any larger one.
+    prefill = sum(T >= P for P in self._prompt_buckets for T in trunks)
+    grow = math.comb(len(trunks), 2) + math.comb(caches, 2)
+    # Empty and, on a CPU, weights by layer; assign.
+    rest = 2 + len(sizes) * (prefill + grow + 1)
+    fewer = math.comb(len(sizes), 2) * len(trunks) * caches
+    return rest + fewer + lanes * len(trunks) * caches
+
+  def _packs(self) -> bool:
+    with jax.set_mesh(self._mesh):
+      return rows_lib.packs()
 
   def rows(
     self,
@@ -212,7 +239,7 @@ class Engine:
         self._config,
         self._rows,
         width,
-        slots_lib.whole_blocks(self._prompt_buckets[-1]),
+        self._trunk_buckets[0],
         trunks_lib.bucket(steps, self._cache_buckets),
         recent=settings.loop_tokens if settings.loop_period else 0,
         dtype=self._dtype,
@@ -225,6 +252,7 @@ class Engine:
       stops,
       mesh=self._mesh,
       prompt_buckets=self._prompt_buckets,
+      trunk_buckets=self._trunk_buckets,
       cache_buckets=self._cache_buckets,
       steps=steps,
       whole_rows=whole_rows,

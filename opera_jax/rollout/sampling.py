@@ -4,6 +4,8 @@ Shape key: R rows, V vocabulary, W recent tokens.
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +130,8 @@ def truncate(
   if some:
     logit_RV = jnp.where(logit_RV < sorted_RK[:, -1:], -jnp.inf, logit_RV)
   if top_p < 1:
-    probability_RK = jax.nn.softmax(sorted_RK, axis=-1)
+    likely_RK = jnp.exp(sorted_RK - sorted_RK[:, :1])
+    probability_RK = likely_RK / _sum(likely_RK)[:, None]
     before_RK = jnp.cumsum(probability_RK, axis=-1) - probability_RK
     count_R1 = jnp.sum(before_RK < top_p, axis=-1, keepdims=True)
     last_R1 = jnp.take_along_axis(sorted_RK, count_R1 - 1, axis=-1)
@@ -225,9 +228,24 @@ def logprob(
   """
   own_RV = logit_RV / temperature
   most_R1 = jnp.max(own_RV, axis=-1, keepdims=True)
-  total_R = jnp.sum(jnp.exp(own_RV - most_R1), axis=-1)
+  total_R = _sum(jnp.exp(own_RV - most_R1))
   chosen_R1 = jnp.take_along_axis(own_RV, token_R[:, None], axis=-1)
   return (chosen_R1 - most_R1)[:, 0] - jnp.log(total_R)
+
+
+def _sum(x_RV: jax.Array) -> jax.Array:
+  """Sums of the rows, in an order that goes by their length alone.
+
+  On a CPU, XLA's own goes by how many rows there are, too.
+  """
+  if target.platform() != "cpu":
+    return jnp.sum(x_RV, axis=-1)
+  odd = []
+  while x_RV.shape[-1] > 1:
+    half = x_RV.shape[-1] // 2
+    odd.extend([x_RV[:, -1]] * (x_RV.shape[-1] % 2))
+    x_RV = x_RV[:, :half] + x_RV[:, half : 2 * half]
+  return functools.reduce(operator.add, odd, x_RV[:, 0])
 
 
 def _first_to_come(

@@ -212,6 +212,7 @@ class Searcher:
         ready.append(row)
       if not sitting:
         return [self._trace(search) for search in searches]
+      rows.retire([row for row in free if row not in sitting])
       rows.begin(contexts)
       rows.fork(
         [fork for r in ready for fork in self._forks(r, sitting[r], keys)]
@@ -225,10 +226,9 @@ class Searcher:
       contexts, ready, kept = [], [], []
       for row in sorted({piece.row for piece in pieces} - live):
         search = sitting[row]
-        slot, tokens = self._go_on(
-          search,
-          [drawn.pop((row, s)) for s in range(self._width(search))],
-        )
+        slots = range(self._width(search))
+        pieces = [drawn.pop((row, s)) for s in slots]
+        slot, tokens = self._go_on(search, pieces)
         if search.status not in brake.PHASES:
           del sitting[row]
           if ended is not None:
@@ -236,8 +236,9 @@ class Searcher:
           continue
         ready.append(row)
         if search.status == "answer" and self._template != "{prompt}":
-          context = self._head("{prompt}", search.prompt), search.thought
-          contexts.append((row, search.prompt.id, np.concatenate(context)))
+          head = self._head("{prompt}", search.prompt)
+          context = np.concatenate([head, search.thought])
+          contexts.append((row, search.prompt.id, context))
         else:
           kept.append((row, slot, tokens))
       rows.keep(kept)

@@ -72,6 +72,9 @@ class ScriptedEngine:
   def fork(self, forks):
     self.forks = forks
 
+  def retire(self, rows):
+    """Nothing lies anywhere."""
+
   def keep(self, kept):
     for _, slot, tokens in kept:
       np.testing.assert_array_equal(tokens, self.drawn[slot][: len(tokens)])
