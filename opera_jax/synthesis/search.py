@@ -236,9 +236,8 @@ class Searcher:
           continue
         ready.append(row)
         if search.status == "answer" and self._template != "{prompt}":
-          head = self._head("{prompt}", search.prompt)
-          context = np.concatenate([head, search.thought])
-          contexts.append((row, search.prompt.id, context))
+          context = self._head("{prompt}", search.prompt), search.thought
+          contexts.append((row, search.prompt.id, np.concatenate(context)))
         else:
           kept.append((row, slot, tokens))
       rows.keep(kept)
