@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from opera_jax.models import kv_cache, on_mesh, self_attention
+from opera_jax.models import lanes as lanes_lib
 
 
 def causal(
@@ -97,16 +98,22 @@ def decode(
   limit_B: jax.Array,
   depth_BS: jax.Array,
   live_BS: jax.Array,
+  lanes: lanes_lib.Lanes | None = None,
 ):
   """One new token of each of S samples of every row.
 
   Queries come as [B, S, N, H] (the token axis holds the samples). The new
   key of a live sample is written into its own cache at `depth`, then the
   sample sees its row's trunk below `limit` and its own keys up to there. Where
-  the caches' layers are apart, `layer` must be an int.
+  the caches' layers are apart, `layer` must be an int. With `lanes`, queries,
+  depths and who is live come by lane, [M, 1, ...], and so does what is given.
   """
 
   def attend(cache, layer, q, k, v):
+    depth = jnp.where(live_BS, depth_BS, cache.capacity)
+    if lanes is not None:
+      q, k, v = (lanes.spread(x) for x in (q, k, v))
+      depth = lanes.spread(depth, cache.capacity)
     apart = isinstance(cache.k, tuple)
     halves = [trunk.k, trunk.v, cache.k, cache.v]
     if apart:
@@ -114,7 +121,7 @@ def decode(
     dtype = halves[0].dtype
     out_BSNH, *new = on_mesh.decode_attention(
       *(q, k.astype(dtype), v.astype(dtype), *halves, limit_B),
-      jnp.where(live_BS, depth_BS, cache.capacity),
+      depth,
       None if apart else layer,
       scale=q.shape[-1] ** -0.5,
     )
@@ -123,6 +130,8 @@ def decode(
         (*old[:layer], one, *old[layer + 1 :])
         for old, one in zip((cache.k, cache.v), new)
       ]
+    if lanes is not None:
+      out_BSNH = lanes.gather(out_BSNH)
     return out_BSNH, kv_cache.Samples(*new)
 
   return attend

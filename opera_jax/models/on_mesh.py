@@ -23,7 +23,7 @@ from opera_jax.sharding import rules
 
 # Keys that decoding meets at once. Caches are multiples of it, so that what a
 # sample computes does not depend on how long its neighbours' caches are.
-DECODE_BLOCK = 128
+DECODE_BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
 def branch_attention(

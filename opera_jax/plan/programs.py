@@ -303,8 +303,8 @@ class _Run:
 
   def grow(self) -> Program:
     """The last lengthening of the caches: both lengths are held at once."""
-    longest = slots_lib.whole_blocks(self._rollout["max_new_tokens"])
-    lengths = map(slots_lib.whole_blocks, self._engine["cache_buckets"])
+    longest = self._whole_blocks(self._rollout["max_new_tokens"])
+    lengths = map(self._whole_blocks, self._engine["cache_buckets"])
     shorter = [x for x in lengths if x < longest]
     old, new = self._slots(max(shorter, default=longest)), self._slots()
     return Program(
@@ -350,10 +350,14 @@ class _Run:
     return self._values.slots(
       self._engine["rows"],
       self._slots_a_prompt(),
-      slots_lib.whole_blocks(max(self._engine["prompt_buckets"])),
-      capacity or slots_lib.whole_blocks(self._rollout["max_new_tokens"]),
+      self._whole_blocks(max(self._engine["prompt_buckets"])),
+      capacity or self._whole_blocks(self._rollout["max_new_tokens"]),
       self._engine["cache_dtype"],
     )
+
+  def _whole_blocks(self, tokens: int) -> int:
+    with jax.set_mesh(self._mesh):
+      return slots_lib.whole_blocks(tokens)
 
   def _pricing(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._price["rows"], max(self._price["length_buckets"])

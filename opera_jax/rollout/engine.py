@@ -9,6 +9,7 @@ neither its slot nor its neighbours.
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,9 +80,11 @@ class Engine:
     self._config, self._mesh = config, mesh
     self._rows, self._slots, self._steps = rows, slots, steps
     self._prompt_buckets = tuple(prompt_buckets)
-    self._cache_buckets = tuple(
-      slots_lib.whole_blocks(c) for c in cache_buckets
-    )
+    with jax.set_mesh(mesh):
+      self._trunk_buckets, self._cache_buckets = (
+        tuple(sorted({slots_lib.whole_blocks(x) for x in buckets}))
+        for buckets in (prompt_buckets, cache_buckets)
+      )
     self._dtype = cache_dtype
     self._programs = programs_lib.programs(graphdef)
 
@@ -132,12 +135,14 @@ class Engine:
       range(len(prompts)),
       key=lambda i: (self.bucket(prompts[i]), i),
     )
-    rows = self.rows(params, min(self._slots, samples), settings, stops)
+    width = min(self._slots, samples)
+    rows = self.rows(params, width, settings, stops, contexts=prompts)
     schedule = schedule_lib.Schedule(rows.count, rows.width, order, samples)
     out: list[list[Any]] = [[None] * samples for _ in prompts]
     growing: dict[tuple[int, int], list[rows_lib.Piece]] = {}
     while True:
       rows.begin([(r, names[i], prompts[i]) for r, i in schedule.admit()])
+      rows.retire(schedule.idle())
       rows.fork(
         [
           rows_lib.Fork(row, slot, keys[i, sample], settings.max_new_tokens)
@@ -147,9 +152,9 @@ class Engine:
       sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
       if not sitting:
         return out
-      # With nothing waiting, only the end of all is worth a stop.
-      free = max(1, len(sitting) // 8)
-      for piece in rows.draw(free if schedule.waiting() else rows_lib.NEVER):
+      # With nothing waiting, only work for half as many is worth a stop.
+      free = max(1, len(sitting) // (8 if schedule.waiting() else 2))
+      for piece in rows.draw(free):
         i, sample = sitting[piece.row, piece.slot]
         growing.setdefault((i, sample), []).append(piece)
         if on_tokens is not None and len(piece.tokens):
@@ -193,11 +198,22 @@ class Engine:
 
   def programs(self) -> int:
     """How many programs one setting of sampling can need."""
-    # A prefill a bucket; empty, assign and, on a CPU, weights by layer; decode
-    # a cache size, grow between.
+    trunks, caches = self._trunk_buckets, len(self._cache_buckets)
+    sizes, lanes = [self._rows], 1
     with jax.set_mesh(self._mesh):
-      once = 3 if target.platform() == "cpu" else 2
-    return len(self._prompt_buckets) + once + 2 * len(self._cache_buckets) - 1
+      apart = target.platform() == "cpu"
+      if rows_lib.packs():
+        sizes = rows_lib.row_counts(self._rows)
+        lanes = sum(len(rows_lib.lane_counts(n, self._slots)) for n in sizes)
+    # A prefill a bucket and a trunk that holds it; trunks and caches grow from
+    # any size to any larger one.
+    prefill = sum(T >= P for P in self._prompt_buckets for T in trunks)
+    grow = math.comb(len(trunks), 2) + math.comb(caches, 2)
+    # Empty, one for each trunk to begin with; on a CPU, weights by layer;
+    # assign.
+    rest = len(trunks) + apart + len(sizes) * (prefill + grow + 1)
+    fewer = math.comb(len(sizes), 2) * len(trunks) * caches
+    return rest + fewer + lanes * len(trunks) * caches
 
   def rows(
     self,
@@ -206,20 +222,23 @@ class Engine:
     settings: sampling_lib.Sampling,
     stops: automaton.Automaton | None,
     *,
+    contexts: Sequence[np.ndarray] = (),
     whole_rows: bool = False,
     priced: bool = False,
   ) -> rows_lib.Rows:
     """Empty rows of `width` slots each, to be driven from outside.
 
-    See `rows.Rows` for the arguments.
+    Room is made at once for the `contexts` to come. See `rows.Rows` for the
+    other arguments.
     """
+    longest = max(map(len, contexts), default=1)
     steps = min(self._steps, settings.max_new_tokens)
     with jax.set_mesh(self._mesh):
       slots = self._programs["empty"](
         self._config,
         self._rows,
         width,
-        slots_lib.whole_blocks(self._prompt_buckets[-1]),
+        trunks_lib.bucket(longest, self._trunk_buckets),
         trunks_lib.bucket(steps, self._cache_buckets),
         recent=settings.loop_tokens if settings.loop_period else 0,
         dtype=self._dtype,
@@ -232,6 +251,7 @@ class Engine:
       stops,
       mesh=self._mesh,
       prompt_buckets=self._prompt_buckets,
+      trunk_buckets=self._trunk_buckets,
       cache_buckets=self._cache_buckets,
       steps=steps,
       whole_rows=whole_rows,

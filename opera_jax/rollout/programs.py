@@ -6,7 +6,7 @@ the same host arrays.
 
 Shape key: L layers, B rows, S slots a row, T trunk capacity, C slot capacity,
 R prompts of one admission, P their padded length, U steps of one call, W recent
-tokens, D hidden, V vocabulary.
+tokens, D hidden, V vocabulary, M lanes.
 """
 
 import functools
@@ -19,6 +19,7 @@ from flax import nnx
 
 from kernels import target
 from opera_jax.models import attention, kv_cache
+from opera_jax.models import lanes as lanes_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
@@ -149,6 +150,11 @@ def keep(
   )
 
 
+def gather(slots: slots_lib.Slots, row_B: jax.Array) -> slots_lib.Slots:
+  """Some of the rows, in the order of `row_B`; their layers are apart."""
+  return jax.tree.map(lambda x: x[row_B], slots)
+
+
 def grow(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
   """Lengthens every slot's cache to `capacity` tokens."""
   more = capacity - slots.cache.capacity
@@ -175,6 +181,7 @@ def decode(
   stops: automaton.Automaton | None,
   free: jax.Array,
   layers: Sequence[Any] | None = None,
+  slot_M: jax.Array | None = None,
   *,
   settings: sampling.Sampling,
   steps: int,
@@ -192,6 +199,8 @@ def decode(
     free: int32 scalar; leaves early when so many slots have ended in this
       call, to let new samples in.
     layers: what `apart` gave, where the caches' layers are apart.
+    slot_M: int32, the slots to compute, all live ones among them, each once
+      as row * S + slot, then B * S; None computes all.
     settings: how to draw.
     steps: U.
     whole_rows: `free` counts rows of which every slot has ended.
@@ -200,59 +209,77 @@ def decode(
   model = nnx.merge(graphdef, params)
   head, transposed = model.head_matrix()
   B, S = slots.token.shape
-  start_live = slots.live
+  trunk, whole = slots.trunk, slots.replace(trunk=None, cache=None)
+  lanes, at = (
+    None,
+    whole.replace(limit=jnp.broadcast_to(slots.limit[:, None], (B, S))),
+  )
+  if slot_M is not None:
+    lanes = lanes_lib.create(slot_M, B, S)
+    at = jax.tree.map(lanes.gather, at)
+    at = at.replace(live=at.live & (slot_M < B * S)[:, None])
+  start = at
+  lead, R = at.token.shape, at.token.size
+
+  def spread(x, others):
+    return x if lanes is None else lanes.spread(x, others)
 
   def cond(carry):
-    step, slots, _ = carry
+    step, at, _, _ = carry
     if whole_rows:
-      ended = jnp.sum(jnp.any(start_live, 1) & ~jnp.any(slots.live, 1))
+      live_BS, started_BS = (spread(x.live, False) for x in (at, start))
+      ended = jnp.sum(jnp.any(started_BS, 1) & ~jnp.any(live_BS, 1))
     else:
-      ended = jnp.sum(start_live & ~slots.live)
-    return (step < steps) & jnp.any(slots.live) & (ended < free)
+      ended = jnp.sum(start.live & ~at.live)
+    return (step < steps) & jnp.any(at.live) & (ended < free)
 
   def body(carry):
-    step, slots, drawn = carry
-    hidden_BSD, cache = model(
-      slots.token,
-      slots.limit[:, None] + slots.depth,
-      attention.decode(slots.trunk, slots.limit, slots.depth, slots.live),
-      slots.cache,
+    step, at, cache, drawn = carry
+    hidden, cache = model(
+      at.token,
+      at.limit + at.depth,
+      attention.decode(trunk, slots.limit, at.depth, at.live, lanes),
+      cache,
       layers,
     )
     logit_RV = jax.lax.dot_general(
-      hidden_BSD.reshape(B * S, -1),
-      head.astype(hidden_BSD.dtype),
+      hidden.reshape(R, -1),
+      head.astype(hidden.dtype),
       (((1,), (1 if transposed else 0,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
-    key_R = jax.random.wrap_key_data(slots.key.reshape(B * S, -1))
+    key_R = jax.random.wrap_key_data(at.key.reshape(R, -1))
     token_R, logprob_R = sampling.sample(
-      logit_RV, key_R, settings, slots.depth.reshape(B * S)
+      logit_RV, key_R, settings, at.depth.reshape(R)
     )
     new = [token_R, logprob_R]
     if priced:
       new.append(sampling.logprob(logit_RV, token_R))
-    new = [x.reshape(B, S) for x in new]
-    slots = _after(slots.replace(cache=cache), new[0], stops, settings)
+    new = [x.reshape(lead) for x in new]
+    at = _after(at, new[0], stops, settings)
     drawn = [
-      jax.lax.dynamic_update_slice(whole, x[..., None], (0, 0, step))
-      for whole, x in zip(drawn, new, strict=True)
+      jax.lax.dynamic_update_slice(every, x[..., None], (0, 0, step))
+      for every, x in zip(drawn, new, strict=True)
     ]
-    return step + 1, slots, drawn
+    return step + 1, at, cache, drawn
 
-  start_depth = slots.depth
   dtypes = [jnp.int32, jnp.float32] + [jnp.float32] * priced
-  nothing = [jnp.zeros((B, S, steps), dtype) for dtype in dtypes]
-  _, slots, drawn = jax.lax.while_loop(
-    cond, body, (jnp.int32(0), slots, nothing)
+  nothing = [jnp.zeros((*lead, steps), dtype) for dtype in dtypes]
+  _, at, cache, drawn = jax.lax.while_loop(
+    cond, body, (jnp.int32(0), at, slots.cache, nothing)
   )
-  return slots_lib.laid_out(slots), slots_lib.Drawn(
+  count = jnp.where(start.live, at.depth - start.depth, 0)
+  # A row's limit is no slot's own, and nothing here changes it.
+  own = jax.tree.map(spread, at.replace(limit=None), whole.replace(limit=None))
+  after = own.replace(trunk=trunk, cache=cache, limit=slots.limit)
+  drawn = [spread(x, 0) for x in drawn]
+  return slots_lib.laid_out(after), slots_lib.Drawn(
     token=drawn[0],
     logprob=drawn[1],
     price=drawn[2] if priced else None,
-    count=jnp.where(start_live, slots.depth - start_depth, 0),
-    live=slots.live,
-    ended=slots.ended,
+    count=spread(count, 0),
+    live=after.live,
+    ended=after.ended,
   )
 
 
@@ -316,6 +343,7 @@ def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
     "admit": jax.jit(functools.partial(admit, graphdef), donate_argnums=(1, 2)),
     "assign": jax.jit(assign, donate_argnums=0),
     "keep": jax.jit(keep, donate_argnums=0, static_argnames="tokens"),
+    "gather": jax.jit(gather),
     "grow": jax.jit(grow, static_argnames="capacity"),
     "grow_trunk": jax.jit(grow_trunk, static_argnames="capacity"),
     "decode": jax.jit(

@@ -16,16 +16,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from kernels import target
 from opera_jax import structs
 from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import trunks as trunks_lib
-from opera_jax.sharding import layout
+from opera_jax.sharding import layout, rules
 from opera_jax.text import automaton
 
 REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
 NEVER = 2**31 - 1
+LEAST_ROWS, LEAST_LANES = 16, 32  # that are worth programs of their own,
+FEWER = 4  # as are so many times fewer rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Rows:
     *,
     mesh: jax.sharding.Mesh,
     prompt_buckets: Sequence[int],
+    trunk_buckets: Sequence[int],
     cache_buckets: Sequence[int],
     steps: int,
     whole_rows: bool = False,
@@ -81,6 +85,7 @@ class Rows:
       mesh: over which the slots lie.
       prompt_buckets: allowed padded lengths of contexts, ascending; past the
         last, its multiples.
+      trunk_buckets: lengths of rows' trunks, whole blocks, likewise.
       cache_buckets: lengths of slots' caches, whole blocks, likewise.
       steps: tokens that a slot draws in one call.
       whole_rows: a call of `draw` leaves early for rows rather than slots.
@@ -93,6 +98,7 @@ class Rows:
     if isinstance(slots.cache.k, tuple):
       self._layers = self._call("apart", params)
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
+    self._trunk_buckets = trunk_buckets
     self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
     self._static = {
       "settings": settings,
@@ -107,6 +113,12 @@ class Rows:
     self._length = np.ones(shape[0], int)  # tokens of each row's context
     self._last = np.zeros(shape[0], np.int32)  # the last of them
     self._name = [""] * shape[0]
+    # One CPU computes live slots alone, and lets rows go that are through.
+    with jax.set_mesh(mesh):
+      self._packed = packs()
+    self._order = np.arange(shape[0])  # the row that lies at each place
+    self._place = np.arange(shape[0])  # the place of each row
+    self._through: set[int] = set()
 
   def begin(self, contexts: Sequence[tuple[int, str, np.ndarray]]) -> None:
     """Computes contexts, a few of like length at a time.
@@ -130,6 +142,22 @@ class Rows:
       for start in range(0, len(pairs), R):
         self._begin(pairs[start : start + R], R, P)
 
+  def retire(self, rows: Sequence[int]) -> None:
+    """Takes note of rows in which nothing will begin or go on any more."""
+    self._through.update(rows)
+    if not self._packed:
+      return
+    going = [row for row in self._order if row not in self._through]
+    size = min(n for n in row_counts(self.count) if n >= len(going))
+    if size < len(self._order):
+      others = [row for row in self._order if row in self._through]
+      order = np.asarray((going + others)[:size])
+      self._slots = self._call(
+        "gather", self._slots, self._place[order].astype(np.int32)
+      )
+      self._order = order
+      self._place[order] = np.arange(size)
+
   def fork(self, forks: Sequence[Fork]) -> None:
     """Begins samples in slots that are not live."""
     if not forks:
@@ -144,10 +172,11 @@ class Rows:
       token_BS[place], state_BS[place] = self._last[fork.row], fork.state
       key_BS[place] = fork.key
       self._depth[place], self._budget[place] = 0, fork.budget
+    arrays = fresh_BS, token_BS, self._budget.astype(np.int32), state_BS
     fresh_BS, token_BS, budget_BS, state_BS = layout.to_devices(
-      (fresh_BS, token_BS, self._budget.astype(np.int32), state_BS),
-      layout.rows(self._mesh),
+      [x[self._order] for x in arrays], layout.rows(self._mesh)
     )
+    key_BS = key_BS[self._order]
     # The caches stay out of it, so that one program serves all their sizes.
     slots = self._slots
     rest = self._call(
@@ -172,11 +201,13 @@ class Rows:
     need = int(self._depth[self._live].max()) + self._static["steps"]
     need = min(need, int(self._budget[self._live].max()))
     if need > self._slots.cache.capacity:
-      self._slots = self._call(
+      slots = self._slots
+      longer = self._call(
         "grow",
-        self._slots,
+        slots.replace(trunk=None),
         capacity=trunks_lib.bucket(need, self._cache_buckets),
       )
+      self._slots = longer.replace(trunk=slots.trunk)
     self._slots, drawn = self._call(
       "decode",
       self._params,
@@ -184,21 +215,23 @@ class Rows:
       self._stops,
       np.int32(free),
       self._layers,
+      self._lanes(),
       **self._static,
     )
     drawn = layout.to_host(drawn)
-    self._depth += drawn.count
+    self._depth[self._order] += drawn.count
     pieces = []
     for row, slot in zip(*np.nonzero(self._live)):
-      own = (row, slot, slice(0, int(drawn.count[row, slot])))
+      place = self._place[row]
+      own = (place, slot, slice(0, int(drawn.count[place, slot])))
       piece = Piece(
         row=int(row),
         slot=int(slot),
         tokens=drawn.token[own],
         logprob=drawn.logprob[own],
         price=None if drawn.price is None else drawn.price[own],
-        live=bool(drawn.live[row, slot]),
-        ended=int(drawn.ended[row, slot]),
+        live=bool(drawn.live[place, slot]),
+        ended=int(drawn.ended[place, slot]),
       )
       if not np.isfinite(piece.logprob).all():
         raise FloatingPointError(
@@ -207,7 +240,7 @@ class Rows:
           "or resume from an earlier checkpoint."
         )
       pieces.append(piece)
-    self._live = np.array(drawn.live)
+    self._live[self._order] = drawn.live
     return pieces
 
   def keep(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
@@ -224,6 +257,7 @@ class Rows:
       slot_B[row], count_B[row] = slot, len(tokens)
       self._length[row] += len(tokens)
       self._last[row] = tokens[-1]
+    slot_B, count_B = slot_B[self._order], count_B[self._order]
     self._make_room(int(self._length.max()) - 1)
     most = trunks_lib.bucket(int(count_B.max()), self._cache_buckets)
     self._slots = self._call(
@@ -237,10 +271,10 @@ class Rows:
   def _begin(self, pairs, R, P):
     token_RP = np.zeros((R, P), np.int32)
     length_R = np.ones(R, np.int32)
-    row_R = np.full(R, self.count, np.int32)
+    row_R = np.full(R, len(self._order), np.int32)
     for place, (row, tokens) in enumerate(pairs):
       token_RP[place, : len(tokens)] = tokens
-      length_R[place], row_R[place] = len(tokens), row
+      length_R[place], row_R[place] = len(tokens), self._place[row]
     arrays = layout.to_devices((token_RP, length_R), layout.rows(self._mesh))
     trunk, limit = self._call(
       "admit",
@@ -252,16 +286,59 @@ class Rows:
     )
     self._slots = self._slots.replace(trunk=trunk, limit=limit)
 
+  def _lanes(self) -> np.ndarray | None:
+    """The slots to compute, a few sizes for all numbers of live ones."""
+    if not self._packed:
+      return None
+    live = np.flatnonzero(self._live[self._order])
+    rows = len(self._order)
+    counts = lane_counts(rows, self.width)
+    lanes = np.full(min(n for n in counts if n >= len(live)), rows * self.width)
+    lanes[: len(live)] = live
+    return lanes.astype(np.int32)
+
   def _make_room(self, tokens: int) -> None:
     """Lengthens the trunks where they do not hold so many tokens."""
     if tokens > self._slots.trunk.length:
-      longer = trunks_lib.bucket(tokens, self._prompt_buckets)
-      self._slots = self._call(
-        "grow_trunk", self._slots, capacity=slots_lib.whole_blocks(longer)
+      slots = self._slots
+      longer = self._call(
+        "grow_trunk",
+        slots.replace(cache=None),
+        capacity=trunks_lib.bucket(tokens, self._trunk_buckets),
       )
+      self._slots = longer.replace(cache=slots.cache)
 
   def _everywhere(self, arrays):
     return layout.to_devices(arrays, layout.replicated(self._mesh))
+
+
+def packs() -> bool:
+  """Whether live slots alone are computed: on one device that is a CPU.
+
+  An accelerator reads its weights for few tokens as for many; and over several
+  devices slots lie where their rows do.
+  """
+  return target.platform() == "cpu" and rules.alone()
+
+
+def row_counts(rows: int) -> list[int]:
+  """How many rows may be left of so many once the others are through."""
+  counts = [rows]
+  while counts[-1] % FEWER == 0 and counts[-1] // FEWER >= LEAST_ROWS:
+    counts.append(counts[-1] // FEWER)
+  return counts
+
+
+def lane_counts(rows: int, width: int) -> list[int]:
+  """How many lanes may be computed, ascending: all slots, half of them, ...
+
+  Each is a program of its own, so that they end where one more would save
+  little.
+  """
+  counts = [rows * width]
+  while counts[0] % 2 == 0 and counts[0] // 2 >= LEAST_LANES:
+    counts.insert(0, counts[0] // 2)
+  return counts
 
 
 def joined(pieces: Sequence[Piece]) -> structs.Sample:

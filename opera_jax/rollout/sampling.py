@@ -4,9 +4,15 @@ Shape key: R rows, V vocabulary, W recent tokens.
 """
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
+
+from kernels import target
+
+FEW = 64  # of the largest, up to which a CPU looks for one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +126,12 @@ def truncate(
   some = 0 < top_k < V
   if some or top_p < 1:
     # Dear on a CPU, so once: what top k leaves is sorted already.
-    sorted_RK = jax.lax.top_k(logit_RV, top_k if some else V)[0]
+    sorted_RK = _largest(logit_RV, top_k if some else V)
   if some:
     logit_RV = jnp.where(logit_RV < sorted_RK[:, -1:], -jnp.inf, logit_RV)
   if top_p < 1:
-    probability_RK = jax.nn.softmax(sorted_RK, axis=-1)
+    likely_RK = jnp.exp(sorted_RK - sorted_RK[:, :1])
+    probability_RK = likely_RK / _sum(likely_RK)[:, None]
     before_RK = jnp.cumsum(probability_RK, axis=-1) - probability_RK
     count_R1 = jnp.sum(before_RK < top_p, axis=-1, keepdims=True)
     last_R1 = jnp.take_along_axis(sorted_RK, count_R1 - 1, axis=-1)
@@ -133,6 +140,33 @@ def truncate(
     least_R1 = jnp.max(logit_RV, axis=-1, keepdims=True) + jnp.log(min_p)
     logit_RV = jnp.where(logit_RV < least_R1, -jnp.inf, logit_RV)
   return logit_RV
+
+
+def _largest(x_RV: jax.Array, count: int) -> jax.Array:
+  """The `count` largest of each row, descending.
+
+  A few are found one after the other on a CPU: in a loop of tokens it knows no
+  top k but a sort of everything, which costs as much as the layers do.
+  """
+
+  def sort(x_RV):
+    return jax.lax.top_k(x_RV, count)[0]
+
+  if count > FEW or target.platform() != "cpu":
+    return sort(x_RV)
+
+  def following(i, found):
+    last_R1, largest_RK = found
+    below_RV = jnp.where(x_RV < last_R1, x_RV, -jnp.inf)
+    last_R1 = jnp.max(below_RV, axis=-1, keepdims=True)
+    return last_R1, jax.lax.dynamic_update_slice(largest_RK, last_R1, (0, i))
+
+  R = x_RV.shape[0]
+  start = jnp.full((R, 1), jnp.inf), jnp.zeros((R, count), x_RV.dtype)
+  last_R1, largest_RK = jax.lax.fori_loop(0, count, following, start)
+  # Equal ones were found once; where there are some, sort after all.
+  apart = jnp.all(jnp.sum(x_RV >= last_R1, axis=-1) == count)
+  return jax.lax.cond(apart, lambda _: largest_RK, sort, x_RV)
 
 
 def sample(
@@ -194,9 +228,24 @@ def logprob(
   """
   own_RV = logit_RV / temperature
   most_R1 = jnp.max(own_RV, axis=-1, keepdims=True)
-  total_R = jnp.sum(jnp.exp(own_RV - most_R1), axis=-1)
+  total_R = _sum(jnp.exp(own_RV - most_R1))
   chosen_R1 = jnp.take_along_axis(own_RV, token_R[:, None], axis=-1)
   return (chosen_R1 - most_R1)[:, 0] - jnp.log(total_R)
+
+
+def _sum(x_RV: jax.Array) -> jax.Array:
+  """Sums of the rows, in an order that goes by their length alone.
+
+  On a CPU, XLA's own goes by how many rows there are, too.
+  """
+  if target.platform() != "cpu":
+    return jnp.sum(x_RV, axis=-1)
+  odd = []
+  while x_RV.shape[-1] > 1:
+    half = x_RV.shape[-1] // 2
+    odd.extend([x_RV[:, -1]] * (x_RV.shape[-1] % 2))
+    x_RV = x_RV[:, :half] + x_RV[:, half : 2 * half]
+  return functools.reduce(operator.add, odd, x_RV[:, 0])
 
 
 def _first_to_come(

@@ -74,6 +74,16 @@ class Schedule:
       if sample is not None
     ]
 
+  def idle(self) -> list[int]:
+    """Rows that have nothing to do any more."""
+    if self._queue:
+      return []
+    return [
+      index
+      for index, row in enumerate(self._rows)
+      if not row.waiting and all(s is None for s in row.slots)
+    ]
+
   def release(self, row: int, slot: int) -> None:
     """Frees a slot whose sample has ended."""
     self._rows[row].slots[slot] = None

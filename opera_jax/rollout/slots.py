@@ -140,5 +140,6 @@ def laid_out_trunk(trunk: kv_cache.Trunk) -> kv_cache.Trunk:
 
 
 def whole_blocks(tokens: int) -> int:
-  """A cache length that holds `tokens`."""
-  return -(-tokens // on_mesh.DECODE_BLOCK) * on_mesh.DECODE_BLOCK
+  """A cache length that holds `tokens`, over the mesh in force."""
+  block = on_mesh.DECODE_BLOCK[target.platform()]
+  return -(-tokens // block) * block

@@ -185,6 +185,7 @@ class Searcher:
       self._candidates if self._budget else 1,
       self._settings,
       self._brakes.table,
+      contexts=[search.head for search in searches],
       whole_rows=True,
       priced=self._budget > 0,
     )
@@ -212,6 +213,7 @@ class Searcher:
         ready.append(row)
       if not sitting:
         return [self._trace(search) for search in searches]
+      rows.retire([row for row in free if row not in sitting])
       rows.begin(contexts)
       rows.fork(
         [fork for r in ready for fork in self._forks(r, sitting[r], keys)]
@@ -225,10 +227,9 @@ class Searcher:
       contexts, ready, kept = [], [], []
       for row in sorted({piece.row for piece in pieces} - live):
         search = sitting[row]
-        slot, tokens = self._go_on(
-          search,
-          [drawn.pop((row, s)) for s in range(self._width(search))],
-        )
+        slots = range(self._width(search))
+        pieces = [drawn.pop((row, s)) for s in slots]
+        slot, tokens = self._go_on(search, pieces)
         if search.status not in brake.PHASES:
           del sitting[row]
           if ended is not None:

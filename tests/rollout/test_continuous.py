@@ -79,6 +79,69 @@ def test_neighbours_change_no_bit(tiny_model, one_device, usual):
   _same([usual[i] for i in order], got)
 
 
+@pytest.fixture(scope="module")
+def wide_model():
+  """Wide enough for a CPU to add up in several orders."""
+  config = qwen3.Config(
+    vocab_size=300,
+    hidden=256,
+    layers=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    intermediate=768,
+  )
+  return config, *qwen3.create(config, 3)
+
+
+def test_lanes_and_rows_that_are_left_change_no_bit(
+  wide_model, one_device, monkeypatch
+):
+  """Few or many computed at once, in 16 rows or the last 4 of them."""
+  monkeypatch.setattr(rows, "LEAST_ROWS", 4)
+  monkeypatch.setattr(rows, "LEAST_LANES", 8)
+  settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
+  sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(20, 300, 9).astype(np.int32) for _ in range(20)]
+
+  def draw(places):
+    return sampler.sample(
+      wide_model[2],
+      [prompts[i] for i in places],
+      settings,
+      jax.random.key(0),
+      samples=4,
+      ids=[str(i) for i in places],
+    )
+
+  sizes, decode = set(), sampler._programs["decode"]
+
+  def watched(*arguments, **static):
+    sizes.add((arguments[1].token.shape[0], len(arguments[5])))
+    return decode(*arguments, **static)
+
+  sampler._programs["decode"] = watched
+  every = draw(range(20))
+  assert len({count for count, _ in sizes}) > 1
+  assert len({lanes for _, lanes in sizes}) > 2
+  _same([every[7]], draw([7]))
+
+
+@pytest.mark.parametrize(
+  "count, width, lanes",
+  [
+    (1, 1, [1]),
+    (16, 1, [16]),
+    (16, 8, [32, 64, 128]),
+    (64, 4, [32, 64, 128, 256]),
+    (25, 2, [50]),
+  ],
+)
+def test_lanes_come_in_few_sizes(count, width, lanes):
+  assert rows.lane_counts(count, width) == lanes
+
+
 def test_one_prompt_is_computed_once(tiny_model, one_device):
   sampler = _engine(tiny_model, one_device)
   calls = []

@@ -71,6 +71,18 @@ def test_a_nucleus_keeps_ties_and_all_at_one():
   np.testing.assert_array_equal(all_kept, logits)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_largest_are_those_of_a_sort(ties):
+  x = np.random.default_rng(0).normal(size=(5, 90)).astype(np.float32)
+  x[3, 4:] = -np.inf
+  if ties:
+    x[2, 7:11] = x[2].max()
+  for rows in (x, x[:3]):
+    for count in (1, 7, 64, 70):
+      got = sampling._largest(jnp.asarray(rows), count)
+      np.testing.assert_array_equal(got, -np.sort(-rows)[:, :count])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-4])
 def test_cold_is_greedy(temperature):
   tokens, _ = _draw(draws=50, temperature=temperature)

@@ -58,7 +58,9 @@ class ScriptedEngine:
   def bucket(self, prompt):
     return 1
 
-  def rows(self, params, width, settings, stops, *, whole_rows, priced):
+  def rows(
+    self, params, width, settings, stops, *, contexts, whole_rows, priced
+  ):
     self.width, self.stops = width, stops
     assert whole_rows and priced == (width > 1)
     return self
@@ -71,6 +73,9 @@ class ScriptedEngine:
 
   def fork(self, forks):
     self.forks = forks
+
+  def retire(self, rows):
+    """Nothing lies anywhere."""
 
   def keep(self, kept):
     for _, slot, tokens in kept:
