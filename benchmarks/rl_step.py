@@ -7,9 +7,10 @@
 A step samples N completions of each of B prompts, rewards them by a toy
 function of their text, and makes one update on all of them: AdamW, clipped
 surrogate, no KL. Ours is the stage itself, `experiments.opera_rl.reinforce`,
-timed by its own metrics; in its update samples share their prompt. It prices every completion with the policy before the
-update, for the old log-probabilities; tunix, told of one iteration a batch,
-takes those of the update's own forward pass and skips that.
+timed by its own metrics; in its update samples share their prompt. It prices
+every completion with the policy before the update, for the old
+log-probabilities; tunix, told of one iteration a batch, takes those of the
+update's own forward pass and skips that.
 
 Random weights and prompts of exact length, temperature 1, float32. Each method
 runs in a process of its own; the first WARM steps are left out, and the median

@@ -107,7 +107,7 @@ def received(q_bKRCH: jax.Array, p_bKRCW: jax.Array) -> jax.Array:
 
 
 def grouped(x_bTNH: jax.Array, K: int) -> jax.Array:
-  """[b, K, R, T, H]: heads first, those that share a key-value head together."""
+  """[b, K, R, T, H]: heads lead, those of a key-value head together."""
   b, T, N, H = x_bTNH.shape
   return x_bTNH.reshape(b, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 

@@ -4,7 +4,8 @@ A critic is a linear head on the policy's last hidden state. A teacher's top
 tokens are found block by block of the vocabulary, so that no
 [tokens, vocabulary] array is ever whole.
 
-Shape key: R rows, T tokens of a row, X states of a row, K top tokens, D hidden, V vocabulary.
+Shape key: R rows, T tokens of a row, X states of a row, K top tokens, D hidden,
+V vocabulary.
 """
 
 from collections.abc import Callable

@@ -112,7 +112,9 @@ def test_branch_by_branch_with_earlier_keys_of_its_own():
   arrays, limit_BS = _inputs(C=11)
   offset_BS = jnp.asarray([[0, 4, 6], [3, -1, 2]], jnp.int32)
   got = _run("xla_rows", arrays, limit_BS, offset_BS)
-  _close(got, _run("reference", arrays, limit_BS, jnp.maximum(offset_BS, 0)), 1e-5)
+  _close(
+    got, _run("reference", arrays, limit_BS, jnp.maximum(offset_BS, 0)), 1e-5
+  )
 
 
 @pytest.mark.parametrize("block_keys", [512, 4])
