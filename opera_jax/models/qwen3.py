@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opera_jax.models import self_attention, windowed_attention
+from opera_jax.models import products, self_attention, windowed_attention
 from opera_jax.sharding import rules
 
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -142,60 +142,6 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   ).astype(x_BTNH.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(embed_VD: jax.Array, token_BT: jax.Array, dtype: str) -> jax.Array:
-  """Rows [B, T, D] of the table in `dtype`; their gradients add in float32."""
-  return embed_VD.astype(dtype)[token_BT]
-
-
-def _look_up_forward(embed_VD, token_BT, dtype):
-  return look_up(embed_VD, token_BT, dtype), (embed_VD, token_BT)
-
-
-def _look_up_backward(dtype, saved, grad_BTD):
-  del dtype
-  embed_VD, token_BT = saved
-  zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
-  mesh = jax.sharding.get_abstract_mesh()
-  if not rules.alone() and rules.ways(("data", "sequence"), mesh) == 1:
-    # Features go to where the table's lie; else it would be summed whole.
-    # From rows over several axes the partitioner knows no way but through
-    # whole states, which is worse.
-    grad_BTD = rules.constrain(grad_BTD, (None, None, "features"))
-    zeros_VD = rules.constrain(zeros_VD, ("vocab", "features"))
-  grad_VD = zeros_VD.at[token_BT].add(grad_BTD.astype(jnp.float32))
-  return grad_VD.astype(embed_VD.dtype), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-@jax.custom_vjp
-def project(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
-  """x @ w, [B, T, O], whose gradients turn the narrower factor alone.
-
-  The weights' gradient contracts all tokens, so that one of its factors is
-  turned first. Left to itself that is the output's, and on a CPU all that led
-  to it is then computed column by column.
-  """
-  return x_BTI @ w_IO
-
-
-def _project_forward(x_BTI, w_IO):
-  return project(x_BTI, w_IO), (x_BTI, w_IO)
-
-
-def _project_backward(saved, grad_BTO):
-  x_BTI, w_IO = saved
-  narrow_first = w_IO.shape[0] <= w_IO.shape[1]
-  pair = (x_BTI, grad_BTO) if narrow_first else (grad_BTO, x_BTI)
-  grad = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())))
-  return grad_BTO @ w_IO.T, grad if narrow_first else grad.T
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
 def _normal(key, shape, fan_in):
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
@@ -237,10 +183,12 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BTD):
     dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(project(x_BTD, self.gate[...].astype(dtype)))
-    hidden_BTF = gate_BTF * project(x_BTD, self.up[...].astype(dtype))
+    gate_BTF = jax.nn.silu(
+      products.project(x_BTD, self.gate[...].astype(dtype))
+    )
+    hidden_BTF = gate_BTF * products.project(x_BTD, self.up[...].astype(dtype))
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return project(hidden_BTF, self.down[...].astype(dtype))
+    return products.project(hidden_BTF, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
@@ -308,7 +256,7 @@ class Qwen3(nnx.Module):
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
     """
     config = self.config
-    x_BTD = look_up(self.embed[...], token_BT, config.dtype)
+    x_BTD = products.look_up(self.embed[...], token_BT, config.dtype)
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
     graphdef, stacked = self._layers()

@@ -205,9 +205,7 @@ class _Run:
       jitted=learn.update,
       arguments=(
         self._values.state(learn.optimizer),
-        self._values.batch(
-          "rl.mini_batch x rl.samples / rl.share", B, T, **shared
-        ),
+        self._values.batch("rl.mini_batch x samples / share", B, T, **shared),
       ),
       static={},
       flops=cost.update(self._config, B, *sizes),
@@ -221,8 +219,7 @@ class _Run:
     """The policy's pass: trunks and the most, longest branches."""
     opt_state = self._values.state(self._rl_optimizer()).opt_state
     return self._pricing(
-      "price",
-      1.0,
+      *("price", 1.0),
       max(self._price["slot_buckets"]),
       max(self._price["branch_buckets"]),
       1,
@@ -231,12 +228,11 @@ class _Run:
 
   def reference(self) -> Program:
     """Trunks alone, in the smallest shape of branches."""
-    temperature = self._rollout["temperature"]
+    temperature, price = self._rollout["temperature"], self._price
     return self._pricing(
       "reference",
       temperature,
-      min(self._price["slot_buckets"]),
-      min(self._price["branch_buckets"]),
+      *(min(price["slot_buckets"]), min(price["branch_buckets"])),
       int(self._rl["kl_coef"] != 0) + int(temperature != 1),
       fit.shard_bytes(self._values.state(self._rl_optimizer())),
     )
@@ -304,8 +300,8 @@ class _Run:
   def grow(self) -> Program:
     """The last lengthening of the caches: both lengths are held at once."""
     longest = self._whole_blocks(self._rollout["max_new_tokens"])
-    lengths = map(self._whole_blocks, self._engine["cache_buckets"])
-    shorter = [x for x in lengths if x < longest]
+    every = map(self._whole_blocks, self._engine["cache_buckets"])
+    shorter = [length for length in every if length < longest]
     old, new = self._slots(max(shorter, default=longest)), self._slots()
     return Program(
       name="grow",

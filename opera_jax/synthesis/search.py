@@ -177,7 +177,8 @@ class Searcher:
       FloatingPointError: logits that are not finite.
     """
     searches = self._searches(prompts)
-    self._engine.check([search.head for search in searches], self._settings)
+    heads = [search.head for search in searches]
+    self._engine.check(heads, self._settings)
     if self._budget and self._price == "sequence":
       self._price_heads(price_params, searches)
     rows = self._engine.rows(
@@ -185,18 +186,16 @@ class Searcher:
       self._candidates if self._budget else 1,
       self._settings,
       self._brakes.table,
-      contexts=[search.head for search in searches],
+      contexts=heads,
       whole_rows=True,
       priced=self._budget > 0,
     )
 
     @functools.cache
     def keys(number: int) -> np.ndarray:
-      return engine_lib.keys(
-        jax.random.fold_in(key, number),
-        [prompt.id for prompt in prompts],
-        rows.width,
-      )
+      names = [prompt.id for prompt in prompts]
+      folded = jax.random.fold_in(key, number)
+      return engine_lib.keys(folded, names, rows.width)
 
     waiting = collections.deque(
       sorted(searches, key=lambda s: (self._engine.bucket(s.head), s.index))
@@ -228,8 +227,8 @@ class Searcher:
       for row in sorted({piece.row for piece in pieces} - live):
         search = sitting[row]
         slots = range(self._width(search))
-        pieces = [drawn.pop((row, s)) for s in slots]
-        slot, tokens = self._go_on(search, pieces)
+        mine = [drawn.pop((row, s)) for s in slots]
+        slot, tokens = self._go_on(search, mine)
         if search.status not in brake.PHASES:
           del sitting[row]
           if ended is not None:

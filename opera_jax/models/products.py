@@ -1,0 +1,66 @@
+"""Products with weights whose gradients are written out, and why.
+
+Shape key: B rows, T tokens, D hidden, V vocabulary, I inputs and O outputs of a
+projection.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from opera_jax.sharding import rules
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(embed_VD: jax.Array, token_BT: jax.Array, dtype: str) -> jax.Array:
+  """Rows [B, T, D] of the table in `dtype`; their gradients add in float32."""
+  return embed_VD.astype(dtype)[token_BT]
+
+
+def _look_up_forward(embed_VD, token_BT, dtype):
+  return look_up(embed_VD, token_BT, dtype), (embed_VD, token_BT)
+
+
+def _look_up_backward(dtype, saved, grad_BTD):
+  del dtype
+  embed_VD, token_BT = saved
+  zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
+  mesh = jax.sharding.get_abstract_mesh()
+  if not rules.alone() and rules.ways(("data", "sequence"), mesh) == 1:
+    # Features go to where the table's lie; else it would be summed whole.
+    # From rows over several axes the partitioner knows no way but through
+    # whole states, which is worse.
+    grad_BTD = rules.constrain(grad_BTD, (None, None, "features"))
+    zeros_VD = rules.constrain(zeros_VD, ("vocab", "features"))
+  grad_VD = zeros_VD.at[token_BT].add(grad_BTD.astype(jnp.float32))
+  return grad_VD.astype(embed_VD.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+@jax.custom_vjp
+def project(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+  """x @ w, [B, T, O], whose gradients turn the narrower factor alone.
+
+  The weights' gradient contracts all tokens, so that one of its factors is
+  turned first. Left to itself that is the output's, and on a CPU all that led
+  to it is then computed column by column.
+  """
+  return x_BTI @ w_IO
+
+
+def _project_forward(x_BTI, w_IO):
+  return project(x_BTI, w_IO), (x_BTI, w_IO)
+
+
+def _project_backward(saved, grad_BTO):
+  x_BTI, w_IO = saved
+  narrow_first = w_IO.shape[0] <= w_IO.shape[1]
+  pair = (x_BTI, grad_BTO) if narrow_first else (grad_BTO, x_BTI)
+  grad = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())))
+  return grad_BTO @ w_IO.T, grad if narrow_first else grad.T
+
+
+project.defvjp(_project_forward, _project_backward)
