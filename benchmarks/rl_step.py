@@ -7,8 +7,8 @@
 A step samples N completions of each of B prompts, rewards them by a toy
 function of their text, and makes one update on all of them: AdamW, clipped
 surrogate, no KL. Ours is the stage itself, `experiments.opera_rl.reinforce`,
-timed by its own metrics; in its update samples share their prompt. It prices
-every completion with the policy before the update, for the old
+timed by its own metrics; samples share their prompt, in the update too. It
+prices every completion with the policy before the update, for the old
 log-probabilities; tunix, told of one iteration a batch, takes those of the
 update's own forward pass and skips that.
 
@@ -169,8 +169,10 @@ def _ours(folder, workload) -> dict:
   config.engine.rows, config.engine.slots = w.prompts, w.samples
   config.engine.prompt_buckets = (w.prompt_tokens,)
   config.engine.cache_buckets = (w.new_tokens,)
-  config.price.rows = 16
-  config.price.length_buckets = (longest,)
+  config.price.rows = w.prompts
+  config.price.length_buckets = (w.prompt_tokens, longest)
+  config.price.slot_buckets = (w.samples,)
+  config.price.branch_buckets = (w.new_tokens,)
   config.reward.parts = "benchmarks.peers:toy"
   config.rollout.max_new_tokens = w.new_tokens
   config.rl.steps = WARM + w.steps

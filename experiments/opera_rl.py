@@ -300,10 +300,11 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
 
       # The policy that the updates start from, and the one KL holds it to.
       old = ref = scored.prices
+      tokens = scored.rollouts.tokens()
       if run.policy_pricer is not run.pricer:
-        old = run.policy_pricer.price(policy, scored.trunks)
+        old = run.policy_pricer.price_samples(policy, *tokens)
       if rl.kl_coef or learn.pairs:
-        ref = run.policy_pricer.price(reference, scored.trunks)
+        ref = run.policy_pricer.price_samples(reference, *tokens)
       seconds["time/reference"] = time.monotonic()
 
       # Credit: how much better than its group, or what its tokens did.

@@ -141,6 +141,10 @@ class Rollouts:
       thoughts=jax.tree.map(lambda x: x[rows], self.thoughts),
     )
 
+  def tokens(self) -> tuple[Sequence[np.ndarray], list[np.ndarray]]:
+    """Of the prompts, and of their completions, prompt-major."""
+    return self.prompt_ids, [s.tokens for s in self.completions]
+
   def lengths(self) -> np.ndarray:
     """Tokens of each completion, stop token included, int64 [B, N]."""
     length_R = np.asarray([len(s.tokens) for s in self.completions])

@@ -276,6 +276,64 @@ class Pricer:
       branch_tokens=sum(len(b.tokens) for b in own_branches),
     )
 
+  def price_samples(
+    self,
+    params: Any,
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[np.ndarray],
+    trunks: Sequence[np.ndarray] = (),
+    *,
+    advance: Callable[[int], None] | None = None,
+  ) -> structs.Prices:
+    """Prices completions from which nothing forks, and further trunks.
+
+    Where the buckets hold them, the completions of a prompt are branches of
+    it, so that it is computed once; else each is a trunk of its own.
+
+    Args:
+      params: the policy's parameters.
+      prompts: int32 tokens of each prompt.
+      completions: int32 tokens, prompt-major, equally many a prompt.
+      trunks: further ones.
+      advance: see `price`.
+
+    Returns:
+      What `price` gives of prompt + completion, one a completion, and of
+      `trunks` behind them.
+
+    Raises:
+      ValueError: see `price`.
+    """
+    samples = len(completions) // len(prompts)
+    owned = [(i // samples, tokens) for i, tokens in enumerate(completions)]
+    if (
+      max(map(len, completions)) > self._pack["branch_buckets"][-1]
+      or samples > self._pack["slot_buckets"][-1]
+    ):
+      rows = [np.concatenate([prompts[b], tokens]) for b, tokens in owned]
+      return self.price(params, [*rows, *trunks], advance=advance)
+    prices = self.price(
+      params,
+      [*prompts, *trunks],
+      [structs.Branch(b, len(prompts[b]), tokens) for b, tokens in owned],
+      advance=advance,
+    )
+
+    def whole(of_trunks, of_branches):
+      own = [
+        np.concatenate([of_trunks[b], branch])
+        for (b, _), branch in zip(owned, of_branches)
+      ]
+      return own + of_trunks[len(prompts) :]
+
+    return dataclasses.replace(
+      prices,
+      trunk_logprob=whole(prices.trunk_logprob, prices.branch_logprob),
+      trunk_entropy=whole(prices.trunk_entropy, prices.branch_entropy),
+      branch_logprob=[],
+      branch_entropy=[],
+    )
+
   def _run_all(self, params, trunks, branches, advance):
     """Prices distinct trunks and branches, one microbatch in flight."""
     trunk_logprob = [None] * len(trunks)

@@ -162,7 +162,12 @@ class Scorer:
       rewards["opera"] = dataclasses.replace(rewards["opera"], all_steps=True)
     asked = {n: reward.questions(rollouts) for n, reward in rewards.items()}
     every, branches = _joined(trunks, asked)
-    prices = self._pricer.price(params, every, branches, advance=advance)
+    if branches:
+      prices = self._pricer.price(params, every, branches, advance=advance)
+    else:
+      prices = self._pricer.price_samples(
+        params, *rollouts.tokens(), every[len(trunks) :], advance=advance
+      )
     answers = _answers(prices, rollouts, asked)
     total_BN, parts = compose.weighted_sum(
       {

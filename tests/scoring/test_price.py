@@ -161,3 +161,36 @@ def test_rows_must_divide_the_mesh(tiny_model):
     price.Pricer(
       graphdef, vocab_size=config.vocab_size, mesh=mesh.create(), rows=6
     )
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_samples_are_priced_as_their_rows_are(tiny_model, one_device, fits):
+  config, graphdef, params = tiny_model
+  draw = np.random.default_rng(5)
+
+  def tokens(size):
+    return draw.integers(0, config.vocab_size, size).astype(np.int32)
+
+  prompts = [tokens(n) for n in (3, 9)]
+  completions = [tokens(n) for n in (1, 7, 7, 4, 2, 7)]
+  other = [tokens(5)]
+  pricer = price.Pricer(
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=one_device,
+    rows=2,
+    length_buckets=(16,),
+    slot_buckets=(4,),
+    branch_buckets=(8,) if fits else (6,),
+  )
+  got = pricer.price_samples(params, prompts, completions, other)
+  rows = [
+    np.concatenate([prompts[i // 3], c]) for i, c in enumerate(completions)
+  ]
+  want = pricer.price(params, rows + other)
+  assert not got.branch_logprob
+  # A prompt is run once, where its samples are branches of it.
+  assert got.trunk_tokens == (3 + 9 + 5 if fits else want.trunk_tokens)
+  for name in ("trunk_logprob", "trunk_entropy"):
+    for one, row in zip(getattr(got, name), getattr(want, name), strict=True):
+      np.testing.assert_allclose(one, row, rtol=1e-5, atol=1e-5)
