@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
   config.rl.mini_batch = 4
   config.rl.learning_rate = 2e-4
   config.rl.warmup = 0.1
-  config.rl.share = 8
+  config.rl.share = 4
   config.rl.row_buckets = (128, 224)
   config.rl.checkpoint_every = 8
 
@@ -83,8 +83,9 @@ def get_config(arg: str = ""):
     config.sft.batch_size = 2
     config.rl.steps = 3
     config.rl.prompts = 4
-    config.rl.samples = config.rl.share = 4
+    config.rl.samples = 4
     config.rl.mini_batch = 2
+    config.rl.share, config.rl.row_buckets = 1, (224, 288, 320)
     config.rl.checkpoint_every = 1
     config.evaluate.thoughts = 2
   elif arg:
