@@ -64,3 +64,15 @@ def test_backward_is_twice_forward_and_remat_is_forward_again(remat, again):
 
 def test_every_remat_policy_has_a_cost():
   assert set(cost._RECOMPUTED) == set(qwen3.REMAT)
+
+
+def test_a_shared_prompt_is_counted_once_and_meets_no_head():
+  T, S, G = 10, 3, 4
+  shared = cost.update(CONFIG, 2, T, S, G)
+  pairs = 2 * (T * (T + 1) / 2 + S * (G * T + G * (G + 1) / 2))
+  assert shared.forward == (
+    2 * (T + S * G) * cost.layer_flops(CONFIG)
+    + cost.attention_flops(CONFIG, pairs)
+    + 2 * S * G * cost.head_flops(CONFIG)
+  )
+  assert shared.total < cost.update(CONFIG, 2 * S, T + G).total
