@@ -45,7 +45,7 @@ def _finish(process) -> str:
 
 def _kill_when(process, ready, sign) -> int:
   """Sends a signal as soon as `ready()`; returns the exit code."""
-  deadline = time.monotonic() + 600
+  deadline = time.monotonic() + 1200
   while not ready():
     assert process.poll() is None, process.communicate()[0]
     assert time.monotonic() < deadline

@@ -21,7 +21,7 @@ from opera_jax.data import storyworld, traces
 from opera_jax.sharding import exchange, runtime
 from opera_jax.train import metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HEARTBEAT = 10  # seconds
 STEPS = 2
@@ -92,7 +92,7 @@ def _asked(workdir, processes: int) -> list[list[str]]:
 
 
 def _finish(hosts: list) -> list[str]:
-  outputs = [host.communicate(timeout=600)[0] for host in hosts]
+  outputs = [host.communicate(timeout=1100)[0] for host in hosts]
   for host, output in zip(hosts, outputs):
     assert host.returncode == 0, output
   return outputs
@@ -138,7 +138,7 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
   workdir = _copy(selected, "two")
   first, second = _run(workdir, "sft,rl", processes=2, devices=4)
   saved = workdir / "rl" / "checkpoints" / "1" / "FILES.json"
-  deadline = time.monotonic() + 400
+  deadline = time.monotonic() + 900
   while not saved.exists():
     assert first.poll() is None, first.communicate()[0]
     assert time.monotonic() < deadline
