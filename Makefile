@@ -15,10 +15,10 @@ demo: $(VENV)/base.done
 
 test: $(VENV)/dev.done
 	@echo "Running the fast tests; 'make test-all' adds the slow ones."
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(VENV)/dev.done
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
@@ -25,6 +26,7 @@ def compiled(sampler):
   return sum(p._cache_size() for p in sampler._programs.values())
 
 
+@pytest.mark.slow
 def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
   config, graphdef, params = tiny_model
   sampler = engine.Engine(

@@ -288,6 +288,7 @@ def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
   _close([attend(_caches(keys, layers=0), None)], [want], 1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_does_not_change_with_the_caches_lengths():
   """Longer caches, the same bits: neighbours may need them."""
   arrays, _ = _inputs(G=1, S=2, T=512, C=512)

@@ -18,8 +18,12 @@ NEW = 40
   ("compute", "stored", "cache", "most"),
   [
     ("float32", "float32", "float32", 1e-5),
-    ("bfloat16", "float32", "bfloat16", 0.02),
-    ("bfloat16", "bfloat16", "bfloat16", 0.02),
+    pytest.param(
+      *("bfloat16", "float32", "bfloat16", 0.02), marks=pytest.mark.slow
+    ),
+    pytest.param(
+      *("bfloat16", "bfloat16", "bfloat16", 0.02), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_sampled_tokens_are_priced_alike(

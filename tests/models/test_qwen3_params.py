@@ -39,7 +39,11 @@ def _equal(a, b) -> None:
 
 
 @pytest.mark.parametrize(
-  ("tied", "dtype"), [(True, "float32"), (False, "bfloat16")]
+  ("tied", "dtype"),
+  [
+    pytest.param(True, "float32", marks=pytest.mark.slow),
+    (False, "bfloat16"),
+  ],
 )
 def test_round_trip_is_bit_exact_on_every_layout(tmp_path, tied, dtype):
   config = _config(tied=tied)
@@ -117,7 +121,11 @@ def test_a_tensor_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("tied", "dtype"), [(True, "float32"), (False, "bfloat16")]
+  ("tied", "dtype"),
+  [
+    pytest.param(True, "float32", marks=pytest.mark.slow),
+    (False, "bfloat16"),
+  ],
 )
 def test_transformers_loads_what_was_saved(tmp_path, tied, dtype):
   import torch

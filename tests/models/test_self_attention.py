@@ -104,6 +104,7 @@ def test_xla(layout, sizes):
   _check("xla", layout, sizes)
 
 
+@pytest.mark.slow
 def test_windows_hold_segments_of_every_length():
   """One row each of short, middling and long segments, and all at once."""
   T = 1100

@@ -54,6 +54,7 @@ NORMS = 8 * (2 * 256 + 2 * 128) + 256
 WEIGHTS = 8 * LAYER + 1024 * 256
 
 
+@pytest.mark.slow
 def test_update_takes_the_bytes_and_flops_of_a_hand_count(nothing_cached):
   mesh, [update] = _programs(_config(), ("update",))
   cost = analyse.analyse(update, mesh, hardware.CHIPS["v5e"])

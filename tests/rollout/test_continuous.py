@@ -251,6 +251,7 @@ def test_seeds_name_samples(tiny_model, one_device):
     draw([[1, 2]])
 
 
+@pytest.mark.slow
 def test_meshes_give_the_same_samples(tiny_model, usual):
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   params = layout.move(
@@ -303,6 +304,7 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
   assert not copies, copies
 
 
+@pytest.mark.slow
 def test_a_kept_sample_becomes_trunk(tiny_model, one_device, slow_logprob):
   """Kept tokens are context: twice over, past what the trunk first held."""
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)

@@ -77,6 +77,7 @@ def test_neighbours_and_order_do_not_matter(tiny_model, one_device):
   assert not np.array_equal(out[0][0].tokens, out[0][1].tokens)
 
 
+@pytest.mark.slow
 def test_mesh_does_not_change_samples(tiny_model, one_device):
   settings = sampling.Sampling(max_new_tokens=8, stop_ids=(STOP,))
   args = (settings, jax.random.key(5))

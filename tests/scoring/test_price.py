@@ -74,10 +74,10 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
   "shape",
   [
     {"fsdp": 8},
-    {"fsdp": 4, "tensor": 2},
-    {"fsdp": 2, "tensor": 4},
-    {"fsdp": 1, "tensor": 8},
-    {"data": 2, "fsdp": 4},
+    pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 1, "tensor": 8}, marks=pytest.mark.slow),
+    pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
     {"fsdp": 2, "sequence": 2, "tensor": 2},
   ],
 )

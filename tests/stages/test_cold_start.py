@@ -166,6 +166,7 @@ def test_progress_counts_what_was_there_and_what_others_make(make, capsys):
   assert "synthesize: 24/24 traces, " in shown
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_is_done(make):
   peaks = []
   for items in (60, 600):

@@ -131,9 +131,18 @@ GOOD = [
   "rows, flags, rule",
   [
     ([GOOD[0], GOOD[0]], [], "a.jsonl:2: id '0' was given on line 1"),
-    ([{"text": "a"}], [], "a.jsonl:1: no column 'prompt'"),
-    (GOOD, ["--config.pool.size=10"], "asks for 10 prompts and 9 of 9 are"),
-    (GOOD, ["--config.pool.languages=('xx',)"], "names ['xx']"),
+    pytest.param(
+      *([{"text": "a"}], [], "a.jsonl:1: no column 'prompt'"),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *(GOOD, ["--config.pool.size=10"], "asks for 10 prompts and 9 of 9 are"),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *(GOOD, ["--config.pool.languages=('xx',)"], "names ['xx']"),
+      marks=pytest.mark.slow,
+    ),
     (GOOD, ["--config.data.path="], "--config.data.path=FILE"),
   ],
 )

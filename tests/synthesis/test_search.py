@@ -359,8 +359,11 @@ def usual(teller, words, one_device):
   [
     {},
     {"price": "candidate", "template": "Think, and doubt. {prompt}"},
-    {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
-    {"budget": 0},
+    pytest.param(
+      {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param({"budget": 0}, marks=pytest.mark.slow),
   ],
 )
 def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
@@ -381,6 +384,7 @@ def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
   assert "complete" in {trace.status for trace in ours}
 
 
+@pytest.mark.slow
 def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
   """Neighbours, order, rows and steps: none of them changes a token."""
   assert len({len(trace.rounds) for trace in usual}) > 1

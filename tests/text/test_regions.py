@@ -16,6 +16,7 @@ def _events(table, start, tokens):
   return codes
 
 
+@pytest.mark.slow
 def test_regions_act_as_their_automata():
   one = automaton.compile_stops(["stop"], VOCAB, right_boundary=True)
   two = automaton.compile_stops(["\n\n", "ba"], VOCAB)

@@ -54,6 +54,7 @@ def assert_equal_to_definition(tokenizer, rows, match, separator="\n\n"):
   return kinds
 
 
+@pytest.mark.slow
 def test_ten_thousand_sequences_of_qwens_vocabulary(qwen, hard_rows):
   rng = np.random.default_rng(0)
   rows = hard_rows(rng, qwen, 10_000, LENGTH)

@@ -47,7 +47,10 @@ def _loss_and_gradient(tiny_model, pairs, reduction, *, rows, **change):
   return float(values["sft/loss"]), gradient
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize(
+  "reduction",
+  ["token_mean", pytest.param("sequence_mean", marks=pytest.mark.slow)],
+)
 def test_packed_equals_padded(tiny_model, reduction):
   pairs = _pairs(tiny_model[0].vocab_size)
   run = (tiny_model, pairs, reduction)

@@ -63,7 +63,7 @@ def _own(places, arrays):
   ]
 
 
-@pytest.mark.parametrize("share", [2, 4])
+@pytest.mark.parametrize("share", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_prices_and_heads(share):
   graphdef, params = qwen3.create(CONFIG, 0)
   places, batches = _batches(share)
@@ -124,8 +124,10 @@ def _assert_same(ours, theirs):
   "changes",
   [
     {},
-    {"loss": "gspo", "clip_low": 2e-1},
-    {"reduction": "token_mean", "micro_batches": 2},
+    pytest.param({"loss": "gspo", "clip_low": 2e-1}, marks=pytest.mark.slow),
+    pytest.param(
+      {"reduction": "token_mean", "micro_batches": 2}, marks=pytest.mark.slow
+    ),
   ],
   ids=["grpo", "gspo", "in_parts"],
 )
@@ -140,7 +142,9 @@ def test_gradients(one_device, changes):
 @pytest.mark.parametrize(
   "shape",
   [
-    {"fsdp": 2, "sequence": 2, "tensor": 2},
+    pytest.param(
+      {"fsdp": 2, "sequence": 2, "tensor": 2}, marks=pytest.mark.slow
+    ),
     pytest.param({"data": 2, "fsdp": 4}, marks=pytest.mark.slow),
   ],
 )
