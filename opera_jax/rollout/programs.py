@@ -27,7 +27,7 @@ from opera_jax.text import automaton
 
 # Prompt tokens that a device computes at once, at least. A CPU is busy with
 # few, and an admission of one prompt costs as much as one of all.
-TOGETHER = {"cpu": 128, "gpu": 512, "tpu": 512}
+TOGETHER = {"cpu": 256, "gpu": 512, "tpu": 512}
 
 
 def admit(

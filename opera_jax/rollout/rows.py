@@ -287,15 +287,21 @@ class Rows:
     self._slots = self._slots.replace(trunk=trunk, limit=limit)
 
   def _lanes(self) -> np.ndarray | None:
-    """The slots to compute, a few sizes for all numbers of live ones."""
+    """The slots to compute, a few sizes for all numbers of live ones.
+
+    None is all of them.
+    """
     if not self._packed:
       return None
     live = np.flatnonzero(self._live[self._order])
     rows = len(self._order)
-    counts = lane_counts(rows, self.width)
-    lanes = np.full(min(n for n in counts if n >= len(live)), rows * self.width)
+    every = rows * self.width
+    size = min(n for n in lane_counts(rows, self.width) if n >= len(live))
+    if size == every:
+      return None
+    lanes = np.full(size, every, np.int32)
     lanes[: len(live)] = live
-    return lanes.astype(np.int32)
+    return lanes
 
   def _make_room(self, tokens: int) -> None:
     """Lengthens the trunks where they do not hold so many tokens."""
