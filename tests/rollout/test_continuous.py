@@ -118,10 +118,8 @@ def test_lanes_and_rows_that_are_left_change_no_bit(
   sizes, decode = set(), sampler._programs["decode"]
 
   def watched(*arguments, **static):
-    lanes = arguments[5]
-    sizes.add(
-      (arguments[1].token.shape[0], None if lanes is None else len(lanes))
-    )
+    slots, lanes = arguments[1].token, arguments[5]
+    sizes.add((slots.shape[0], slots.size if lanes is None else len(lanes)))
     return decode(*arguments, **static)
 
   sampler._programs["decode"] = watched
