@@ -157,17 +157,20 @@ def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
   assert mine.lacking() == 0 and naps
 
 
-# A worker notes each item it makes before it adds its trace.
+# A worker notes each item it makes before it adds its trace. It begins when the
+# one that it is told to wait for is there, too.
 WORKER = """
 import os, sys, time
 sys.path.insert(0, "tests/stages")
 import test_parts
 from opera_jax.stages import parts
 
-folder, name, hang = sys.argv[1:]
+folder, name, hang, other = sys.argv[1:]
 ids = [f"item-{i}" for i in range(200)]
 made = parts.Parts(folder, ids, 4)
 log = open(os.path.join(folder, name + ".log"), "a", buffering=1)
+while not os.path.exists(os.path.join(folder, other + ".log")):
+  time.sleep(0.001)
 for index, items in made.work(range(len(made))):
   for item in items:
     log.write(f"{item}\\n")
@@ -179,9 +182,9 @@ for index, items in made.work(range(len(made))):
 """
 
 
-def _worker(folder, name, hang=-1):
+def _worker(folder, name, other, hang=-1):
   return subprocess.Popen(
-    [sys.executable, "-c", WORKER, str(folder), name, str(hang)],
+    [sys.executable, "-c", WORKER, str(folder), name, str(hang), other],
     cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
   )
@@ -194,13 +197,16 @@ def _log(folder, name):
 
 def test_processes_at_once_and_one_of_them_killed(tmp_path):
   """Only the item in flight of the killed process is made a second time."""
-  hanging = _worker(tmp_path, "a", hang=34)
+  hanging = _worker(tmp_path, "a", "a", hang=34)
   deadline = time.monotonic() + 60
   while "hangs" not in _log(tmp_path, "a"):
     assert time.monotonic() < deadline
     time.sleep(0.01)
-  others = [_worker(tmp_path, name) for name in "bc"]
-  time.sleep(2.5)
+  others = [_worker(tmp_path, *names) for names in ("bc", "cb")]
+  while not (_log(tmp_path, "b") and _log(tmp_path, "c")):
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  time.sleep(1)  # all that is left is the part of the one that hangs
   made_by_others = {int(i) for i in _log(tmp_path, "b") + _log(tmp_path, "c")}
   assert not made_by_others & set(range(32, 36))
   hanging.send_signal(signal.SIGKILL)
