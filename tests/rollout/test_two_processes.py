@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
 
 SAMPLE = """
 import json
-import os
 import sys
 
 import jax
