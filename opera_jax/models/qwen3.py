@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,22 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   ).astype(x_BTNH.dtype)
 
 
+class Arithmetic(NamedTuple):
+  """How a layer computes; products are called like `jnp.tensordot`."""
+
+  norm: Callable[..., jax.Array] = rms_norm
+  mix: Callable[..., jax.Array] = jnp.tensordot  # attention's products
+  project: Callable[..., jax.Array] = products.project  # the feed-forward's
+
+
+USUAL = Arithmetic()
+# Few tokens on a CPU, without gradients: numbers of a token that do not change
+# with how many there are.
+FEW = Arithmetic(
+  functools.partial(rms_norm, ordered=True), products.few, products.few
+)
+
+
 def _normal(key, shape, fan_in):
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
@@ -159,17 +175,17 @@ class Attention(nnx.Module):
     self.q_norm = nnx.Param(jnp.ones((H,)))
     self.k_norm = nnx.Param(jnp.ones((H,)))
 
-  def __call__(self, x_BTD, cos, sin, attend: Attend, norm):
+  def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic):
     epsilon, dtype = self.config.norm_epsilon, x_BTD.dtype
-    q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...].astype(dtype))
-    k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...].astype(dtype))
-    v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...].astype(dtype))
+    norm = how.norm
+    q_BTNH = how.mix(x_BTD, self.q[...].astype(dtype), 1)
+    k_BTKH = how.mix(x_BTD, self.k[...].astype(dtype), 1)
+    v_BTKH = how.mix(x_BTD, self.v[...].astype(dtype), 1)
     q_BTNH = apply_rope(norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
     k_BTKH = apply_rope(norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-    o = self.o[...].astype(dtype)
-    return jnp.tensordot(out_BTNH, o, axes=2), cache
+    return how.mix(out_BTNH, self.o[...].astype(dtype), 2), cache
 
 
 class MLP(nnx.Module):
@@ -181,14 +197,12 @@ class MLP(nnx.Module):
     self.up = _normal(rngs.params(), (D, F), D)
     self.down = _normal(rngs.params(), (F, D), F * 2 * config.layers)
 
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD, how: Arithmetic):
     dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(
-      products.project(x_BTD, self.gate[...].astype(dtype))
-    )
-    hidden_BTF = gate_BTF * products.project(x_BTD, self.up[...].astype(dtype))
+    gate_BTF = jax.nn.silu(how.project(x_BTD, self.gate[...].astype(dtype)))
+    hidden_BTF = gate_BTF * how.project(x_BTD, self.up[...].astype(dtype))
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return products.project(hidden_BTF, self.down[...].astype(dtype))
+    return how.project(hidden_BTF, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
@@ -201,13 +215,13 @@ class Block(nnx.Module):
     self.post_norm = nnx.Param(jnp.ones((config.hidden,)))
     self.mlp = MLP(config, rngs=rngs)
 
-  def __call__(self, x_BTD, cos, sin, attend: Attend, norm=rms_norm):
+  def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic = USUAL):
     epsilon = self.config.norm_epsilon
-    normed = norm(x_BTD, self.input_norm[...], epsilon)
-    mixed, cache = self.attention(normed, cos, sin, attend, norm)
+    normed = how.norm(x_BTD, self.input_norm[...], epsilon)
+    mixed, cache = self.attention(normed, cos, sin, attend, how)
     x_BTD = x_BTD + mixed
-    normed = norm(x_BTD, self.post_norm[...], epsilon)
-    return x_BTD + self.mlp(normed), cache
+    normed = how.norm(x_BTD, self.post_norm[...], epsilon)
+    return x_BTD + self.mlp(normed, how), cache
 
 
 class Qwen3(nnx.Module):
@@ -260,14 +274,14 @@ class Qwen3(nnx.Module):
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
     graphdef, stacked = self._layers()
-    norm = functools.partial(rms_norm, ordered=layers is not None)
+    how = USUAL if layers is None else FEW
 
     def layer(carry, inputs):
       x_BTD, cache = carry
       index, params = inputs
       block = nnx.merge(graphdef, params)
       x_BTD, cache = block(
-        x_BTD, cos, sin, functools.partial(attend, cache, index), norm
+        x_BTD, cos, sin, functools.partial(attend, cache, index), how
       )
       return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
 
@@ -285,7 +299,7 @@ class Qwen3(nnx.Module):
           lambda x, like: x.T.reshape(like.shape[1:]), params, stacked
         )
         (x_BTD, cache), _ = layer((x_BTD, cache), (index, params))
-    x_BTD = norm(x_BTD, self.final_norm[...], config.norm_epsilon)
+    x_BTD = how.norm(x_BTD, self.final_norm[...], config.norm_epsilon)
     return x_BTD, cache
 
   def _layers(self):
@@ -300,8 +314,8 @@ class Qwen3(nnx.Module):
 
     A loop around `__call__` that is given them does not cut every layer out of
     the stack in each of its turns. The program grows with the depth. Each
-    weight is a matrix whose last axis is summed over: a CPU then adds up in
-    one order, however many tokens there are (from two on), at the same speed.
+    weight is a matrix whose last axis is summed over, as `products.few` likes
+    it.
     """
     _, stacked = self._layers()
 

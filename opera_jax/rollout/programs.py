@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import target
-from opera_jax.models import attention, kv_cache
+from opera_jax.models import attention, kv_cache, products
 from opera_jax.models import lanes as lanes_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
@@ -208,6 +208,8 @@ def decode(
   """
   model = nnx.merge(graphdef, params)
   head, transposed = model.head_matrix()
+  head_DV = head.T if transposed else head
+  multiply = products.few if transposed else jnp.tensordot
   B, S = slots.token.shape
   trunk, whole = slots.trunk, slots.replace(trunk=None, cache=None)
   lanes, at = (
@@ -242,10 +244,10 @@ def decode(
       cache,
       layers,
     )
-    logit_RV = jax.lax.dot_general(
+    logit_RV = multiply(
       hidden.reshape(R, -1),
-      head.astype(hidden.dtype),
-      (((1,), (1 if transposed else 0,)), ((), ())),
+      head_DV.astype(hidden.dtype),
+      axes=1,
       preferred_element_type=jnp.float32,
     )
     key_R = jax.random.wrap_key_data(at.key.reshape(R, -1))

@@ -1,0 +1,54 @@
+"""Products of few tokens on a CPU against numpy in float64, and bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opera_jax.models import products
+
+COUNTS = (2, 3, 5, 8, 15, 16, 24, 33, 100, 128)
+
+
+@pytest.mark.parametrize(
+  "inputs, outputs", [((64,), (8, 12)), ((8, 12), (300,)), ((256,), (7,))]
+)
+def test_few_tokens_are_multiplied_bit_for_bit_alike(inputs, outputs):
+  rng = np.random.default_rng(0)
+  size = int(np.prod(inputs))
+  turned = rng.normal(size=(int(np.prod(outputs)), size)).astype(np.float32)
+  x = rng.normal(size=(COUNTS[-1], *inputs)).astype(np.float32)
+
+  @jax.jit
+  def multiply(x, turned):
+    weight = turned.T.reshape(*inputs, *outputs)
+    return products.few(x, weight, len(inputs))
+
+  every = multiply(x, turned)
+  exact = x.reshape(-1, size).astype(np.float64) @ turned.T
+  np.testing.assert_allclose(
+    np.asarray(every).reshape(exact.shape), exact, rtol=1e-4, atol=1e-4
+  )
+  for count in COUNTS:
+    np.testing.assert_array_equal(multiply(x[:count], turned), every[:count])
+  # One is a product of a matrix with a vector, which adds up as it likes.
+  np.testing.assert_allclose(
+    multiply(x[:1], turned), every[:1], rtol=1e-4, atol=1e-4
+  )
+
+
+def test_few_tokens_may_have_several_leading_axes():
+  x = jnp.arange(24.0).reshape(2, 3, 4)
+  weight = jnp.arange(20.0).reshape(4, 5)
+  got = products.few(x, weight)
+  assert got.shape == (2, 3, 5)
+  np.testing.assert_array_equal(got, np.asarray(x) @ np.asarray(weight))
+
+
+def test_few_bfloat16_tokens_give_float32_where_asked():
+  x = jnp.full((3, 8), 1.0, jnp.bfloat16)
+  weight = jnp.full((8, 2), 1 + 2**-7, jnp.bfloat16)
+  got = products.few(x, weight, preferred_element_type=jnp.float32)
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, np.full((3, 2), 8 * (1 + 2**-7)))
+  assert products.few(x, weight).dtype == jnp.bfloat16
