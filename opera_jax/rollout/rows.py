@@ -27,7 +27,7 @@ from opera_jax.text import automaton
 
 REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
 NEVER = 2**31 - 1
-LEAST_ROWS, LEAST_LANES = 16, 32  # that are worth programs of their own,
+LEAST_ROWS, LEAST_LANES = 16, 16  # that are worth programs of their own,
 FEWER = 4  # as are so many times fewer rows
 
 

@@ -134,9 +134,9 @@ def test_lanes_and_rows_that_are_left_change_no_bit(
   [
     (1, 1, [1]),
     (16, 1, [16]),
-    (16, 8, [32, 64, 128]),
-    (64, 4, [32, 64, 128, 256]),
-    (25, 2, [50]),
+    (16, 8, [16, 32, 64, 128]),
+    (64, 4, [16, 32, 64, 128, 256]),
+    (25, 2, [25, 50]),
   ],
 )
 def test_lanes_come_in_few_sizes(count, width, lanes):
