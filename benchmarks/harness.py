@@ -41,12 +41,15 @@ class Seconds:
 
 
 def seconds(
-  function: Callable[..., Any], *arguments: Any, repeats: int = 7
+  function: Callable[..., Any],
+  *arguments: Any,
+  repeats: int = 7,
+  least: float = 0.5,
 ) -> Seconds:
-  """Times a warm call, its result waited for, at least half a second long."""
+  """Times a warm call, its result waited for, at least `least` seconds long."""
   jax.block_until_ready(function(*arguments))
   taken = []
-  while len(taken) < repeats or sum(taken) < 0.5:
+  while len(taken) < repeats or sum(taken) < least:
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     taken.append(time.perf_counter() - start)
