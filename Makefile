@@ -6,19 +6,25 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 
-.PHONY: demo test test-all bench lint clean
+# A file of tests stays with one worker: what it compiles is compiled once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-slow test-all bench lint clean
 
 demo: $(VENV)/base.done
-	@echo "Running the whole method on the embedded task (about 7 minutes on 2 cores); progress follows."
+	@echo "Running the whole method on the embedded task (7 to 10 minutes on 2 cores); progress follows."
 	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 	@echo "Open runs/tiny/report.html in a browser."
 
 test: $(VENV)/dev.done
 	@echo "Running the fast tests; 'make test-all' adds the slow ones."
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/dev.done
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test-slow: $(VENV)/dev.done
+	@echo "Running the slow tests, in half an hour or more."
+	$(PYTEST) --no-loadscope-reorder -m slow
+
+test-all: test test-slow
 
 bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."

@@ -209,6 +209,7 @@ def decode(
   model = nnx.merge(graphdef, params)
   head, transposed = model.head_matrix()
   head_DV = head.T if transposed else head
+  # An untied head lies the other way, and would be turned at every step.
   multiply = products.few if transposed else jnp.tensordot
   B, S = slots.token.shape
   trunk, whole = slots.trunk, slots.replace(trunk=None, cache=None)
