@@ -1,7 +1,7 @@
 """Products with weights: with gradients written out, or for few tokens.
 
 Shape key: B rows, T tokens, D hidden, V vocabulary, I inputs and O outputs of a
-projection, X all tokens, filled up to whole sixteens.
+projection, X all tokens, filled up to whole eights.
 """
 
 import functools
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from kernels import target
 from opera_jax.sharding import rules
 
-# Tokens that a CPU multiplies at once. What is left over of them would be added
-# up in another order.
-ABREAST = 16
+# A CPU multiplies 16 tokens at once, unless at most 8 are left over of them:
+# then it goes by eights throughout, and adds up in another order.
+ABREAST = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -83,8 +83,9 @@ def few(
 
   From two tokens on, a token's numbers there do not change with how many there
   are, and 16 tokens take about two thirds of the time: the weight is the left
-  factor, and tokens lie side by side. The weight must lie in memory with its
-  inputs last (be turned as it is handed over); otherwise every call turns it.
+  factor, and tokens lie side by side, always an odd number of eights. The
+  weight must lie in memory with its inputs last (be turned as it is handed
+  over); otherwise every call turns it.
 
   Args:
     x: [..., inputs], as many axes of inputs as `axes` says.
@@ -101,12 +102,19 @@ def few(
   if target.platform() != "cpu" or not rules.alone() or tokens == 1:
     return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
   x_XI = jnp.pad(x.reshape(tokens, inputs), ((0, -tokens % ABREAST), (0, 0)))
-  out_OX = jax.lax.dot_general(
-    weight.reshape(inputs, -1).T,
-    x_XI,
-    (((1,), (1,)), ((), ())),
-    preferred_element_type=dtype,
-  )
-  # Else XLA would turn the factors instead of the product.
-  out_OX = jax.lax.optimization_barrier(out_OX)
-  return out_OX.T[:tokens].reshape(*lead, *outputs)
+  weight_OI = weight.reshape(inputs, -1).T
+
+  def multiply(x_XI):
+    out_OX = jax.lax.dot_general(
+      weight_OI, x_XI, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+    # Else XLA would turn the factors instead of the product.
+    return jax.lax.optimization_barrier(out_OX).T
+
+  X = x_XI.shape[0]
+  if X % (2 * ABREAST):
+    out_XO = multiply(x_XI)
+  else:
+    parts = x_XI[:-ABREAST], x_XI[-ABREAST:]
+    out_XO = jnp.concatenate([multiply(part) for part in parts])
+  return out_XO[:tokens].reshape(*lead, *outputs)

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kernels import target
 from opera_jax import structs
 from opera_jax.models import qwen3
+from opera_jax.rollout import parts as parts_lib
 from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling as sampling_lib
@@ -136,34 +136,36 @@ class Engine:
       key=lambda i: (self.bucket(prompts[i]), i),
     )
     width = min(self._slots, samples)
-    rows = self.rows(params, width, settings, stops, contexts=prompts)
-    schedule = schedule_lib.Schedule(rows.count, rows.width, order, samples)
+    with jax.set_mesh(self._mesh):
+      count = parts_lib.count(self._rows, width)
+    rows = self._new_rows(count, params, width, settings, stops, prompts)
+    schedule = schedule_lib.Schedule(self._rows, width, order, samples)
     out: list[list[Any]] = [[None] * samples for _ in prompts]
     growing: dict[tuple[int, int], list[rows_lib.Piece]] = {}
-    while True:
-      rows.begin([(r, names[i], prompts[i]) for r, i in schedule.admit()])
-      rows.retire(schedule.idle())
-      rows.fork(
-        [
+    together = rows[0].together(self.bucket(prompts[order[-1]]))
+    with parts_lib.Parts(rows) as parts:
+      while True:
+        contexts = [(r, names[i], prompts[i]) for r, i in schedule.admit()]
+        forks = [
           rows_lib.Fork(row, slot, keys[i, sample], settings.max_new_tokens)
           for row, slot, i, sample in schedule.assign()
         ]
-      )
-      sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
-      if not sitting:
-        return out
-      # With nothing waiting, only work for half as many is worth a stop.
-      free = max(1, len(sitting) // (8 if schedule.waiting() else 2))
-      for piece in rows.draw(free):
-        i, sample = sitting[piece.row, piece.slot]
-        growing.setdefault((i, sample), []).append(piece)
-        if on_tokens is not None and len(piece.tokens):
-          on_tokens(i, sample, piece.tokens)
-        if not piece.live:
-          out[i][sample] = rows_lib.joined(growing.pop((i, sample)))
-          schedule.release(piece.row, piece.slot)
-          if advance is not None:
-            advance(len(out[i][sample].tokens))
+        sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
+        if not sitting:
+          return out
+        free = functools.partial(
+          _worth_a_stop, together if schedule.waiting() else 0
+        )
+        for piece in parts.advance(contexts, schedule.idle(), forks, free):
+          i, sample = sitting[piece.row, piece.slot]
+          growing.setdefault((i, sample), []).append(piece)
+          if on_tokens is not None and len(piece.tokens):
+            on_tokens(i, sample, piece.tokens)
+          if not piece.live:
+            out[i][sample] = rows_lib.joined(growing.pop((i, sample)))
+            schedule.release(piece.row, piece.slot)
+            if advance is not None:
+              advance(len(out[i][sample].tokens))
 
   def longest_prompt(self) -> int:
     """Tokens that a prompt may have."""
@@ -199,11 +201,12 @@ class Engine:
   def programs(self) -> int:
     """How many programs one setting of sampling can need."""
     trunks, caches = self._trunk_buckets, len(self._cache_buckets)
-    sizes, lanes = [self._rows], 1
     with jax.set_mesh(self._mesh):
-      apart = target.platform() == "cpu"
+      rows = self._rows // parts_lib.count(self._rows, self._slots)
+      sizes, lanes = [rows], 1
+      apart = slots_lib.layers_apart()
       if rows_lib.packs():
-        sizes = rows_lib.row_counts(self._rows)
+        sizes = rows_lib.row_counts(rows)
         lanes = sum(len(rows_lib.lane_counts(n, self._slots)) for n in sizes)
     # A prefill a bucket and a trunk that holds it; trunks and caches grow from
     # any size to any larger one.
@@ -231,36 +234,64 @@ class Engine:
     Room is made at once for the `contexts` to come. See `rows.Rows` for the
     other arguments.
     """
-    longest = max(map(len, contexts), default=1)
-    steps = min(self._steps, settings.max_new_tokens)
-    with jax.set_mesh(self._mesh):
-      slots = self._programs["empty"](
-        self._config,
-        self._rows,
-        width,
-        trunks_lib.bucket(longest, self._trunk_buckets),
-        trunks_lib.bucket(steps, self._cache_buckets),
-        recent=settings.loop_tokens if settings.loop_period else 0,
-        dtype=self._dtype,
-      )
-    return rows_lib.Rows(
-      self._programs,
-      params,
-      slots,
-      settings,
-      stops,
-      mesh=self._mesh,
-      prompt_buckets=self._prompt_buckets,
-      trunk_buckets=self._trunk_buckets,
-      cache_buckets=self._cache_buckets,
-      steps=steps,
+    (rows,) = self._new_rows(
+      *(1, params, width, settings, stops, contexts),
       whole_rows=whole_rows,
       priced=priced,
     )
+    return rows
+
+  def _new_rows(
+    self, parts, params, width, settings, stops, contexts, **rest
+  ) -> list[rows_lib.Rows]:
+    """Empty rows, all parts together as many as the engine has."""
+    longest = max(map(len, contexts), default=1)
+    steps = min(self._steps, settings.max_new_tokens)
+    layers = None
+    with jax.set_mesh(self._mesh):
+      if slots_lib.layers_apart():
+        layers = self._programs["apart"](params)
+      slots = [
+        self._programs["empty"](
+          self._config,
+          self._rows // parts,
+          width,
+          trunks_lib.bucket(longest, self._trunk_buckets),
+          trunks_lib.bucket(steps, self._cache_buckets),
+          recent=settings.loop_tokens if settings.loop_period else 0,
+          dtype=self._dtype,
+        )
+        for _ in range(parts)
+      ]
+    return [
+      rows_lib.Rows(
+        *(self._programs, params, layers, part, settings, stops),
+        mesh=self._mesh,
+        prompt_buckets=self._prompt_buckets,
+        trunk_buckets=self._trunk_buckets,
+        cache_buckets=self._cache_buckets,
+        steps=steps,
+        **rest,
+      )
+      for part in slots
+    ]
 
   def bucket(self, prompt: np.ndarray) -> int:
     """The length that a prompt is padded to."""
     return trunks_lib.bucket(len(prompt), self._prompt_buckets)
+
+
+def _worth_a_stop(together: int, live: int) -> int:
+  """How many of the live slots must end for new samples to be let in.
+
+  Args:
+    together: prompts that are computed at once, for the price of one; 0 if
+      nothing waits, and only work for half as many is worth a stop.
+    live: slots.
+  """
+  if not together:
+    return max(1, live // 2)
+  return max(1, live // 8, min(together, live // 4))
 
 
 def keys(key: jax.Array, names: Sequence[str], samples: int) -> np.ndarray:

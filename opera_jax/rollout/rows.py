@@ -27,7 +27,7 @@ from opera_jax.text import automaton
 
 REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
 NEVER = 2**31 - 1
-LEAST_ROWS, LEAST_LANES = 16, 16  # that are worth programs of their own,
+LEAST_ROWS, LEAST_LANES = 16, 8  # that are worth programs of their own,
 FEWER = 4  # as are so many times fewer rows
 
 
@@ -62,6 +62,7 @@ class Rows:
     self,
     programs: dict[str, Any],
     params: Any,
+    layers: Sequence[Any] | None,
     slots: slots_lib.Slots,
     settings: sampling_lib.Sampling,
     stops: automaton.Automaton | None,
@@ -79,6 +80,7 @@ class Rows:
     Args:
       programs: of `rollout.programs`.
       params: parameters, in the ROLLOUT layout.
+      layers: what the program `apart` gave, where the slots' layers are apart.
       slots: with nothing in them.
       settings: how to draw; lengths are the forks' own.
       stops: automaton of stop strings, or None.
@@ -92,11 +94,7 @@ class Rows:
       priced: pieces come with log-probabilities at temperature 1.
     """
     self._programs, self._params, self._slots = programs, params, slots
-    self._stops, self._mesh = stops, mesh
-    # Where the caches' layers are apart, so are the weights.
-    self._layers = None
-    if isinstance(slots.cache.k, tuple):
-      self._layers = self._call("apart", params)
+    self._layers, self._stops, self._mesh = layers, stops, mesh
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
     self._trunk_buckets = trunk_buckets
     self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -135,12 +133,18 @@ class Rows:
       self._name[row] = name
     for P, pairs in sorted(by_bucket.items()):
       self._make_room(P)
-      # The number at once goes by the bucket alone: what a prompt computes
-      # must not depend on who came with it.
-      with jax.set_mesh(self._mesh):
-        R = self._ways * programs_lib.prompts_at_once(P)
+      R = self.together(P)
       for start in range(0, len(pairs), R):
         self._begin(pairs[start : start + R], R, P)
+
+  def together(self, P: int) -> int:
+    """How many contexts of a bucket are computed at once.
+
+    It goes by the bucket alone: what a prompt computes must not depend on who
+    came with it.
+    """
+    with jax.set_mesh(self._mesh):
+      return self._ways * programs_lib.prompts_at_once(P)
 
   def retire(self, rows: Sequence[int]) -> None:
     """Takes note of rows in which nothing will begin or go on any more."""
@@ -242,6 +246,10 @@ class Rows:
       pieces.append(piece)
     self._live[self._order] = drawn.live
     return pieces
+
+  def live(self) -> int:
+    """How many slots are live."""
+    return int(self._live.sum())
 
   def keep(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
     """Makes what slots drew part of their rows' contexts.

@@ -71,7 +71,7 @@ def empty(
 
   trunk = kv_cache.empty_trunk(config.layers, rows, trunk_capacity, *sizes)
   cache = kv_cache.empty_samples(config.layers, rows, slots, capacity, *sizes)
-  if target.platform() == "cpu":
+  if layers_apart():
     trunk, cache = kv_cache.apart(trunk), kv_cache.apart(cache)
   slots = Slots(
     trunk=trunk,
@@ -89,6 +89,11 @@ def empty(
     ended=zeros(),
   )
   return laid_out(slots)
+
+
+def layers_apart() -> bool:
+  """Whether caches and weights lie by layer: on a CPU; see `Qwen3.apart`."""
+  return target.platform() == "cpu"
 
 
 def shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Slots:

@@ -7,7 +7,7 @@ import pytest
 
 from opera_jax.models import products
 
-COUNTS = (2, 3, 5, 8, 15, 16, 24, 33, 100, 128)
+COUNTS = (2, 3, 5, 8, 9, 15, 16, 24, 33, 64, 100, 128)
 
 
 @pytest.mark.parametrize(

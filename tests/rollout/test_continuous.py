@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine, programs, rows, sampling
+from opera_jax.rollout import engine, parts, programs, rows, sampling
 from opera_jax.sharding import layout, mesh, rules
 
 STOP = 7
@@ -55,13 +55,7 @@ def test_slots_and_steps_change_no_bit(tiny_model, one_device, usual, changes):
   got = sampler.sample(
     tiny_model[2], _prompts(), SETTINGS, jax.random.key(KEY), samples=5
   )
-  if "slots" in changes:  # another number of rows in each matmul
-    for a, b in zip(usual, got, strict=True):
-      for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x.tokens, y.tokens)
-        np.testing.assert_allclose(x.logprob, y.logprob, rtol=1e-5, atol=1e-5)
-  else:
-    _same(usual, got)
+  _same(usual, got)
 
 
 def test_neighbours_change_no_bit(tiny_model, one_device, usual):
@@ -94,12 +88,12 @@ def wide_model():
   return config, *qwen3.create(config, 3)
 
 
-def test_lanes_and_rows_that_are_left_change_no_bit(
+def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   wide_model, one_device, monkeypatch
 ):
-  """Few or many computed at once, in 16 rows or the last 4 of them."""
+  """Few or many computed at once, in 16 rows, the last 4 of them, or 2 x 8."""
   monkeypatch.setattr(rows, "LEAST_ROWS", 4)
-  monkeypatch.setattr(rows, "LEAST_LANES", 8)
+  monkeypatch.setattr(parts, "count", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
   sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
   rng = np.random.default_rng(1)
@@ -127,20 +121,72 @@ def test_lanes_and_rows_that_are_left_change_no_bit(
   assert len({count for count, _ in sizes}) > 1
   assert len({lanes for _, lanes in sizes}) > 2
   _same([every[7]], draw([7]))
+  sizes.clear()
+  monkeypatch.setattr(parts, "count", lambda *_: 2)
+  _same(every, draw(range(20)))
+  assert {count for count, _ in sizes} == {8}
 
 
 @pytest.mark.parametrize(
   "count, width, lanes",
   [
     (1, 1, [1]),
-    (16, 1, [16]),
-    (16, 8, [16, 32, 64, 128]),
-    (64, 4, [16, 32, 64, 128, 256]),
+    (16, 1, [8, 16]),
+    (16, 8, [8, 16, 32, 64, 128]),
+    (64, 4, [8, 16, 32, 64, 128, 256]),
     (25, 2, [25, 50]),
   ],
 )
 def test_lanes_come_in_few_sizes(count, width, lanes):
   assert rows.lane_counts(count, width) == lanes
+
+
+@pytest.mark.parametrize(
+  "cores, count, width, cut",
+  [
+    (1, 16, 8, 1),
+    (2, 16, 1, 2),
+    (4, 16, 1, 2),  # eights
+    (8, 2, 16, 2),  # whole rows
+    (4, 15, 4, 3),  # evenly
+    (4, 3, 2, 1),
+  ],
+)
+def test_each_core_takes_rows_of_its_own(
+  one_device, monkeypatch, cores, count, width, cut
+):
+  monkeypatch.setattr(parts, "cores", lambda: cores)
+  with jax.set_mesh(one_device):
+    assert parts.count(count, width) == cut
+
+
+def test_a_mesh_is_not_cut(monkeypatch):
+  monkeypatch.setattr(parts, "cores", lambda: 4)
+  with jax.set_mesh(mesh.create({"data": 2, "fsdp": 2, "tensor": 2})):
+    assert parts.count(16, 8) == 1
+
+
+def test_what_a_part_raises_is_raised(tiny_model, one_device, monkeypatch):
+  """Once the turns of the others have ended."""
+  monkeypatch.setattr(parts, "count", lambda *_: 3)
+  sampler = _engine(tiny_model, one_device)
+  calls, ended, decode = [], [], sampler._programs["decode"]
+
+  def failing(*arguments, **static):
+    calls.append(None)
+    number = len(calls)
+    if number == 4:
+      raise FloatingPointError("not finite")
+    out = decode(*arguments, **static)
+    ended.append(number)
+    return out
+
+  sampler._programs["decode"] = failing
+  with pytest.raises(FloatingPointError, match="not finite"):
+    sampler.sample(
+      tiny_model[2], _prompts(), SETTINGS, jax.random.key(KEY), samples=5
+    )
+  assert len(ended) == len(calls) - 1
 
 
 def test_one_prompt_is_computed_once(tiny_model, one_device):
@@ -192,17 +238,20 @@ def test_tokens_stream_as_they_come(tiny_model, one_device, usual):
     on_tokens=on_tokens,
   )
   assert max(map(len, seen.values())) > 2
-  for (prompt, sample), parts in seen.items():
+  for (prompt, sample), pieces in seen.items():
     np.testing.assert_array_equal(
-      np.concatenate(parts), usual[prompt][sample].tokens
+      np.concatenate(pieces), usual[prompt][sample].tokens
     )
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(
+  "error, cut", [(KeyboardInterrupt, 1), (OSError, 1), (KeyboardInterrupt, 3)]
+)
 def test_an_interrupted_call_leaves_nothing(
-  tiny_model, one_device, usual, error
+  tiny_model, one_device, usual, monkeypatch, error, cut
 ):
   """No half sample is given as a whole one, and the engine goes on."""
+  monkeypatch.setattr(parts, "count", lambda *_: cut)
   sampler = _engine(tiny_model, one_device)
   seen, whole = [], []
 

@@ -1,0 +1,121 @@
+"""Parts of the rows, computed at the same time, each in a thread.
+
+A core that is woken for a share of one small product comes too late for it, so
+that decoding keeps one CPU core busy, however many there are. Each core takes
+rows of its own instead, with turns of its own; nothing is computed otherwise.
+
+Row r of all is row r // n of part r % n, of n parts.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from opera_jax.models import products
+from opera_jax.rollout import rows as rows_lib
+
+
+class Parts:
+  """A context manager; leaving it waits for the turns under way."""
+
+  def __init__(self, parts: Sequence[rows_lib.Rows]):
+    """Takes rows over of which nothing has begun."""
+    self._parts = parts
+    self._resting = list(range(len(parts)))
+    self._running: dict[concurrent.futures.Future, int] = {}
+    # One part alone needs no thread.
+    self._pool = (
+      concurrent.futures.ThreadPoolExecutor(len(parts))
+      if len(parts) > 1
+      else _Here()
+    )
+
+  def __enter__(self) -> "Parts":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._pool.shutdown()
+
+  def advance(
+    self,
+    contexts: Sequence[tuple[int, str, np.ndarray]],
+    through: Sequence[int],
+    forks: Sequence[rows_lib.Fork],
+    free: Callable[[int], int],
+  ) -> list[rows_lib.Piece]:
+    """Gives every part that rests its turn, and waits for one part or more.
+
+    Args:
+      contexts: of rows of resting parts; see `Rows.begin`.
+      through: rows in which nothing will begin or go on; see `Rows.retire`.
+      forks: in rows of resting parts; see `Rows.fork`.
+      free: of so many live slots, how many that end are worth the end of a
+        turn; see `Rows.draw`.
+
+    Returns:
+      What the parts that are back drew; they rest now.
+
+    Raises:
+      FloatingPointError: logits that are not finite.
+    """
+    n = len(self._parts)
+    for part in self._resting:
+      mine = [
+        dataclasses.replace(fork, row=fork.row // n)
+        for fork in forks
+        if fork.row % n == part
+      ]
+      if not mine and not self._parts[part].live():
+        continue
+      turn = self._pool.submit(
+        _turn,
+        self._parts[part],
+        [(r // n, *rest) for r, *rest in contexts if r % n == part],
+        [row // n for row in through if row % n == part],
+        mine,
+        free,
+      )
+      self._running[turn] = part
+    done, _ = concurrent.futures.wait(
+      self._running, return_when=concurrent.futures.FIRST_COMPLETED
+    )
+    back = sorted((self._running.pop(turn), turn) for turn in done)
+    self._resting = [part for part, _ in back]
+    return [
+      dataclasses.replace(piece, row=piece.row * n + part)
+      for part, turn in back
+      for piece in turn.result()
+    ]
+
+
+def count(rows: int, width: int) -> int:
+  """Into how many parts the rows are cut, evenly, on the mesh in force."""
+  if not rows_lib.packs():
+    return 1
+  most = min(cores(), rows, rows * width // products.ABREAST)
+  return max(n for n in range(1, max(1, most) + 1) if rows % n == 0)
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  affinity = getattr(os, "sched_getaffinity", None)  # which Linux has
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _turn(rows, contexts, through, forks, free) -> list[rows_lib.Piece]:
+  rows.begin(contexts)
+  rows.retire(through)
+  rows.fork(forks)
+  return rows.draw(free(rows.live()))
+
+
+class _Here(concurrent.futures.Executor):
+  """Runs at once what it is given, in the calling thread."""
+
+  def submit(self, function, /, *arguments):
+    future = concurrent.futures.Future()
+    future.set_result(function(*arguments))
+    return future
