@@ -141,54 +141,6 @@ def test_lanes_come_in_few_sizes(count, width, lanes):
   assert rows.lane_counts(count, width) == lanes
 
 
-@pytest.mark.parametrize(
-  "cores, count, width, cut",
-  [
-    (1, 16, 8, 1),
-    (2, 16, 1, 2),
-    (4, 16, 1, 2),  # eights
-    (8, 2, 16, 2),  # whole rows
-    (4, 15, 4, 3),  # evenly
-    (4, 3, 2, 1),
-  ],
-)
-def test_each_core_takes_rows_of_its_own(
-  one_device, monkeypatch, cores, count, width, cut
-):
-  monkeypatch.setattr(parts, "cores", lambda: cores)
-  with jax.set_mesh(one_device):
-    assert parts.count(count, width) == cut
-
-
-def test_a_mesh_is_not_cut(monkeypatch):
-  monkeypatch.setattr(parts, "cores", lambda: 4)
-  with jax.set_mesh(mesh.create({"data": 2, "fsdp": 2, "tensor": 2})):
-    assert parts.count(16, 8) == 1
-
-
-def test_what_a_part_raises_is_raised(tiny_model, one_device, monkeypatch):
-  """Once the turns of the others have ended."""
-  monkeypatch.setattr(parts, "count", lambda *_: 3)
-  sampler = _engine(tiny_model, one_device)
-  calls, ended, decode = [], [], sampler._programs["decode"]
-
-  def failing(*arguments, **static):
-    calls.append(None)
-    number = len(calls)
-    if number == 4:
-      raise FloatingPointError("not finite")
-    out = decode(*arguments, **static)
-    ended.append(number)
-    return out
-
-  sampler._programs["decode"] = failing
-  with pytest.raises(FloatingPointError, match="not finite"):
-    sampler.sample(
-      tiny_model[2], _prompts(), SETTINGS, jax.random.key(KEY), samples=5
-    )
-  assert len(ended) == len(calls) - 1
-
-
 def test_one_prompt_is_computed_once(tiny_model, one_device):
   sampler = _engine(tiny_model, one_device)
   calls = []
