@@ -25,10 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import manual_axes
+from kernels.branch_attention import prefix_plan
 
-BLOCK_QUERIES = 256
-BLOCK_KEYS = 512
-FEW_QUERIES = 64  # up to here a step takes all heads, to save steps
 VMEM_LIMIT = 32 << 20
 MASKED = -1e30
 
@@ -59,7 +57,7 @@ def forward(
     logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
     a logsumexp of about -1e30.
   """
-  plan = Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
+  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
   *outer, H = q_BKSQH.shape
   seed = seed or ()
   needed = plan.needed(seen_BSQ)
@@ -120,7 +118,7 @@ def backward(
   Returns:
     d_q float32, d_k and d_v of the keys' dtype.
   """
-  plan = Plan(q_BKSQH, k_BSKTH)
+  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
   needed = plan.needed(seen_BSQ)
   operands = (
@@ -170,78 +168,6 @@ def backward(
     name="prefix_attention_d_key",
   )(needed, plan.first(needed), *operands)
   return d_q, d_k, d_v
-
-
-class Plan:
-  """Block sizes, grids and index maps of one call.
-
-  The grid is (b, s, head group, outer block, inner block).
-  """
-
-  def __init__(self, q_BKSQH, k_BSKTH, layered=False):
-    B, K, S, Q, self.H = q_BKSQH.shape
-    self.T, self.Q, self.S = k_BSKTH.shape[-2], Q, S
-    self.layered = layered
-    self.q = min(Q, BLOCK_QUERIES)
-    self.heads = K if Q <= FEW_QUERIES else 1
-    key_bytes = self.heads * self.H * k_BSKTH.dtype.itemsize
-    self.t = min(self.T, BLOCK_KEYS, max(128, (2 << 20) // key_bytes))
-    self.query_blocks = pl.cdiv(Q, self.q)
-    self.key_blocks = pl.cdiv(self.T, self.t)
-    outer = (B, S, K // self.heads)
-    self.grid_over_keys = (*outer, self.query_blocks, self.key_blocks)
-    self.grid_over_queries = (*outer, self.key_blocks, self.query_blocks)
-
-  def needed(self, seen_BSQ):
-    """How many key blocks each query block sees, flat [B * S * blocks]."""
-    pad = self.query_blocks * self.q - self.Q
-    padded = jnp.pad(seen_BSQ, ((0, 0), (0, 0), (0, pad)))
-    most = jnp.max(padded.reshape(-1, self.q), axis=1)
-    return pl.cdiv(most, self.t)
-
-  def first(self, needed):
-    """The first query block that sees a key block, flat [B * S * blocks]."""
-    key_block = jnp.arange(self.key_blocks)[None, :, None]
-    sees = needed.reshape(-1, 1, self.query_blocks) > key_block
-    return jnp.argmax(sees, axis=2).astype(jnp.int32).ravel()
-
-  def blocks_for(self, b, s, query_block, needed_ref):
-    return needed_ref[(b * self.S + s) * self.query_blocks + query_block]
-
-  def key_needed(self, b, s, i, j, needed_ref):
-    """Key block j, or the last one that query block i needs."""
-    last = self.blocks_for(b, s, i, needed_ref) - 1
-    return jnp.minimum(j, jnp.maximum(last, 0))
-
-  def query_needed(self, b, s, j, i, needed_ref, first_ref):
-    """Query block i, or the first one that sees key block j."""
-    sees = self.blocks_for(b, s, i, needed_ref) > j
-    return jnp.where(sees, i, first_ref[(b * self.S + s) * self.key_blocks + j])
-
-  def query_spec(self, width, query):
-    return pl.BlockSpec(
-      (1, self.heads, 1, self.q, width),
-      lambda b, s, k, *rest: (b, k, s, query(b, s, *rest), 0),
-    )
-
-  def seen_spec(self, query):
-    return pl.BlockSpec(
-      (1, 1, self.q, 1), lambda b, s, k, *rest: (b, s, query(b, s, *rest), 0)
-    )
-
-  def key_spec(self, key):
-    if self.layered:  # its number stands behind the numbers of blocks
-      return pl.BlockSpec(
-        (None, 1, 1, self.heads, self.t, self.H),
-        lambda b, s, k, *rest: (
-          *(rest[-1][rest[-1].shape[0] - 1], b, s, k),
-          *(key(b, s, *rest), 0),
-        ),
-      )
-    return pl.BlockSpec(
-      (1, 1, self.heads, self.t, self.H),
-      lambda b, s, k, *rest: (b, s, k, key(b, s, *rest), 0),
-    )
 
 
 def _outer(b, s, outer, *_):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.branch_attention import api, prefix
+from kernels.branch_attention import api, prefix_plan
 
 SCALE = 0.3
 
@@ -150,9 +150,9 @@ def test_bfloat16_inputs_keep_float32_sums():
 def test_tpu_kernel_equals_the_reference(
   interpreted, monkeypatch, shape, offset, few, dtype, tolerance
 ):
-  monkeypatch.setattr(prefix, "BLOCK_QUERIES", 16)
-  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
-  monkeypatch.setattr(prefix, "FEW_QUERIES", few)
+  monkeypatch.setattr(prefix_plan, "BLOCK_QUERIES", 16)
+  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(prefix_plan, "FEW_QUERIES", few)
   arrays, limit_BS = _inputs(B=1, dtype=dtype, **shape)
   S = limit_BS.shape[1]
   offset_BS = offset * jnp.arange(S, dtype=jnp.int32)[None]
@@ -163,7 +163,7 @@ def test_tpu_kernel_equals_the_reference(
 
 
 def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
-  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
   arrays, limit_BS = _inputs(B=1, S=2, T=24)
   limit_BS = jnp.full_like(limit_BS, 8)
   unread = jnp.arange(24)[None, :, None, None] >= 8
@@ -173,11 +173,11 @@ def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
 
 
 def test_tpu_kernel_fetches_no_block_that_nothing_needs(monkeypatch):
-  monkeypatch.setattr(prefix, "BLOCK_QUERIES", 2)
-  monkeypatch.setattr(prefix, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(prefix_plan, "BLOCK_QUERIES", 2)
+  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
   q_BKSQH = jax.ShapeDtypeStruct((1, 2, 1, 100, 4), jnp.float32)
   k_BSKTH = jax.ShapeDtypeStruct((1, 1, 2, 32, 4), jnp.float32)
-  plan = prefix.Plan(q_BKSQH, k_BSKTH)
+  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH)
   seen_BSQ = jnp.tile(jnp.asarray([[[0, 0, 3, 9, 16, 8, 0, 32]]]), 13)
   needed = plan.needed(seen_BSQ[:, :, :100])
   assert needed[:4].tolist() == [0, 2, 2, 4]

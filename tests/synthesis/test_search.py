@@ -1,8 +1,7 @@
 """The search brakes, prices what it keeps, and repeats no fault of the release.
 
-What a slot draws is scripted in some tests, so that every candidate is known;
-prices come from a real model. The others sample, and are held against a naive
-search that shares nothing.
+What a slot draws is scripted, so that every candidate is known; prices come
+from a real model. `test_search_sampled` samples.
 """
 
 import dataclasses
@@ -11,11 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import synthesis
 from opera_jax import structs
-from opera_jax.data import storyworld
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import slots
 from opera_jax.scoring import price
@@ -296,127 +292,3 @@ def test_no_index_is_refused(words, machine, choice):
     _run(
       words, machine, ScriptedEngine(words, machine), choose=lambda *_: choice
     )
-
-
-# Sampled, not scripted.
-
-
-def _engine(teller, device, **changes):
-  config, graphdef, _ = teller
-  values = {
-    "rows": 4, "prompt_buckets": (64, 128), "cache_buckets": (128,),
-    "steps": 16,
-  }  # fmt: skip
-  return engine_lib.Engine(graphdef, config, mesh=device, **values | changes)
-
-
-def _pricer(teller, device, rows=4):
-  config, graphdef, _ = teller
-  return price.Pricer(
-    graphdef,
-    vocab_size=config.vocab_size,
-    mesh=device,
-    rows=rows,
-    length_buckets=(64, 128, 512),
-    slot_buckets=(1,),
-    branch_buckets=(1,),
-  )
-
-
-def _prompts(count):
-  made = storyworld.corpus(count, 7)
-  return [
-    structs.Prompt(f"p{i}", "open_ended", d.prompt, d.answer)
-    for i, d in enumerate(made)
-  ]
-
-
-def _search(teller, words, device, prompts, settings, **changes):
-  searcher = search.Searcher(
-    _engine(teller, device, **changes),
-    _pricer(teller, device),
-    words,
-    **dataclasses.asdict(settings),
-  )
-  return searcher.run(teller[2], teller[2], prompts, jax.random.key(5))
-
-
-# Steps of its thoughts open with these, so that most are braked at.
-BRAKE_OFTEN = synthesis.Settings(
-  brakes=(*search.BRAKES, "The", "There", "It", "At", "Later"),
-  max_step_tokens=80,
-  budget=3,
-)
-
-
-@pytest.fixture(scope="module")
-def usual(teller, words, one_device):
-  return _search(teller, words, one_device, _prompts(10), BRAKE_OFTEN)
-
-
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {},
-    {"price": "candidate", "template": "Think, and doubt. {prompt}"},
-    pytest.param(
-      {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param({"budget": 0}, marks=pytest.mark.slow),
-  ],
-)
-def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
-  """A prefill for every stretch and a pass for every price: the same."""
-  settings = dataclasses.replace(BRAKE_OFTEN, **changes)
-  prompts = _prompts(4)
-  ours = _search(teller, words, one_device, prompts, settings)
-  alone = _engine(teller, one_device, rows=1, prompt_buckets=(512,))
-  rounds = 0
-  for prompt, trace in zip(prompts, ours, strict=True):
-    theirs, _ = synthesis.naive(
-      alone, _pricer(teller, one_device, 1), words, teller[2], prompt,
-      jax.random.key(5), settings,
-    )  # fmt: skip
-    synthesis.check_equal(trace, theirs)
-    rounds += len(trace.rounds)
-  assert rounds or not settings.budget
-  assert "complete" in {trace.status for trace in ours}
-
-
-@pytest.mark.slow
-def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
-  """Neighbours, order, rows and steps: none of them changes a token."""
-  assert len({len(trace.rounds) for trace in usual}) > 1
-  order = [7, 2, 9, 4, 0]
-  prompts = _prompts(10)
-  few = [prompts[i] for i in order]
-  got = _search(teller, words, one_device, few, BRAKE_OFTEN)
-  assert got == [usual[i] for i in order]  # every bit, prices too
-  got = _search(teller, words, one_device, few, BRAKE_OFTEN, rows=2, steps=5)
-  for index, trace in zip(order, got, strict=True):
-    synthesis.check_equal(trace, usual[index])
-
-
-def test_a_prompt_is_computed_once(teller, words, one_device):
-  engine = _engine(teller, one_device)
-  admitted, admit = [], engine._programs["admit"]
-
-  def counted(*arguments):
-    admitted.extend(int(row) for row in arguments[-1] if row < 4)
-    return admit(*arguments)
-
-  engine._programs["admit"] = counted
-  for template, times in (("{prompt}", 1), ("Think. {prompt}", 2)):
-    searcher = search.Searcher(
-      engine,
-      _pricer(teller, one_device),
-      words,
-      **dataclasses.asdict(dataclasses.replace(BRAKE_OFTEN, template=template)),
-    )
-    traces = searcher.run(teller[2], teller[2], _prompts(6), jax.random.key(1))
-    # The second pass is the answer's, from the original prompt.
-    answers = sum(len(t.answer) > 0 for t in traces)
-    assert sum(len(t.rounds) for t in traces) > 4
-    assert len(admitted) == 6 + (times - 1) * answers
-    admitted.clear()
