@@ -107,13 +107,12 @@ def naive(
     most = settings.max_step_tokens
     if phase == "answer":
       most = settings.max_answer_tokens
-    rows.begin([(0, prompt.id, context)])
-    rows.fork(
-      [rows_lib.Fork(0, 0, keys[0, candidate], most, brakes.start[phase])]
+    fork = rows_lib.Fork(0, 0, keys[0, candidate], most, brakes.start[phase])
+    pieces = rows.advance(
+      free=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
     )
-    pieces = rows.draw(1)
     while pieces[-1].live:
-      pieces += rows.draw(1)
+      pieces += rows.advance(free=lambda _: 1)
     sampled += sum(len(piece.tokens) for piece in pieces)
     return rows_lib.joined(pieces)
 

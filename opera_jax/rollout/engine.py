@@ -136,14 +136,11 @@ class Engine:
       key=lambda i: (self.bucket(prompts[i]), i),
     )
     width = min(self._slots, samples)
-    with jax.set_mesh(self._mesh):
-      count = parts_lib.count(self._rows, width)
-    rows = self._new_rows(count, params, width, settings, stops, prompts)
     schedule = schedule_lib.Schedule(self._rows, width, order, samples)
     out: list[list[Any]] = [[None] * samples for _ in prompts]
     growing: dict[tuple[int, int], list[rows_lib.Piece]] = {}
-    together = rows[0].together(self.bucket(prompts[order[-1]]))
-    with parts_lib.Parts(rows) as parts:
+    with self.rows(params, width, settings, stops, contexts=prompts) as rows:
+      together = rows.together(self.bucket(prompts[order[-1]]))
       while True:
         contexts = [(r, names[i], prompts[i]) for r, i in schedule.admit()]
         forks = [
@@ -153,10 +150,15 @@ class Engine:
         sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
         if not sitting:
           return out
-        free = functools.partial(
-          _worth_a_stop, together if schedule.waiting() else 0
+        pieces = rows.advance(
+          free=functools.partial(
+            _worth_a_stop, together if schedule.waiting() else 0
+          ),
+          contexts=contexts,
+          through=schedule.idle(),
+          forks=forks,
         )
-        for piece in parts.advance(contexts, schedule.idle(), forks, free):
+        for piece in pieces:
           i, sample = sitting[piece.row, piece.slot]
           growing.setdefault((i, sample), []).append(piece)
           if on_tokens is not None and len(piece.tokens):
@@ -228,29 +230,19 @@ class Engine:
     contexts: Sequence[np.ndarray] = (),
     whole_rows: bool = False,
     priced: bool = False,
-  ) -> rows_lib.Rows:
+  ) -> parts_lib.Parts:
     """Empty rows of `width` slots each, to be driven from outside.
 
     Room is made at once for the `contexts` to come. See `rows.Rows` for the
     other arguments.
     """
-    (rows,) = self._new_rows(
-      *(1, params, width, settings, stops, contexts),
-      whole_rows=whole_rows,
-      priced=priced,
-    )
-    return rows
-
-  def _new_rows(
-    self, parts, params, width, settings, stops, contexts, **rest
-  ) -> list[rows_lib.Rows]:
-    """Empty rows, all parts together as many as the engine has."""
     longest = max(map(len, contexts), default=1)
     steps = min(self._steps, settings.max_new_tokens)
     layers = None
     with jax.set_mesh(self._mesh):
       if slots_lib.layers_apart():
         layers = self._programs["apart"](params)
+      parts = parts_lib.count(self._rows, width)
       slots = [
         self._programs["empty"](
           self._config,
@@ -263,18 +255,21 @@ class Engine:
         )
         for _ in range(parts)
       ]
-    return [
-      rows_lib.Rows(
-        *(self._programs, params, layers, part, settings, stops),
-        mesh=self._mesh,
-        prompt_buckets=self._prompt_buckets,
-        trunk_buckets=self._trunk_buckets,
-        cache_buckets=self._cache_buckets,
-        steps=steps,
-        **rest,
-      )
-      for part in slots
-    ]
+    return parts_lib.Parts(
+      [
+        rows_lib.Rows(
+          *(self._programs, params, layers, part, settings, stops),
+          mesh=self._mesh,
+          prompt_buckets=self._prompt_buckets,
+          trunk_buckets=self._trunk_buckets,
+          cache_buckets=self._cache_buckets,
+          steps=steps,
+          whole_rows=whole_rows,
+          priced=priced,
+        )
+        for part in slots
+      ]
+    )
 
   def bucket(self, prompt: np.ndarray) -> int:
     """The length that a prompt is padded to."""

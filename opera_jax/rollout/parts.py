@@ -22,9 +22,10 @@ class Parts:
   """A context manager; leaving it waits for the turns under way."""
 
   def __init__(self, parts: Sequence[rows_lib.Rows]):
-    """Takes rows over of which nothing has begun."""
+    """Takes rows over of which nothing has begun, as many in every part."""
     self._parts = parts
-    self._resting = list(range(len(parts)))
+    self.count, self.width = len(parts) * parts[0].count, parts[0].width
+    self._resting = set(range(len(parts)))
     self._running: dict[concurrent.futures.Future, int] = {}
     # One part alone needs no thread.
     self._pool = (
@@ -41,54 +42,70 @@ class Parts:
 
   def advance(
     self,
-    contexts: Sequence[tuple[int, str, np.ndarray]],
-    through: Sequence[int],
-    forks: Sequence[rows_lib.Fork],
+    *,
     free: Callable[[int], int],
+    kept: Sequence[tuple[int, int, np.ndarray]] = (),
+    contexts: Sequence[tuple[int, str, np.ndarray]] = (),
+    through: Sequence[int] = (),
+    forks: Sequence[rows_lib.Fork] = (),
   ) -> list[rows_lib.Piece]:
     """Gives every part that rests its turn, and waits for one part or more.
 
+    What is given is of rows of resting parts. A part without a live slot
+    takes no turn.
+
     Args:
-      contexts: of rows of resting parts; see `Rows.begin`.
+      free: of so many live slots (or rows), how many that end are worth the
+        end of a turn; see `Rows.draw`.
+      kept: see `Rows.keep`.
+      contexts: see `Rows.begin`.
       through: rows in which nothing will begin or go on; see `Rows.retire`.
-      forks: in rows of resting parts; see `Rows.fork`.
-      free: of so many live slots, how many that end are worth the end of a
-        turn; see `Rows.draw`.
+      forks: see `Rows.fork`.
 
     Returns:
       What the parts that are back drew; they rest now.
 
     Raises:
+      ValueError: no slot is live.
       FloatingPointError: logits that are not finite.
     """
     n = len(self._parts)
-    for part in self._resting:
+    for part in sorted(self._resting):
+      rows = self._parts[part]
       mine = [
         dataclasses.replace(fork, row=fork.row // n)
         for fork in forks
         if fork.row % n == part
       ]
-      if not mine and not self._parts[part].live():
+      if not mine and not rows.live():
         continue
       turn = self._pool.submit(
         _turn,
-        self._parts[part],
-        [(r // n, *rest) for r, *rest in contexts if r % n == part],
+        rows,
+        free,
+        [(row // n, *rest) for row, *rest in kept if row % n == part],
+        [(row // n, *rest) for row, *rest in contexts if row % n == part],
         [row // n for row in through if row % n == part],
         mine,
-        free,
       )
       self._running[turn] = part
+      self._resting.remove(part)
+    if not self._running:
+      raise ValueError("No slot is live; fork a sample first.")
     done, _ = concurrent.futures.wait(
       self._running, return_when=concurrent.futures.FIRST_COMPLETED
     )
     back = sorted((self._running.pop(turn), turn) for turn in done)
-    self._resting = [part for part, _ in back]
+    self._resting.update(part for part, _ in back)
     return [
       dataclasses.replace(piece, row=piece.row * n + part)
       for part, turn in back
       for piece in turn.result()
     ]
+
+  def together(self, P: int) -> int:
+    """How many contexts of a bucket a part computes at once."""
+    return self._parts[0].together(P)
 
 
 def count(rows: int, width: int) -> int:
@@ -105,7 +122,8 @@ def cores() -> int:
   return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _turn(rows, contexts, through, forks, free) -> list[rows_lib.Piece]:
+def _turn(rows, free, kept, contexts, through, forks) -> list[rows_lib.Piece]:
+  rows.keep(kept)
   rows.begin(contexts)
   rows.retire(through)
   rows.fork(forks)

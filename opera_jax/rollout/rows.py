@@ -248,8 +248,9 @@ class Rows:
     return pieces
 
   def live(self) -> int:
-    """How many slots are live."""
-    return int(self._live.sum())
+    """How many slots (or rows) are live."""
+    live = self._live.any(1) if self._static["whole_rows"] else self._live
+    return int(live.sum())
 
   def keep(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
     """Makes what slots drew part of their rows' contexts.

@@ -181,7 +181,7 @@ class Searcher:
     self._engine.check(heads, self._settings)
     if self._budget and self._price == "sequence":
       self._price_heads(price_params, searches)
-    rows = self._engine.rows(
+    with self._engine.rows(
       sample_params,
       self._candidates if self._budget else 1,
       self._settings,
@@ -189,12 +189,17 @@ class Searcher:
       contexts=heads,
       whole_rows=True,
       priced=self._budget > 0,
-    )
+    ) as rows:
+      self._drive(rows, searches, key, advance, ended)
+    return [self._trace(search) for search in searches]
+
+  def _drive(self, rows, searches, key, advance, ended) -> None:
+    """Runs all searches to their ends."""
 
     @functools.cache
     def keys(number: int) -> np.ndarray:
-      names = [prompt.id for prompt in prompts]
       folded = jax.random.fold_in(key, number)
+      names = [search.prompt.id for search in searches]
       return engine_lib.keys(folded, names, rows.width)
 
     waiting = collections.deque(
@@ -202,6 +207,7 @@ class Searcher:
     )
     sitting: dict[int, _Search] = {}
     contexts: list[tuple[int, str, np.ndarray]] = []  # to be computed
+    kept: list[tuple[int, int, np.ndarray]] = []
     ready: list[int] = []  # rows that go on
     drawn: dict[tuple[int, int], list[rows_lib.Piece]] = {}
     while True:
@@ -211,13 +217,14 @@ class Searcher:
         contexts.append((row, sitting[row].prompt.id, sitting[row].head))
         ready.append(row)
       if not sitting:
-        return [self._trace(search) for search in searches]
-      rows.retire([row for row in free if row not in sitting])
-      rows.begin(contexts)
-      rows.fork(
-        [fork for r in ready for fork in self._forks(r, sitting[r], keys)]
+        return
+      pieces = rows.advance(
+        free=lambda live: max(1, live // 8),
+        kept=kept,
+        contexts=contexts,
+        through=[row for row in free if row not in sitting],
+        forks=[f for r in ready for f in self._forks(r, sitting[r], keys)],
       )
-      pieces = rows.draw(max(1, len(sitting) // 8))
       live = {piece.row for piece in pieces if piece.live}
       for piece in pieces:
         drawn.setdefault((piece.row, piece.slot), []).append(piece)
@@ -240,7 +247,6 @@ class Searcher:
           contexts.append((row, search.prompt.id, np.concatenate(context)))
         else:
           kept.append((row, slot, tokens))
-      rows.keep(kept)
 
   def _searches(self, prompts) -> list[_Search]:
     none = np.zeros(0, np.int32)

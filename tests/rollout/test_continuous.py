@@ -307,33 +307,33 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
 
 
 @pytest.mark.slow
-def test_a_kept_sample_becomes_trunk(tiny_model, one_device, slow_logprob):
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_kept_sample_becomes_trunk(
+  tiny_model, one_device, slow_logprob, monkeypatch, cut
+):
   """Kept tokens are context: twice over, past what the trunk first held."""
+  monkeypatch.setattr(parts, "count", lambda *_: cut)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
   driven = sampler.rows(tiny_model[2], 3, settings, None, priced=True)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
-  driven.begin([(r, str(r), c) for r, c in enumerate(context)])
+  turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
   for chosen, count in (
     ((2, 1), (60, 4)),
     ((0, 0), (55, 60)),
     ((1, 2), (5, 9)),
   ):
-    driven.fork(
-      [
-        rows.Fork(r, s, keys[r, s], budget=60)
-        for r in range(2)
-        for s in range(3)
-      ]
-    )
-    grown = {}
-    while True:
-      pieces = driven.draw(rows.NEVER)
+    turn["forks"] = [
+      rows.Fork(r, s, keys[r, s], budget=60) for r in range(2) for s in range(3)
+    ]
+    grown, ended = {}, 0
+    while ended < 6:
+      pieces = driven.advance(free=lambda _: rows.NEVER, **turn)
+      turn = {}
       for piece in pieces:
         grown.setdefault((piece.row, piece.slot), []).append(piece)
-      if not any(piece.live for piece in pieces):
-        break
+      ended += sum(not piece.live for piece in pieces)
     kept = []
     for (row, slot), mine in grown.items():
       sample = rows.joined(mine)
@@ -345,7 +345,7 @@ def test_a_kept_sample_becomes_trunk(tiny_model, one_device, slow_logprob):
       assert not np.allclose(sample.logprob, want, atol=1e-2)
       if slot == chosen[row]:
         kept.append((row, slot, sample.tokens[: count[row]]))
-    driven.keep(kept)
+    turn = {"kept": kept}
     for row, _, tokens in kept:
       context[row] = np.concatenate([context[row], tokens])
   assert max(map(len, context)) > 128

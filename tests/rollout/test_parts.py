@@ -13,11 +13,16 @@ from opera_jax.sharding import mesh
 class _Rows:
   """Takes note of its turns; every sample draws one token and ends."""
 
+  count, width = 3, 2
+
   def __init__(self, draw=None):
     self.turns, self._slots, self._draw = [], [], draw
 
+  def keep(self, kept):
+    self.turns.append({"kept": kept})
+
   def begin(self, contexts):
-    self.turns.append({"contexts": contexts})
+    self.turns[-1]["contexts"] = contexts
 
   def retire(self, through):
     self.turns[-1]["through"] = through
@@ -45,6 +50,10 @@ def _forks(*places):
   return [rows.Fork(row, slot, np.zeros(2), budget=1) for row, slot in places]
 
 
+def _one(live):
+  return 1
+
+
 def _drawn(pieces):
   return sorted((piece.row, piece.slot) for piece in pieces)
 
@@ -56,15 +65,17 @@ def test_rows_go_round_the_parts():
   with parts.Parts(made) as cut:
     places = [(0, 0), (1, 0), (1, 1), (4, 0)]
     drawn = cut.advance(
-      [(1, "one", tokens), (4, "four", tokens)],
-      [2, 3, 5],
-      _forks(*places),
-      lambda live: 10 * live,
+      free=lambda live: 10 * live,
+      kept=[(1, 0, tokens)],
+      contexts=[(1, "one", tokens), (4, "four", tokens)],
+      through=[2, 3, 5],
+      forks=_forks(*places),
     )
     while len(drawn) < len(places):
-      drawn += cut.advance([], [], [], lambda live: 1)
+      drawn += cut.advance(free=_one)
   assert _drawn(drawn) == places
   (even,), (odd,) = (rows.turns for rows in made)
+  assert (even["kept"], odd["kept"]) == ([], [(0, 0, tokens)])
   assert even["contexts"] == [(2, "four", tokens)]
   assert odd["contexts"] == [(0, "one", tokens)]
   assert (even["through"], odd["through"]) == ([1], [1, 2])
@@ -79,14 +90,24 @@ def test_a_part_that_is_slow_holds_no_other():
   go = threading.Event()
   slow, quick = _Rows(go.wait), _Rows()
   with parts.Parts([slow, quick]) as cut:
-    got = cut.advance([], [], _forks((0, 0), (1, 0)), lambda live: 1)
+    got = cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
     assert _drawn(got) == [(1, 0)]
-    assert _drawn(
-      cut.advance([], [], _forks((3, 0), (5, 0)), lambda live: 1)
-    ) == [(3, 0), (5, 0)]
+    assert _drawn(cut.advance(free=_one, forks=_forks((3, 0), (5, 0)))) == [
+      (3, 0),
+      (5, 0),
+    ]
     go.set()
-    assert _drawn(cut.advance([], [], [], lambda live: 1)) == [(0, 0)]
+    assert _drawn(cut.advance(free=_one)) == [(0, 0)]
   assert (len(slow.turns), len(quick.turns)) == (1, 2)
+
+
+def test_a_part_that_had_nothing_to_do_is_not_forgotten():
+  with parts.Parts([_Rows(), _Rows()]) as cut:
+    for row in (0, 1, 0):
+      got = cut.advance(free=_one, forks=_forks((row, 0)))
+      assert _drawn(got) == [(row, 0)]
+    with pytest.raises(ValueError, match="No slot is live"):
+      cut.advance(free=_one)
 
 
 def test_what_a_part_raises_is_raised_once_the_others_are_back():
@@ -104,7 +125,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
     parts.Parts([_Rows(finish), _Rows(fail)]) as cut,
   ):
     try:
-      cut.advance([], [], _forks((0, 0), (1, 0)), lambda live: 1)
+      cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
     finally:
       assert not ended
       go.set()
@@ -114,7 +135,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
 def test_one_part_alone_is_computed_where_it_is_called():
   only = _Rows()
   with parts.Parts([only]) as cut:
-    got = cut.advance([], [], _forks((3, 1)), lambda live: 1)
+    got = cut.advance(free=_one, forks=_forks((3, 1)))
   assert _drawn(got) == [(3, 1)]
   assert only.turns[0]["thread"] is threading.current_thread()
 

@@ -12,8 +12,8 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
+from opera_jax.rollout import parts, slots
 from opera_jax.rollout import rows as rows_lib
-from opera_jax.rollout import slots
 from opera_jax.scoring import price
 from opera_jax.synthesis import search
 from opera_jax.text import automaton
@@ -59,7 +59,7 @@ class ScriptedEngine:
   ):
     self.width, self.stops = width, stops
     assert whole_rows and priced == (width > 1)
-    return self
+    return parts.Parts([self])
 
   def begin(self, contexts):
     for row, _, tokens in contexts:
@@ -77,6 +77,9 @@ class ScriptedEngine:
     for _, slot, tokens in kept:
       np.testing.assert_array_equal(tokens, self.drawn[slot][: len(tokens)])
       self.context = np.concatenate([self.context, tokens])
+
+  def live(self):
+    return 1
 
   def draw(self, free):
     context = self.words.decode(self.context)

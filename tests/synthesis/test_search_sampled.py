@@ -115,7 +115,8 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
   admitted, admit = [], engine._programs["admit"]
 
   def counted(*arguments):
-    admitted.extend(int(row) for row in arguments[-1] if row < 4)
+    limit_B, row_R = arguments[2], arguments[-1]
+    admitted.extend(int(row) for row in row_R if row < len(limit_B))
     return admit(*arguments)
 
   engine._programs["admit"] = counted
