@@ -82,8 +82,8 @@ def few(
   """`jnp.tensordot(x, weight, axes)`, as one CPU likes it for few tokens.
 
   From two tokens on, a token's numbers there do not change with how many there
-  are, and 16 tokens take about two thirds of the time: the weight is the left
-  factor, and tokens lie side by side, always an odd number of eights. The
+  are, and 8 tokens take about three quarters of the time: the weight is the
+  left factor, and tokens lie side by side, always an odd number of eights. The
   weight must lie in memory with its inputs last (be turned as it is handed
   over); otherwise every call turns it.
 

@@ -51,8 +51,8 @@ class Parts:
   ) -> list[rows_lib.Piece]:
     """Gives every part that rests its turn, and waits for one part or more.
 
-    What is given is of rows of resting parts. A part without a live slot
-    takes no turn.
+    A part without a live slot takes no turn. What is given (but `through`) is
+    of rows of parts that take one: a row's part rests from its piece on.
 
     Args:
       free: of so many live slots (or rows), how many that end are worth the
@@ -66,22 +66,29 @@ class Parts:
       What the parts that are back drew; they rest now.
 
     Raises:
-      ValueError: no slot is live.
+      ValueError: no slot is live, or something is given of a row whose part is
+        under way or has no live slot.
       FloatingPointError: logits that are not finite.
     """
     n = len(self._parts)
-    for part in sorted(self._resting):
-      rows = self._parts[part]
+    forked = {fork.row % n for fork in forks}
+    turns = {p for p in self._resting if p in forked or self._parts[p].live()}
+    given = [row for row, *_ in (*kept, *contexts)] + [f.row for f in forks]
+    lost = sorted({row for row in given if row % n not in turns})
+    if lost:
+      raise ValueError(
+        f"Rows {lost} cannot change: their parts are under way, or have no "
+        "live slot. Wait for a piece of theirs, and fork a sample."
+      )
+    for part in sorted(turns):
       mine = [
         dataclasses.replace(fork, row=fork.row // n)
         for fork in forks
         if fork.row % n == part
       ]
-      if not mine and not rows.live():
-        continue
       turn = self._pool.submit(
         _turn,
-        rows,
+        self._parts[part],
         free,
         [(row // n, *rest) for row, *rest in kept if row % n == part],
         [(row // n, *rest) for row, *rest in contexts if row % n == part],
@@ -89,7 +96,7 @@ class Parts:
         mine,
       )
       self._running[turn] = part
-      self._resting.remove(part)
+    self._resting -= turns
     if not self._running:
       raise ValueError("No slot is live; fork a sample first.")
     done, _ = concurrent.futures.wait(

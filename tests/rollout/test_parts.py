@@ -96,6 +96,13 @@ def test_a_part_that_is_slow_holds_no_other():
       (3, 0),
       (5, 0),
     ]
+    for lost in (
+      {"forks": _forks((0, 1))},
+      {"contexts": [(2, "two", np.ones(1))]},
+      {"kept": [(1, 0, np.ones(1))]},  # and no fork
+    ):
+      with pytest.raises(ValueError, match="cannot change"):
+        cut.advance(free=_one, **lost)
     go.set()
     assert _drawn(cut.advance(free=_one)) == [(0, 0)]
   assert (len(slow.turns), len(quick.turns)) == (1, 2)
