@@ -256,7 +256,9 @@ def _caches(keys, layers=3, layer=1):
   "sizes",
   [
     {"S": 3, "T": 13, "C": 9},
-    {"S": 3, "T": 16, "C": 12},  # whole blocks
+    pytest.param(  # whole blocks
+      {"S": 3, "T": 16, "C": 12}, marks=pytest.mark.slow
+    ),
     {"S": 6, "N": 8, "T": 16, "C": 8},  # many queries on a trunk
   ],
 )
