@@ -249,18 +249,10 @@ class Searcher:
           kept.append((row, slot, tokens))
 
   def _searches(self, prompts) -> list[_Search]:
-    none = np.zeros(0, np.int32)
+    none = np.zeros(0, np.int32)  # thought, trigger, answer
     return [
-      _Search(
-        index=index,
-        prompt=prompt,
-        head=self._head(self._template, prompt),
-        thought=none,
-        trigger=none,
-        rounds=[],
-        answer=none,
-      )
-      for index, prompt in enumerate(prompts)
+      _Search(i, p, self._head(self._template, p), none, none, [], none)
+      for i, p in enumerate(prompts)
     ]
 
   def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
