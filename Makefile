@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 .PHONY: demo test test-slow test-all bench lint clean
 
 demo: $(VENV)/base.done
-	@echo "Running the whole method on the embedded task (7 to 10 minutes on 2 cores); progress follows."
+	@echo "Running the whole method on the embedded task (9 to 11 minutes on 2 cores); progress follows."
 	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 	@echo "Open runs/tiny/report.html in a browser."
 

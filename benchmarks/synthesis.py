@@ -95,6 +95,7 @@ def naive(
     top_k=settings.top_k,
     top_p=settings.top_p,
   )
+  # One row is one part, which has no thread to end.
   rows = engine.rows(params, 1, draw, brakes.table)
   opened = words.encode_template("<think>\n")
   sampled = 0

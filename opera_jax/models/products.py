@@ -112,6 +112,7 @@ def few(
     return jax.lax.optimization_barrier(out_OX).T
 
   X = x_XI.shape[0]
+  # An even number of eights is cut into two odd ones.
   if X % (2 * ABREAST):
     out_XO = multiply(x_XI)
   else:

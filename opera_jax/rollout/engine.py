@@ -116,7 +116,8 @@ class Engine:
       stops: automaton of stop strings; a sample ends with the token that
         completes one.
       advance: called with the tokens of each sample when it ends.
-      on_tokens: called with (prompt, sample, new tokens) as they come.
+      on_tokens: called with (prompt, sample, new tokens) as they come; like
+        `advance` by the calling thread.
 
     Returns:
       For each prompt its samples, in order.
@@ -231,7 +232,7 @@ class Engine:
     whole_rows: bool = False,
     priced: bool = False,
   ) -> parts_lib.Parts:
-    """Empty rows of `width` slots each, to be driven from outside.
+    """Empty rows of `width` slots each, to be driven in a `with` block.
 
     Room is made at once for the `contexts` to come. See `rows.Rows` for the
     other arguments.

@@ -1,8 +1,9 @@
 """Parts of the rows, computed at the same time, each in a thread.
 
-A core that is woken for a share of one small product comes too late for it, so
-that decoding keeps one CPU core busy, however many there are. Each core takes
-rows of its own instead, with turns of its own; nothing is computed otherwise.
+A core that is woken for a share of one small product comes too late for it:
+decoding a small model was no faster on two CPU cores than on one. Each core
+takes rows of its own instead, with turns of its own. No sample's numbers change
+by it, since `products.few` computes a token alike whatever stands beside it.
 
 Row r of all is row r // n of part r % n, of n parts.
 """
@@ -51,15 +52,16 @@ class Parts:
   ) -> list[rows_lib.Piece]:
     """Gives every part that rests its turn, and waits for one part or more.
 
-    A part without a live slot takes no turn. What is given (but `through`) is
-    of rows of parts that take one: a row's part rests from its piece on.
+    A part without a live slot takes no turn. What is given is of rows of parts
+    that take one: a row's part rests from its piece on.
 
     Args:
       free: of so many live slots (or rows), how many that end are worth the
         end of a turn; see `Rows.draw`.
       kept: see `Rows.keep`.
       contexts: see `Rows.begin`.
-      through: rows in which nothing will begin or go on; see `Rows.retire`.
+      through: see `Rows.retire`; all such rows, at every call, since those of
+        parts that take no turn are passed over.
       forks: see `Rows.fork`.
 
     Returns:

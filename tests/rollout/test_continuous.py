@@ -315,40 +315,42 @@ def test_a_kept_sample_becomes_trunk(
   monkeypatch.setattr(parts, "count", lambda *_: cut)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
-  driven = sampler.rows(tiny_model[2], 3, settings, None, priced=True)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
-  turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
-  for chosen, count in (
-    ((2, 1), (60, 4)),
-    ((0, 0), (55, 60)),
-    ((1, 2), (5, 9)),
-  ):
-    turn["forks"] = [
-      rows.Fork(r, s, keys[r, s], budget=60) for r in range(2) for s in range(3)
-    ]
-    grown, ended = {}, 0
-    while ended < 6:
-      pieces = driven.advance(free=lambda _: rows.NEVER, **turn)
-      turn = {}
-      for piece in pieces:
-        grown.setdefault((piece.row, piece.slot), []).append(piece)
-      ended += sum(not piece.live for piece in pieces)
-    kept = []
-    for (row, slot), mine in grown.items():
-      sample = rows.joined(mine)
-      assert len(sample.tokens) == 60
-      price = np.concatenate([piece.price for piece in mine])
-      want = slow_logprob(np.concatenate([context[row], sample.tokens]))
-      want = want[len(context[row]) - 1 :]
-      np.testing.assert_allclose(price, want, atol=1e-4)
-      assert not np.allclose(sample.logprob, want, atol=1e-2)
-      if slot == chosen[row]:
-        kept.append((row, slot, sample.tokens[: count[row]]))
-    turn = {"kept": kept}
-    for row, _, tokens in kept:
-      context[row] = np.concatenate([context[row], tokens])
-  assert max(map(len, context)) > 128
+  with sampler.rows(tiny_model[2], 3, settings, None, priced=True) as driven:
+    turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
+    for chosen, count in (
+      ((2, 1), (60, 4)),
+      ((0, 0), (55, 60)),
+      ((1, 2), (5, 9)),
+    ):
+      turn["forks"] = [
+        rows.Fork(r, s, keys[r, s], budget=60)
+        for r in range(2)
+        for s in range(3)
+      ]
+      grown, ended = {}, 0
+      while ended < 6:
+        pieces = driven.advance(free=lambda _: rows.NEVER, **turn)
+        turn = {}
+        for piece in pieces:
+          grown.setdefault((piece.row, piece.slot), []).append(piece)
+        ended += sum(not piece.live for piece in pieces)
+      kept = []
+      for (row, slot), mine in grown.items():
+        sample = rows.joined(mine)
+        assert len(sample.tokens) == 60
+        price = np.concatenate([piece.price for piece in mine])
+        want = slow_logprob(np.concatenate([context[row], sample.tokens]))
+        want = want[len(context[row]) - 1 :]
+        np.testing.assert_allclose(price, want, atol=1e-4)
+        assert not np.allclose(sample.logprob, want, atol=1e-2)
+        if slot == chosen[row]:
+          kept.append((row, slot, sample.tokens[: count[row]]))
+      turn = {"kept": kept}
+      for row, _, tokens in kept:
+        context[row] = np.concatenate([context[row], tokens])
+    assert max(map(len, context)) > 128
 
 
 def test_decoding_prices_only_when_asked(tiny_model, one_device):

@@ -1,6 +1,7 @@
 """Parts of the rows: who computes what, who waits for whom, what is raised."""
 
 import threading
+import time
 
 import jax
 import numpy as np
@@ -88,7 +89,7 @@ def test_rows_go_round_the_parts():
 
 def test_a_part_that_is_slow_holds_no_other():
   go = threading.Event()
-  slow, quick = _Rows(go.wait), _Rows()
+  slow, quick = _Rows(lambda: go.wait(20)), _Rows()
   with parts.Parts([slow, quick]) as cut:
     got = cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
     assert _drawn(got) == [(1, 0)]
@@ -121,7 +122,8 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
   go, ended = threading.Event(), []
 
   def finish():
-    go.wait()
+    go.wait(20)
+    time.sleep(0.2)  # long past the other's error
     ended.append(True)
 
   def fail():

@@ -49,7 +49,7 @@ class ScriptedEngine:
     self.calls, self.prefills = [], []
 
   def check(self, prompts, settings):
-    pass
+    """What is scripted can be drawn."""
 
   def bucket(self, prompt):
     return 1
