@@ -21,7 +21,6 @@ from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
 from opera_jax.plan import fit as fit_plan
 from opera_jax.rewards import smoothing
-from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
   agreement,
@@ -117,9 +116,7 @@ def opera(config, folder: str) -> None:
       chosen = rl_select.select(
         run,
         rl_rules,
-        sampling.Sampling(
-          stop_ids=(run.tokenizer.end_id,), **config.rollout.to_dict()
-        ),
+        run.sampling(**config.rollout.to_dict()),
       )
       enough(config, len(chosen.tasks.rl))
       reinforce(chosen, config.rl, config.rollout, preemption)
@@ -216,7 +213,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
   prompt_ids = run.prompt_ids(prompts)
   epochs = -(-rl.steps * rl.draws * rl.prompts // max(len(prompts), 1))
-  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
+  order = batching.BatchOrder(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
     optimizer.schedule(
@@ -238,9 +235,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   creditor = crediting.Creditor(
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
-  settings = sampling.Sampling(
-    stop_ids=(run.tokenizer.end_id,), **rollout.to_dict()
-  )
+  settings = run.sampling(**rollout.to_dict())
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
@@ -290,6 +285,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         settings,
         jax.random.fold_in(state.key, step),
         samples=rl.samples,
+        filter_reward=rl.filter_reward,
       )
       scored = got.scored
       sampled += got.sampled_tokens

@@ -187,7 +187,7 @@ def assign(
   advantage = outcome.credit.advantage
   if importance_cap:
     advantage = [
-      a * policy_loss.truncated_weight(o, s.logprob, importance_cap)
+      a * policy_loss.truncated_weight(o, s.behavior_logprob(), importance_cap)
       for a, o, s in zip(advantage, old_logprob, rollouts.completions)
     ]
   if learn.values is not None:

@@ -8,6 +8,7 @@ from opera_jax import structs
 from opera_jax.data import drafts, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
+from opera_jax.text import words
 
 # Arguments of `read` and `load` that name the files.
 FILES = (
@@ -123,6 +124,14 @@ def load(
       "add tasks."
     )
   train, held = prompts_lib.split(every, held_out, seed)
+  unseen = {words.normal(p.prompt) for p in held}
+  told = [p for p in bare if words.normal(p.prompt) in unseen]
+  if told:
+    notes.append(
+      f"{len(told)} open-ended tasks without a reference ask what a held-out "
+      "one asks; they are left out."
+    )
+    bare = [p for p in bare if words.normal(p.prompt) not in unseen]
   rng = random.Random(f"tasks/{seed}")
   for_synthesis = [*train, *bare]
   if synthesis > len(for_synthesis):
@@ -150,10 +159,9 @@ def load(
     )
   made = []
   if documents:
-    unseen = {p.prompt for p in held}
     made, drafted = _drafted(
       train,
-      [p for p in more_maths if p.prompt not in unseen],
+      [p for p in more_maths if words.normal(p.prompt) not in unseen],
       responses_path,
       count=documents,
       seed=seed,

@@ -3,6 +3,7 @@
 The fast tests write their own files; the real ones are `shared_data`.
 """
 
+import dataclasses
 import json
 import lzma
 import os
@@ -302,6 +303,9 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
   assert both["price/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
   assert both["thought/reflections"] == 0.5
+  assert both["rollout/truncation_gap"] == 0.0
+  sample = dataclasses.replace(sample, truncated_logprob=np.full(2, 0.25))
+  assert metrics([True, False], -3.0)["rollout/truncation_gap"] == 0.25
   maths = metrics([False, False], None)
   assert "reward/score" not in maths and "reward/score_ema" not in maths
 
