@@ -236,6 +236,14 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
   settings = run.sampling(**rollout.to_dict())
+  if settings.truncates() and not rl.importance_cap:
+    print(
+      "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
+      "samples are likelier than the policy makes them, and the update takes "
+      "them for its own. config.rl.importance_cap=2.0 corrects for it; "
+      "rollout/truncation_gap says by how much they differ.",
+      flush=True,
+    )
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.

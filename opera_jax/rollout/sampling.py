@@ -88,12 +88,15 @@ class Sampling:
         f"{self.loop_period}."
       )
 
+  def truncates(self) -> bool:
+    """Whether tokens that the model may say are left out for being unlikely."""
+    return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
   def reshapes(self) -> bool:
     """Whether tokens are drawn from another distribution than the model's."""
-    truncates = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
     bars = self.banned_ids or self.logit_bias or self.vocab_size
     late = self.min_new_tokens and self.stop_ids
-    return self.temperature > 0 and bool(truncates or bars or late)
+    return self.temperature > 0 and bool(self.truncates() or bars or late)
 
   def check(self, rows: int) -> None:
     """Refuses token ids that the model does not have.
