@@ -27,6 +27,7 @@ from opera_jax.stages import (
   card,
   cold_start,
   collect,
+  config_check,
   crediting,
   evaluate,
   fit,
@@ -58,6 +59,7 @@ def main(_) -> None:
 def opera(config, folder: str) -> None:
   """The whole method, in the folder of the run."""
   stages = workdir.parse_stages(config.stages, STAGES)
+  config_check.check(config.to_dict(), stages, folder)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   rl_rules = rl_filter.Rules(**selecting.pop("rl"))
@@ -133,41 +135,12 @@ def opera(config, folder: str) -> None:
 
 
 def check(config, ways: int) -> None:
-  """Refuses what would only fail hours later.
+  """Refuses rows that do not divide over the mesh.
 
   Raises:
-    ValueError: sizes that do not divide, or groups too small to rank.
+    ValueError: names them.
   """
   rl = config.rl
-  for name, samples in (
-    ("rl", rl.samples),
-    ("evaluate", config.evaluate.samples),
-  ):
-    if samples < 2:
-      raise ValueError(
-        f"R_ppl ranks a group of at least 2 samples, got {samples}. Raise "
-        f"config.{name}.samples."
-      )
-  if rl.kl_in not in ("loss", "reward"):
-    raise ValueError(
-      f'config.rl.kl_in is {rl.kl_in!r}. Use "loss" or "reward".'
-    )
-  if rl.prompts % rl.mini_batch:
-    raise ValueError(
-      f"A step's {rl.prompts} prompts do not divide into mini-batches of "
-      f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
-    )
-  if rl.share < 1 or rl.samples % rl.share:
-    raise ValueError(
-      f"A row of an update holds a whole part of a group's {rl.samples} "
-      f"samples, got config.rl.share = {rl.share}. Use a divisor of "
-      "config.rl.samples; 1 gives each sample a row."
-    )
-  if rl.share > 1 and rl.loss == "dpo":
-    raise ValueError(
-      f"DPO compares two rows of a group, so that config.rl.share = {rl.share} "
-      "cannot be: set it to 1."
-    )
   used = 2 if rl.loss == "dpo" else rl.samples // rl.share  # rows of a group
   for name, rows in (
     ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),

@@ -34,6 +34,7 @@ def k3(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
 
 
 _ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+NAMES = tuple(_ESTIMATORS)
 
 
 def estimator(

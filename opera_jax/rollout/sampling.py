@@ -56,7 +56,16 @@ class Sampling:
 
   def __post_init__(self):
     # A config may say lists; a static argument must be hashable.
-    bias = tuple((token, float(add)) for token, add in self.logit_bias)
+    bias = tuple(map(tuple, self.logit_bias))
+    if not all(
+      len(pair) == 2 and isinstance(pair[0], int) and math.isfinite(pair[1])
+      for pair in bias
+    ):
+      raise ValueError(
+        f"logit_bias is {self.logit_bias}; it holds (token id, finite number "
+        "added to its logit) pairs. Use banned_ids for tokens that are never "
+        "drawn."
+      )
     object.__setattr__(self, "logit_bias", bias)
     for name in ("stop_ids", "banned_ids"):
       object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -126,11 +135,6 @@ class Sampling:
           f"{name} holds {wrong}, token ids lie in [0, {vocab_size}). Check "
           "that tokenizer and model agree."
         )
-    if not all(math.isfinite(add) for _, add in self.logit_bias):
-      raise ValueError(
-        f"logit_bias holds {self.logit_bias}; what is added to a logit must be "
-        "finite. Use banned_ids for tokens that are never drawn."
-      )
     if len(set(self.banned_ids)) >= vocab_size:
       raise ValueError(
         f"All {vocab_size} tokens are banned; leave at least one."

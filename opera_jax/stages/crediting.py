@@ -52,9 +52,7 @@ class Creditor:
       ValueError: an unknown rule or setting.
     """
     self._weights = compose.weights(rules)
-    self._rules = {
-      name: _build(name, dict(options.get(name, {}))) for name in self._weights
-    }
+    self._rules = build(rules, options)
     self._pricer = pricer
 
   def credit(
@@ -262,13 +260,36 @@ def penalties(
   ]
 
 
+def build(
+  rules: str, options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """The credit rules of a weighted sum, by name.
+
+  Args:
+    rules: names and weights, as in "grpo + 0.5*oppo".
+    options: settings of rules by name, where their defaults do not do.
+
+  Raises:
+    ValueError: an unknown rule or setting, or settings of another rule.
+  """
+  names = list(compose.weights(rules))
+  for name in options:
+    if name not in names:
+      raise ValueError(
+        f"config.rl.credit_options sets {name!r}, which is none of the rules "
+        f"{names} of config.rl.credit. Add it there, or leave its options out."
+      )
+  return {name: _build(name, dict(options.get(name, {}))) for name in names}
+
+
 def _build(name: str, settings: dict[str, Any]) -> Any:
   try:
     rule = importlib.import_module(f"opera_jax.credit.{name}").Rule
   except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
-      f"There is no credit rule {name!r}. Name a file of opera_jax/credit that "
-      "has a Rule."
+      f"There is no credit rule {name!r}"
+      f"{compose.nearest(name, compose.files('opera_jax.credit', 'Rule'))}. "
+      "Name a file of opera_jax/credit that has a Rule."
     ) from error
   try:
     return rule(**settings)

@@ -13,6 +13,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import hf_config, qwen3
+from opera_jax.rewards import compose
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.scoring import price as price_lib
@@ -229,6 +230,12 @@ def setup(
     )
 
   sampler, pricer = machines(device_mesh)
+  # OPERA's terms alone, and of the options those of these terms.
+  terms = compose.weights(MEASURED)
+  measured = {
+    "parts": MEASURED,
+    "options": {n: o for n, o in reward["options"].items() if n in terms},
+  }
   return Run(
     workdir=workdir,
     seed=seed,
@@ -258,7 +265,7 @@ def setup(
     reward=reward,
     scorer=score_lib.Scorer(pricer, words, cache_dir=automata, **reward),
     measurer=score_lib.Scorer(
-      pricer, words, cache_dir=automata, **reward | {"parts": MEASURED}
+      pricer, words, cache_dir=automata, **reward | measured
     ),
   )
 
