@@ -46,7 +46,7 @@ def _fields(record) -> set[str]:
 
 
 def _tokenizer_keywords() -> set[str]:
-  return _keywords(setup._tokenizer) - {"workdir", "tasks"}
+  return _keywords(setup._tokenizer) - {"workdir", "tasks", "checkpoint"}
 
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
