@@ -240,11 +240,11 @@ def test_sentences_lose_markup_and_are_never_none():
 @pytest.mark.parametrize(
   "line, rule",
   [
-    ("{broken", r"r.jsonl:2: not a response"),
-    ('["a"]', r"r.jsonl:2: not a response"),
+    ("{broken", r"r.jsonl:2: .* is not a line of JSON"),
+    ('["a"]', r"r.jsonl:2: .* is no JSON object"),
     ('{"id": "t1", "response": "x"}', r"r.jsonl:2: .*'score'"),
     ('{"id": "t1", "score": "high", "response": "x"}', r":2: score is 'high'"),
-    ('{"id": "t1", "score": NaN, "response": "x"}', r":2: score is nan"),
+    ('{"id": "t1", "score": NaN, "response": "x"}', r":2: 'score' holds nan"),
     ('{"id": "t1", "score": 1, "response": null}', r":2: .*NoneType"),
   ],
 )
