@@ -182,12 +182,9 @@ def assign(
     ),
     value=value,
   )
-  advantage = outcome.credit.advantage
-  if importance_cap:
-    advantage = [
-      a * policy_loss.truncated_weight(o, s.behavior_logprob(), importance_cap)
-      for a, o, s in zip(advantage, old_logprob, rollouts.completions)
-    ]
+  advantage = importance_weighted(
+    outcome.credit.advantage, old_logprob, rollouts.completions, importance_cap
+  )
   if learn.values is not None:
     if outcome.credit.returns is None:
       raise ValueError(
@@ -243,6 +240,28 @@ def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
     return clipped_BN
   maths_B1 = np.asarray([[p.task == "math"] for p in rollouts.prompts])
   return np.where(maths_B1, scored.parts["correct"], clipped_BN)
+
+
+def importance_weighted(
+  advantage: Sequence[np.ndarray],
+  old: Sequence[np.ndarray],
+  completions: Sequence[structs.Sample],
+  cap: float,
+) -> Sequence[np.ndarray]:
+  """Advantages corrected for the distribution that the sampler drew from.
+
+  Args:
+    advantage: [R] of [C_r].
+    old: [R] of [C_r], log-probabilities under the trainer's policy.
+    completions: [R], with their log-probabilities as drawn.
+    cap: see `policy.truncated_weight`; 0 corrects nothing.
+  """
+  if not cap:
+    return advantage
+  return [
+    a * policy_loss.truncated_weight(o, s.behavior_logprob(), cap)
+    for a, o, s in zip(advantage, old, completions)
+  ]
 
 
 def penalties(
