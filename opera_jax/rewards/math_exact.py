@@ -12,7 +12,6 @@ reading: answers longer than `_LONGEST` characters and numbers of more than
 
 import dataclasses
 import fractions
-import functools
 import math
 import re
 
@@ -33,17 +32,9 @@ _RENAMED = (
   (re.compile(r"\\(?=[$%])"), ""),
   (re.compile(r"\{,\}"), ","),
   (re.compile(r"[×✕]|\\times(?![a-z])|\\cdot(?![a-z])"), r"\\times "),
-  (re.compile(r"√|\\sqrt(?![a-z])"), r"\\sqrt"),
+  (re.compile(r"√ ?\(?(\d{1,30})\)?"), r"\\sqrt{\1}"),
   (re.compile(r"\\(?:le|ge|ne)q(?![a-z])"), lambda hit: hit.group()[:-1]),
-  (re.compile(r"[¼½¾⅓⅔⅕⅛]"), lambda hit: _VULGAR[hit.group()]),
 )
-_VULGAR = {
-  c: rf"\frac{{{above}}}{{{below}}}"
-  for c, above, below in (
-    ("¼", 1, 4), ("½", 1, 2), ("¾", 3, 4), ("⅓", 1, 3), ("⅔", 2, 3),
-    ("⅕", 1, 5), ("⅛", 1, 8),
-  )
-}  # fmt: skip
 _TEXT = re.compile(
   r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*"
   r"\{([^{}]*)\}"
@@ -52,6 +43,9 @@ _NAMED = re.compile(
   r"\s*(\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?)\s*=(?!=)\s*(.*)",
   re.DOTALL,
 )
+_CHOSEN = re.compile(r"\(([A-Z])\)[.:]? +(?=\S)")
+# Several numbers where one is asked for.
+_RANGE = re.compile(r"[-\d.,$ ]*\d\S* (?:or|to) \S*\d[^=]*")
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 _INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|\d+)"
@@ -74,7 +68,7 @@ _VALUE = re.compile(
 )
 _PERCENT = re.compile(r"\s*(?:%|percent(?:age)?\b|pct\b)\s*", re.IGNORECASE)
 _UNIT = re.compile(
-  r"(?P<gap>[\s\\]*)(?P<unit>°\s*[CF]?|[A-Za-z][A-Za-z./\- ]*)"
+  r"(?P<gap>\s*)(?P<unit>°\s*[CF]?|[A-Za-z][A-Za-z./\- ]*)"
   r"(?P<power>\^?\s*\{?\s*[23²³]\s*\}?)?[\s.]*"
 )
 
@@ -94,22 +88,39 @@ _WORDS = {
   "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
   "seventeen": 17, "eighteen": 18, "nineteen": 19,
 } | {word: 20 + 10 * i for i, word in enumerate(_TENS)}  # fmt: skip
-# Units by all their names; what is not here is compared by its name.
+# Units: what they measure, in which size, and all their names.
+_TABLE = (
+  ("length", "1/1000", "mm", "millimeter", "millimetre"),
+  ("length", "1/100", "cm", "centimeter", "centimetre"),
+  ("length", "1", "m", "meter", "metre"),
+  ("length", "1000", "km", "kilometer", "kilometre"),
+  ("length", "0.0254", "inch", "inche"),
+  ("length", "0.3048", "ft", "foot", "feet"),
+  ("length", "0.9144", "yd", "yard"),
+  ("length", "1609.344", "mi", "mile"),
+  ("mass", "1/1000", "mg", "milligram"),
+  ("mass", "1", "g", "gram"),
+  ("mass", "1000", "kg", "kilogram"),
+  ("time", "1", "s", "sec", "second"),
+  ("time", "60", "min", "minute"),
+  ("time", "3600", "h", "hr", "hour"),
+  ("time", "86400", "day"),
+  ("time", "604800", "week"),
+  ("months", "1", "month"),
+  ("months", "12", "year"),
+  ("volume", "1/1000", "ml", "milliliter", "millilitre"),
+  ("volume", "1", "l", "liter", "litre"),
+  ("dollars", "1", "$", "dollar", "usd"),
+  ("dollars", "1/100", "cent"),
+  ("euros", "1", "€", "euro"),
+  ("angle", "1", "°", "degree", "deg"),
+)
+# What a name measures, and how much of it.
 _UNITS = {
-  name: names[0]
-  for names in (
-    ("mm", "millimeter", "millimetre"), ("cm", "centimeter", "centimetre"),
-    ("m", "meter", "metre"), ("km", "kilometer", "kilometre"),
-    ("inch", "inche"), ("ft", "foot", "feet"), ("yd", "yard"), ("mi", "mile"),
-    ("mg", "milligram"), ("g", "gram"), ("kg", "kilogram"), ("oz", "ounce"),
-    ("s", "sec", "second"), ("min", "minute"), ("h", "hr", "hour"), ("day",),
-    ("week",), ("month",), ("year",), ("ml", "milliliter", "millilitre"),
-    ("l", "liter", "litre"), ("$", "dollar", "usd"), ("cent",),
-    ("€", "euro"), ("°", "degree", "deg"), ("rad", "radian"), ("mph",),
-  )
+  name: (measure, fractions.Fraction(size))
+  for measure, size, *names in _TABLE
   for name in names
-}  # fmt: skip
-_KNOWN = frozenset(_UNITS.values())
+}
 # Words behind a number that make it another number, or no number.
 _OPERATORS = frozenset((
   "pi", "i", "e", "and", "or", "not", "to", "of", "plus", "minus", "times",
@@ -125,7 +136,8 @@ class _Number:
   value: fractions.Fraction
   places: int | None = None  # decimal places it was written with
   percent: bool = False
-  unit: str = ""
+  unit: str = ""  # as `_UNITS` names its measure, or as it was written
+  size: fractions.Fraction = fractions.Fraction(1)  # of the unit
   loose: bool = False  # its unit may be a variable: "5 m"
 
 
@@ -178,15 +190,23 @@ def is_number(answer: str) -> bool:
 
 
 def _compared(left: str, right: str) -> bool | None:
+  """`same` of answers without their dress and names."""
+  if not (_letter(left) or _letter(right)):
+    left, right = (_CHOSEN.sub("", side) for side in (left, right))
   number, true_number = _number(left), _number(right)
   if number is not None and true_number is not None:
     return _equal(number, true_number)
   if number is not None or true_number is not None:
     other = right if number is not None else left
+    if other.startswith("not "):
+      value = _number(other.removeprefix("not "))
+      return False if value == (number or true_number) else None
     items = _items(other)
     # A pair is no number; a bare "1,2" may be one.
-    return False if items and items[0][:1] in ("(", "[") else None
-  choice, true_choice = _letter(left), _letter(right)
+    pair = items is not None and items[0][:1] in ("(", "[")
+    return False if pair or _RANGE.fullmatch(other) else None
+  choice = _letter(left) or _chosen(left)
+  true_choice = _letter(right) or _chosen(right)
   if choice and true_choice:
     if choice == true_choice:
       return True
@@ -222,7 +242,7 @@ def _undressed(text: str) -> str:
   """Without formula marks, Markdown and a full stop around it."""
   while True:
     before = text
-    text = text.strip(" \t\n").removesuffix(".").strip(" \t\n")
+    text = text.strip(" \t\n").rstrip(" \t\n.,;:")
     for opens, closes in (
       ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"),
       ("\"", "\""),
@@ -262,6 +282,12 @@ def _letter(text: str) -> str:
   return hit[1] if hit else ""
 
 
+def _chosen(text: str) -> str:
+  """The letter of a choice that is named with its text: "(B) 12"."""
+  hit = _CHOSEN.match(text)
+  return hit[1] if hit else ""
+
+
 def _items(text: str) -> tuple[str, list[str]] | None:
   """The opening and closing bracket and the parts between the commas.
 
@@ -293,7 +319,7 @@ def _items(text: str) -> tuple[str, list[str]] | None:
 
 def _number(text: str) -> _Number | None:
   """The number that a text is, else None."""
-  while text[:1] == "(" and text[-1:] == ")" and "," not in text:
+  while text[:1] + text[-1:] in ("()", "{}") and "," not in text:
     text = text[1:-1].strip()
   if text.casefold() in _WORDS:
     return _Number(fractions.Fraction(_WORDS[text.casefold()]))
@@ -305,20 +331,22 @@ def _number(text: str) -> _Number | None:
     return None
   if (hit["sign"] in ("-", "\u2013")) != bool(hit["inner"]):
     value = -value
-  rest, unit = hit["rest"], hit["money"]
+  rest, unit, size = hit["rest"], hit["money"], fractions.Fraction(1)
   percent = _PERCENT.match(rest)
   if percent:
     rest = rest[percent.end() :]
+  unit, size = _UNITS.get(unit, (unit, size))
+  loose = False
   if rest.strip(" .,"):
     found = _unit(rest)
-    if found is None or (unit and found[1] and found[1] != unit):
+    if found is None or (unit and found.unit not in ("", unit)):
       return None
-    value, unit = value * found[0], found[1] or unit
+    value, unit = value * found.value, found.unit or unit
+    size, loose = found.size, found.loose
   places = None
   if hit["number"] and not (hit["power"] or hit["ten"] or hit["ten1"]):
     places = len(hit["number"].partition(".")[2])
-  loose = len(unit) == 1 and unit.isalpha()
-  return _Number(value, places, percent is not None, unit, loose)
+  return _Number(value, places, percent is not None, unit, size, loose)
 
 
 def _value(hit: re.Match[str]) -> fractions.Fraction | None:
@@ -354,51 +382,54 @@ def _root(factor: str, square: str) -> fractions.Fraction | None:
   return _fraction(factor) * root if root * root == value else None
 
 
-def _unit(rest: str) -> tuple[int, str] | None:
-  """What a number's unit multiplies it by, and the unit's name."""
+def _unit(rest: str) -> _Number | None:
+  """What stands behind a number, as the factor and the unit it gives."""
   hit = _UNIT.fullmatch(rest)
   if hit is None:
     return None
   words = hit["unit"].replace(".", " ").split()
-  if words and words[0].startswith("°"):
-    return 1, "".join(words).lower()
-  size = 1
+  factor = 1
   while words and words[0].lower() in _SIZES:
-    size *= _SIZES[words.pop(0).lower()]
+    factor *= _SIZES[words.pop(0).lower()]
   if any(word.lower() in _OPERATORS for word in words):
     return None
+  value = fractions.Fraction(factor)
   if not words:
-    return size, ""
-  names = [_canonical(word) for word in words]
+    return _Number(value)
+  unit, size = " ".join(words).lower(), fractions.Fraction(1)
+  name = next((n for n in (unit, unit.removesuffix("s")) if n in _UNITS), "")
   # "5x" is a product, and so may be "5 xy", "5m" and "5abc".
-  known = len(names) == 1 and names[0] in _KNOWN
-  least = 3 if hit["gap"] and not known else 1 if hit["gap"] else 2
-  if len(words[0]) < least or not (hit["gap"] or known):
+  least = 3 if not name else 1 if hit["gap"] or unit == "°" else 2
+  if len(words[0]) < least or not (hit["gap"] or name):
     return None
-  power = re.sub(r"\D", "", (hit["power"] or "").translate(_POWERS))
-  return size, " ".join(names) + power
+  unit, size = _UNITS.get(name, (unit.removesuffix("s"), size))
+  power = re.sub(r"\D", "", (hit["power"] or "").translate(_POWERS)) or "1"
+  return _Number(
+    value,
+    unit=f"{unit}^{power}" if power != "1" else unit,
+    size=size ** int(power),
+    loose=len(name) == 1 and name.isalpha(),
+  )
 
 
 _POWERS = {ord("²"): "2", ord("³"): "3"}
 
 
-@functools.lru_cache(maxsize=1000)
-def _canonical(word: str) -> str:
-  """A unit's one name."""
-  word = word.lower()
-  singular = word[:-1] if len(word) > 2 and word.endswith("s") else word
-  return _UNITS.get(word, _UNITS.get(singular, singular))
-
-
 def _equal(left: _Number, right: _Number) -> bool | None:
   """Whether two numbers are the same; None where units or digits differ."""
-  if left.unit and right.unit and left.unit != right.unit:
-    known = left.unit in _KNOWN and right.unit in _KNOWN
-    # 5 cm are not 5 m; 500 cm may be.
-    return False if known and left.value == right.value != 0 else None
+  if left.unit and right.unit:
+    if left.unit == right.unit:
+      if left.size != right.size:
+        return left.value * left.size == right.value * right.size
+    else:
+      # Hours are no metres; what apples are, only their names say.
+      measures = {measure for measure, _ in _UNITS.values()}
+      known = {left.unit.split("^")[0], right.unit.split("^")[0]} <= measures
+      return False if known else None
+  elif left.loose or right.loose:
+    return None if left.value == right.value else False
   if left.value == right.value:
-    loose = left.loose or right.loose
-    return None if loose and left.unit != right.unit else True
+    return True
   if left.percent != right.percent:
     # "50%" may be asked for as 50 and as 0.5.
     part, whole = (left, right) if left.percent else (right, left)

@@ -29,22 +29,30 @@ _ANNOUNCED = re.compile(
   re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*_]|$)|\n")
+_NEGATIVE = re.compile(r"(?<![\d)}\]] )\b(?:minus|negative) ?$", re.IGNORECASE)
+_RANGE = re.compile(r"\d\S* +(?:or|to) +\S*\d")
 _UNCERTAIN = re.compile(r"\b(?:not|n't|either|neither|between|or)\b")
 _DIGITS = r"(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)"
 _MIXED = r"\d{1,9} \d{1,9}/\d{1,9}(?!\d)"
 _PLAIN = rf"{_MIXED}|{_DIGITS}(?:\.\d+)?(?: {{0,2}}/ {{0,2}}\d+)?|\.\d+"
-NUMBER = re.compile(rf"[-\u2013]?(?:\\?[$€£¥₹])?(?:{_PLAIN})")
+_POWER = (
+  r"[eE][-+]?\d{1,9}(?!\w)"
+  r"| ?(?:[×x*]|\\times|\\cdot) ?10 ?\^ ?(?:\{ ?[-+]?\d{1,9} ?\}|[-+]?\d{1,9})"
+)
+NUMBER = re.compile(rf"[-\u2013]?(?:\\?[$€£¥₹])?(?:{_PLAIN})(?:{_POWER})?")
 _FRACTION = re.compile(
   r"-?(?:(?<!\d)\d{1,30} ?)?\\[cdt]?frac ?"
   r"(?:\{[^{}]{1,60}\} ?\{[^{}]{1,60}\}|\d ?\d)"
 )
 _BEFORE = frozenset(" \t\n=*_\"'~≈$:>")
 _AFTER = re.compile(r"[\s.,;!?*_\"'%°€£¥₹]|\\%|$")
+_RATIO = re.compile(r"(?<![\w.:])\d{1,9}(?:(?::| : )\d{1,9}){1,2}$")
 # A pair that ends with the last number.
 _PAIR = re.compile(r"[(\[][^()\[\]]{1,60},[^()\[\]]{0,60}")
 # A number that is one of several, or the operand of an operator.
 _LISTED = re.compile(
-  r"\d $|[\w)}\]](?:[,;]|\s+(?:and|or|to|by)\b|\s*[-+*/^×÷±<>≤≥])\s*$"
+  r"\d[ :]$|[\w)}\]](?:[,;]|\s+(?:and|or|to|by|plus|minus|times)\b"
+  r"|\s*[-+*/^×÷±<>≤≥])\s*$"
 )
 _OPERATED = re.compile(r"\s*(?:[-+*/^=×÷±<>≤≥(]|(?:and|or|to|by|times)\b)")
 _WRAPPER = re.compile(
@@ -72,12 +80,20 @@ class Stated:
 
 
 class _Fold(dict):
-  """Signs and digits of other scripts, as ASCII; for `str.translate`."""
+  """Signs, digits and fractions, as ASCII; for `str.translate`."""
 
   def __missing__(self, code: int) -> str | int:
     """Remembers what becomes of a character."""
     digit = unicodedata.decimal(chr(code), None)
-    self[code] = code if digit is None else str(digit)
+    kind, *parts = unicodedata.decomposition(chr(code)).split() or [""]
+    if digit is not None:
+      self[code] = str(digit)
+    elif kind == "<fraction>":
+      # U+2044 is the stroke of "½".
+      above_below = "".join(chr(int(part, 16)) for part in parts)
+      self[code] = " " + above_below.replace("\u2044", "/")
+    else:
+      self[code] = code
     return self[code]
 
 
@@ -85,7 +101,7 @@ _FOLD = _Fold(_MINUS)
 
 
 def fold(text: str) -> str:
-  """The text with every minus sign and decimal digit in ASCII."""
+  """The text with each minus sign, digit and "½" written in ASCII."""
   return text if text.isascii() else text.translate(_FOLD)
 
 
@@ -249,14 +265,18 @@ def _sentence(text: str, begin: int) -> Stated | None:
     content, words = value.strip(), ""
   else:
     words = content
+  content = re.sub(r"^(?:minus|negative) +(?=[\d$.])", "-", content)
   hit = NUMBER.match(content)
   if hit is None:
     # One word, or LaTeX, may be the answer; a number behind words may be.
-    alone = len(content.split()) == 1 and not _UNCERTAIN.search(words)
-    return Stated(content, alone)
+    content = re.sub(r"^(?:option|choice) +(?=\(?[A-Z]\b)", "", content)
+    denied = NUMBER.fullmatch(content.removeprefix("not "))
+    single = len(content.split()) == 1 or re.match(r"\([A-Z]\) ", content)
+    alone = single and not _UNCERTAIN.search(content)
+    return Stated(content, bool(alone or denied))
   rest = content[hit.end() :]
   several = re.search(r"\d", rest) is not None or _UNCERTAIN.search(words)
-  return Stated(content, not several)
+  return Stated(content, not several or _RANGE.match(content) is not None)
 
 
 def _opening_span(content: str) -> tuple[str, str] | None:
@@ -292,8 +312,15 @@ def _last_number(text: str) -> Stated | None:
   pair = _PAIR.fullmatch(
     text, max(*(text.rfind(c, low, begin) for c in "(["), 0), end
   )
+  ratio = _RATIO.search(text[low:end])
+  if ratio is not None:
+    return Stated(ratio.group())
   if pair is not None and text[end : end + 1] in (")", "]"):
     return Stated(pair.group() + text[end])
+  negative = _NEGATIVE.search(text[low:begin])
+  if negative is not None and found[0] not in "-\u2013":
+    found, begin = f"-{found}", low + negative.start()
+    before = text[begin - 1 : begin]
   listed = _LISTED.search(text[max(0, begin - 20) : begin])
   sure = (
     (not before or before in _BEFORE)
