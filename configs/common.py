@@ -148,6 +148,7 @@ def get_config() -> ml_collections.ConfigDict:
     "separator": "\n\n",  # [C]
     "bridge": "",  # [C]; "\n</think>\n\n" closes the thought first
     "max_steps": 64,
+    # "exact" asks math-verify where it cannot tell; or "math_verify".
     "math_check": "exact",
   }
   config.synthesis = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from opera_jax import structs
 from opera_jax.data import rows
+from opera_jax.text import math_answer
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.text import words
 
@@ -59,7 +60,8 @@ def load(
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a malformed row, a missing or empty field, an unknown task, an
+    ValueError: a malformed row, a missing or empty field, a maths reference
+      without an answer (see `math_answer.of_reference`), an unknown task, an
       id given twice, no row at all, an unknown suffix or field name.
   """
   path = os.fspath(path)
@@ -128,6 +130,11 @@ def _prompt(
       )
     solution = {"solution": reference}
     reference = hit.group(1).strip()
+  if task == "math":
+    try:
+      math_answer.of_reference(reference)
+    except ValueError as error:
+      raise ValueError(f"{place} {error}") from error
   column = fields.get("id")
   identity = row.get(column) if column is not None else None
   if isinstance(identity, bool) or not isinstance(

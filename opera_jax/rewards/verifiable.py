@@ -1,87 +1,42 @@
 """The 0/1 reward of tasks with one right answer.
 
-The answer is what stands after the thought: the last `\\boxed{...}`, or else
-the last number or fraction. Two answers agree when they are the same number or
-the same string after normalisation; math-verify, where asked for, decides the
-rest (equal expressions, intervals, sets) in other processes, with time-outs.
+Two methods compare what a completion says after its thought with the
+reference. "exact" reads both itself (`math_exact`) and asks math-verify only
+where it cannot tell; "math_verify" leaves everything to that package. Where a
+check of math-verify fails to run (it raises, takes too long, its process dies)
+the exact comparison stands, if it can tell. An answer about which neither
+knows is undecided: it pays 0, and is counted.
 """
 
-import atexit
+import collections
 import dataclasses
-import fractions
-import functools
-import multiprocessing
-import re
+import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.rewards import math_worker
+from opera_jax.rewards import math_exact, math_pool
+from opera_jax.text import math_answer
 
 METHODS = ("exact", "math_verify")
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-_NUMBER = re.compile(
-  r"-?\\d?frac\{-?\d+\}\{\d+\}"
-  r"|-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?"
-  r"|-?\.\d+"
-)
-_FRAC = re.compile(r"^(-?)\\d?frac\{(-?\d+)\}\{(\d+)\}$")
-_WRAPPED = re.compile(r"^\\(?:text|mathrm|mbox|textbf)\{(.*)\}$")
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """What is known of one completion.
 
-def final_answer(text: str) -> str | None:
-  """The answer stated in a completion, normalised; None if there is none.
-
-  Args:
-    text: the whole completion. A thought that was opened and never closed
-      gives no answer.
+  Attributes:
+    right: whether it states its reference's answer; None where that is
+      undecided.
+    cannot_tell: the exact comparison was asked, and could not tell.
+    failure: why a check of math-verify failed to run; "" if none did.
   """
-  head, closed, tail = text.rpartition(THINK_CLOSE)
-  if not closed and THINK_OPEN in head + tail:
-    return None
-  boxed = _last_boxed(tail)
-  if boxed is not None:
-    return normalise(boxed)
-  numbers = list(_NUMBER.finditer(tail))
-  if not numbers:
-    return None
-  last = numbers[-1]
-  # In "10-4" the dash is an operator, not a sign.
-  glued = last.start() > 0 and tail[last.start() - 1].isalnum()
-  number = last.group()
-  return normalise(number[1:] if glued and number[0] == "-" else number)
 
-
-def true_answer(reference: str) -> str:
-  """The answer of a reference: after "####" as in GSM8K, boxed, or all of it.
-
-  Raises:
-    ValueError: the reference is empty.
-  """
-  text = reference.rpartition("####")[2].strip()
-  boxed = _last_boxed(text)
-  answer = normalise(text if boxed is None else boxed)
-  if not answer:
-    raise ValueError(
-      f"A maths task needs a final answer, got the reference {reference!r}. "
-      'Give the answer itself, "#### answer", or \\boxed{answer}.'
-    )
-  return answer
-
-
-def normalise(answer: str) -> str:
-  """Strips what does not change an answer: $, commas, spaces, a full stop."""
-  answer = answer.strip()
-  wrapped = _WRAPPED.match(answer)
-  if wrapped:
-    answer = wrapped.group(1)
-  for dropped in ("\\$", "$", "\\%", "%", "\\!", "\\,", "\\left", "\\right"):
-    answer = answer.replace(dropped, "")
-  answer = answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-  answer = re.sub(r"\s+", "", answer).rstrip(".")
-  return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer)
+  right: bool | None
+  cannot_tell: bool = False
+  failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +45,17 @@ class Reward:
 
   Attributes:
     method: "exact" or "math_verify".
-    timeout: seconds that one answer may take in math-verify.
+    timeout: seconds, whole or not, that one check may take in math-verify.
     workers: processes of math-verify.
   """
 
   method: str = "exact"
-  timeout: int = 5
+  timeout: float = 5.0
   workers: int = 2
+
+  def __post_init__(self):
+    """Refuses settings that no check could run with."""
+    _check_settings(self.method, self.timeout, self.workers)
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
     """Nothing is priced."""
@@ -105,45 +64,53 @@ class Reward:
   def rewards(
     self, rollouts: structs.Rollouts, answers: structs.Answers
   ) -> dict[str, np.ndarray]:
-    """`total` and the same as `correct`, float32 [B, N]."""
-    right_BN = right(
+    """`total`, the same as `correct`, and how that was found.
+
+    Returns:
+      float32 [B, N] each, 1 where it holds: `correct`; `cannot_tell`, where
+      the exact comparison could not; `check_failed`, where math-verify's check
+      did not run; `undecided`, where neither gave a verdict. Open-ended
+      prompts have 0 everywhere.
+    """
+    checks = _checks(
       rollouts,
       method=self.method,
       timeout=self.timeout,
       workers=self.workers,
-    ).astype(np.float32)
-    return {"total": right_BN, "correct": right_BN}
+    )
+    shape = (len(rollouts.prompts), rollouts.samples)
+
+    def part(values: list[bool]) -> np.ndarray:
+      return np.asarray(values, np.float32).reshape(shape)
+
+    right_BN = part([check.right is True for check in checks])
+    return {
+      "total": right_BN,
+      "correct": right_BN,
+      "cannot_tell": part([check.cannot_tell for check in checks]),
+      "check_failed": part([bool(check.failure) for check in checks]),
+      "undecided": part([check.right is None for check in checks]),
+    }
 
 
 def right(
   rollouts: structs.Rollouts,
   *,
   method: str = "exact",
-  timeout: int = 5,
+  timeout: float = 5.0,
   workers: int = 2,
 ) -> np.ndarray:
   """Which samples answer their maths prompt rightly, bool [B, N].
 
   Args:
     rollouts: samples; those of open-ended prompts are never right.
-    method: see `correct_many`.
-    timeout: see `correct_many`.
-    workers: see `correct_many`.
+    method: see `check_many`.
+    timeout: see `check_many`.
+    workers: see `check_many`.
   """
-  tasks = [
-    rollouts.prompts[rollouts.owner(r)]
-    for r in range(len(rollouts.completions))
-  ]
-  maths = [r for r, task in enumerate(tasks) if task.task == "math"]
-  out_R = np.zeros(len(tasks), bool)
-  out_R[maths] = correct_many(
-    [rollouts.texts[r] for r in maths],
-    [tasks[r].reference for r in maths],
-    method=method,
-    timeout=timeout,
-    workers=workers,
-  )
-  return out_R.reshape(len(rollouts.prompts), rollouts.samples)
+  checks = _checks(rollouts, method=method, timeout=timeout, workers=workers)
+  right_R = np.asarray([check.right is True for check in checks], bool)
+  return right_R.reshape(len(rollouts.prompts), rollouts.samples)
 
 
 def correct(
@@ -151,7 +118,7 @@ def correct(
   reference: str,
   *,
   method: str = "exact",
-  timeout: int = 5,
+  timeout: float = 5.0,
   workers: int = 1,
 ) -> bool:
   """`correct_many` of one completion."""
@@ -165,100 +132,135 @@ def correct_many(
   references: Sequence[str],
   *,
   method: str = "exact",
-  timeout: int = 5,
+  timeout: float = 5.0,
   workers: int = 2,
 ) -> list[bool]:
+  """Whether each completion is known to be right; see `check_many`."""
+  checks = check_many(
+    texts, references, method=method, timeout=timeout, workers=workers
+  )
+  return [check.right is True for check in checks]
+
+
+def check_many(
+  texts: Sequence[str],
+  references: Sequence[str],
+  *,
+  method: str = "exact",
+  timeout: float = 5.0,
+  workers: int = 2,
+) -> list[Check]:
   """Whether each completion states its reference's answer.
 
+  A warning names and counts the checks that failed to run.
+
   Args:
-    texts: whole completions, thoughts included.
-    references: see `true_answer`.
-    method: "exact"; or "math_verify" to also ask that package about answers
-      that are not the same number or string. Where it runs out of time or
-      dies, the exact comparison stands.
-    timeout: seconds that math-verify may take for one answer.
+    texts: whole completions, thoughts included. One whose thought is not
+      closed, or that says nothing after it, is wrong.
+    references: see `math_answer.of_reference`.
+    method: "exact", which asks math-verify where it cannot tell, if that
+      package is installed; or "math_verify".
+    timeout: wall seconds that one check may take in math-verify.
     workers: its processes.
 
   Raises:
-    ValueError: an unknown method, or an empty reference.
+    ValueError: an unknown method, a time limit or a number of processes that
+      is not above 0, "math_verify" without that package, a reference without
+      an answer.
+    RuntimeError: a process of math-verify cannot start.
   """
+  _check_settings(method, timeout, workers)
+  out: list[Check] = []
+  asked: list[int] = []
+  for text, reference in zip(texts, references, strict=True):
+    verdict = None
+    tail = math_answer.after_thought(text)
+    if method == "exact" or tail is None or not tail.strip():
+      verdict = math_exact.right(text, reference)
+    else:
+      math_answer.of_reference(reference)
+    if verdict is None:
+      asked.append(len(out))
+    out.append(
+      Check(verdict, cannot_tell=method == "exact" and verdict is None)
+    )
+  if not asked or not math_pool.available():
+    return out
+  outcomes = math_pool.check(
+    [
+      (
+        math_answer.gold(references[i]),
+        math_answer.fold(math_answer.after_thought(texts[i])),
+      )
+      for i in asked
+    ],
+    timeout=timeout,
+    workers=workers,
+  )
+  for i, outcome in zip(asked, outcomes):
+    verdict, cannot_tell = outcome.right, out[i].cannot_tell
+    if verdict is None and method == "math_verify":
+      verdict = math_exact.right(texts[i], references[i])
+      cannot_tell = verdict is None
+    out[i] = Check(verdict, cannot_tell, outcome.failure)
+  _warn(out, len(asked))
+  return out
+
+
+def _checks(
+  rollouts: structs.Rollouts, *, method: str, timeout: float, workers: int
+) -> list[Check]:
+  """One a row; open-ended prompts are not checked, and never right."""
+  tasks = [
+    rollouts.prompts[rollouts.owner(r)]
+    for r in range(len(rollouts.completions))
+  ]
+  maths = [r for r, task in enumerate(tasks) if task.task == "math"]
+  out = [Check(False)] * len(tasks)
+  found = check_many(
+    [rollouts.texts[r] for r in maths],
+    [tasks[r].reference for r in maths],
+    method=method,
+    timeout=timeout,
+    workers=workers,
+  )
+  for r, check in zip(maths, found):
+    out[r] = check
+  return out
+
+
+def _check_settings(method: str, timeout: float, workers: int) -> None:
   if method not in METHODS:
     raise ValueError(f"Unknown method {method!r}. Use one of {METHODS}.")
-  out, open_questions = [], []
-  for text, reference in zip(texts, references, strict=True):
-    truth, answer = true_answer(reference), final_answer(text)
-    same = answer is not None and answer == truth
-    if answer is not None and not same:
-      number, true_number = _number(answer), _number(truth)
-      if number is not None and true_number is not None:
-        same = number == true_number
-      else:
-        open_questions.append((len(out), truth, answer))
-    out.append(same)
-  if method == "math_verify" and open_questions:
-    asked = [(truth, answer) for _, truth, answer in open_questions]
-    decided = _verified(asked, timeout, workers)
-    for (place, _, _), same in zip(open_questions, decided):
-      out[place] = same
-  return out
+  number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+  if not number or not 0 < timeout < math.inf:
+    raise ValueError(
+      f"The time limit of a maths check is {timeout!r}; it must be a number of "
+      "seconds above 0, such as 5 or 2.5."
+    )
+  whole = isinstance(workers, int) and not isinstance(workers, bool)
+  if not whole or workers < 1:
+    raise ValueError(
+      f"The maths checks have {workers!r} processes; give a whole number "
+      "above 0."
+    )
+  if method == "math_verify" and not math_pool.available():
+    raise ValueError(
+      "Method 'math_verify' needs the package math-verify, which is not "
+      "installed. Install requirements.txt, or use 'exact'."
+    )
 
 
-def _verified(
-  asked: Sequence[tuple[str, str]], timeout: int, workers: int
-) -> list[bool]:
-  """math-verify's word on pairs of answers; False where it gives none.
-
-  Its own time-outs are signals, which a busy C extension may not hear, so the
-  processes are killed when an answer is overdue, and the rest asked anew.
-  """
-  pool = _pool(workers)
-  waiting = [
-    pool.apply_async(math_worker.equal, (*pair, timeout)) for pair in asked
-  ]
-  out = []
-  for call in waiting:
-    try:
-      out.append(call.get(timeout=4 * timeout + 1))
-    except multiprocessing.TimeoutError:
-      out.append(False)
-      pool.terminate()
-      _pool.cache_clear()
-      rest = asked[len(out) :]
-      return out + (_verified(rest, timeout, workers) if rest else [])
-  return out
-
-
-@functools.cache
-def _pool(workers: int):
-  """Processes that have math-verify loaded; they fork from no JAX process."""
-  context = multiprocessing.get_context("spawn")
-  pool = context.Pool(workers)
-  atexit.register(pool.terminate)
-  pool.apply(math_worker.warm)
-  return pool
-
-
-def _last_boxed(text: str) -> str | None:
-  """What the last `\\boxed{...}` holds, braces matched; None if unclosed."""
-  begin = text.rfind("\\boxed{")
-  if begin < 0:
-    return None
-  begin += len("\\boxed{")
-  depth = 1
-  for i in range(begin, len(text)):
-    depth += {"{": 1, "}": -1}.get(text[i], 0)
-    if not depth:
-      return text[begin:i]
-  return None
-
-
-def _number(answer: str) -> fractions.Fraction | None:
-  """The exact value of a plain number or fraction, else None."""
-  frac = _FRAC.match(answer)
-  if frac:
-    sign, above, below = frac.groups()
-    answer = f"{sign}{above}/{below}".replace("--", "")
-  try:
-    return fractions.Fraction(answer)
-  except (ValueError, ZeroDivisionError):
-    return None
+def _warn(checks: Sequence[Check], asked: int) -> None:
+  failures = collections.Counter(c.failure for c in checks if c.failure)
+  if not failures:
+    return
+  undecided = sum(c.right is None for c in checks if c.failure)
+  named = ", ".join(f"{n} x {name}" for name, n in failures.most_common())
+  warnings.warn(
+    f"{failures.total()} of {asked} checks by math-verify failed to run "
+    f"({named}); {undecided} of them are undecided and pay 0, the exact "
+    "comparison decided the others.",
+    RuntimeWarning,
+    stacklevel=3,
+  )

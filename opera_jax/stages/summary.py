@@ -12,7 +12,7 @@ from opera_jax.stages import score as score_lib
 
 # Parts that only open-ended prompts have, and those of maths alone.
 OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")
-MATHS = ("verifiable", "correct")
+MATHS = ("verifiable", "correct", "cannot_tell", "check_failed", "undecided")
 NAMES = {
   "thought_tokens": "length/thought",
   "steps": "thought/steps",

@@ -107,6 +107,25 @@ def test_bad_rows(tmp_path, row, rule):
     prompts.load(path)
 
 
+@pytest.mark.parametrize(
+  "reference", ["x ####  ", "$", ".", r"\boxed{}", "####", "...", r"\text{}"]
+)
+def test_a_maths_reference_without_an_answer(tmp_path, reference):
+  row = GOOD | {"id": "b", "reference": reference}
+  path = write(tmp_path / "a.jsonl", [GOOD, row])
+  with pytest.raises(ValueError, match=r"a.jsonl:2: .*needs a final answer"):
+    prompts.load(path)
+  write(path, [GOOD, row | {"task": "open_ended"}])
+  assert prompts.load(path)[1].reference == reference
+
+
+def test_a_pattern_that_finds_no_answer(tmp_path):
+  row = GOOD | {"reference": "1 + 1\n#### $"}
+  path = write(tmp_path / "a.jsonl", [row])
+  with pytest.raises(ValueError, match=r"a.jsonl:1: .*reference '\$'"):
+    prompts.load(path, answer_pattern=prompts.GSM8K_ANSWER)
+
+
 def test_bad_bytes(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe{}\n")

@@ -326,6 +326,9 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
   parts = {
     "score": np.asarray([[-2.0, -4.0], [0.0, 0.0]]),
     "correct": np.asarray([[0.0, 0.0], [1.0, 0.0]]),
+    "cannot_tell": np.asarray([[0.0, 0.0], [0.0, 1.0]]),
+    "check_failed": np.asarray([[0.0, 0.0], [1.0, 1.0]]),
+    "undecided": np.asarray([[0.0, 0.0], [0.0, 0.0]]),
     "reflections": np.asarray([[1, 1], [0, 0]]),
   }
   sample = structs.Sample(np.zeros(2, np.int32), np.zeros(2), True)
@@ -350,6 +353,8 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
   assert both["time/reward_share"] == 1.0
   assert both["price/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
+  shares = [both[f"reward/{name}"] for name in summary.MATHS[2:]]
+  assert shares == [0.5, 1.0, 0.0]
   assert both["thought/reflections"] == 0.5
   assert both["rollout/truncation_gap"] == 0.0
   sample = dataclasses.replace(sample, truncated_logprob=np.full(2, 0.25))
