@@ -32,6 +32,7 @@ from opera_jax.stages import (
   evaluate,
   fit,
   learner,
+  preflight,
   reporting,
   rl_select,
   setup,
@@ -84,6 +85,7 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
+  preflight.check(run, stages, searching=searching, rules=rl_rules)
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(

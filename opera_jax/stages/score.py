@@ -49,6 +49,7 @@ class Scorer:
     parts: str = "opera + verifiable",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: float = 60.0,
+    environment: Sequence[str] = (),
     alpha: float = 0.3,
     tau: float = 2.0,
     mode: str = "both",
@@ -69,6 +70,7 @@ class Scorer:
       parts: which rewards, with which weights; see `compose.weights`.
       options: settings of rewards by name, where their defaults do not do.
       timeout: seconds that a user's function may take for one step.
+      environment: variables that it sees although they look like keys.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
       mode: see `opera.rewards`.
@@ -99,7 +101,7 @@ class Scorer:
     given["verifiable"] = {"method": math_check}
     self._weights = compose.weights(parts)
     self._rewards = {
-      name: compose.build(name, given.get(name, {}), timeout)
+      name: compose.build(name, given.get(name, {}), timeout, environment)
       for name in self._weights
     }
     self._table = automaton.compile(
@@ -111,6 +113,27 @@ class Scorer:
       tokenizer.think_close_id,
       cache_dir=cache_dir,
     )
+
+  def probe(self, prompts: Sequence[structs.Prompt]) -> None:
+    """Tries every reward that has a `probe`, once for all processes.
+
+    What lies outside of the run (an endpoint, a user's function) is asked
+    before anything expensive is done for its sake.
+
+    Args:
+      prompts: that will be rewarded; none leaves nothing to try.
+
+    Raises:
+      RuntimeError: a judge that does not answer.
+      ValueError: a user's function that cannot be called.
+    """
+    probes = [r.probe for r in self._rewards.values() if hasattr(r, "probe")]
+
+    def work(share: Sequence[int]) -> list[None]:
+      return [probes[at](prompts) for at in share]
+
+    if prompts:
+      exchange.each(range(len(probes)), work)
 
   def thoughts(self, samples: Sequence[structs.Sample]):
     """Where the steps lie: host `Thoughts`, and each row's true count."""
