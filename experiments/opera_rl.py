@@ -85,7 +85,9 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
-  preflight.check(run, stages, searching=searching, rules=rl_rules)
+    preflight.rl(run, rl_rules)
+  if "synthesize" in stages:
+    preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(

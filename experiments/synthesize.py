@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import card, cold_start, setup, supervised
+from opera_jax.stages import card, cold_start, preflight, setup, supervised
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
@@ -36,6 +36,7 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
+  preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,

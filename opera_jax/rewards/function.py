@@ -282,8 +282,7 @@ class Process:
       )
     if "raised" in reply:
       raise FunctionError(
-        f"The function {self._path!r} {promise}, and raised "
-        f"{reply['summary']}. Correct it."
+        f"The function {self._path!r} raised {reply['summary']}; it {promise}."
         f"{self._withheld(reply['trace'])}\n{reply['trace']}"
       )
     return reply["value"]
