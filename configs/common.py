@@ -139,6 +139,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Settings of those rewards by name, where their defaults do not do.
     "options": {},
     "timeout": 60.0,  # seconds of a user's function, a step
+    # Variables that it sees although their names or values look like keys.
+    "environment": (),
     "alpha": 0.3,  # [P]
     "tau": 2.0,  # [P]
     "mode": "both",  # or r_self, r_ppl, one_hot: the paper's ablations

@@ -32,6 +32,7 @@ from opera_jax.stages import (
   evaluate,
   fit,
   learner,
+  preflight,
   reporting,
   rl_select,
   setup,
@@ -85,6 +86,9 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
+    preflight.rl(run, rl_rules)
+  if "synthesize" in stages:
+    preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(

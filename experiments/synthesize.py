@@ -19,6 +19,7 @@ from opera_jax.stages import (
   card,
   cold_start,
   config_check,
+  preflight,
   setup,
   supervised,
 )
@@ -43,6 +44,7 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
+  preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,

@@ -11,9 +11,8 @@ from typing import Any
 
 from opera_jax import structs
 from opera_jax.data import rows
-from opera_jax.text import math_answer
+from opera_jax.text import math_answer, words
 from opera_jax.text import tokenizer as tokenizer_lib
-from opera_jax.text import words
 
 TASKS = ("open_ended", "math")
 FIELDS = {

@@ -112,9 +112,9 @@ def _results(rows: Sequence[table.Row]) -> str:
   return (
     "<section><h2>Before and after</h2>"
     f"<p>Means over {_text(value.count)} held-out prompts with "
-    f"{value.level:.0%} bootstrap intervals; a change is paired by prompt, against the stage to "
-    "its left. A verdict names a direction only where the interval of the "
-    "change excludes 0.</p>"
+    f"{value.level:.0%} bootstrap intervals; a change is paired by prompt, "
+    "against the stage to its left. A verdict names a direction only where the "
+    "interval of the change excludes 0.</p>"
     '<div class="wide"><table class="results"><thead><tr><th>measure</th>'
     f"{heads}<th></th></tr></thead><tbody>{body}</tbody></table></div>"
     "</section>"

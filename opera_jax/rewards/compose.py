@@ -17,7 +17,7 @@ import difflib
 import importlib
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,13 +69,21 @@ def files(package: str, record: str) -> list[str]:
   ]
 
 
-def build(name: str, settings: Mapping[str, Any], timeout: float) -> Any:
+def build(
+  name: str,
+  settings: Mapping[str, Any],
+  timeout: float,
+  environment: Sequence[str] = (),
+) -> Any:
   """The reward of a name: `opera_jax.rewards.NAME`, or a user's function.
+
+  A user's function is loaded at once, in the process that it will run in.
 
   Args:
     name: a file of this package, or "package.module:function".
     settings: fields of its `Reward`; the rest keep their defaults.
     timeout: seconds that a user's function may take.
+    environment: variables that it sees although they look like keys.
 
   Raises:
     ValueError: no such reward, or a setting that it does not have.
@@ -83,8 +91,9 @@ def build(name: str, settings: Mapping[str, Any], timeout: float) -> Any:
   if ":" in name:
     from opera_jax.rewards import function
 
-    function.load(name)
-    return function.Reward(name, timeout)
+    reward = function.Reward(name, timeout, tuple(environment))
+    reward.process.start()
+    return reward
   try:
     made = importlib.import_module(f"opera_jax.rewards.{name}").Reward
   except (ModuleNotFoundError, AttributeError) as error:

@@ -20,7 +20,7 @@ from opera_jax.credit import oppo
 from opera_jax.data import prompts
 from opera_jax.losses import kl, reduce
 from opera_jax.models import qwen3
-from opera_jax.rewards import compose, function, opera, verifiable
+from opera_jax.rewards import compose, opera, verifiable
 from opera_jax.rollout import sampling
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start, crediting, learner, score
@@ -386,27 +386,22 @@ def _built(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       make()
     except (ValueError, TypeError, OSError) as error:
       yield f"config.{section}: {error}"
-  if "rl" in stages:
-    yield from _function("select.rl.judge", rl_rules["judge"])
-  if "synthesize" in stages:
-    yield from _function("synthesis.choose", config["synthesis"]["choose"])
-
-
-def _function(field: str, path: str) -> Iterator[str]:
-  """A user's function that cannot be imported."""
-  if not path or path.startswith(rl_filter.COLUMN):
-    return
-  try:
-    function.load(path)
-  except ValueError as error:
-    yield f"config.{field} is {path!r}; {error}"
 
 
 def _terms(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
   """Reward terms and credit rules, and what is set of them."""
   reward = dict(config["reward"])
   try:
-    score.terms(lambda _: (), **{name: reward[name] for name in score.OF_TERMS})
+    weights = compose.weights(reward["parts"])
+    # A user's function is tried by `preflight`, in the process it runs in.
+    ours = [
+      name if weight == 1 else f"{weight!r}*{name}"
+      for name, weight in weights.items()
+      if ":" not in name
+    ]
+    settings = {name: reward[name] for name in score.OF_TERMS}
+    if ours:
+      score.terms(lambda _: (), **settings | {"parts": " + ".join(ours)})
   except (ValueError, TypeError) as error:
     yield f"config.reward.parts = {reward['parts']!r}: {error}"
   if "rl" not in stages:

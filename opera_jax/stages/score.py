@@ -40,8 +40,8 @@ class Scored:
 
 # Arguments of `terms` that are fields of config.reward.
 OF_TERMS = (
-  *("parts", "options", "timeout", "alpha", "tau", "mode", "compare"),
-  *("bridge", "match", "math_check"),
+  *("parts", "options", "timeout", "environment", "alpha", "tau", "mode"),
+  *("compare", "bridge", "match", "math_check"),
 )
 # What a term is told by fields of config.reward, and by which.
 _OWN = {
@@ -64,6 +64,7 @@ def terms(
   parts: str,
   options: Mapping[str, Mapping[str, Any]] | None,
   timeout: float,
+  environment: Sequence[str],
   alpha: float,
   tau: float,
   mode: str,
@@ -79,6 +80,7 @@ def terms(
     parts: see `Scorer`; and so on.
     options: see `Scorer`.
     timeout: see `Scorer`.
+    environment: see `Scorer`.
     alpha: see `Scorer`.
     tau: see `Scorer`.
     mode: see `Scorer`.
@@ -119,7 +121,9 @@ def terms(
     "verifiable": {"method": math_check},
   }
   return weights, {
-    name: compose.build(name, given.get(name, {}) | own.get(name, {}), timeout)
+    name: compose.build(
+      name, given.get(name, {}) | own.get(name, {}), timeout, environment
+    )
     for name in weights
   }
 
@@ -135,6 +139,7 @@ class Scorer:
     parts: str = "opera + verifiable",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: float = 60.0,
+    environment: Sequence[str] = (),
     alpha: float = 0.3,
     tau: float = 2.0,
     mode: str = "both",
@@ -156,6 +161,7 @@ class Scorer:
       options: settings of rewards by name, where their defaults do not do;
         what is an argument here is none of them.
       timeout: seconds that a user's function may take for one step.
+      environment: variables that it sees although they look like keys.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
       mode: see `opera.rewards`.
@@ -179,6 +185,7 @@ class Scorer:
       parts=parts,
       options=options,
       timeout=timeout,
+      environment=environment,
       alpha=alpha,
       tau=tau,
       mode=mode,
@@ -196,6 +203,27 @@ class Scorer:
       tokenizer.think_close_id,
       cache_dir=cache_dir,
     )
+
+  def probe(self, prompts: Sequence[structs.Prompt]) -> None:
+    """Tries every reward that has a `probe`, once for all processes.
+
+    What lies outside of the run (an endpoint, a user's function) is asked
+    before anything expensive is done for its sake.
+
+    Args:
+      prompts: that will be rewarded; none leaves nothing to try.
+
+    Raises:
+      RuntimeError: a judge that does not answer.
+      ValueError: a user's function that cannot be called.
+    """
+    probes = [r.probe for r in self._rewards.values() if hasattr(r, "probe")]
+
+    def work(share: Sequence[int]) -> list[None]:
+      return [probes[at](prompts) for at in share]
+
+    if prompts:
+      exchange.each(range(len(probes)), work)
 
   def thoughts(self, samples: Sequence[structs.Sample]):
     """Where the steps lie: host `Thoughts`, and each row's true count."""
