@@ -52,22 +52,24 @@ STAGES = ("base", "synthesize", "select", "sft", "rl", "evaluate", "report")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
-  runtime.start(**config.runtime)
-  opera(config, _WORKDIR.value)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
+  with checkpoint.Preemption() as preemption:
+    opera(config, _WORKDIR.value, preemption)
 
 
-def opera(config, folder: str) -> None:
+def opera(config, folder: str, preemption: checkpoint.Preemption) -> None:
   """The whole method, in the folder of the run."""
   stages = workdir.parse_stages(config.stages, STAGES)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   rl_rules = rl_filter.Rules(**selecting.pop("rl"))
   rules = filters.Rules(**selecting)
-  run = setup.setup(
-    folder,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  with preemption.at_once():
+    run = setup.setup(
+      folder,
+      temperature=config.rollout.temperature,
+      **{name: config[name] for name in setup.SECTIONS},
+    )
   check(config, mesh.data_ways(run.mesh))
   fit_plan.check(
     fit_plan.floor(
@@ -84,55 +86,58 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
-  with checkpoint.Preemption() as preemption:
-    # 1. A base model that thinks, badly.
-    supervised.base(
+  # 1. A base model that thinks, badly.
+  supervised.base(
+    run,
+    supervised.Recipe(**config.base),
+    preemption,
+    path=config.checkpoint,
+  )
+  # 2. Cold start: brake at reflection words, branch, keep what the policy
+  #    finds least perplexing.
+  if "synthesize" in stages:
+    cold_start.synthesize(
       run,
-      supervised.Recipe(**config.base),
+      searching,
+      card.Card(**config.card),
       preemption,
-      path=config.checkpoint,
     )
-    # 2. Cold start: brake at reflection words, branch, keep what the policy
-    #    finds least perplexing.
-    if "synthesize" in stages:
-      cold_start.synthesize(
-        run,
-        searching,
-        card.Card(**config.card),
-        preemption,
-      )
-    if "select" in stages:
-      cold_start.select(
-        run,
-        rules,
-        config.reward.keywords,
-        card.Card(**config.card),
-      )
-    # 3. SFT on what was selected.
-    if "sft" in stages:
-      supervised.sft(run, supervised.Recipe(**config.sft), preemption)
-    # 4. RL: reflections that make the reference likelier are rewarded, on
-    #    prompts that the SFT model neither masters nor fails.
-    if "rl" in stages:
-      chosen = rl_select.select(
-        run,
-        rl_rules,
-        sampling.Sampling(
-          stop_ids=(run.tokenizer.end_id,), **config.rollout.to_dict()
-        ),
-      )
-      enough(config, len(chosen.tasks.rl))
-      reinforce(chosen, config.rl, config.rollout, preemption)
-    # 5. Was it real? Held-out prompts, all three models, an outside measure.
-    if "evaluate" in stages:
-      evaluate.evaluate(
-        run,
-        evaluate.Settings(
-          max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
-        ),
-      )
-    if "report" in stages:
-      reporting.write(run, config.to_dict())
+  if "select" in stages:
+    cold_start.select(
+      run,
+      rules,
+      config.reward.keywords,
+      card.Card(**config.card),
+      preemption,
+    )
+  # 3. SFT on what was selected.
+  if "sft" in stages:
+    supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+  # 4. RL: reflections that make the reference likelier are rewarded, on
+  #    prompts that the SFT model neither masters nor fails.
+  if "rl" in stages:
+    chosen = rl_select.select(
+      run,
+      rl_rules,
+      sampling.Sampling(
+        stop_ids=(run.tokenizer.end_id,), **config.rollout.to_dict()
+      ),
+      preemption,
+    )
+    enough(config, len(chosen.tasks.rl))
+    reinforce(chosen, config.rl, config.rollout, preemption)
+  # 5. Was it real? Held-out prompts, all three models, an outside measure.
+  if "evaluate" in stages:
+    evaluate.evaluate(
+      run,
+      evaluate.Settings(
+        max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+      ),
+      preemption,
+    )
+  if "report" in stages:
+    reporting.write(run, config.to_dict(), preemption)
+  workdir.redone(folder)
 
 
 def check(config, ways: int) -> None:
@@ -204,11 +209,20 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
   """
   stage = run.stage(
-    "rl", rl=rl.to_dict(), rollout=rollout.to_dict(), reward=run.reward
+    "rl",
+    tasks=("rl",),
+    models=("sft", *filter(None, [rl.teacher])),
+    rl=rl.to_dict(),
+    rollout=rollout.to_dict(),
+    reward=run.reward,
   )
-  if stage.finished():
-    return
+  with stage.alone(preemption):
+    if not stage.finished():
+      stage.finish(train(run, stage, rl, rollout, preemption))
 
+
+def train(run: setup.Run, stage: workdir.Stage, rl, rollout, preemption):
+  """The steps of RL; what the stage reports."""
   # The SFT model is where the policy starts, and what KL holds it to.
   reference = run.load("sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
@@ -360,8 +374,8 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
-  run.save("rl", learn.policy(state.params))
-  stage.finish({"steps": step, "dropped": run.dropped})
+  model = run.save("rl", learn.policy(state.params))
+  return {"steps": step, "dropped": run.dropped, "model": model}
 
 
 if __name__ == "__main__":

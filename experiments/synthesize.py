@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import card, cold_start, setup, supervised
+from opera_jax.stages import card, cold_start, setup, supervised, workdir
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
@@ -26,17 +26,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   selecting.pop("rl")  # of the RL stage
   rules = filters.Rules(**selecting)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
   with checkpoint.Preemption() as preemption:
+    with preemption.at_once():
+      run = setup.setup(
+        _WORKDIR.value,
+        temperature=config.rollout.temperature,
+        **{name: config[name] for name in setup.SECTIONS},
+      )
     supervised.base(
       run,
       supervised.Recipe(**config.base),
@@ -45,7 +46,8 @@ def main(_) -> None:
     )
     about = card.Card(**config.card)
     cold_start.synthesize(run, searching, about, preemption)
-    cold_start.select(run, rules, config.reward.keywords, about)
+    cold_start.select(run, rules, config.reward.keywords, about, preemption)
+  workdir.redone(_WORKDIR.value)
 
 
 if __name__ == "__main__":

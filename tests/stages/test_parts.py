@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 from opera_jax.data import traces
-from opera_jax.stages import claims, parts
+from opera_jax.sharding import claims
+from opera_jax.stages import parts
 
 IDS = [f"item-{i}" for i in range(10)]
 
