@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 _POLL = 0.5  # seconds between two tries
 _MOST = 4096  # bytes read of who holds a lock
 # Of this process: a fork would keep the locks that its parent holds.
-_HELD: set[int] = set()
+_OPEN: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -42,6 +42,7 @@ def claim(
       system has no locks.
   """
   handle = _open(path)
+  _OPEN.add(handle)
   try:
     held = _lock(path, handle)
     while not held and wait is not None:
@@ -49,16 +50,14 @@ def claim(
       time.sleep(_POLL)
       held = _lock(path, handle)
     if held:
-      _HELD.add(handle)
       _write(handle, _own_name())
-    try:
-      yield held
-    finally:
-      if held:
-        _write(handle, b"")
+    yield held
+    if held and handle in _OPEN:
+      _write(handle, b"")
   finally:
-    _HELD.discard(handle)
-    os.close(handle)
+    if handle in _OPEN:
+      _OPEN.remove(handle)
+      os.close(handle)
 
 
 def holder(path: str | os.PathLike) -> str:
@@ -141,9 +140,9 @@ def _write(handle: int, text: bytes) -> None:
 
 
 def _let_go() -> None:
-  for handle in _HELD:
+  for handle in _OPEN:
     os.close(handle)
-  _HELD.clear()
+  _OPEN.clear()
 
 
 os.register_at_fork(after_in_child=_let_go)

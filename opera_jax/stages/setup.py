@@ -178,6 +178,11 @@ class Run:
     saves.close()
     return fingerprint_lib.fingerprint(params)
 
+  def model_digest(self, stage: str) -> str | None:
+    """The fingerprint of a finished stage's model; None if there is none."""
+    found = workdir_lib.model(self.workdir, stage)
+    return found and found[1]
+
   def load(self, stage: str) -> Any:
     """A stage's final parameters, in the TRAIN layout.
 

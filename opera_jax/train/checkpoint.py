@@ -82,7 +82,6 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
           max_to_keep=keep if self._writes else None,
           enable_async_checkpointing=False,
-          read_only=not self._writes,
           create=self._writes,
         ),
         item_handlers={
