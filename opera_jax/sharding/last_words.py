@@ -28,10 +28,21 @@ _STDERR = 2
 _IN_USE = []  # what C calls must outlive whoever made it
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 # "stopped sending heartbeats):\n1\n2\n", or "/job:x/replica:0/task:1".
-_SILENT = re.compile(r"heartbeats?\)?:?((?:\s*\d+[\s,]*\n)+)")
+_SILENT = re.compile(r"heartbeats\):((?:[\s,]+\d+)+)\s*\n")
 _TASK = re.compile(r"task[: ](\d+)")
+_BROKEN = re.compile(r"Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
 _SERVICE = re.compile(r"(?i)unavailable|socket closed|failed to connect|"
                       r"connection re|polled an error")  # fmt: skip
+
+
+def _of_the_network(error: BaseException | None) -> bool:
+  """Whether the runtime raised it, or what it came from, and not we."""
+  while error is not None:
+    runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    if runtime or _BROKEN.search(str(error)):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 class Words:
@@ -88,13 +99,14 @@ class Words:
       error: BaseException,
       trace: types.TracebackType | None,
     ) -> None:
-      if isinstance(error, jax.errors.JaxRuntimeError):
-        # A connection broke. Who died is known once its signs of life stop;
-        # this process goes on giving its own, for it is well.
+      broken = _of_the_network(error)
+      if broken:
+        # Who died is known once its signs of life stop; this process goes on
+        # giving its own meanwhile, for it is well.
         time.sleep(2 * seconds)
       before(kind, error, trace)
-      sys.stderr.flush()
-      if isinstance(error, jax.errors.JaxRuntimeError):
+      if broken:
+        sys.stderr.flush()
         os._exit(EXIT_CODE)  # no farewell to processes that are gone
 
     sys.excepthook = hook
