@@ -53,12 +53,17 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
+  opera(config, _WORKDIR.value)
+
+
+def opera(config, folder: str) -> None:
+  """The whole method, in the folder of the run; leaves when it is told to."""
   with checkpoint.Preemption() as preemption:
-    opera(config, _WORKDIR.value, preemption)
+    run_stages(config, folder, preemption)
 
 
-def opera(config, folder: str, preemption: checkpoint.Preemption) -> None:
-  """The whole method, in the folder of the run."""
+def run_stages(config, folder: str, preemption) -> None:
+  """The method's stages, one after the other."""
   stages = workdir.parse_stages(config.stages, STAGES)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()

@@ -18,7 +18,7 @@ from opera_jax.train import metrics
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SMALL = (
-  "--config=configs/tiny.py:smoke",
+  f"--config={ROOT}/configs/tiny.py:smoke",
   "--config.data.kind=jsonl",
   "--config.data.documents=320",
   "--config.model.hidden=64",
@@ -39,16 +39,17 @@ def _tasks(path, seed=1):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _start(workdir, *flags, driver="opera_rl", config=SMALL):
+def _start(workdir, *flags, driver="opera_rl", config=SMALL, cwd=None):
+  """Starts a driver; beside the workdir, so that paths may be relative."""
   env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"))
-  env["XLA_FLAGS"] = ""
+  env["XLA_FLAGS"], env["PYTHONPATH"] = "", str(ROOT)
   return subprocess.Popen(
     [
       *(sys.executable, "-m", f"experiments.{driver}", *config),
       f"--workdir={workdir}",
       *flags,
     ],
-    cwd=ROOT,
+    cwd=cwd or workdir.parent,
     env=env,
     stderr=subprocess.STDOUT,
     stdout=subprocess.PIPE,
@@ -80,7 +81,7 @@ def straight(tmp_path_factory):
   """A run from end to end, and its tasks."""
   folder = tmp_path_factory.mktemp("straight")
   _tasks(folder / "tasks.jsonl")
-  _end(_start(folder / "run", f"--config.data.path={folder / 'tasks.jsonl'}"))
+  _end(_start(folder / "run", "--config.data.path=tasks.jsonl"))
   return folder
 
 
@@ -96,7 +97,7 @@ def start(straight, tmp_path):
       shutil.rmtree(tmp_path / "run" / name)
     return _start(
       tmp_path / "run",
-      f"--config.data.path={tmp_path / 'tasks.jsonl'}",
+      "--config.data.path=tasks.jsonl",
       f"--config.stages={stages}",
       *flags,
       **more,
@@ -135,8 +136,7 @@ def test_new_content_in_the_middle_of_a_synthesis_is_refused(start, tmp_path):
   )
   assert code == -signal.SIGKILL and 4 <= _traces(tmp_path) < 24
   _tasks(tmp_path / "tasks.jsonl", seed=2)
-  path = tmp_path / "tasks.jsonl"
-  _refused(_end(start("synthesize"), 1), f"data.path ({path}): sha256")
+  _refused(_end(start("synthesize"), 1), "data.path (tasks.jsonl): sha256")
   # Asked to, it does all of it again with what is there now.
   _end(start("synthesize", "--config.redo=tokenizer"))
   assert _traces(tmp_path) == 24
@@ -152,7 +152,7 @@ def test_other_prompts_after_a_checkpoint_of_rl_are_refused(
   path = tmp_path / "tasks.jsonl"
   before = path.read_text()
   _tasks(path, seed=2)
-  _refused(_end(start("rl"), 1), f"data.path ({path}): sha256")
+  _refused(_end(start("rl"), 1), "data.path (tasks.jsonl): sha256")
   path.write_text(before)
   _end(start("rl"))
   assert _done(tmp_path, "rl") == _done(straight, "rl")
@@ -262,7 +262,7 @@ def test_a_grid_told_to_stop_ends_the_run_it_has_begun(tmp_path):
   grid = ("--config=configs/ablations.py:smoke",)
   log = tmp_path / "run" / "start" / "base" / "metrics.jsonl"
   code, output, _ = _signal_when(
-    _start(tmp_path / "run", driver="ablate", config=grid),
+    _start(tmp_path / "run", driver="ablate", config=grid, cwd=ROOT),
     log.exists,
     signal.SIGTERM,
   )
