@@ -193,7 +193,7 @@ def _ours(folder, workload) -> dict:
   loaded = qwen3_params.load(
     str(folder / "model"), run.model, run.mesh, rules.TRAIN
   )
-  run.save("sft", loaded)
+  run.stage("sft").finish({"model": run.save("sft", loaded)})
   every = prompt_ids(workload)
 
   class Exact(setup.Run):

@@ -34,6 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
   """The paper's recipe, without a model size."""
   config = ml_collections.ConfigDict()
   config.stages = STAGES  # a comma-separated choice, in this order
+  # Stages to do again with those after them; what they left goes to dropped/.
+  config.redo = ""
   config.seed = 0
   config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
   config.runtime = {

@@ -13,6 +13,8 @@ a finished cell is not repeated, and a killed one goes on. Leaves
 """
 
 import ast
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -29,41 +31,62 @@ from ml_collections import config_flags
 from opera_jax.data import traces
 from opera_jax.evals import ablation
 from opera_jax.report import learning_curves
-from opera_jax.stages import config_check, measure, probing, score, setup
-from opera_jax.train import metrics
+from opera_jax.stages import (
+  config_check,
+  measure,
+  probing,
+  score,
+  setup,
+  workdir,
+)
+from opera_jax.train import checkpoint, metrics
 
 
-def ablate(config, folder: str) -> None:
+def ablate(config, folder: str, preemption: checkpoint.Preemption) -> None:
   """The grid, cell by cell, and its tables."""
-  workdir = pathlib.Path(folder).resolve()
+  root = workdir.make(folder).resolve()
+  with workdir.held(root / "ablate.lock", "ablate", preemption):
+    grid(config, root, preemption)
+
+
+def grid(config, root: pathlib.Path, preemption) -> None:
+  """The same, in a folder that nobody else writes to."""
   every = split(config.flags)
   check(config, every)
   # 1. One model that all cells begin with.
-  start = workdir / "start"
-  run_driver(config.task, start, [f"--config.stages={config.start}"], every)
-  task = load(config.task, every)
-  run = setup.setup(
-    start,
-    temperature=task.rollout.temperature,
-    **{name: task[name] for name in setup.SECTIONS},
+  start = root / "start"
+  run_driver(
+    config.task, start, [f"--config.stages={config.start}"], every, preemption
   )
+  task = load(config.task, every)
+  with preemption.at_once():
+    run = setup.setup(
+      start,
+      temperature=task.rollout.temperature,
+      **{name: task[name] for name in setup.SECTIONS},
+    )
   # 2. That model, then every row and seed.
-  first = held_out(run, config.first, start / "measured.json", config, task)
-  values = {config.first: {0: first}}
+  held = functools.partial(
+    held_out, run, config=config, task=task, preemption=preemption
+  )
+  values = {config.first: {0: held(config.first, start / "measured.json")}}
   cost = {}
   for seed in config.seeds:
     for name, path, changes in config.rows:
-      cell = workdir / "cells" / f"{slug(name)}-{seed}"
-      train(cell, start, config_of(path, config), seed, config, every, changes)
-      values.setdefault(name, {})[seed] = held_out(
-        run, str(cell / config.last), cell / "measured.json", config, task
+      cell = root / "cells" / f"{slug(name)}-{seed}"
+      path = config_of(path, config)
+      train(cell, start, path, seed, config, every, changes, preemption)
+      values.setdefault(name, {})[seed] = held(
+        str(cell / config.last), cell / "measured.json"
       )
       cost.setdefault(name, {})[seed] = spent(cell)
       print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
   # 3. What each reward pays for completions made to be paid.
+  preemption.leave()
   probed = probe(run, config, task, every) if config.probes else {}
   # 4. Tables and curves.
-  write(workdir, config, values, cost, probed)
+  with preemption.at_once():
+    write(root, config, values, cost, probed)
 
 
 def check(config, every) -> None:
@@ -82,37 +105,62 @@ def check(config, every) -> None:
       raise ValueError(f"Row {name!r}: {error}") from error
 
 
-def run_driver(path: str, folder, settings, every) -> None:
-  """One run of the whole-method driver in a process of its own."""
+def run_driver(path: str, folder, settings, every, preemption) -> None:
+  """One run of the whole-method driver in a process of its own.
+
+  Raises:
+    SystemExit: it, or this process, was told to stop; both have.
+    CalledProcessError: it failed.
+  """
   env = dict(os.environ)
   cache = pathlib.Path(folder).parent / "jax_cache"
   env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-  subprocess.run(
-    [
-      *(sys.executable, "-m", "experiments.opera_rl"),
-      *(f"--config={path}", f"--workdir={folder}", *every, *settings),
-    ],
-    check=True,
-    env=env,
-  )
+  command = [
+    *(sys.executable, "-m", "experiments.opera_rl"),
+    *(f"--config={path}", f"--workdir={folder}", *every, *settings),
+  ]
+  preemption.leave()
+  told = False
+  with subprocess.Popen(command, env=env) as process:
+    while process.poll() is None:
+      if preemption.told() and not told:
+        process.terminate()  # it saves first
+        told = True
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.5)
+  if told or process.returncode == preemption.EXIT_CODE:
+    raise SystemExit(preemption.EXIT_CODE)
+  if process.returncode:
+    raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def train(cell, start, path, seed, config, every, changes) -> None:
+def train(cell, start, path, seed, config, every, changes, preemption) -> None:
   """One cell: the stages that differ, from the shared model."""
-  if (cell / config.last / "DONE.json").exists():
-    return
-  cell.mkdir(parents=True, exist_ok=True)
-  for name in config.shared:
-    if not (cell / name).exists():
-      (cell / name).symlink_to(start / name)
   settings = [
     f"--config.stages={config.stages}",
     *split(config.each.format(seed=seed)),
     *split(changes),
   ]
-  begin = time.monotonic()
-  run_driver(path, cell, settings, every)
-  print(f"ablate: {cell.name}: {time.monotonic() - begin:.0f} s", flush=True)
+  stage = workdir.Stage(
+    cell.parent,
+    cell.name,
+    {"config": path, "flags": [*every, *settings]},
+    {
+      f"{name}/model": workdir.model(start, name)
+      for name in config.shared
+      if name != "tokenizer"
+    },
+  )
+  with stage.alone(preemption):
+    if stage.finished():
+      return
+    for name in config.shared:
+      if not (cell / name).exists():
+        (cell / name).symlink_to(start / name)
+    begin = time.monotonic()
+    run_driver(path, cell, settings, every, preemption)
+    print(f"ablate: {cell.name}: {time.monotonic() - begin:.0f} s", flush=True)
+    stage.finish({})
 
 
 def load(path: str, changes):
@@ -129,29 +177,34 @@ def load(path: str, changes):
   return config
 
 
-def held_out(run, stage: str, kept: pathlib.Path, config, task):
+def held_out(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
   """Numbers of a model on the held-out prompts; measured once."""
-  if not kept.exists():
-    params, prompts = run.load(stage), run.tasks.held_out
-    groups = measure.draw(
-      run,
-      params,
-      prompts,
-      samples=config.samples,
-      max_new_tokens=task.rollout.max_new_tokens,
-    )
-    numbers = measure.measure(run, params, prompts, groups)
-    partial = kept.with_suffix(".tmp")
-    partial.write_text(json.dumps(numbers))
-    partial.replace(kept)
-  return json.loads(kept.read_text())
+  sampling = {
+    "samples": config.samples,
+    "max_new_tokens": task.rollout.max_new_tokens,
+  }
+  made_from = {"model": run.model_digest(stage), **sampling}
+  if kept.exists():
+    found = workdir.read(kept, "delete that file, and it is measured again")
+    if found.get("made_from") == made_from:
+      return found["numbers"]
+    print(f"ablate: {kept} is of something else; measured again.", flush=True)
+
+  def advance(_: int) -> None:
+    preemption.leave()
+
+  params, prompts = run.load(stage), run.tasks.held_out
+  groups = measure.draw(run, params, prompts, **sampling, advance=advance)
+  numbers = measure.measure(run, params, prompts, groups, advance)
+  workdir.write(kept, {"made_from": made_from, "numbers": numbers})
+  return numbers
 
 
 def spent(cell: pathlib.Path) -> dict[str, float]:
   """What a cell cost."""
   if not (cell / "rl").exists():
     made = list(traces.read(cell / "synthesize" / "traces"))
-    done = json.loads((cell / "select" / "DONE.json").read_text())
+    done = workdir.result(cell, "select")
     return {
       "sampled_tokens": sum(sampled_tokens(trace) for trace in made),
       "traces": done["kept"],
@@ -205,7 +258,7 @@ def probe(run, config, task, every):
   )
 
 
-def write(workdir, config, values, cost, probed) -> None:
+def write(root, config, values, cost, probed) -> None:
   """The tables as Markdown, all numbers as JSON, the curves as a picture."""
   size = {"resamples": config.resamples}
   shown = {name: measure.MEASURES[name] for name in config.measures}
@@ -218,8 +271,8 @@ def write(workdir, config, values, cost, probed) -> None:
       *([ablation.probes(probed)] if probed else []),
     ]
   )
-  (workdir / "ablation.md").write_text(text + "\n")
-  (workdir / "ablation.json").write_text(
+  (root / "ablation.md").write_text(text + "\n")
+  (root / "ablation.json").write_text(
     json.dumps(
       {
         "values": values,
@@ -234,7 +287,7 @@ def write(workdir, config, values, cost, probed) -> None:
   curves = {
     name: [
       metrics.read(
-        workdir / "cells" / f"{slug(name)}-{s}" / config.last / "metrics.jsonl"
+        root / "cells" / f"{slug(name)}-{s}" / config.last / "metrics.jsonl"
       )
       for s in config.seeds
     ]
@@ -243,7 +296,7 @@ def write(workdir, config, values, cost, probed) -> None:
   learning_curves.write(
     curves,
     config.curves,
-    workdir / "curves.png",
+    root / "curves.png",
     config.over,
   )
   print(text, flush=True)
@@ -264,9 +317,14 @@ def slug(name: str) -> str:
   return "".join(c if c.isalnum() else "_" for c in name).strip("_")
 
 
+def main(_) -> None:
+  with checkpoint.Preemption() as preemption:
+    ablate(_CONFIG.value, _WORKDIR.value, preemption)
+
+
 if __name__ == "__main__":
   _CONFIG = config_flags.DEFINE_config_file("config", "configs/ablations.py")
   _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the grid.")
   flags.mark_flags_as_required(["workdir"])
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
-  app.run(lambda _: ablate(_CONFIG.value, _WORKDIR.value))
+  app.run(main)

@@ -10,7 +10,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import config_check, evaluate, reporting, setup
+from opera_jax.stages import (
+  config_check,
+  evaluate,
+  reporting,
+  setup,
+  workdir,
+)
+from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -19,20 +26,24 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
-  evaluate.evaluate(
-    run,
-    evaluate.Settings(
-      max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
-    ),
-  )
-  reporting.write(run, config.to_dict())
+  with checkpoint.Preemption() as preemption:
+    with preemption.at_once():
+      run = setup.setup(
+        _WORKDIR.value,
+        temperature=config.rollout.temperature,
+        **{name: config[name] for name in setup.SECTIONS},
+      )
+    evaluate.evaluate(
+      run,
+      evaluate.Settings(
+        max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+      ),
+      preemption,
+    )
+    reporting.write(run, config.to_dict(), preemption)
+  workdir.redone(_WORKDIR.value)
 
 
 if __name__ == "__main__":

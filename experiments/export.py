@@ -29,7 +29,7 @@ _DTYPE = flags.DEFINE_enum(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

@@ -53,23 +53,30 @@ STAGES = ("base", "synthesize", "select", "sft", "rl", "evaluate", "report")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   opera(config, _WORKDIR.value)
 
 
 def opera(config, folder: str) -> None:
-  """The whole method, in the folder of the run."""
+  """The whole method, in the folder of the run; leaves when it is told to."""
+  with checkpoint.Preemption() as preemption:
+    run_stages(config, folder, preemption)
+
+
+def run_stages(config, folder: str, preemption) -> None:
+  """The method's stages, one after the other."""
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   rl_rules = rl_filter.Rules(**selecting.pop("rl"))
   rules = filters.Rules(**selecting)
-  run = setup.setup(
-    folder,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  with preemption.at_once():
+    run = setup.setup(
+      folder,
+      temperature=config.rollout.temperature,
+      **{name: config[name] for name in setup.SECTIONS},
+    )
   check(config, mesh.data_ways(run.mesh))
   fit_plan.check(
     fit_plan.floor(
@@ -89,53 +96,56 @@ def opera(config, folder: str) -> None:
     preflight.rl(run, rl_rules)
   if "synthesize" in stages:
     preflight.synthesis(run, searching)
-  with checkpoint.Preemption() as preemption:
-    # 1. A base model that thinks, badly.
-    supervised.base(
+  # 1. A base model that thinks, badly.
+  supervised.base(
+    run,
+    supervised.Recipe(**config.base),
+    preemption,
+    path=config.checkpoint,
+  )
+  # 2. Cold start: brake at reflection words, branch, keep what the policy
+  #    finds least perplexing.
+  if "synthesize" in stages:
+    cold_start.synthesize(
       run,
-      supervised.Recipe(**config.base),
+      searching,
+      card.Card(**config.card),
       preemption,
-      path=config.checkpoint,
     )
-    # 2. Cold start: brake at reflection words, branch, keep what the policy
-    #    finds least perplexing.
-    if "synthesize" in stages:
-      cold_start.synthesize(
-        run,
-        searching,
-        card.Card(**config.card),
-        preemption,
-      )
-    if "select" in stages:
-      cold_start.select(
-        run,
-        rules,
-        config.reward.keywords,
-        card.Card(**config.card),
-      )
-    # 3. SFT on what was selected.
-    if "sft" in stages:
-      supervised.sft(run, supervised.Recipe(**config.sft), preemption)
-    # 4. RL: reflections that make the reference likelier are rewarded, on
-    #    prompts that the SFT model neither masters nor fails.
-    if "rl" in stages:
-      chosen = rl_select.select(
-        run,
-        rl_rules,
-        run.sampling(**config.rollout.to_dict()),
-      )
-      enough(config, len(chosen.tasks.rl))
-      reinforce(chosen, config.rl, config.rollout, preemption)
-    # 5. Was it real? Held-out prompts, all three models, an outside measure.
-    if "evaluate" in stages:
-      evaluate.evaluate(
-        run,
-        evaluate.Settings(
-          max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
-        ),
-      )
-    if "report" in stages:
-      reporting.write(run, config.to_dict())
+  if "select" in stages:
+    cold_start.select(
+      run,
+      rules,
+      config.reward.keywords,
+      card.Card(**config.card),
+      preemption,
+    )
+  # 3. SFT on what was selected.
+  if "sft" in stages:
+    supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+  # 4. RL: reflections that make the reference likelier are rewarded, on
+  #    prompts that the SFT model neither masters nor fails.
+  if "rl" in stages:
+    chosen = rl_select.select(
+      run,
+      rl_rules,
+      run.sampling(**config.rollout.to_dict()),
+      preemption,
+    )
+    enough(config, len(chosen.tasks.rl))
+    reinforce(chosen, config.rl, config.rollout, preemption)
+  # 5. Was it real? Held-out prompts, all three models, an outside measure.
+  if "evaluate" in stages:
+    evaluate.evaluate(
+      run,
+      evaluate.Settings(
+        max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
+      ),
+      preemption,
+    )
+  if "report" in stages:
+    reporting.write(run, config.to_dict(), preemption)
+  workdir.redone(folder)
 
 
 def check(config, ways: int) -> None:
@@ -178,11 +188,20 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
   """
   stage = run.stage(
-    "rl", rl=rl.to_dict(), rollout=rollout.to_dict(), reward=run.reward
+    "rl",
+    tasks=("rl",),
+    models=("sft", *filter(None, [rl.teacher])),
+    rl=rl.to_dict(),
+    rollout=rollout.to_dict(),
+    reward=run.reward,
   )
-  if stage.finished():
-    return
+  with stage.alone(preemption):
+    if not stage.finished():
+      stage.finish(train(run, stage, rl, rollout, preemption))
 
+
+def train(run: setup.Run, stage: workdir.Stage, rl, rollout, preemption):
+  """The steps of RL; what the stage reports."""
   # The SFT model is where the policy starts, and what KL holds it to.
   reference = run.load("sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
@@ -341,8 +360,8 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
-  run.save("rl", learn.policy(state.params))
-  stage.finish({"steps": step, "dropped": run.dropped})
+  model = run.save("rl", learn.policy(state.params))
+  return {"steps": step, "dropped": run.dropped, "model": model}
 
 
 if __name__ == "__main__":

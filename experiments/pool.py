@@ -36,11 +36,12 @@ DEFAULT = "BAAI/bge-m3"  # of the paper
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  runtime.start(**config.runtime)
-  make(config, _WORKDIR.value)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
+  with checkpoint.Preemption() as preemption:
+    make(config, _WORKDIR.value, preemption)
 
 
-def make(config, folder: str) -> None:
+def make(config, folder: str, preemption: checkpoint.Preemption) -> None:
   """Makes the pool in the folder of the run."""
   settings = config.pool.to_dict()
   if not settings["embedder"]:
@@ -48,34 +49,41 @@ def make(config, folder: str) -> None:
     settings["embedder"] = DEFAULT if known else "policy"
     print(f"pool: embeddings by {settings['embedder']}", flush=True)
   settings = pool_stage.Settings(**settings)
+  with preemption.at_once():
+    prompts = tasks.read(**{name: config.data[name] for name in tasks.FILES})[0]
   pool_stage.build(
     folder,
-    tasks.read(**{name: config.data[name] for name in tasks.FILES})[0],
+    prompts,
     settings,
     seed=config.seed,
     embedder=lambda: (
-      policy(config, folder)
+      policy(config, folder, preemption)
       if settings.embedder == "policy"
       else pool.sentence_transformer(settings.embedder)
     ),
+    preemption=preemption,
   )
 
 
-def policy(config, folder: str) -> pool.Embed:
+def policy(
+  config, folder: str, preemption: checkpoint.Preemption
+) -> pool.Embed:
   """Embeds by the base model of the run."""
   sections = {name: config[name] for name in setup.SECTIONS}
   # No other stage is run here; the pool may be smaller than what they take.
   sections["data"] = {
     **config.data, "synthesis": 0, "rl": 0, "held_out": 0,
   }  # fmt: skip
-  run = setup.setup(folder, temperature=config.rollout.temperature, **sections)
-  with checkpoint.Preemption() as preemption:
-    supervised.base(
-      run,
-      supervised.Recipe(**config.base),
-      preemption,
-      path=config.checkpoint,
+  with preemption.at_once():
+    run = setup.setup(
+      folder, temperature=config.rollout.temperature, **sections
     )
+  supervised.base(
+    run,
+    supervised.Recipe(**config.base),
+    preemption,
+    path=config.checkpoint,
+  )
   params = run.load("base")
   embedder = embed.Embedder(
     run.graphdef,

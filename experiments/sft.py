@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import config_check, setup, supervised
+from opera_jax.stages import config_check, setup, supervised, workdir
 from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -19,15 +19,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
   with checkpoint.Preemption() as preemption:
+    with preemption.at_once():
+      run = setup.setup(
+        _WORKDIR.value,
+        temperature=config.rollout.temperature,
+        **{name: config[name] for name in setup.SECTIONS},
+      )
     supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+  workdir.redone(_WORKDIR.value)
 
 
 if __name__ == "__main__":

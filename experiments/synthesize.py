@@ -22,6 +22,7 @@ from opera_jax.stages import (
   preflight,
   setup,
   supervised,
+  workdir,
 )
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
@@ -33,19 +34,20 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
-  runtime.start(**config.runtime)
+  runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   selecting.pop("rl")  # of the RL stage
   rules = filters.Rules(**selecting)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
-  preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
+    with preemption.at_once():
+      run = setup.setup(
+        _WORKDIR.value,
+        temperature=config.rollout.temperature,
+        **{name: config[name] for name in setup.SECTIONS},
+      )
+    preflight.synthesis(run, searching)
     supervised.base(
       run,
       supervised.Recipe(**config.base),
@@ -54,7 +56,8 @@ def main(_) -> None:
     )
     about = card.Card(**config.card)
     cold_start.synthesize(run, searching, about, preemption)
-    cold_start.select(run, rules, config.reward.keywords, about)
+    cold_start.select(run, rules, config.reward.keywords, about, preemption)
+  workdir.redone(_WORKDIR.value)
 
 
 if __name__ == "__main__":

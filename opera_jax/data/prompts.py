@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opera_jax import structs
@@ -34,6 +35,7 @@ def load(
   answer_pattern: str | None = None,
   read: rows.Read | None = None,
   require_reference: bool = True,
+  seen: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> list[structs.Prompt]:
   r"""Reads a data set; the first bad row stops it with its place named.
 
@@ -53,6 +55,7 @@ def load(
       the file.
     require_reference: False lets open-ended tasks lack a reference, which
       then reads ""; the column may be None, "" or left out of `fields`.
+    seen: called with every row, such as `digest.Source.row`.
 
   Returns:
     The prompts, in the file's order.
@@ -76,6 +79,8 @@ def load(
   for line, row in rows.read(path, read):
     if limit is not None and len(prompts) >= limit:
       break
+    if seen is not None:
+      seen(row)
     place = f"{path}:{line}:"
     prompt = _prompt(
       place,
@@ -223,12 +228,15 @@ def row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
 def write(path: str | os.PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
   """Writes rows as JSONL, whole or not at all."""
   path = pathlib.Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  # Half a surrogate pair becomes its JSON escape.
-  with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-    for line in lines:
-      file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-  partial.replace(path)
+  partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+  try:
+    # Half a surrogate pair becomes its JSON escape.
+    with open(partial, "x", encoding="utf-8", errors="backslashreplace") as out:
+      for line in lines:
+        out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def token_lengths(

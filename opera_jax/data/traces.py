@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from opera_jax.data import digest
+
 JSONL = "traces.jsonl"
 TFDS = pathlib.Path("tfds", "traces", "1.0.0")
 CARD, FILES = "README.md", "FILES.json"
@@ -208,6 +210,12 @@ def _lines(path: pathlib.Path) -> Iterator[Trace]:
   with open(path, encoding="utf-8", newline="\n") as file:
     for number, line in enumerate(file, start=1):
       yield from_line(f"{path}:{number}:", line)
+
+
+def digest_of(directory: str | os.PathLike) -> str | None:
+  """SHA-256 of what `read` reads; None where there is no set."""
+  path = pathlib.Path(directory) / JSONL
+  return digest.file(path) if path.exists() else None
 
 
 def damage(directory: str | os.PathLike) -> str:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -98,6 +98,7 @@ def load(
   mesh: Mesh,
   rules: dict[str, Any],
   dtype: str = "float32",
+  advance: Callable[[], None] | None = None,
 ) -> Any:
   """Streams a checkpoint's weights into sharded arrays.
 
@@ -113,6 +114,7 @@ def load(
     mesh: where the parameters go.
     rules: TRAIN or ROLLOUT of `opera_jax.sharding.rules`.
     dtype: of the parameters, "float32" or "bfloat16".
+    advance: called before each tensor of the file is read.
 
   Returns:
     The params tree of `qwen3.create`, in `dtype`, laid out by `rules`.
@@ -139,18 +141,22 @@ def load(
   for name, entry in _entries(config).items():
     sources.setdefault(entry.ours, []).append((name, entry))
 
+  def read(name, entry, sharding):
+    if advance is not None:
+      advance()
+    return _read(name, stored[name], entry, sizes, sharding, dtype)
+
   def one(path, shape, sharding):
     mine = sources[qwen3.path_name(path)]
     if mine[0][1].layer is None:
-      name, entry = mine[0]
-      return _read(name, stored[name], entry, sizes, sharding, dtype)
+      return read(*mine[0], sharding)
     stack = jax.jit(
       functools.partial(jnp.zeros, shape.shape, dtype), out_shardings=sharding
     )()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     row = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
     for name, entry in mine:
-      array = _read(name, stored[name], entry, sizes, row, dtype)
+      array = read(name, entry, row)
       # Waits, so that the host holds one layer and not all that are queued.
       stack = jax.block_until_ready(put(stack, array, entry.layer))
     return stack

@@ -10,6 +10,7 @@ Every process must call these functions in the same order.
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
@@ -93,3 +94,37 @@ def read(path: str | os.PathLike) -> bytes:
   with open(path, "rb") as file:
     file.seek(mine.start)
     return b"".join(gather(file.read(len(mine))))
+
+
+def by_lead(work: Callable[[], Any]) -> Any:
+  """What `work` returns on process 0, on every process; all must call it.
+
+  Args:
+    work: what one process alone may do, such as writing; gives a JSON value.
+      The others only wait for it.
+
+  Raises:
+    RuntimeError: it raised; process 0 raises the error itself.
+    SystemExit: it left, and so all leave, with its code.
+  """
+  if jax.process_count() == 1:
+    return work()
+  told: dict[str, Any] = {}
+  if jax.process_index() == 0:
+    try:
+      told["value"] = work()
+    except SystemExit as left:
+      told["code"] = left.code
+      raise
+    finally:
+      error = sys.exception()
+      if error is not None and "code" not in told:
+        told["error"] = f"{type(error).__name__}: {error}"
+      gather(json.dumps(told).encode())
+    return told["value"]
+  told = json.loads(gather(b"")[0])
+  if "code" in told:
+    raise SystemExit(told["code"])
+  if "error" in told:
+    raise RuntimeError(f"Process 0 of the run: {told['error']}")
+  return told["value"]

@@ -6,18 +6,25 @@ process 0 writes to it, but for checkpoints, which all write together.
 """
 
 import functools
+import os
 import re
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from opera_jax.sharding import last_words
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _ADDRESS = re.compile(r"(?P<address>.+:\d+),(?P<count>\d+),(?P<index>\d+)")
 
 
 def start(
-  *, distributed: str, heartbeat_seconds: int, compile_cache: str
+  *,
+  distributed: str,
+  heartbeat_seconds: int,
+  compile_cache: str,
+  folder: str | os.PathLike = "",
 ) -> None:
   """Joins the other processes, and opens the cache of compiled programs.
 
@@ -28,6 +35,8 @@ def start(
     heartbeat_seconds: when a process has died, the others end within about
       this time, with an error.
     compile_cache: local directory that outlives the run; "" for none.
+    folder: of the run; takes what the runtime of several processes writes of
+      its own, see `last_words`. "" leaves it on the screen.
 
   Raises:
     ValueError: `distributed` is none of these.
@@ -52,12 +61,19 @@ def start(
       "num_processes": int(match["count"]),
       "process_id": int(match["index"]),
     }
+  words = last_words.Words(folder) if folder else None
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
     **given,
     heartbeat_timeout_seconds=heartbeat_seconds,
     shutdown_timeout_seconds=heartbeat_seconds,
   )
+  if words is not None:
+    words.ready(
+      index=jax.process_index(),
+      count=jax.process_count(),
+      seconds=heartbeat_seconds,
+    )
 
 
 def lead() -> bool:

@@ -9,7 +9,7 @@ does not grow with what is done.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -83,13 +83,15 @@ def synthesize(
     run: the run, with a finished base model.
     settings: of the search.
     card: of the data set.
-    preemption: asked after every trace; all that have ended are kept.
+    preemption: asked after every call; all traces that have ended are kept.
 
   Raises:
     OSError: a part cannot be written.
   """
   asked = dataclasses.asdict(settings)
-  stage = run.stage("synthesize", synthesize=asked)
+  stage = run.stage(
+    "synthesize", tasks=("synthesis",), models=("base",), synthesize=asked
+  )
   if _whole(stage):
     return
   prompts, longer = _fitting(run, settings)
@@ -103,57 +105,68 @@ def synthesize(
     stage.path / "parts", [p.id for p in prompts], settings.batch
   )
   _make(run, prompts, parts, settings, preemption)
-  with stage.alone():
-    if _whole(stage):
-      return
-    counts = {}
-    if runtime.lead():
-      counts = traces.write(
+
+  def write() -> dict[str, int]:
+    with preemption.at_once():
+      return traces.write(
         stage.path / "traces",
         parts.read(),
         card=lambda counts: card_lib.write(
           run, card, counts, {"Search": asked}
         ),
       )
-    stage.finish(counts)
+
+  with stage.alone(preemption):
+    if not _whole(stage):
+      stage.finish(exchange.by_lead(write))
 
 
 def select(
   run: setup_lib.Run,
   settings: filters.Rules,
-  keywords: list[str],
+  keywords: Sequence[str],
   card: card_lib.Card,
+  preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `select/traces` and `select/rejected`, with counts by reason."""
   asked = dataclasses.asdict(settings)
-  stage = run.stage("select", select=asked)
+  stage = run.stage(
+    "select",
+    sets=("synthesize",),
+    computes=False,
+    select=asked,
+    reward={"keywords": list(keywords)},
+  )
   source = run.workdir / "synthesize" / "traces"
-  with stage.alone():
-    if _whole(stage):
-      return
-    counts = {}
-    if runtime.lead():
-      # Two passes, so that only a word and a number a trace are in memory.
-      why, counts = filters.verdicts(traces.read(source), settings, keywords)
-      tables = {"Filters": asked | {"keywords": tuple(keywords)}}
-      tables["Of all traces"] = counts
-      tables["Search"] = {
-        name.removeprefix("synthesize."): value
-        for name, value in workdir_lib.settings(
-          run.workdir, "synthesize"
-        ).items()
-        if name.startswith("synthesize.")
-      }
-      for name in ("traces", "rejected"):
-        kept = name == "traces"
-        if kept or set(counts) != {"kept"}:
-          traces.write(
-            stage.path / name,
-            _chosen(source, why, kept),
-            card=lambda here: card_lib.write(run, card, here, tables),
-          )
-      print(f"select: {counts}", flush=True)
-    stage.finish(counts)
+
+  def write() -> dict[str, int]:
+    # Two passes, so that only a word and a number a trace are in memory.
+    why, counts = filters.verdicts(traces.read(source), settings, keywords)
+    tables = {"Filters": asked | {"keywords": tuple(keywords)}}
+    tables["Of all traces"] = counts
+    tables["Search"] = {
+      name.removeprefix("synthesize."): value
+      for name, value in workdir_lib.settings(run.workdir, "synthesize").items()
+      if name.startswith("synthesize.")
+    }
+    for name in ("traces", "rejected"):
+      kept = name == "traces"
+      if kept or set(counts) != {"kept"}:
+        traces.write(
+          stage.path / name,
+          _chosen(source, why, kept),
+          card=lambda here: card_lib.write(run, card, here, tables),
+        )
+    print(f"select: {counts}", flush=True)
+    return counts
+
+  def write_at_once() -> dict[str, int]:
+    with preemption.at_once():
+      return write()
+
+  with stage.alone(preemption):
+    if not _whole(stage):
+      stage.finish(exchange.by_lead(write_at_once))
 
 
 def _chosen(
@@ -192,7 +205,7 @@ def _make(
   own, params = run.on_own_devices(), run.load("base")
   if own is None:
     machine, work = run, _agreed(parts)
-    leave = preemption.requested
+    leave = preemption.leave
   else:
     machine = own
     mine = range(jax.process_index(), len(parts), jax.process_count())
@@ -201,7 +214,7 @@ def _make(
     work = parts.work(mine)
     params = layout.own_copy(params, own.mesh)
     # Hosts are not in step, so none can ask the others.
-    leave = preemption.told
+    leave = preemption.leave_alone
   rollout_params = machine.for_rollout(params)
   searcher = _searcher(machine, settings)
   seed = run.seed if settings.seed < 0 else settings.seed
@@ -219,8 +232,11 @@ def _make(
         if own is not None or runtime.lead():
           parts.add(index, trace)
         progress.update()
-        if leave():
-          raise SystemExit(preemption.EXIT_CODE)
+        leave()
+
+      def advance(tokens: int) -> None:
+        progress.update(0, tokens=tokens)
+        leave()
 
       # A trace depends on its prompt's id and the key, not on its part.
       searcher.run(
@@ -228,7 +244,7 @@ def _make(
         params,
         [prompts[i] for i in items],
         key,
-        advance=lambda tokens: progress.update(0, tokens=tokens),
+        advance=advance,
         ended=ended,
       )
       count_others()

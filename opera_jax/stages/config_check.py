@@ -225,6 +225,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "max_prompt_tokens": count(),
     "max_reference_tokens": count(),
     "checkpoint": text(),
+    "redo": text(),
   }),
   "mesh": ((), {
     axis: lambda value: count()(value) and value != -1 and (
@@ -497,6 +498,11 @@ def _stages(
   workdir: str | os.PathLike | None,
 ) -> Iterator[str]:
   """Stages whose inputs no stage of this run or of an earlier one makes."""
+  try:
+    dropped = workdir_lib.redo_names(config["redo"])
+  except ValueError as error:
+    yield f"{error}"
+    return
   for stage, inputs in NEEDS.items():
     if stage not in stages:
       continue
@@ -504,7 +510,9 @@ def _stages(
       name
       for name in inputs
       if name not in stages
-      and not (workdir and workdir_lib.result(workdir, name))
+      and (
+        name in dropped or not (workdir and workdir_lib.result(workdir, name))
+      )
     ]
     if lacking:
       yield (

@@ -4,7 +4,8 @@ Shape key: B prompts, N samples a prompt, M models.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,11 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
+from opera_jax.stages import kept as kept_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
-from opera_jax.train import metrics
+from opera_jax.train import checkpoint, metrics
 
 MODELS = ("base", "sft", "rl")
 
@@ -56,32 +58,105 @@ class Settings:
   resamples: int  # of the bootstrap
 
 
-def evaluate(run: setup_lib.Run, settings: Settings) -> None:
-  """Writes `evaluate/result.json`: measures, table, and samples to read.
+Advance = Callable[[int], None]  # is told of tokens done; may end the run
+
+
+def evaluate(
+  run: setup_lib.Run, settings: Settings, preemption: checkpoint.Preemption
+) -> None:
+  """Writes `evaluate/DONE.json`: measures, table, and samples to read.
+
+  What is done is kept in `evaluate/parts`, some prompts of a model at a time.
+
+  Args:
+    run: the run, with its three models.
+    settings: how.
+    preemption: asked after every call.
 
   Raises:
     FileNotFoundError: a model is missing.
   """
-  stage = run.stage(
-    "evaluate", evaluate=dataclasses.asdict(settings), reward=run.reward
-  )
-  if stage.finished():
-    return
   for model in MODELS:
     if not workdir_lib.result(run.workdir, model):
       raise FileNotFoundError(
         f"Stage {model!r} has not finished in {run.workdir}, and evaluation "
         f"compares {', '.join(MODELS)}. Add it to config.stages."
       )
+  stage = run.stage(
+    "evaluate",
+    tasks=("held_out",),
+    models=MODELS,
+    evaluate=dataclasses.asdict(settings),
+    reward=run.reward,
+  )
+  with stage.alone(preemption):
+    if not stage.finished():
+      stage.finish(_evaluate(run, stage, settings, preemption))
+
+
+def _evaluate(
+  run: setup_lib.Run,
+  stage: workdir_lib.Stage,
+  settings: Settings,
+  preemption: checkpoint.Preemption,
+) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  samples, scored, values = {}, {}, {}
+  pieces = kept_lib.Pieces(stage.path / "parts")
+  samples, values = {}, {}
   with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
+
+    def advance(tokens: int) -> None:
+      progress.update(0, tokens=tokens)
+      preemption.leave()
+
     for model in MODELS:
-      params = run.load(model)
-      samples[model] = run.engine.sample(
-        run.for_rollout(params),
-        ids,
+      samples[model], values[model] = _one_model(
+        run, model, prompts, ids, settings, pieces, advance
+      )
+      progress.update()
+    opened = np.asarray([p.task == "open_ended" for p in prompts])
+    if opened.any():
+      pooled = _pooled_rank(run, prompts, ids, samples, opened, pieces, advance)
+      for model in MODELS:
+        values[model]["r_ppl"] = pooled[model]
+    shown = _shown(run, prompts, ids, samples, settings, advance)
+  rows = _table(values, opened, prompts, settings)
+  print(table.as_markdown(rows), flush=True)
+  return {
+    "prompts": len(prompts),
+    "samples": settings.samples,
+    "table": [dataclasses.asdict(row) for row in rows],
+    "markdown": table.as_markdown(rows),
+    "values": {
+      model: {k: v.tolist() for k, v in arrays.items()}
+      for model, arrays in values.items()
+    },
+    "shown": shown,
+  }
+
+
+def _one_model(
+  run: setup_lib.Run,
+  model: str,
+  prompts: Sequence[structs.Prompt],
+  ids: Sequence[np.ndarray],
+  settings: Settings,
+  pieces: kept_lib.Pieces,
+  advance: Advance,
+) -> tuple[list[list[structs.Sample]], dict[str, np.ndarray]]:
+  """Its samples, [B][N], and what they measure, [B] each."""
+  load = functools.cache(lambda: run.load(model))
+  to_sample = functools.cache(lambda: run.for_rollout(load()))
+  told = all("facts" in p.columns for p in prompts)
+  every, measured = [], []
+  for block in kept_lib.blocks(len(prompts)):
+    mine = kept_lib.block(prompts, block), kept_lib.block(ids, block)
+
+    def draw(mine=mine) -> list[Any]:
+      drawn = run.engine.sample(
+        to_sample(),
+        mine[1],
         run.sampling(
           max_new_tokens=settings.max_new_tokens,
           temperature=settings.temperature,
@@ -89,35 +164,38 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
         ),
         jax.random.key(run.seed + 3),
         samples=settings.samples,
-        ids=[p.id for p in prompts],
-        advance=lambda tokens: progress.update(0, tokens=tokens),
+        ids=[p.id for p in mine[0]],
+        advance=advance,
       )
-      scored[model] = run.measurer.score(params, prompts, ids, samples[model])
-      values[model] = _measures(
-        run, params, prompts, ids, samples[model], scored[model]
-      )
-      progress.update()
-  opened = np.asarray([p.task == "open_ended" for p in prompts])
-  if opened.any():
-    pooled = _pooled_rank(run, prompts, ids, samples, opened)
-    for model in MODELS:
-      values[model]["r_ppl"] = pooled[model]
-  rows = _table(values, opened, prompts, settings)
-  print(table.as_markdown(rows), flush=True)
-  shown = _shown(run, prompts, ids, samples, settings)
-  stage.finish(
-    {
-      "prompts": len(prompts),
-      "samples": settings.samples,
-      "table": [dataclasses.asdict(row) for row in rows],
-      "markdown": table.as_markdown(rows),
-      "values": {
-        model: {k: v.tolist() for k, v in arrays.items()}
-        for model, arrays in values.items()
-      },
-      "shown": shown,
-    }
-  )
+      return kept_lib.samples_out(drawn)
+
+    name = f"{model}-{block.start:08d}"
+    groups = kept_lib.samples_in(pieces.get(f"{name}-samples", draw))
+
+    def measure(mine=mine, groups=groups) -> dict[str, list[float]]:
+      scored = run.measurer.score(load(), *mine, groups, advance=advance)
+      found = _measures(run, load(), *mine, groups, scored, told, advance)
+      return {key: value.tolist() for key, value in found.items()}
+
+    every += groups
+    measured.append(pieces.get(f"{name}-values", measure))
+  return every, _joined(measured, list(kept_lib.blocks(len(prompts))))
+
+
+def _joined(
+  pieces: Sequence[dict[str, list[float]]], blocks: Sequence[range]
+) -> dict[str, np.ndarray]:
+  """Measures of all prompts; 0 where a piece has none of their kind."""
+  names = {name: None for piece in pieces for name in piece}  # in order
+  return {
+    name: np.concatenate(
+      [
+        np.asarray(piece.get(name, [0.0] * len(block)), np.float64)
+        for piece, block in zip(pieces, blocks, strict=True)
+      ]
+    )
+    for name in names
+  }
 
 
 def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
@@ -128,9 +206,16 @@ def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
 
 
 def _measures(
-  run, params, prompts, ids, groups, scored: score_lib.Scored
+  run: setup_lib.Run,
+  params: Any,
+  prompts: Sequence[structs.Prompt],
+  ids: Sequence[np.ndarray],
+  groups: Sequence[Sequence[structs.Sample]],
+  scored: score_lib.Scored,
+  told: bool,
+  advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """Per-prompt means over its samples, [B] each."""
+  """Per-prompt means over its samples, [B] each; facts where `told`."""
   parts = {
     name: part_BN.mean(axis=1)
     for name, part_BN in scored.parts.items()
@@ -139,7 +224,7 @@ def _measures(
   parts["finished"] = np.asarray(
     [np.mean([s.finished for s in group]) for group in groups]
   )
-  if all("facts" in p.columns for p in prompts):
+  if told:
     parts["facts"] = np.asarray(
       [
         np.mean(
@@ -155,7 +240,7 @@ def _measures(
         for p, group in zip(prompts, groups)
       ]
     )
-  parts |= thought_prices(run, params, prompts, ids, groups)
+  parts |= thought_prices(run, params, prompts, ids, groups, advance)
   return {name: np.asarray(v, np.float64) for name, v in parts.items()}
 
 
@@ -165,6 +250,7 @@ def thought_prices(
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   groups: Sequence[Sequence[structs.Sample]],
+  advance: Advance | None = None,
 ) -> dict[str, np.ndarray]:
   """What the reference costs after an empty thought, and after the model's own.
 
@@ -174,6 +260,7 @@ def thought_prices(
     prompts: B tasks.
     ids: their chat prompts as tokens.
     groups: samples of each, whose thoughts alone are read.
+    advance: called with the tokens priced as they are done.
 
   Returns:
     "logp_direct" and "logp_thought", nats a token, [B] each; the second is the
@@ -201,7 +288,7 @@ def thought_prices(
         )
       )
       trunks.append(context)
-  prices = run.pricer.price(params, trunks, branches)
+  prices = run.pricer.price(params, trunks, branches, advance=advance)
   mean_BX = np.asarray([p.mean() for p in prices.branch_logprob]).reshape(
     len(prompts), -1
   )
@@ -219,19 +306,37 @@ def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:
   return sample.tokens[: len(sample.tokens) - sample.finished]
 
 
-def _pooled_rank(run, prompts, ids, samples, opened) -> dict[str, np.ndarray]:
+def _pooled_rank(
+  run: setup_lib.Run,
+  prompts: Sequence[structs.Prompt],
+  ids: Sequence[np.ndarray],
+  samples: dict[str, list[list[structs.Sample]]],
+  opened: np.ndarray,
+  pieces: kept_lib.Pieces,
+  advance: Advance,
+) -> dict[str, np.ndarray]:
   """R_ppl where the group is every model's samples, priced by one model."""
-  judge = run.load("sft")
+  load = functools.cache(lambda: run.load("sft"))
   chosen = [b for b in range(len(prompts)) if opened[b]]
-  pooled = [[s for m in MODELS for s in samples[m][b]] for b in chosen]
-  scored = run.measurer.score(
-    judge, [prompts[b] for b in chosen], [ids[b] for b in chosen], pooled
-  )
-  out = {}
-  rank_BX = scored.parts["r_ppl"].reshape(len(chosen), len(MODELS), -1)
-  for m, model in enumerate(MODELS):
-    out[model] = np.zeros(len(prompts))
-    out[model][chosen] = rank_BX[:, m].mean(axis=1)
+  out = {model: np.zeros(len(prompts)) for model in MODELS}
+  for block in kept_lib.blocks(len(chosen)):
+    mine = kept_lib.block(chosen, block)
+
+    def rank(mine=mine) -> list[list[float]]:
+      pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
+      scored = run.measurer.score(
+        load(),
+        [prompts[b] for b in mine],
+        [ids[b] for b in mine],
+        pooled,
+        advance=advance,
+      )
+      rank_BX = scored.parts["r_ppl"].reshape(len(mine), len(MODELS), -1)
+      return rank_BX.mean(axis=2).tolist()
+
+    for b, ranks in zip(mine, pieces.get(f"pooled-{block.start:08d}", rank)):
+      for model, value in zip(MODELS, ranks, strict=True):
+        out[model][b] = value
   return out
 
 
@@ -262,6 +367,7 @@ def _shown(
   ids: Sequence[np.ndarray],
   samples: dict[str, Any],
   settings: Settings,
+  advance: Advance,
 ) -> list[dict[str, Any]]:
   """A few completions of every model, with each step's effect on y_ref."""
   chosen = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
@@ -275,6 +381,7 @@ def _shown(
       [ids[b] for b in chosen],
       groups,
       all_steps=True,
+      advance=advance,
     )
     for place, b in enumerate(chosen):
       row = place * settings.samples

@@ -37,8 +37,12 @@ def draw(
   *,
   samples: int,
   max_new_tokens: int,
+  advance: evaluate.Advance | None = None,
 ) -> list[list[structs.Sample]]:
-  """N samples of each prompt at temperature 1, from the run's seed."""
+  """N samples of each prompt at temperature 1, from the run's seed.
+
+  `advance` is called with the tokens of each sample when it ends.
+  """
   return run.engine.sample(
     run.for_rollout(params),
     run.prompt_ids(prompts),
@@ -46,6 +50,7 @@ def draw(
     jax.random.key(run.seed + 3),
     samples=samples,
     ids=[p.id for p in prompts],
+    advance=advance,
   )
 
 
@@ -54,6 +59,7 @@ def measure(
   params: Any,
   prompts: Sequence[structs.Prompt],
   groups: Sequence[Sequence[structs.Sample]],
+  advance: evaluate.Advance | None = None,
 ) -> dict[str, list[float]]:
   """Means over each prompt's samples, by measure.
 
@@ -62,6 +68,7 @@ def measure(
     params: the model that wrote the samples.
     prompts: B tasks.
     groups: N >= 2 samples of each.
+    advance: called with the tokens priced as they are done.
 
   Returns:
     One number a prompt of its kind: `OPEN_ENDED` over open-ended prompts,
@@ -69,7 +76,7 @@ def measure(
     measure of which there is no prompt is left out.
   """
   ids = run.prompt_ids(prompts)
-  scored = run.measurer.score(params, prompts, ids, groups)
+  scored = run.measurer.score(params, prompts, ids, groups, advance=advance)
   opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   maths = [b for b, p in enumerate(prompts) if p.task == "math"]
   told = [b for b in opened if "facts" in prompts[b].columns]
@@ -86,6 +93,7 @@ def measure(
       run,
       params,
       *([every[b] for b in opened] for every in (prompts, ids, groups)),
+      advance=advance,
     )
     out["logp_thought"] = prices["logp_thought"]
   if maths:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 
 from opera_jax.data import traces
-from opera_jax.stages import claims
+from opera_jax.sharding import claims
 
 _POLL = 1.0  # seconds between two looks at what others work on
 

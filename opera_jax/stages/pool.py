@@ -15,7 +15,7 @@ from opera_jax.report import clusters as page
 from opera_jax.sharding import runtime
 from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import cluster, pool
-from opera_jax.train import metrics
+from opera_jax.train import checkpoint, metrics
 
 _NEAREST = 4  # prompts of a cluster that the page shows
 _POINTS = 2_000  # prompts of the picture
@@ -49,6 +49,7 @@ def build(
   *,
   seed: int,
   embedder: Callable[[], pool.Embed],
+  preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `pool/prompts.jsonl`, `rejected.jsonl`, `clusters.html`, counts.
 
@@ -58,6 +59,7 @@ def build(
     settings: how.
     seed: of clusters, sample and picture.
     embedder: makes the embedder, once it is needed.
+    preemption: asked after every batch that is embedded, which is kept.
 
   Raises:
     ValueError: fewer prompts are left than asked for, or whatever of the
@@ -75,12 +77,19 @@ def build(
       "prompts": digest.hexdigest(),
     },
   )
-  with stage.alone():
+  with stage.alone(preemption):
     if not stage.finished():
-      _build(stage, prompts, settings, seed, embedder)
+      _build(stage, prompts, settings, seed, embedder, preemption)
 
 
-def _build(stage, prompts, settings, seed, embedder) -> None:
+def _build(
+  stage: workdir_lib.Stage,
+  prompts: Sequence[structs.Prompt],
+  settings: Settings,
+  seed: int,
+  embedder: Callable[[], pool.Embed],
+  preemption: checkpoint.Preemption,
+) -> None:
   kept, rejected = pool.screen(
     prompts,
     min_chars=settings.min_chars,
@@ -91,6 +100,7 @@ def _build(stage, prompts, settings, seed, embedder) -> None:
     near_duplicate=settings.near_duplicate,
     ngram=settings.ngram,
   )
+  preemption.leave()
   size = settings.size or len(kept)
   if not kept or size > len(kept):
     raise ValueError(
@@ -100,7 +110,9 @@ def _build(stage, prompts, settings, seed, embedder) -> None:
       "config.pool."
     )
   vector_ND = pool.unit(
-    _embedded(stage.path / "embeddings", kept, settings.batch, embedder),
+    _embedded(
+      stage.path / "embeddings", kept, settings.batch, embedder, preemption
+    ),
     centre=settings.embedder == "policy",
   )
   found = cluster.fit(
@@ -110,6 +122,7 @@ def _build(stage, prompts, settings, seed, embedder) -> None:
     sample=settings.cluster_sample,
     seed=seed,
   )
+  preemption.leave()
   take_K = cluster.quotas(found.sizes(), size, settings.minimum)
   chosen = cluster.draw(found.label, take_K, seed)
   taken = np.zeros(len(kept), bool)
@@ -154,12 +167,14 @@ def _embedded(
   prompts: Sequence[structs.Prompt],
   batch: int,
   embedder: Callable[[], pool.Embed],
+  preemption: checkpoint.Preemption,
 ) -> np.ndarray:
   """Embeddings of the prompts; a killed run goes on with the next batch."""
   parts, embed = [], None
   folder.mkdir(exist_ok=True)
   with metrics.Progress(len(prompts), "embed", unit="prompt") as progress:
     for start in range(0, len(prompts), batch):
+      preemption.leave()
       path = folder / f"{start:08d}.npy"
       texts = [p.prompt for p in prompts[start : start + batch]]
       if path.exists():

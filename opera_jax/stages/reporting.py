@@ -6,22 +6,34 @@ from typing import Any
 from opera_jax.evals import bootstrap, table
 from opera_jax.models import qwen3
 from opera_jax.report import curves, page, views
-from opera_jax.sharding import runtime
+from opera_jax.sharding import exchange
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
-from opera_jax.train import metrics
+from opera_jax.train import checkpoint, metrics
 
 SECTIONS = {"base": "Base model", "sft": "SFT", "rl": "RL"}
 
 
-def write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
+def write(
+  run: setup_lib.Run,
+  config: Mapping[str, Any],
+  preemption: checkpoint.Preemption,
+) -> None:
   """Writes `report.html` from whatever stages have finished.
 
   The page is made anew each time: it only reads what the stages left. On
   several hosts process 0 writes it.
   """
-  if not runtime.lead():
-    return
+
+  def at_once() -> None:
+    with preemption.at_once():
+      _write(run, config)
+
+  with workdir_lib.held(run.workdir / "report.lock", "report", preemption):
+    exchange.by_lead(at_once)
+
+
+def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
   result = workdir_lib.result(run.workdir, "evaluate")
   rows = [_row(row) for row in result.get("table", ())]
   path = run.workdir / "report.html"

@@ -1,23 +1,29 @@
 """The prompts that RL is run on, chosen by what the SFT model makes of them."""
 
 import dataclasses
+import functools
 import json
+from typing import Any
 
 import jax
 
 from opera_jax import structs
+from opera_jax.data import digest
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.rewards import function, verifiable
 from opera_jax.rollout import sampling
 from opera_jax.sharding import exchange, runtime
+from opera_jax.stages import kept as kept_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.synthesis import rl_filter
+from opera_jax.train import checkpoint
 
 
 def select(
   run: setup_lib.Run,
   rules: rl_filter.Rules,
   settings: sampling.Sampling,
+  preemption: checkpoint.Preemption,
 ) -> setup_lib.Run:
   """Drops RL prompts; the run itself where the rules drop nothing.
 
@@ -28,17 +34,23 @@ def select(
     run: the run, with a finished SFT model.
     rules: what is kept.
     settings: how to sample.
+    preemption: asked after every call; what is done is kept, some prompts at
+      a time, in `select_rl/parts`.
   """
   if not rules.active():
     return run
   stage = run.stage(
     "select_rl",
+    tasks=("rl",),
+    models=("sft",),
     select_rl=dataclasses.asdict(rules),
     rollout=dataclasses.asdict(settings),
+    reward={"math_check": run.reward["math_check"]},
   )
-  with stage.alone():
+  with stage.alone(preemption):
     if not stage.finished():
-      found = _found(run, rules, settings)
+      pieces = kept_lib.Pieces(stage.path / "parts")
+      found = _found(run, rules, settings, pieces, preemption)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
       if runtime.lead():
         for name in ("prompts", "rejected"):
@@ -52,13 +64,17 @@ def select(
           )
       print(f"select_rl: {counts}", flush=True)
       stage.finish(counts)
-  text = exchange.read(stage.path / "prompts.jsonl").decode()
+  chosen = stage.path / "prompts.jsonl"
+  source = digest.Source(exchange.read)
+  text = source.read(chosen).decode()
   kept = {json.loads(line)["id"] for line in text.splitlines()}
   rl = [p for p in run.tasks.rl if p.id in kept]
+  digests = {"select_rl/prompts": (str(chosen), source.hexdigest())}
   return dataclasses.replace(
     run,
-    tasks=dataclasses.replace(run.tasks, rl=rl),
-    settings=run.settings | {"select_rl": dataclasses.asdict(rules)},
+    tasks=dataclasses.replace(
+      run.tasks, rl=rl, digests=run.tasks.digests | digests
+    ),
   )
 
 
@@ -78,7 +94,13 @@ def user_judge(run: setup_lib.Run, rules: rl_filter.Rules) -> function.Reward:
   )
 
 
-def _found(run, rules, settings):
+def _found(
+  run: setup_lib.Run,
+  rules: rl_filter.Rules,
+  settings: sampling.Sampling,
+  pieces: kept_lib.Pieces,
+  preemption: checkpoint.Preemption,
+) -> dict[str, dict[str, Any]]:
   """`right` and `score` of `rl_filter.verdicts`."""
   maths = [p for p in run.tasks.rl if p.task == "math" and rules.samples]
   opened = [p for p in run.tasks.rl if p.task == "open_ended" and rules.judge]
@@ -89,16 +111,17 @@ def _found(run, rules, settings):
     score, asked = {}, opened
   if not maths and not asked:
     return {"right": {}, "score": score}
-  params = run.for_rollout(run.load("sft"))
+  params = functools.cache(lambda: run.for_rollout(run.load("sft")))
 
   def texts(prompts: list[structs.Prompt], samples: int) -> list[list[str]]:
     drawn = run.engine.sample(
-      params,
+      params(),
       run.prompt_ids(prompts),
       settings,
       jax.random.key(run.seed + 4),
       samples=samples,
       ids=[p.id for p in prompts],
+      advance=lambda _: preemption.leave(),
     )
     return [
       [run.tokenizer.decode(s.tokens, skip_special=True) for s in group]
@@ -121,13 +144,22 @@ def _found(run, rules, settings):
     said = [prompt for prompt, _ in share], [group[0] for _, group in share]
     return [float(value) for value in user_judge(run, rules).values(*said)]
 
-  def asks(prompts, samples, work):
-    pairs = list(zip(prompts, texts(prompts, samples), strict=True))
-    answers = exchange.each(pairs, work)
-    return {p.id: one for p, one in zip(prompts, answers, strict=True)}
+  def asks(name, prompts, samples, work):
+    out = {}
+    for block in kept_lib.blocks(len(prompts)):
+      some = kept_lib.block(prompts, block)
 
-  right = asks(maths, rules.samples, check)
-  return {"right": right, "score": score | asks(asked, 1, judge)}
+      def answers(some=some):
+        pairs = list(zip(some, texts(some, samples), strict=True))
+        preemption.leave()
+        return exchange.each(pairs, work)
+
+      kept = pieces.get(f"{name}-{block.start:08d}", answers)
+      out |= {p.id: one for p, one in zip(some, kept, strict=True)}
+    return out
+
+  right = asks("right", maths, rules.samples, check)
+  return {"right": right, "score": score | asks("score", asked, 1, judge)}
 
 
 def _row(prompt, word, found):

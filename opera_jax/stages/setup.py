@@ -11,20 +11,21 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import structs
+from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import hf_config, qwen3
 from opera_jax.rewards import compose
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.scoring import price as price_lib
-from opera_jax.sharding import exchange, layout, rules, runtime
+from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.stages import claims
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import tasks as tasks_lib
 from opera_jax.stages import workdir as workdir_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
+from opera_jax.train import fingerprint as fingerprint_lib
 
 # Arguments of `setup` that a driver takes from its config by the same name.
 SECTIONS = (
@@ -39,8 +40,22 @@ SECTIONS = (
   "engine",
   "price",
   "reward",
+  "redo",
 )
 MEASURED = "opera + verifiable"
+# Of a model's or a tokenizer's directory, what is read of it.
+MODEL_FILES = ("*.safetensors", "*.json")
+TOKENIZER_FILES = ("*.json", "*.jinja")
+# What tasks are read from, known by what it holds and not by its name.
+_READ = ("path", "math_path", "responses_path")
+# Fields of config.data that matter to these tasks alone.
+_SAVED_TOKENIZER = ("tokenizer*.json", "generation_config.json")
+_COUNTS = {
+  "documents": ("documents",),
+  "synthesis": ("synthesis",),
+  "rl": ("rl",),
+  "held_out": ("held_out",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +76,64 @@ class Run:
   policy_pricer: price_lib.Pricer  # at the policy's; the same where equal
   scorer: score_lib.Scorer  # of the run's rewards
   measurer: score_lib.Scorer  # of OPERA's, for evaluation
-  settings: dict[str, Any]  # what the outcome of every stage depends on
-  reward: dict[str, Any]  # and of those that reward
+  settings: dict[str, Any]  # what outcomes depend on; see `stage`
+  reward: dict[str, Any]  # and those of stages that reward
+  tokenizer_digest: tuple[str, str]  # its place, the SHA-256 of its files
+  redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
   # The engine and the pricer at temperature 1, made for a mesh.
   machines: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, price_lib.Pricer]
   ]
 
-  def stage(self, name: str, **settings: Any) -> workdir_lib.Stage:
-    """Opens a stage's folder; see `workdir.Stage` for what it refuses."""
-    return workdir_lib.Stage(self.workdir, name, self.settings | settings)
+  def stage(
+    self,
+    name: str,
+    *,
+    tasks: Sequence[str] = (),
+    models: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    inputs: Callable[[], workdir_lib.Inputs] | None = None,
+    computes: bool = True,
+    **settings: Any,
+  ) -> workdir_lib.Stage:
+    """Opens a stage's folder; see `workdir.Stage` for what it refuses.
+
+    Args:
+      name: of the stage.
+      tasks: fields of `tasks.Tasks` that it reads.
+      models: stages whose models it reads.
+      sets: stages whose traces it reads.
+      inputs: gives what else it is made from; process 0 asks for it.
+      computes: whether it runs the model: seed, sizes and tokenizer matter.
+      **settings: of the stage alone. How often it saves does not matter.
+    """
+
+    def given() -> dict[str, list[str] | None]:
+      found: dict[str, Any] = dict(inputs()) if inputs is not None else {}
+      for stage in models:
+        found[f"{stage}/model"] = workdir_lib.model(self.workdir, stage)
+      for stage in sets:
+        place = self.workdir / stage / "traces"
+        value = traces.digest_of(place)
+        found[f"{stage}/traces"] = value and (str(place), value)
+      return found
+
+    common: dict[str, Any] = {}
+    made_from: dict[str, Any] = {}
+    if computes:
+      made_from["tokenizer"] = self.tokenizer_digest
+      common = {name: self.settings[name] for name in ("seed", "model")}
+    if tasks:
+      common |= data_settings(self.settings, tasks)
+      made_from |= data_inputs(self.tasks, tasks)
+    made_from |= exchange.by_lead(given)
+    return workdir_lib.Stage(
+      self.workdir,
+      name,
+      common | {k: _lasting(v) for k, v in settings.items()},
+      made_from,
+      redo=self.redo,
+    )
 
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
     """The chat prompt of each task, as tokens; each process makes some."""
@@ -113,17 +176,28 @@ class Run:
     )
     return create()
 
-  def save(self, stage: str, params: Any) -> None:
-    """Keeps a stage's final parameters."""
+  def save(self, stage: str, params: Any) -> str:
+    """Keeps a stage's final parameters.
+
+    Returns:
+      Their fingerprint, which `finish` is to report as "model".
+    """
     saves = checkpoint.Checkpoints(self.workdir / stage / "model")
     saves.save(0, params, {})
     saves.close()
+    return fingerprint_lib.fingerprint(params)
+
+  def model_digest(self, stage: str) -> str | None:
+    """The fingerprint of a finished stage's model; None if there is none."""
+    found = workdir_lib.model(self.workdir, stage)
+    return found and found[1]
 
   def load(self, stage: str) -> Any:
     """A stage's final parameters, in the TRAIN layout.
 
     Raises:
       FileNotFoundError: the stage has not finished.
+      ValueError: the model is not the one that the stage reported.
     """
     shapes = qwen3.abstract(self.model)[1]
     shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
@@ -132,13 +206,22 @@ class Run:
       shapes,
       shardings,
     )
-    saves = checkpoint.Checkpoints(self.workdir / stage / "model")
+    folder = self.workdir / stage / "model"
+    saves = checkpoint.Checkpoints(folder, write=False)
     restored = saves.restore(like)
     saves.close()
     if restored is None:
       raise FileNotFoundError(
         f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "
         f"it first: add {stage} to config.stages."
+      )
+    said = workdir_lib.result(self.workdir, stage).get("model")
+    found = fingerprint_lib.fingerprint(restored[1])
+    if said is not None and said != found:
+      raise ValueError(
+        f"{folder} holds another model ({found[:12]}) than stage {stage!r} "
+        f"reported ({str(said)[:12]}). Bring the folder back from a copy, use "
+        f"a new --workdir, {workdir_lib.remedy(stage)}."
       )
     return restored[1]
 
@@ -158,6 +241,7 @@ def setup(
   price: Mapping[str, Any],
   reward: Mapping[str, Any],
   temperature: float,
+  redo: str = "",
 ) -> Run:
   """Loads or makes everything that the stages share; trains only the BPE.
 
@@ -178,6 +262,7 @@ def setup(
     price: arguments of `scoring.price.Pricer`.
     reward: arguments of `score.Scorer`.
     temperature: at which the policy is sampled and updated.
+    redo: stages to be dropped first, see `workdir.redo`.
 
   Raises:
     ValueError: whatever of this does not fit together.
@@ -185,7 +270,18 @@ def setup(
   workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
   tasks = tasks_lib.load(seed=seed, **data)
-  words = _tokenizer(workdir, tasks, checkpoint, **tokenizer)
+  settings = {
+    "seed": seed,
+    "tokenizer": _plain(tokenizer),
+    "model": _plain(model),
+    "data": _plain(data),
+    "max_prompt_tokens": max_prompt_tokens,
+    "max_reference_tokens": max_reference_tokens,
+  }
+  dropped_stages = workdir_lib.redo(workdir, redo)
+  words, tokenizer_digest = _tokenizer(
+    workdir, tasks, checkpoint, settings, dropped_stages, **tokenizer
+  )
   sizes = dict(model)
   if sizes["vocab_size"] <= 0:
     sizes["vocab_size"] = words.vocab_size
@@ -254,14 +350,9 @@ def setup(
     else price_lib.Pricer(
       graphdef, mesh=device_mesh, temperature=temperature, **sizes
     ),
-    settings={
-      "seed": seed,
-      "tokenizer": _plain(tokenizer),
-      "model": _plain(model),
-      "data": _plain(data),
-      "max_prompt_tokens": max_prompt_tokens,
-      "max_reference_tokens": max_reference_tokens,
-    },
+    settings=settings,
+    tokenizer_digest=tokenizer_digest,
+    redo=dropped_stages,
     reward=reward,
     scorer=score_lib.Scorer(pricer, words, cache_dir=automata, **reward),
     measurer=score_lib.Scorer(
@@ -278,21 +369,113 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def data_settings(
+  settings: Mapping[str, Any], tasks: Sequence[str]
+) -> dict[str, Any]:
+  """The settings that matter to some fields of `tasks.Tasks`."""
+  data = settings["data"]
+  counts = {field for name in tasks for field in _COUNTS[name]}
+  if data["kind"] == "jsonl":
+    # One file is split, and RL draws after the cold start.
+    counts |= {"held_out"} | ({"synthesis"} if "rl" in tasks else set())
+  others = {field for fields in _COUNTS.values() for field in fields} - counts
+  out = {
+    "seed": settings["seed"],
+    "data": {
+      name: value
+      for name, value in data.items()
+      if name not in others and name not in _READ
+    },
+  }
+  if set(tasks) - {"documents"}:
+    for name in ("max_prompt_tokens", "max_reference_tokens"):
+      out[name] = settings[name]
+  return out
+
+
+def data_inputs(
+  tasks: tasks_lib.Tasks, names: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+  """Places and digests of the data that some fields of the tasks are from."""
+  return {
+    field if "/" in field else f"data.{field}": found
+    for field, found in tasks.digests.items()
+    if field != "responses_path" or "documents" in names
+  }
+
+
+def directory_inputs(
+  name: str, path: str, files: tuple[str, ...], finished: bool
+) -> workdir_lib.Inputs:
+  """A directory that a stage is made from, as `workdir.Stage` takes it.
+
+  Args:
+    name: of the field that names it.
+    path: the directory, or an id of the hub; that one is a setting.
+    files: patterns of the files that count.
+    finished: whether the stage is; then the directory may be gone.
+  """
+  folder = pathlib.Path(path)
+  if folder.is_dir():
+    return {name: (path, digest.folder(folder, files))}
+  return {name: None} if finished else {}
+
+
+def _lasting(values: Any) -> Any:
+  """Settings of a stage without how often it saves."""
+  if not isinstance(values, dict):
+    return values
+  return {k: v for k, v in values.items() if k != "checkpoint_every"}
+
+
 def _tokenizer(
   workdir: pathlib.Path,
   tasks: tasks_lib.Tasks,
   checkpoint: str,
+  settings: Mapping[str, Any],
+  redo: Sequence[str],
   path: str,
   bpe_size: int,
-) -> tokenizer_lib.Tokenizer:
-  folder = workdir / "tokenizer"
-  if runtime.lead():
-    with claims.claim(workdir / "tokenizer.lock", wait=True):
-      if not (folder / "tokenizer.json").exists():
-        words = _new_tokenizer(tasks, path, bpe_size)
-        words.with_ends(_checkpoint_ends(checkpoint)).save(folder)
-  runtime.barrier("tokenizer made")
-  return tokenizer_lib.Tokenizer.load(folder)
+) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str]]:
+  """The run's tokenizer, and the digest of its files; a stage of its own."""
+  if path:
+    given = {"tokenizer": {"path": path}}
+    made_from = exchange.by_lead(
+      lambda: directory_inputs(
+        "tokenizer.path",
+        path,
+        TOKENIZER_FILES,
+        finished=(workdir / "tokenizer" / "DONE.json").exists(),
+      )
+    )
+  else:
+    given = {"tokenizer": {"bpe_size": bpe_size}}
+    given |= data_settings(settings, ("documents",))
+    made_from = data_inputs(tasks, ("documents",))
+  ends = _checkpoint_ends(checkpoint)
+  given["ends"] = list(ends)
+  stage = workdir_lib.Stage(workdir, "tokenizer", given, made_from, redo=redo)
+
+  def make() -> str:
+    if not stage.finished():
+      words = _new_tokenizer(tasks, path, bpe_size)
+      words.with_ends(ends).save(stage.path)
+      found = digest.folder(stage.path, _SAVED_TOKENIZER)
+      workdir_lib.write(stage.path / "DONE.json", {"sha256": found})
+    found = digest.folder(stage.path, _SAVED_TOKENIZER)
+    said = workdir_lib.result(workdir, "tokenizer").get("sha256")
+    if found != said:
+      raise ValueError(
+        f"{stage.path} holds another tokenizer ({found[:12]}) than was made "
+        f"there ({str(said)[:12]}). Bring its files back from a copy, use a "
+        f"new --workdir, {workdir_lib.remedy('tokenizer')}."
+      )
+    return found
+
+  with stage.alone():
+    found = exchange.by_lead(make)
+  words = tokenizer_lib.Tokenizer.load(stage.path)
+  return words, (str(stage.path), found)
 
 
 def _checkpoint_ends(checkpoint: str) -> tuple[int, ...]:

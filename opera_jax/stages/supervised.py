@@ -56,12 +56,25 @@ def base(
   Args:
     run: the run.
     recipe: how to pretrain; unread where the model is loaded.
-    preemption: asked after every update.
+    preemption: asked after every update, or every tensor that is loaded.
     path: directory or hub id of a Qwen3 checkpoint; "" pretrains.
   """
-  settings = {"path": path} if path else dataclasses.asdict(recipe)
-  stage = run.stage("base", base=settings)
-  with stage.alone():
+  if path:
+    stage = run.stage(
+      "base",
+      inputs=lambda: setup_lib.directory_inputs(
+        "checkpoint",
+        path,
+        setup_lib.MODEL_FILES,
+        finished=bool(workdir_lib.result(run.workdir, "base")),
+      ),
+      base={"path": path},
+    )
+  else:
+    stage = run.stage(
+      "base", tasks=("documents",), base=dataclasses.asdict(recipe)
+    )
+  with stage.alone(preemption):
     if not stage.finished():
       _base(run, stage, recipe, preemption, path)
 
@@ -81,9 +94,10 @@ def _base(
     flush=True,
   )
   if path:
-    loaded = qwen3_params.load(path, run.model, run.mesh, rules.TRAIN)
-    run.save("base", loaded)
-    stage.finish({"path": path})
+    loaded = qwen3_params.load(
+      path, run.model, run.mesh, rules.TRAIN, advance=preemption.leave
+    )
+    stage.finish({"path": path, "model": run.save("base", loaded)})
     return
   pairs = [
     (words.chat_prompt(d.prompt), _completion(words, d)) for d in documents
@@ -95,8 +109,13 @@ def sft(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
   """Fine-tunes the base model on the selected traces."""
-  stage = run.stage("sft", sft=dataclasses.asdict(recipe))
-  with stage.alone():
+  stage = run.stage(
+    "sft",
+    models=("base",),
+    sets=("select",),
+    sft=dataclasses.asdict(recipe),
+  )
+  with stage.alone(preemption):
     if stage.finished():
       return
     pairs = [
@@ -170,5 +189,5 @@ def _train(
     checkpoint_every=recipe.checkpoint_every,
     preemption=preemption,
   )
-  run.save(stage.name, params)
-  stage.finish({"updates": len(data), **data.counts})
+  model = run.save(stage.name, params)
+  stage.finish({"updates": len(data), **data.counts, "model": model})

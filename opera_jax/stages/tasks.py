@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from opera_jax import structs
-from opera_jax.data import drafts, storyworld, sums
+from opera_jax.data import digest, drafts, rows, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
 from opera_jax.text import words
@@ -33,6 +33,11 @@ class Tasks:
   held_out: list[structs.Prompt]
   documents: list[structs.Document]  # for pretraining
   notes: tuple[str, ...] = ()  # what was left out or cut, in sentences
+  # By field of config.data, or by stage and name of what it chose, the place
+  # and the SHA-256 of what was read there.
+  digests: Mapping[str, tuple[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 def load(
@@ -110,7 +115,7 @@ def load(
     raise ValueError(
       f"Unknown config.data.kind {kind!r}; use 'storyworld' or 'jsonl'."
     )
-  every, more_maths = read(
+  every, more_maths, digests = read(
     path,
     fields=fields,
     task_map=task_map,
@@ -167,6 +172,7 @@ def load(
     )
   made = []
   if documents:
+    responses = digest.Source(exchange.read)
     made, drafted = _drafted(
       train,
       [p for p in more_maths if words.normal(p.prompt) not in unseen],
@@ -174,11 +180,20 @@ def load(
       count=documents,
       seed=seed,
       words=excerpt_words,
+      read_file=responses.read,
     )
     notes += drafted
+    if responses_path:
+      digests["responses_path"] = responses_path, responses.hexdigest()
   for note in notes:
     print(f"tasks: {note}", flush=True)
-  return Tasks(**chosen, held_out=held, documents=made, notes=tuple(notes))
+  return Tasks(
+    **chosen,
+    held_out=held,
+    documents=made,
+    notes=tuple(notes),
+    digests=digests,
+  )
 
 
 def _others(
@@ -213,28 +228,35 @@ def read(
   math_fields: Mapping[str, str],
   math_answer: str,
   math_limit: int,
-) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
-  """All tasks of both files, and the maths rows beyond the limit.
+) -> tuple[
+  list[structs.Prompt], list[structs.Prompt], dict[str, tuple[str, str]]
+]:
+  """All tasks of both files, the maths rows beyond the limit, and digests.
 
-  Open-ended tasks may lack a reference. Arguments as in `load`.
+  Open-ended tasks may lack a reference. Arguments as in `load`; digests as in
+  `Tasks`.
   """
   if not path and not math_path:
     raise ValueError(
       "config.data.path and config.data.math_path are both empty. Name a "
       "file of tasks with --config.data.path=FILE."
     )
-  every = []
+  every, digests = [], {}
   if path:
+    source = digest.Source(exchange.read)
     every = prompts_lib.load(
       path,
       fields=fields,
       task_map=task_map,
       default_task=default_task or None,
-      read=exchange.read,
+      read=source.read,
       require_reference=False,
+      seen=source.row,
     )
+    digests["path"] = path, source.hexdigest()
   if not math_path:
-    return every, []
+    return every, [], digests
+  source = digest.Source(exchange.read)
   maths = [
     # Ids of two files may clash.
     dataclasses.replace(p, id=f"math/{p.id}")
@@ -243,11 +265,13 @@ def read(
       fields=math_fields,
       default_task="math",
       answer_pattern=math_answer,
-      read=exchange.read,
+      read=source.read,
+      seen=source.row,
     )
   ]
+  digests["math_path"] = math_path, source.hexdigest()
   limit = math_limit or len(maths)
-  return every + maths[:limit], maths[limit:]
+  return every + maths[:limit], maths[limit:], digests
 
 
 def _shortened(
@@ -288,6 +312,7 @@ def _drafted(
   count: int,
   seed: int,
   words: int,
+  read_file: rows.Read,
 ) -> tuple[list[structs.Document], list[str]]:
   """Documents of training tasks, maths in its share of the tasks."""
   opened = [p for p in train if p.task == "open_ended"]
@@ -308,7 +333,7 @@ def _drafted(
     responses, empty, source = {}, 0, "the references"
     if responses_path:
       responses, empty = drafts.read_responses(
-        responses_path, {p.id for p in opened}, exchange.read
+        responses_path, {p.id for p in opened}, read_file
       )
       source = f"{sum(map(len, responses.values())):,} responses"
     out += drafts.open_ended(

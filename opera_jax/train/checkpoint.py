@@ -7,6 +7,7 @@ rename. A checkpoint that does not match its list is set aside with a warning
 and the one before it is used.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -22,11 +23,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opera_jax.sharding import runtime
+from opera_jax.sharding import claims, exchange, runtime
 
 _FILES = "FILES.json"
 _DAMAGED = "damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_LOCK = "writer.lock"
 # Enough to meet every small file whole; sizes tell about the rest.
 _CHECKED_BYTES = 64 * 2**20
 
@@ -40,20 +42,29 @@ class Checkpoints:
 
   Saving waits until the checkpoint is whole on disk: an update donates the
   buffers of the state it was given, so the next one may not run meanwhile.
+  One process (or the processes of one run) writes a directory at a time, and
+  holds its lock until `close`; others only read it meanwhile.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
-    """Opens a directory, making it if need be, and checks what is in it.
+  def __init__(
+    self, directory: str | os.PathLike, *, keep: int = 2, write: bool = True
+  ):
+    """Opens a directory and checks what is in it.
 
-    What a kill left half written is removed, and the newest checkpoints that
-    do not match their lists are set aside, each with a RuntimeWarning.
+    Where it may write and nobody else does, it makes the directory if need be,
+    removes what a kill left half written, and sets aside the newest
+    checkpoints that do not match their lists, each with a RuntimeWarning.
+    Else it passes over them and touches nothing.
 
     Args:
-      directory: local path or gs:// address; of this stage alone.
+      directory: local path or gs:// address; of this stage alone. An address
+        has no lock; there the stage's lock alone keeps others out.
       keep: how many checkpoints to hold; at least 2, for one may be damaged.
+      write: whether to write here.
 
     Raises:
       ValueError: `keep` below 2.
+      OSError: the lock's file is no plain file.
     """
     if keep < 2:
       raise ValueError(
@@ -61,20 +72,23 @@ class Checkpoints:
         "written when a run is killed."
       )
     self._directory = epath.Path(directory).resolve()
-    self._directory.mkdir(parents=True, exist_ok=True)
-    if runtime.lead():
-      self._clean()
-    runtime.barrier("checkpoints clean")
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False
-      ),
-      item_handlers={
-        "state": ocp.StandardCheckpointHandler(),
-        "host": ocp.JsonCheckpointHandler(),
-      },
-    )
+    self._lock = contextlib.ExitStack()
+    # One process looks at the files, and all go by it.
+    self._writes, self._latest = exchange.by_lead(lambda: self._begin(write))
+    self._manager = None
+    if self._writes or self._directory.exists():
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep if self._writes else None,
+          enable_async_checkpointing=False,
+          create=self._writes,
+        ),
+        item_handlers={
+          "state": ocp.StandardCheckpointHandler(),
+          "host": ocp.JsonCheckpointHandler(),
+        },
+      )
 
   def save(self, step: int, state: Any, host: dict[str, Any]) -> bool:
     """Writes a checkpoint and returns when it is whole.
@@ -86,7 +100,15 @@ class Checkpoints:
 
     Returns:
       False if that step was the newest already.
+
+    Raises:
+      RuntimeError: another process writes here, or this was opened to read.
     """
+    if not self._writes:
+      raise RuntimeError(
+        f"{self._directory} was opened to read alone, for it was asked for or "
+        "another process writes checkpoints there. Wait for that one to end."
+      )
     if self.latest() == step:
       return False
     self._manager.save(
@@ -103,11 +125,12 @@ class Checkpoints:
       partial.write_text(json.dumps(_listing(folder), indent=1))
       partial.replace(folder / _FILES)
     runtime.barrier(f"saved {step}")
+    self._latest = step
     return True
 
   def latest(self) -> int | None:
-    """The newest checkpoint's step, or None."""
-    return self._manager.latest_step()
+    """The newest intact checkpoint's step, or None."""
+    return self._latest
 
   def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest intact checkpoint.
@@ -143,29 +166,52 @@ class Checkpoints:
 
   def close(self) -> None:
     """Lets go of the directory."""
-    self._manager.close()
+    if self._manager is not None:
+      self._manager.close()
+    self._lock.close()
+    self._writes = False
 
-  def _clean(self) -> None:
-    """Removes what was half written, sets aside what is damaged."""
-    names = [child.name for child in self._directory.iterdir()]
-    for name in names:
-      if _TEMPORARY in name:
-        _warn(f"Ignoring half-written checkpoint {name}; removing it.")
-        half = self._directory / name
-        half.rmtree() if half.is_dir() else half.unlink()
-    steps = [int(name) for name in names if name.isdigit()]
-    for step in sorted(steps, reverse=True):
+  def _begin(self, write: bool) -> tuple[bool, int | None]:
+    """Whether this run writes here from now on; the newest intact step."""
+    local = "://" not in str(self._directory)
+    if write:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      if local:
+        lock = claims.claim(self._directory / _LOCK)
+        write = self._lock.enter_context(lock)
+    if write:
+      self._clean()
+    if not self._directory.exists():
+      return write, None
+    for step in self._steps():
       fault = _fault(self._directory / str(step))
       if fault is None:
-        break
-      aside = self._directory / _DAMAGED
-      aside.mkdir(exist_ok=True)
-      target = aside / f"{step}-{len(list(aside.iterdir()))}"
-      (self._directory / str(step)).rename(target)
-      _warn(
-        f"Ignoring damaged checkpoint {step} in {self._directory}: {fault}. "
-        f"It is now {target}; the intact one before it is used."
-      )
+        return write, step
+      if write:
+        self._set_aside(step, fault)
+    return write, None
+
+  def _steps(self) -> list[int]:
+    """Of what stands there, whole or not; the newest first."""
+    names = [child.name for child in self._directory.iterdir()]
+    return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+  def _clean(self) -> None:
+    """Removes what was half written."""
+    for half in list(self._directory.iterdir()):
+      if _TEMPORARY in half.name:
+        _warn(f"Ignoring half-written checkpoint {half.name}; removing it.")
+        half.rmtree() if half.is_dir() else half.unlink()
+
+  def _set_aside(self, step: int, fault: str) -> None:
+    aside = self._directory / _DAMAGED
+    aside.mkdir(exist_ok=True)
+    target = aside / f"{step}-{len(list(aside.iterdir()))}"
+    (self._directory / str(step)).rename(target)
+    _warn(
+      f"Ignoring damaged checkpoint {step} in {self._directory}: {fault}. "
+      f"It is now {target}; the intact one before it is used."
+    )
 
   def _check_same_arrays(self, step: int, like: Any) -> None:
     saved = _shapes(self._manager.item_metadata(step).state.tree)
@@ -196,13 +242,15 @@ class Preemption:
             checkpoints.save(...)
             sys.exit(preemption.EXIT_CODE)
 
-  Enter it from the main thread. A second SIGTERM acts as it did before.
+  Where all that is worth keeping is kept already, `leave` between two calls
+  does. Work of the host alone goes in `at_once`. Enter it from the main
+  thread. A second SIGTERM acts as it did before.
   """
 
   EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a SIGTERM
 
   def __init__(self):
-    self._flag = False
+    self._flag = self._now = False
     self._before = signal.SIG_DFL
 
   def __enter__(self) -> "Preemption":
@@ -230,13 +278,50 @@ class Preemption:
       return self._flag
     return bool(np.any(multihost_utils.process_allgather(self._flag)))
 
+  def leave(self) -> None:
+    """Ends all processes if any was told to stop; all must ask together.
+
+    Raises:
+      SystemExit: with `EXIT_CODE`.
+    """
+    if self.requested():
+      raise SystemExit(self.EXIT_CODE)
+
+  def leave_alone(self) -> None:
+    """Ends this process if it was told to stop, whatever the others were.
+
+    Raises:
+      SystemExit: with `EXIT_CODE`.
+    """
+    if self._flag:
+      raise SystemExit(self.EXIT_CODE)
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """A block that a SIGTERM ends wherever it is, or that does not begin.
+
+    For work of one host that writes whole files or none; no collective may
+    stand in it, for the others would wait there.
+
+    Raises:
+      SystemExit: with `EXIT_CODE`.
+    """
+    self._now = True
+    try:
+      self.leave_alone()
+      yield
+    finally:
+      self._now = False
+
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
     self._flag = True
     signal.signal(signal.SIGTERM, self._before)
+    if self._now:
+      raise SystemExit(self.EXIT_CODE)
 
 
 def _warn(message: str) -> None:
-  warnings.warn(message, RuntimeWarning, stacklevel=4)
+  warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 def _listing(folder: epath.Path) -> dict[str, list[int]]:

@@ -46,12 +46,13 @@ def _fields(record) -> set[str]:
 
 
 def _tokenizer_keywords() -> set[str]:
-  return _keywords(setup._tokenizer) - {"workdir", "tasks", "checkpoint"}
+  given = {"workdir", "tasks", "checkpoint", "settings", "redo"}
+  return _keywords(setup._tokenizer) - given
 
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
 WHOLE = {
-  "runtime": _keywords(runtime.start),
+  "runtime": _keywords(runtime.start) - {"folder"},
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
   "model": _fields(qwen3.Config),
@@ -128,7 +129,7 @@ def test_configs_are_locked_and_hold_common_fields_only(name):
     ("tokenizer.path", "no/such/folder", "tokenizer.json"),
     ("synthesis.template", "Think.", "'Think.' holds {prompt} 0 times"),
     ("synthesis.template", "none.txt", "synthesis.template=none.txt: no such"),
-    ("synthesis.method", "polish", "config.synthesis.method 'polish'"),
+    ("synthesis.method", "polish", "config.synthesis.method is 'polish'"),
     ("select.max_copied", 1.5, "config.select.max_copied"),
     ("select.rl.band", (3.0, 2.0), "config.select.rl.band"),
   ],

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from opera_jax.data import storyworld, traces
-from opera_jax.sharding import exchange, runtime
+from opera_jax.sharding import exchange, last_words, runtime
 from opera_jax.train import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -148,9 +148,15 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
   output, _ = first.communicate(timeout=120)
   seconds = time.monotonic() - killed
   print(f"the other process ended after {seconds:.1f} s")
-  assert first.returncode != 0
+  assert first.returncode == last_words.EXIT_CODE, output
   assert seconds < 3 * HEARTBEAT, output
-  assert "heartbeat" in output or "Gloo" in output, output
+  # One line says who; the runtime's page is in a file.
+  (said,) = [line for line in output.splitlines() if "of the run ends" in line]
+  assert f"process 1 (host {socket.gethostname()}, pid {second.pid}, " in said
+  for word in ("***", "absl::", "Traceback", "coordination_service"):
+    assert word not in output, output
+  page = (workdir / "runtime" / "0.txt").read_text()
+  assert "heartbeats" in page and str(workdir / "runtime" / "0.txt") in said
   second.communicate()
   # One writer: one line a step, one board.
   board = workdir / "sft" / "tensorboard" / "metrics"
@@ -223,6 +229,20 @@ done = exchange.each(range(5), lambda share: [[i, index] for i in share])
 assert done == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]], done
 assert exchange.each([3.3e-7], lambda share: [x / 3 for x in share]) == [1.1e-7]
 assert exchange.gather(b"ab" * index) == [b"", b"ab"]
+# What one alone may do, all learn, with what it raised.
+alone = []
+assert exchange.by_lead(lambda: alone.append(1) or {"a": [1]}) == {"a": [1]}
+assert len(alone) == 1 - index
+for work, kind, words in (
+  (lambda: 1 // 0, (ZeroDivisionError, RuntimeError), "integer division"),
+  (lambda: exit(143), SystemExit, "143"),
+):
+  try:
+    exchange.by_lead(work)
+  except kind as error:
+    assert words in str(error), error
+  else:
+    raise AssertionError(kind)
 path = os.environ["SHARED_FILE"]
 taken = []
 

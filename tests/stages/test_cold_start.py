@@ -18,7 +18,7 @@ from configs import tiny
 from opera_jax.data import traces
 from opera_jax.rewards import function
 from opera_jax.stages import card as card_lib
-from opera_jax.stages import cold_start, setup
+from opera_jax.stages import cold_start, setup, workdir
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
@@ -70,6 +70,7 @@ def make(tmp_path, monkeypatch):
       cold_start, "_searcher", lambda *_: _Searcher(searched, words)
     )
     monkeypatch.setattr(setup.Run, "load", lambda run, _: run.initial())
+    workdir.Stage(run.workdir, "base", {}).finish({"model": "made up"})
 
     def synthesize():
       del searched[:]
@@ -82,12 +83,10 @@ def make(tmp_path, monkeypatch):
     rules.pop("rl")
 
     def select():
-      cold_start.select(
-        run,
-        filters.Rules(**rules),
-        config.reward.keywords,
-        ABOUT,
-      )
+      with checkpoint.Preemption() as preemption:
+        cold_start.select(
+          run, filters.Rules(**rules), config.reward.keywords, ABOUT, preemption
+        )
 
     return run.workdir, searched, synthesize, select
 

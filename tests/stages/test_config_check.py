@@ -233,6 +233,18 @@ def test_values_that_do_not_go_together_are_refused(changes, said):
   assert said in str(error.value)
 
 
+def test_what_is_redone_is_not_there_any_more(tmp_path):
+  for stage in ("select", "sft"):
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / "DONE.json").write_text('{"updates": 1}')
+  _check(_config(), {"rl"}, workdir=tmp_path)
+  with pytest.raises(config_check.ConfigError, match="add sft to config.stag"):
+    _check(_config(redo="sft"), {"rl"}, workdir=tmp_path)
+  _check(_config(redo="sft"), {"sft", "rl"}, workdir=tmp_path)
+  with pytest.raises(config_check.ConfigError, match="polish"):
+    _check(_config(redo="polish"), EVERY, workdir=tmp_path)
+
+
 def test_all_faults_come_in_one_error():
   changes = {"rl.loss": "clip", "synthesis.price": "foo", "reward.tau": 0.0}
   with pytest.raises(config_check.ConfigError, match="has 3 faults") as error:

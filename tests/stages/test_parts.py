@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from opera_jax.data import traces
-from opera_jax.stages import claims, parts
+from opera_jax.stages import parts
 
 IDS = [f"item-{i}" for i in range(10)]
 
@@ -121,19 +121,6 @@ def test_bad_items(tmp_path):
     parts.Parts(tmp_path, [*IDS, "item-3"], 4)
   with pytest.raises(ValueError, match="config.synthesis.batch"):
     parts.Parts(tmp_path, IDS, 0)
-
-
-def test_a_claim_keeps_others_out_until_it_ends(tmp_path):
-  lock = tmp_path / "lock"
-  with claims.claim(lock) as first, claims.claim(lock) as second:
-    assert first and not second
-  with claims.claim(lock) as held:
-    assert held
-  with (
-    pytest.raises(FileNotFoundError, match="no/lock"),
-    claims.claim(tmp_path / "no" / "lock"),
-  ):
-    pass
 
 
 def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from configs import common
 from opera_jax import structs
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.stages import pool
+from opera_jax.train import checkpoint
 
 SUBJECTS = ("storm", "garden", "harbour")
 
@@ -44,6 +45,18 @@ def _settings(**changes):
   return pool.Settings(**(given | changes))
 
 
+def _build(folder, prompts, embedder=lambda: _embed, **changes):
+  with checkpoint.Preemption() as preemption:
+    pool.build(
+      folder,
+      prompts,
+      _settings(**changes),
+      seed=0,
+      embedder=embedder,
+      preemption=preemption,
+    )
+
+
 def _rows(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -56,7 +69,7 @@ def test_the_pool(tmp_path):
     calls.append(1)
     return _embed
 
-  pool.build(tmp_path, given, _settings(), seed=0, embedder=embedder)
+  _build(tmp_path, given, embedder=embedder)
   kept = _rows(tmp_path / "pool" / "prompts.jsonl")
   subjects = collections.Counter(
     next(s for s in SUBJECTS if s in row["prompt"]) for row in kept
@@ -82,21 +95,19 @@ def test_the_pool(tmp_path):
   (tmp_path / "pool" / "DONE.json").unlink()
   (tmp_path / "pool" / "embeddings" / "00000048.npy").unlink()
   before = (tmp_path / "pool" / "prompts.jsonl").read_bytes()
-  pool.build(tmp_path, given, _settings(), seed=0, embedder=embedder)
-  pool.build(tmp_path, given, _settings(), seed=0, embedder=embedder)
+  _build(tmp_path, given, embedder=embedder)
+  _build(tmp_path, given, embedder=embedder)
   assert len(calls) == 2
   assert (tmp_path / "pool" / "prompts.jsonl").read_bytes() == before
   with pytest.raises(ValueError, match="begun with other settings: prompts"):
-    pool.build(tmp_path, given[1:], _settings(), seed=0, embedder=embedder)
+    _build(tmp_path, given[1:], embedder=embedder)
 
 
 def test_fewer_prompts_than_asked_for(tmp_path):
   with pytest.raises(
     ValueError, match="asks for 61 prompts and 60 of 60 are left.*Lower it"
   ):
-    pool.build(
-      tmp_path, _tasks(), _settings(size=61), seed=0, embedder=lambda: _embed
-    )
+    _build(tmp_path, _tasks(), size=61)
   assert not (tmp_path / "pool" / "embeddings").exists()
 
 

@@ -1,6 +1,7 @@
 """The RL prompts are chosen by samples of the SFT model, once."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from configs import tiny
 from opera_jax import structs
 from opera_jax.rollout import sampling
-from opera_jax.stages import rl_select, setup
+from opera_jax.stages import rl_select, setup, workdir
 from opera_jax.synthesis import rl_filter
+from opera_jax.train import checkpoint
 
 SETTINGS = sampling.Sampling(max_new_tokens=8)
 
@@ -28,7 +30,7 @@ class _Engine:
   def __init__(self, words):
     self.words, self.asked = words, []
 
-  def sample(self, params, prompts, settings, key, *, samples, ids):
+  def sample(self, params, prompts, settings, key, *, samples, ids, advance):
     self.asked.append((tuple(ids), samples))
     return [[self._one(name, n) for n in range(samples)] for name in ids]
 
@@ -52,6 +54,7 @@ def run(tmp_path, monkeypatch):
     **{name: config[name] for name in setup.SECTIONS},
   )
   monkeypatch.setattr(setup.Run, "load", lambda run, _: run.initial())
+  workdir.Stage(made.workdir, "sft", {}).finish({"model": "made up"})
   rl = [structs.Prompt(f"m{k}", "math", "1 + 1?", "2") for k in range(4)]
   rl += [structs.Prompt(f"o{k}", "open_ended", "Say.", "r") for k in range(3)]
   return dataclasses.replace(
@@ -66,7 +69,8 @@ def test_maths_by_samples_and_the_rest_by_a_judge(run, tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   rules = rl_filter.Rules(samples=3, right=(1, 2), judge="my_judge:shortness")
   for _ in range(2):
-    chosen = rl_select.select(run, rules, SETTINGS)
+    with checkpoint.Preemption() as preemption:
+      chosen = rl_select.select(run, rules, SETTINGS, preemption)
     assert [p.id for p in chosen.tasks.rl] == ["m1", "m2", "o1", "o2"]
   # The second time nothing is sampled.
   assert run.engine.asked == [
@@ -84,9 +88,14 @@ def test_maths_by_samples_and_the_rest_by_a_judge(run, tmp_path, monkeypatch):
   counts = json.loads((folder / "DONE.json").read_text())
   assert counts["kept"] == 4 and sum(counts.values()) == 7
   # RL begun on other prompts is not mixed with these.
-  assert chosen.settings["select_rl"]["samples"] == 3
+  place, digest = chosen.tasks.digests["select_rl/prompts"]
+  content = (folder / "prompts.jsonl").read_bytes()
+  assert place == str(folder / "prompts.jsonl")
+  assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_no_rules_no_stage(run):
-  assert rl_select.select(run, rl_filter.Rules(), SETTINGS) is run
+  with checkpoint.Preemption() as preemption:
+    chosen = rl_select.select(run, rl_filter.Rules(), SETTINGS, preemption)
+  assert chosen is run
   assert not (run.workdir / "select_rl").exists()

@@ -239,3 +239,86 @@ def test_sigterm_saves_and_exits_with_143(tmp_path):
   assert _newest(tmp_path) == int(rest[-1] if rest else printed)
   listing = tmp_path / str(_newest(tmp_path)) / "FILES.json"
   assert "state/manifest.ocdbt" in json.loads(listing.read_text())
+
+
+WRITER = """
+  import pathlib, sys, time
+  import jax.numpy as jnp
+  from opera_jax.train import checkpoint
+  checkpoints = checkpoint.Checkpoints(sys.argv[1])
+  checkpoints.save(1, {"w": jnp.ones(4)}, {})
+  # As if in the midst of the next one.
+  half = pathlib.Path(sys.argv[1]) / "2.orbax-checkpoint-tmp" / "state"
+  half.mkdir(parents=True)
+  (half / "part").write_text("half")
+  print("half", flush=True)
+  time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_what_another_process_is_writing_is_left_alone(tmp_path, write):
+  writer = subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path)],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  half = tmp_path / "2.orbax-checkpoint-tmp"
+  try:
+    assert writer.stdout.readline() == "half\n"
+    ours = checkpoint.Checkpoints(tmp_path, write=write)
+    assert (half / "state" / "part").read_text() == "half"
+    assert ours.latest() == 1
+    assert ours.restore({"w": jnp.zeros(4)})[1]["w"].tolist() == [1] * 4
+    with pytest.raises(RuntimeError, match="another process writes"):
+      ours.save(3, {"w": jnp.ones(4)}, {})
+    ours.close()
+  finally:
+    writer.kill()
+    writer.wait()
+  # Whoever only reads touches nothing, even where nobody writes.
+  assert checkpoint.Checkpoints(tmp_path, write=False).latest() == 1
+  assert half.exists()
+  with pytest.warns(RuntimeWarning, match="half-written"):
+    ours = checkpoint.Checkpoints(tmp_path)
+  assert not half.exists()
+  assert ours.save(3, {"w": jnp.ones(4)}, {})
+
+
+def test_to_read_is_to_pass_over_what_is_damaged(tmp_path):
+  _filled(tmp_path)
+  (tmp_path / "3" / "FILES.json").unlink()
+  before = sorted(p.name for p in tmp_path.iterdir())
+  step, state, _ = checkpoint.Checkpoints(tmp_path, write=False).restore(
+    _state()
+  )
+  assert step == 2 and _bits(state) == _bits(_state(2))
+  assert sorted(p.name for p in tmp_path.iterdir()) == before
+  nothing = checkpoint.Checkpoints(tmp_path / "none", write=False)
+  assert nothing.restore(_state()) is None
+  assert not (tmp_path / "none").exists()
+
+
+def test_once_told_the_next_call_is_the_last():
+  with checkpoint.Preemption() as preemption:
+    preemption.leave()
+    preemption.leave_alone()
+    os.kill(os.getpid(), signal.SIGTERM)
+    for leave in (preemption.leave, preemption.leave_alone):
+      with pytest.raises(SystemExit) as left:
+        leave()
+      assert left.value.code == 143
+
+
+def test_at_once_ends_wherever_it_is():
+  done = []
+  with checkpoint.Preemption() as preemption:
+    with pytest.raises(SystemExit) as left, preemption.at_once():
+      done.append("begun")
+      os.kill(os.getpid(), signal.SIGTERM)
+      done.append("gone on")
+    assert left.value.code == 143 and done == ["begun"]
+    # And does not begin once it was told.
+    with pytest.raises(SystemExit), preemption.at_once():
+      done.append("begun")
+  assert done == ["begun"]

@@ -1,0 +1,118 @@
+"""An evaluation that is told to stop keeps what it has done of each model."""
+
+import types
+
+import numpy as np
+import pytest
+
+from opera_jax import structs
+from opera_jax.stages import evaluate, kept
+
+COUNT = 10
+SETTINGS = evaluate.Settings(
+  samples=2,
+  temperature=1.0,
+  top_p=1.0,
+  max_new_tokens=8,
+  thoughts=0,
+  resamples=10,
+)
+PROMPTS = [
+  structs.Prompt(f"p{i}", "math" if i < 4 else "open_ended", "Say.", "r")
+  for i in range(COUNT)
+]
+IDS = [np.asarray([i + 1], np.int32) for i in range(COUNT)]
+
+
+class _Run:
+  """Models, an engine and a measurer that note what they are asked for."""
+
+  seed = 0
+  tokenizer = types.SimpleNamespace(end_id=0)
+
+  def __init__(self):
+    self.asked = []
+    self.engine = self.measurer = self
+
+  def load(self, model):
+    return model
+
+  def for_rollout(self, params):
+    return params
+
+  def sample(self, params, prompts, settings, key, *, samples, ids, advance):
+    self.asked.append(("sample", params, ids[0]))
+    out = []
+    for one in prompts:
+      group = []
+      for n in range(samples):
+        tokens = np.arange(one[0] + n, dtype=np.int32)
+        advance(len(tokens))
+        logprob = np.full(len(tokens), -1 / 3, np.float32)
+        group.append(structs.Sample(tokens, logprob, True, "stop"))
+      out.append(group)
+    return out
+
+  def score(self, params, prompts, ids, groups, *, advance):
+    self.asked.append(("score", params, prompts[0].id))
+    advance(1)
+    return None
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+  """`evaluated(run, stop)`: one model's outcome; ends at the stopth call."""
+  monkeypatch.setattr(kept, "TOGETHER", 4)
+
+  def measures(run, params, prompts, ids, groups, scored, told, advance):
+    found = {"length": np.asarray([len(g[1].tokens) / 3 for g in groups])}
+    if any(p.task == "open_ended" for p in prompts):
+      found["r_self"] = np.ones(len(prompts))
+    return found
+
+  monkeypatch.setattr(evaluate, "_measures", measures)
+
+  def one(run, stop=None, folder="parts"):
+    calls = []
+
+    def advance(tokens):
+      calls.append(tokens)
+      if len(calls) == stop:
+        raise SystemExit(143)
+
+    return evaluate._one_model(
+      run,
+      "sft",
+      PROMPTS,
+      IDS,
+      SETTINGS,
+      kept.Pieces(tmp_path / folder),
+      advance,
+    )
+
+  return one
+
+
+@pytest.mark.parametrize("stop", [1, 8, 9, 12, 17, 18, 23])
+def test_ended_anywhere_it_repeats_nothing_that_was_done(evaluated, stop):
+  straight = _Run()
+  want_groups, want = evaluated(straight, folder="straight")
+  assert len(straight.asked) == 6  # three pieces, sampled and scored
+  first, second = _Run(), _Run()
+  with pytest.raises(SystemExit):
+    evaluated(first, stop)
+  groups, values = evaluated(second)
+  # The call that was ended is all that is done a second time.
+  assert first.asked[:-1] + second.asked == straight.asked
+  assert [[s.tokens.tobytes() for s in g] for g in groups] == [
+    [s.tokens.tobytes() for s in g] for g in want_groups
+  ]
+  assert {k: v.tolist() for k, v in values.items()} == {
+    k: v.tolist() for k, v in want.items()
+  }
+
+
+def test_a_measure_that_some_pieces_lack_is_0_there(evaluated):
+  _, values = evaluated(_Run())
+  assert values["r_self"].tolist() == [0.0] * 4 + [1.0] * 6
+  assert len(values["length"]) == COUNT
