@@ -155,13 +155,13 @@ def test_a_comparison_counts_if_both_orders_were_answered(server, rollouts):
     return json.dumps({"better": "A" if first > second else "B"})
 
   server.say = say
-  case = rollouts([["a", "b", "c", "mute"]])
+  case = rollouts([["b", "a", "c", "mute"]])
   reward = _reward(
     server, mode="pairwise", opponents=1, retries=0, max_failed=0.5
   )
   got = reward.rewards(case, None)
-  # a < b and b < c counted; c against mute and mute against a did not.
-  np.testing.assert_allclose(got["total"], [[0, 0.5, 1, 0.5]])
+  # b > a and a < c counted; c against mute and mute against b did not.
+  np.testing.assert_allclose(got["total"], [[1, 0, 1, 2 / 3]], rtol=1e-6)
   np.testing.assert_allclose(got["judge_failed"], [[0.5, 0, 0.5, 1]])
   assert got["position_bias"].max() == 0
 
