@@ -312,6 +312,7 @@ class Client:
     """Asks everything, some at a time; ends as soon as too much has failed."""
     gate = asyncio.Semaphore(self._parallel)
     failures: list[Failure] = []
+    over = asyncio.get_running_loop().create_future()
     done = 0
 
     async def one(client: Any, question: str) -> Any:
@@ -322,6 +323,8 @@ class Client:
       if isinstance(answer, Failure):
         failures.append(answer)
         self.failed += 1
+        if len(failures) > most and not over.done():
+          over.set_result(None)
       return answer
 
     begin = shown = time.monotonic()
@@ -335,10 +338,14 @@ class Client:
       every = asyncio.gather(*tasks)
       try:
         while not stop.is_set():
-          ended, _ = await asyncio.wait([every], timeout=_TICK)
-          if len(failures) > most:
+          await asyncio.wait(
+            [every, over],
+            timeout=_TICK,
+            return_when=asyncio.FIRST_COMPLETED,
+          )
+          if over.done():
             raise EndpointError(self._ending(failures, done, questions, share))
-          if ended:
+          if every.done():
             return every.result()
           if time.monotonic() - shown > _REPORT_SECONDS:
             shown = time.monotonic()
