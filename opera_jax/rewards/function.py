@@ -13,7 +13,7 @@ The function runs in another process, with the `sys.path` and the working
 directory of the run. Its module is imported once, so a model that the module
 loads stays loaded between calls. A call that takes longer than its limit ends
 the process, whatever the function was doing. It works on copies, holds no
-accelerator (`JAX_PLATFORMS=cpu`), and does not get the environment variables
+accelerator of JAX (`JAX_PLATFORMS=cpu`), and does not get the environment variables
 that hold keys, unless `config.reward.environment` names them. This is no
 sandbox: the function may read, write and send whatever you may; see
 SECURITY.md.
@@ -428,7 +428,7 @@ def _handed_on(asked: Sequence[str]) -> dict[str, str]:
     or not (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
   }
   # One process holds the accelerators, and this is the other.
-  return out | {"JAX_PLATFORMS": "cpu"}
+  return out if "JAX_PLATFORMS" in asked else out | {"JAX_PLATFORMS": "cpu"}
 
 
 def _columns(

@@ -135,13 +135,16 @@ def test_a_refusal_of_everything_ends_at_once(server, code):
   assert len(server.seen) < 40
 
 
-def test_a_refused_question_fails_without_retries(server):
-  server.say = lambda question: 400 if "long" in question else FINE
-  client = _client(server)
+@pytest.mark.parametrize("code", [400, 403, 413, 422])
+def test_a_refused_question_fails_without_retries(server, code):
+  """A text that is too long, say, or that a gateway takes for an attack."""
+  server.say = lambda question: code if "long" in question else FINE
+  client = _client(server, parallel=1)
   got = client.ask(["q", "long", "q2"], WANTED, share=0.5)
   assert got[0] == got[2] == GRADES
-  assert isinstance(got[1], endpoint.Failure) and "HTTP 400" in got[1].problem
-  assert client.failed == 1
+  assert isinstance(got[1], endpoint.Failure)
+  assert got[1].problem == f"HTTP {code}"
+  assert client.failed == 1 and server.seen == ["q", "long", "q2"]
 
 
 def test_nobody_there_is_a_failure_and_not_a_riddle():

@@ -283,6 +283,31 @@ def test_what_cannot_be_loaded_is_refused_at_once(module, path, message):
   assert re.search(message, str(failure.value), re.DOTALL), failure.value
 
 
+def test_it_has_the_path_and_the_folder_of_the_run(tmp_path, monkeypatch):
+  """As in a notebook, where `sys.path` holds "" and files lie beside it."""
+  (tmp_path / "beside.txt").write_text("7")
+  (tmp_path / "my_reward.py").write_text(
+    "def f(prompts, completions, **_):\n"
+    "  return [float(open('beside.txt').read())] * len(prompts)\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", ["", *sys.path])
+  task = structs.Prompt("a", "math", "q", "1")
+  assert compose.build("my_reward:f", {}, 5.0).values([task], ["x"]) == [7]
+
+
+def test_an_edited_function_is_taken_where_it_is_built_anew(
+  tmp_path, monkeypatch
+):
+  monkeypatch.syspath_prepend(tmp_path)
+  task = structs.Prompt("a", "math", "q", "1")
+  for value in (1, 22):
+    (tmp_path / "edited.py").write_text(
+      f"def f(prompts, completions, **_):\n  return [{value}] * len(prompts)\n"
+    )
+    assert compose.build("edited:f", {}, 5.0).values([task], ["x"]) == [value]
+
+
 def test_it_never_runs_in_this_process(module):
   compose.build("user_functions:shout", {}, 1.0)
   assert "user_functions" not in sys.modules
