@@ -1,11 +1,13 @@
 """The judge's arithmetic, and what becomes of questions without an answer."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from configs.methods import judge as method
 from opera_jax import structs
 from opera_jax.rewards import compose, endpoint, judge, replies
 
@@ -256,3 +258,12 @@ def test_grades_are_whole_numbers():
   got = judge.read_grades(GRADES | {"contextual_utility": 2.0, "note": "x"})
   assert got["contextual_utility"] == 2
   assert type(got["contextual_utility"]) is int
+
+
+def test_the_config_states_every_setting():
+  config = method.get_config("smoke").reward.options.judge
+  fields = dataclasses.fields(judge.Reward)
+  assert set(config) == {field.name for field in fields}
+  for field in fields:
+    if field.default is not dataclasses.MISSING:
+      assert config[field.name] == field.default, field.name
