@@ -427,8 +427,10 @@ def _handed_on(asked: Sequence[str]) -> dict[str, str]:
     if name in asked
     or not (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
   }
-  # One process holds the accelerators, and this is the other.
-  return out if "JAX_PLATFORMS" in asked else out | {"JAX_PLATFORMS": "cpu"}
+  out["PYTHONUNBUFFERED"] = "1"  # what it prints before a crash is seen
+  if "JAX_PLATFORMS" not in asked:
+    out["JAX_PLATFORMS"] = "cpu"  # the run holds the accelerators
+  return out
 
 
 def _columns(

@@ -44,7 +44,10 @@ BROKEN = {
     "class Own(BaseException):\n    pass\n  raise Own('sad')",
     "Own: sad",
   ),
-  "leaves": ("import os\n  os._exit(7)", "ended its own process.*code 7"),
+  "leaves": (
+    "import os\n  print('farewell')\n  os._exit(7)",
+    "ended its own process.*code 7",
+  ),
   "crashes": (
     "import os, signal\n  os.kill(os.getpid(), signal.SIGSEGV)",
     "ended its own process by the signal SIGSEGV",
@@ -178,6 +181,12 @@ def test_an_error_inside_comes_with_its_traceback(module, tasks):
   text = str(failure.value)
   assert "user_functions.py" in text and "in raises" in text
   assert "function_worker.py" not in text
+
+
+def test_what_it_prints_is_seen(module, tasks, capfd):
+  with pytest.raises(function.FunctionError):
+    _reward("leaves").values(_rows(tasks), TEXTS)
+  assert capfd.readouterr().out == "farewell\n"
 
 
 @pytest.mark.parametrize("name", ["asleep", "held"])
