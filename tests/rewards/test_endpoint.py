@@ -159,7 +159,7 @@ def test_the_limit_is_on_the_whole_request(server, what):
   begin = time.monotonic()
   with pytest.raises(endpoint.EndpointError, match="no whole reply within 0.4"):
     _one(_client(server, timeout=0.4, retries=1))
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("what", ["huge", "huge_refusal"])
@@ -169,7 +169,7 @@ def test_a_huge_reply_is_cut(server, what):
   begin = time.monotonic()
   with pytest.raises(endpoint.EndpointError, match="longer than 1000000 bytes"):
     _one(_client(server, retries=0))
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
   grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
   assert grown < 50_000  # KB; the reply is 400 MB
 
@@ -478,7 +478,7 @@ def test_an_interrupt_ends_it_soon(server):
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, previous)
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
 
 
 def test_nothing_to_ask_asks_nothing(server):

@@ -197,7 +197,7 @@ def test_a_call_ends_at_its_limit_whatever_it_does(module, tasks, name):
   begin = time.monotonic()
   with pytest.raises(TimeoutError, match=f"{name}' took longer than 0.5 s"):
     reward.values(_rows(tasks), TEXTS)
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
   assert child.poll() == -signal.SIGKILL
 
 
