@@ -26,7 +26,8 @@ from typing import Any
 
 from opera_jax.rewards import replies
 
-# A status that may pass; one that no question can change.
+# A status that may pass; one that no question can change, unless there were
+# answers before it.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FINAL = (401, 403, 404, 405, 407)
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
@@ -207,6 +208,7 @@ class Client:
     self._taken = False  # the endpoint took a request with a schema
     self._warned: set[str] = set()
     self.requests = 0  # sent, retries included
+    self.answered = 0  # questions that got a readable reply
     self.hits = 0  # questions answered from the cache
     self.unreadable = 0  # replies that came and could not be read
     self.failed = 0  # questions without an answer after all tries
@@ -312,6 +314,7 @@ class Client:
     """Asks everything, some at a time; ends as soon as too much has failed."""
     gate = asyncio.Semaphore(self._parallel)
     failures: list[Failure] = []
+    over = asyncio.get_running_loop().create_future()
     done = 0
 
     async def one(client: Any, question: str) -> Any:
@@ -322,6 +325,8 @@ class Client:
       if isinstance(answer, Failure):
         failures.append(answer)
         self.failed += 1
+        if len(failures) > most and not over.done():
+          over.set_result(None)
       return answer
 
     begin = shown = time.monotonic()
@@ -335,10 +340,14 @@ class Client:
       every = asyncio.gather(*tasks)
       try:
         while not stop.is_set():
-          ended, _ = await asyncio.wait([every], timeout=_TICK)
-          if len(failures) > most:
+          await asyncio.wait(
+            [every, over],
+            timeout=_TICK,
+            return_when=asyncio.FIRST_COMPLETED,
+          )
+          if over.done():
             raise EndpointError(self._ending(failures, done, questions, share))
-          if ended:
+          if every.done():
             return every.result()
           if time.monotonic() - shown > _REPORT_SECONDS:
             shown = time.monotonic()
@@ -411,7 +420,7 @@ class Client:
       except chat.Refused as error:
         code = error.status_code
         failure = Failure(f"HTTP {code}", self._said(error.response))
-        if code in _FINAL or code < 400:
+        if (code in _FINAL or code < 400) and not self.answered:
           raise EndpointError(self._refusal(code)) from None
         if code not in _PASSING:
           return failure
@@ -420,6 +429,7 @@ class Client:
         cause = error.__cause__ or error
         failure = Failure(self._safe(f"{type(cause).__name__}: {cause}"))
       else:
+        self.answered += 1
         self._keep(question, wanted, reply)
         return value
     return failure

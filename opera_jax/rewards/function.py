@@ -12,11 +12,11 @@ number a completion.
 The function runs in another process, with the `sys.path` and the working
 directory of the run. Its module is imported once, so a model that the module
 loads stays loaded between calls. A call that takes longer than its limit ends
-the process, whatever the function was doing. It works on copies, holds no
-accelerator (`JAX_PLATFORMS=cpu`), and does not get the environment variables
-that hold keys, unless `config.reward.environment` names them. This is no
-sandbox: the function may read, write and send whatever you may; see
-SECURITY.md.
+the process, whatever the function was doing. It works on copies. JAX finds no
+accelerator there (`JAX_PLATFORMS=cpu`), since the run holds them, and no
+environment variable that looks like a key is handed on: name those that the
+function needs in `config.reward.environment`. This is no sandbox: the function
+may read, write and send whatever you may; see SECURITY.md.
 
 In a notebook, write the function to a file first, with a cell that begins with
 `%%writefile my_reward.py`, and name it "my_reward:my_reward": no other process
@@ -427,8 +427,10 @@ def _handed_on(asked: Sequence[str]) -> dict[str, str]:
     if name in asked
     or not (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
   }
-  # One process holds the accelerators, and this is the other.
-  return out | {"JAX_PLATFORMS": "cpu"}
+  out["PYTHONUNBUFFERED"] = "1"  # what it prints before a crash is seen
+  if "JAX_PLATFORMS" not in asked:
+    out["JAX_PLATFORMS"] = "cpu"  # the run holds the accelerators
+  return out
 
 
 def _columns(

@@ -33,6 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
 
   def do_GET(self):
     self.server.seen.append("GET")

@@ -135,13 +135,16 @@ def test_a_refusal_of_everything_ends_at_once(server, code):
   assert len(server.seen) < 40
 
 
-def test_a_refused_question_fails_without_retries(server):
-  server.say = lambda question: 400 if "long" in question else FINE
-  client = _client(server)
+@pytest.mark.parametrize("code", [400, 403, 413, 422])
+def test_a_refused_question_fails_without_retries(server, code):
+  """A text that is too long, say, or that a gateway takes for an attack."""
+  server.say = lambda question: code if "long" in question else FINE
+  client = _client(server, parallel=1)
   got = client.ask(["q", "long", "q2"], WANTED, share=0.5)
   assert got[0] == got[2] == GRADES
-  assert isinstance(got[1], endpoint.Failure) and "HTTP 400" in got[1].problem
-  assert client.failed == 1
+  assert isinstance(got[1], endpoint.Failure)
+  assert got[1].problem == f"HTTP {code}"
+  assert client.failed == 1 and server.seen == ["q", "long", "q2"]
 
 
 def test_nobody_there_is_a_failure_and_not_a_riddle():
@@ -156,7 +159,7 @@ def test_the_limit_is_on_the_whole_request(server, what):
   begin = time.monotonic()
   with pytest.raises(endpoint.EndpointError, match="no whole reply within 0.4"):
     _one(_client(server, timeout=0.4, retries=1))
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("what", ["huge", "huge_refusal"])
@@ -166,7 +169,7 @@ def test_a_huge_reply_is_cut(server, what):
   begin = time.monotonic()
   with pytest.raises(endpoint.EndpointError, match="longer than 1000000 bytes"):
     _one(_client(server, retries=0))
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
   grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
   assert grown < 50_000  # KB; the reply is 400 MB
 
@@ -475,7 +478,7 @@ def test_an_interrupt_ends_it_soon(server):
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, previous)
-  assert time.monotonic() - begin < 3
+  assert time.monotonic() - begin < 10
 
 
 def test_nothing_to_ask_asks_nothing(server):

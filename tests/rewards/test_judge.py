@@ -1,11 +1,13 @@
 """The judge's arithmetic, and what becomes of questions without an answer."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from configs.methods import judge as method
 from opera_jax import structs
 from opera_jax.rewards import compose, endpoint, judge, replies
 
@@ -155,13 +157,13 @@ def test_a_comparison_counts_if_both_orders_were_answered(server, rollouts):
     return json.dumps({"better": "A" if first > second else "B"})
 
   server.say = say
-  case = rollouts([["a", "b", "c", "mute"]])
+  case = rollouts([["b", "a", "c", "mute"]])
   reward = _reward(
     server, mode="pairwise", opponents=1, retries=0, max_failed=0.5
   )
   got = reward.rewards(case, None)
-  # a < b and b < c counted; c against mute and mute against a did not.
-  np.testing.assert_allclose(got["total"], [[0, 0.5, 1, 0.5]])
+  # b > a and a < c counted; c against mute and mute against b did not.
+  np.testing.assert_allclose(got["total"], [[1, 0, 1, 2 / 3]], rtol=1e-6)
   np.testing.assert_allclose(got["judge_failed"], [[0.5, 0, 0.5, 1]])
   assert got["position_bias"].max() == 0
 
@@ -256,3 +258,12 @@ def test_grades_are_whole_numbers():
   got = judge.read_grades(GRADES | {"contextual_utility": 2.0, "note": "x"})
   assert got["contextual_utility"] == 2
   assert type(got["contextual_utility"]) is int
+
+
+def test_the_config_states_every_setting():
+  config = method.get_config("smoke").reward.options.judge
+  fields = dataclasses.fields(judge.Reward)
+  assert set(config) == {field.name for field in fields}
+  for field in fields:
+    if field.default is not dataclasses.MISSING:
+      assert config[field.name] == field.default, field.name

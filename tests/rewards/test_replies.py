@@ -99,6 +99,12 @@ def test_a_hard_reply_costs_little(name):
     assert time.process_time() - begin < 2.0
 
 
+def test_the_search_is_given_up():
+  text = ('{"a":' * 900 + "x") * 14
+  with pytest.raises(replies.Unreadable, match="too many braces"):
+    replies.last_object(text + A, judge.read_choice)
+
+
 @pytest.mark.parametrize(
   "body",
   [
