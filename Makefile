@@ -9,7 +9,10 @@ export TPU_SKIP_MDS_QUERY ?= 1
 # A file of tests stays with one worker: what it compiles is compiled once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-all bench lint clean
+# Every version below the pinned ones, too; `make lock` renews it.
+PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock
+
+.PHONY: demo test test-slow test-all bench lint lock clean
 
 demo: $(VENV)/base.done
 	@echo "Running the whole method on the embedded task (9 to 11 minutes on 2 cores); progress follows."
@@ -35,6 +38,15 @@ lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The versions that a fresh environment gets today, ours and theirs.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet -r requirements-dev.txt
+	{ echo "# All versions of an environment with requirements-dev.txt; made by 'make lock'."; \
+	  .venv-lock/bin/python -m pip freeze --exclude-editable; } > requirements.lock
+	rm -rf .venv-lock
+
 clean:
 	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache
 
@@ -43,12 +55,12 @@ $(VENV)/bin/python:
 	@echo "Making a virtual environment in $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/base.done: requirements.txt | $(VENV)/bin/python
+$(VENV)/base.done: requirements.txt requirements.lock | $(VENV)/bin/python
 	@echo "Installing what a run needs (requirements.txt); a minute or two ..."
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.done: requirements.txt requirements-dev.txt | $(VENV)/bin/python
+$(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-dev.txt requirements.lock | $(VENV)/bin/python
 	@echo "Installing what the tests need (requirements-dev.txt); a few minutes, torch among it ..."
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
