@@ -15,15 +15,22 @@ _SINGLE = (
   "\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+_PIECE = 256
 # Names that Unicode gives to letters of one way of writing.
 _SAME = {"CJK": "HAN", "HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC":
          "HAN", "FULLWIDTH": "LATIN"}  # fmt: skip
 
 
 def normal(text: str) -> str:
-  """Text without what does not change its meaning: case, width, spacing."""
-  folded = unicodedata.normalize("NFKC", text).casefold()
-  return " ".join(folded.split())
+  """Text without what does not change its meaning: case, width, spacing.
+
+  A run of more than `_PIECE` characters without white space is normalised in
+  pieces of that many: NFKC sorts a run of combining marks in quadratic time.
+  """
+  if not text.isascii():
+    pieces = re.findall(rf"\s+|\S{{1,{_PIECE}}}", text)
+    text = "".join(unicodedata.normalize("NFKC", one) for one in pieces)
+  return " ".join(text.casefold().split())
 
 
 def split(text: str) -> list[str]:
