@@ -124,6 +124,8 @@ def get_config() -> ml_collections.ConfigDict:
     "min_new_tokens": 0,
     "loop_period": 0,  # above 0: ends completions that go round in circles
     "loop_tokens": 0,
+    "banned_ids": (),  # never drawn
+    "logit_bias": (),  # (token id, what is added to its logit) pairs
   }
   config.price = {
     "rows": 16,  # trunks a call
@@ -138,6 +140,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Settings of those rewards by name, where their defaults do not do.
     "options": {},
     "timeout": 60.0,  # seconds of a user's function, a step
+    # Variables that it sees although their names or values look like keys.
+    "environment": (),
     "alpha": 0.3,  # [P]
     "tau": 2.0,  # [P]
     "mode": "both",  # or r_self, r_ppl, one_hot: the paper's ablations
@@ -233,6 +237,8 @@ def get_config() -> ml_collections.ConfigDict:
     "max_delta": 0.1,  # nats between sampler and trainer that end the run,
     "max_delta_steps": 3,  # after so many steps beyond it in a row
     "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
+    # The term of reward.parts whose spread decides; "": the weighted sum.
+    "filter_reward": "",
     "value_coef": 0.0,  # above 0: a critic, for credit "gae"
     "value_clip": 0.2,
     "ema": 0.0,  # above 0: a moving mean of the policy, for "sdpo"

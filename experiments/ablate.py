@@ -29,7 +29,7 @@ from ml_collections import config_flags
 from opera_jax.data import traces
 from opera_jax.evals import ablation
 from opera_jax.report import learning_curves
-from opera_jax.stages import measure, probing, score, setup
+from opera_jax.stages import config_check, measure, probing, score, setup
 from opera_jax.train import metrics
 
 
@@ -37,6 +37,7 @@ def ablate(config, folder: str) -> None:
   """The grid, cell by cell, and its tables."""
   workdir = pathlib.Path(folder).resolve()
   every = split(config.flags)
+  check(config, every)
   # 1. One model that all cells begin with.
   start = workdir / "start"
   run_driver(config.task, start, [f"--config.stages={config.start}"], every)
@@ -63,6 +64,22 @@ def ablate(config, folder: str) -> None:
   probed = probe(run, config, task, every) if config.probes else {}
   # 4. Tables and curves.
   write(workdir, config, values, cost, probed)
+
+
+def check(config, every) -> None:
+  """Refuses a row whose config no run would take, before any is begun.
+
+  Raises:
+    ValueError: names the row and what is wrong with it.
+  """
+  before = {name for name in config.start.split(",") if name != "base"}
+  stages = before | set(config.stages.split(","))
+  for name, path, changes in config.rows:
+    made = load(config_of(path, config), [*every, *split(changes)])
+    try:
+      config_check.check(made.to_dict(), stages)
+    except config_check.ConfigError as error:
+      raise ValueError(f"Row {name!r}: {error}") from error
 
 
 def run_driver(path: str, folder, settings, every) -> None:

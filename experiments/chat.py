@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from opera_jax.rollout import sampling, text
+from opera_jax.rollout import text
 from opera_jax.stages import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -40,7 +40,7 @@ def main(_) -> None:
     **{name: config[name] for name in setup.SECTIONS},
   )
   params = run.for_rollout(run.load(_STAGE.value))
-  settings = sampling.Sampling(**config.rollout)
+  settings = run.sampling(**config.rollout.to_dict())
   for turn, prompt in enumerate(_prompts()):
     answers = text.complete(
       run.engine,

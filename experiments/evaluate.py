@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import evaluate, reporting, setup
+from opera_jax.stages import config_check, evaluate, reporting, setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -20,6 +20,7 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   runtime.start(**config.runtime)
+  config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

@@ -21,17 +21,18 @@ from opera_jax.data import batching
 from opera_jax.data import rl as rl_data
 from opera_jax.plan import fit as fit_plan
 from opera_jax.rewards import smoothing
-from opera_jax.rollout import sampling
 from opera_jax.sharding import layout, mesh, runtime
 from opera_jax.stages import (
   agreement,
   card,
   cold_start,
   collect,
+  config_check,
   crediting,
   evaluate,
   fit,
   learner,
+  preflight,
   reporting,
   rl_select,
   setup,
@@ -59,6 +60,7 @@ def main(_) -> None:
 def opera(config, folder: str) -> None:
   """The whole method, in the folder of the run."""
   stages = workdir.parse_stages(config.stages, STAGES)
+  config_check.check(config.to_dict(), stages, folder)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   rl_rules = rl_filter.Rules(**selecting.pop("rl"))
@@ -84,6 +86,9 @@ def opera(config, folder: str) -> None:
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
+    preflight.rl(run, rl_rules)
+  if "synthesize" in stages:
+    preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     # 1. A base model that thinks, badly.
     supervised.base(
@@ -117,9 +122,7 @@ def opera(config, folder: str) -> None:
       chosen = rl_select.select(
         run,
         rl_rules,
-        sampling.Sampling(
-          stop_ids=(run.tokenizer.end_id,), **config.rollout.to_dict()
-        ),
+        run.sampling(**config.rollout.to_dict()),
       )
       enough(config, len(chosen.tasks.rl))
       reinforce(chosen, config.rl, config.rollout, preemption)
@@ -136,41 +139,12 @@ def opera(config, folder: str) -> None:
 
 
 def check(config, ways: int) -> None:
-  """Refuses what would only fail hours later.
+  """Refuses rows that do not divide over the mesh.
 
   Raises:
-    ValueError: sizes that do not divide, or groups too small to rank.
+    ValueError: names them.
   """
   rl = config.rl
-  for name, samples in (
-    ("rl", rl.samples),
-    ("evaluate", config.evaluate.samples),
-  ):
-    if samples < 2:
-      raise ValueError(
-        f"R_ppl ranks a group of at least 2 samples, got {samples}. Raise "
-        f"config.{name}.samples."
-      )
-  if rl.kl_in not in ("loss", "reward"):
-    raise ValueError(
-      f'config.rl.kl_in is {rl.kl_in!r}. Use "loss" or "reward".'
-    )
-  if rl.prompts % rl.mini_batch:
-    raise ValueError(
-      f"A step's {rl.prompts} prompts do not divide into mini-batches of "
-      f"{rl.mini_batch}. Change config.rl.prompts or config.rl.mini_batch."
-    )
-  if rl.share < 1 or rl.samples % rl.share:
-    raise ValueError(
-      f"A row of an update holds a whole part of a group's {rl.samples} "
-      f"samples, got config.rl.share = {rl.share}. Use a divisor of "
-      "config.rl.samples; 1 gives each sample a row."
-    )
-  if rl.share > 1 and rl.loss == "dpo":
-    raise ValueError(
-      f"DPO compares two rows of a group, so that config.rl.share = {rl.share} "
-      "cannot be: set it to 1."
-    )
   used = 2 if rl.loss == "dpo" else rl.samples // rl.share  # rows of a group
   for name, rows in (
     ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),
@@ -216,7 +190,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
   prompt_ids = run.prompt_ids(prompts)
   epochs = -(-rl.steps * rl.draws * rl.prompts // max(len(prompts), 1))
-  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
+  order = batching.BatchOrder(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
     optimizer.schedule(
@@ -238,9 +212,15 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
   creditor = crediting.Creditor(
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
-  settings = sampling.Sampling(
-    stop_ids=(run.tokenizer.end_id,), **rollout.to_dict()
-  )
+  settings = run.sampling(**rollout.to_dict())
+  if settings.truncates() and not rl.importance_cap:
+    print(
+      "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
+      "samples are likelier than the policy makes them, and the update takes "
+      "them for its own. config.rl.importance_cap=2.0 corrects for it; "
+      "rollout/truncation_gap says by how much they differ.",
+      flush=True,
+    )
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
@@ -290,6 +270,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
         settings,
         jax.random.fold_in(state.key, step),
         samples=rl.samples,
+        filter_reward=rl.filter_reward,
       )
       scored = got.scored
       sampled += got.sampled_tokens

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import setup, supervised
+from opera_jax.stages import config_check, setup, supervised
 from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
@@ -20,6 +20,7 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   runtime.start(**config.runtime)
+  config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

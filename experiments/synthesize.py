@@ -15,7 +15,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from opera_jax.sharding import runtime
-from opera_jax.stages import card, cold_start, setup, supervised
+from opera_jax.stages import (
+  card,
+  cold_start,
+  config_check,
+  preflight,
+  setup,
+  supervised,
+)
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
@@ -27,6 +34,7 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   runtime.start(**config.runtime)
+  config_check.check(config.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
   searching = cold_start.Search(**config.synthesis)
   selecting = config.select.to_dict()
   selecting.pop("rl")  # of the RL stage
@@ -36,6 +44,7 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
+  preflight.synthesis(run, searching)
   with checkpoint.Preemption() as preemption:
     supervised.base(
       run,

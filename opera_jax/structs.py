@@ -44,6 +44,15 @@ class Sample:
   logprob: np.ndarray  # [T] float32, untruncated, at sampling temperature
   finished: bool  # ended by a stop token or string
   reason: str = ""  # "stop", or "length" or "loop" where it was cut off
+  # [T] float32, under the truncated distribution that it was drawn from; None
+  # where nothing was truncated, banned or biased.
+  truncated_logprob: np.ndarray | None = None
+
+  def behavior_logprob(self) -> np.ndarray:
+    """Log-probability of each token as it was drawn, float32 [T]."""
+    if self.truncated_logprob is None:
+      return self.logprob
+    return self.truncated_logprob
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,8 @@ def build(
       f"A method config takes '', 'smoke' or 'ablation', got {arg!r}."
     )
   method(config)
+  if config.rl.divergence_coef and arg:
+    config.rl.top = {"smoke": 8, "ablation": 16}[arg]  # of a small vocabulary
   return config.lock()
 
 
@@ -52,8 +54,6 @@ def smoke() -> Config:
   config.price.slot_buckets = (8,)
   config.price.branch_buckets = (96,)
   config.rl.share, config.rl.row_buckets = 1, (192, 384)
-  config.rl.constant = 48.0
-  config.rl.top = 8
   return config
 
 
@@ -72,6 +72,4 @@ def ablation() -> Config:
   config.rl.learning_rate = 2e-4
   config.rl.checkpoint_every = 10
   config.rl.share, config.rl.row_buckets = 1, (192, 256)
-  config.rl.constant = 160.0
-  config.rl.top = 16
   return config

@@ -18,6 +18,8 @@ def method(config):
   config.rl.kl_coef = 0.0
   config.rl.reduction = "token_mean"
   config.rl.draws = 10
+  # Overlong shaping would spread a group of wrong answers: accuracy decides.
+  config.rl.filter_reward = "verifiable"
 
 
 def paper(config):
@@ -25,6 +27,7 @@ def paper(config):
   config.rl.prompts = 512
   config.rl.mini_batch = 32
   config.rollout.max_new_tokens = 20_480
+  config.rl.row_buckets = (2048, 4096, 8192, 16_384, 26_624)
 
 
 def get_config(arg: str = ""):

@@ -13,7 +13,8 @@ def method(config):
   config.rl.reduction = "constant"
   # Token losses are summed over a response, divided by the constant, and
   # averaged over the responses of an update.
-  config.rl.constant *= config.rl.mini_batch * config.rl.samples
+  limit = config.rl.constant or float(config.rollout.max_new_tokens)
+  config.rl.constant = limit * config.rl.mini_batch * config.rl.samples
 
 
 def paper(config):

@@ -1,7 +1,9 @@
 """A rubric judge in the reward's place, an ablation of arXiv 2606.25757.
 
 Name the endpoint: --config.reward.options.judge.endpoint=https://host/v1 and
-.model; the key is read from OPENAI_API_KEY.
+.model; the key is read from the environment variable that key_variable names.
+Needs requirements-judge.txt. The fields are those of
+`opera_jax.rewards.judge.Reward`.
 """
 
 from configs.methods import base
@@ -14,8 +16,19 @@ def method(config):
     "judge": {
       "endpoint": "http://127.0.0.1:8000/v1",
       "model": "judge",
-      "mode": "rubric",
+      "mode": "rubric",  # or "pairwise"
+      "opponents": 1,
+      "key_variable": "OPENAI_API_KEY",
       "cache": "",
+      "timeout": 60.0,
+      "retries": 4,
+      "parallel": 8,
+      "max_tokens": 1024,
+      "temperature": 0.0,
+      "schema": True,
+      "max_failed": 0.1,  # share of a step's questions without an answer
+      "prompt_price": 0.0,  # of a million tokens
+      "completion_price": 0.0,
     }
   }
   config.rl.tasks = ("open_ended",)

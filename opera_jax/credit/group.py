@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_NOISE = 8 * float(np.finfo(np.float32).eps)  # relative, of a float32 sum
+
 
 def grpo(
   reward_BN: jax.Array | np.ndarray,
@@ -24,7 +26,8 @@ def grpo(
     scale_by_std: False leaves out the division (Dr.GRPO).
 
   Returns:
-    float32 [B, N]. A group of equal rewards gets exactly 0.
+    float32 [B, N]; each group sums to 0 up to rounding. A group without
+    spread, see `has_spread`, gets exactly 0.
 
   Raises:
     ValueError: fewer than 2 samples, or a reward that is not finite.
@@ -32,7 +35,7 @@ def grpo(
   reward_BN = _checked(reward_BN)
   if ddof not in (0, 1):
     raise ValueError(f"ddof must be 0 or 1, got {ddof}.")
-  spread_B1 = _spread(reward_BN)
+  spread_B1 = has_spread(reward_BN)[:, None]
   centred_BN = jnp.where(spread_B1, _centred(reward_BN), 0.0)
   if not scale_by_std:
     return centred_BN
@@ -63,18 +66,31 @@ def rloo(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   return centred_BN * (samples / (samples - 1))
 
 
-def _centred(reward_BN: jax.Array) -> jax.Array:
-  return reward_BN - jnp.mean(reward_BN, axis=1, keepdims=True)
+def has_spread(reward_BN: jax.Array | np.ndarray) -> jax.Array:
+  """Whether a group's rewards differ by more than their rounding.
 
+  A reward is a float32 sum of a few terms, so equal rewards may differ in the
+  last bits. Divided by their own tiny deviation such differences would become
+  advantages of order 1.
 
-def _spread(reward_BN: jax.Array) -> jax.Array:
-  """Whether a group's rewards differ at all, bool [B, 1].
+  Args:
+    reward_BN: float rewards.
 
-  The mean of equal numbers is rounded, and dividing the rounding error by
-  `epsilon` would make an advantage of it.
+  Returns:
+    bool [B]: the range of a group is above 8 units in the last place of its
+    largest reward by size.
   """
-  highest_B1 = jnp.max(reward_BN, axis=1, keepdims=True)
-  return highest_B1 > jnp.min(reward_BN, axis=1, keepdims=True)
+  reward_BN = jnp.asarray(reward_BN, jnp.float32)
+  range_B = jnp.max(reward_BN, axis=1) - jnp.min(reward_BN, axis=1)
+  noise_B = _NOISE * jnp.max(jnp.abs(reward_BN), axis=1)
+  return range_B > noise_B
+
+
+def _centred(reward_BN: jax.Array) -> jax.Array:
+  # The mean is rounded, and so is off the same way for all of a group. The
+  # mean of what is left is small, so that its own rounding does not matter.
+  centred_BN = reward_BN - jnp.mean(reward_BN, axis=1, keepdims=True)
+  return centred_BN - jnp.mean(centred_BN, axis=1, keepdims=True)
 
 
 def _checked(reward_BN: jax.Array | np.ndarray) -> jax.Array:

@@ -16,6 +16,14 @@ class Rule:
   epsilon: float = 1e-6
   ddof: int = 1
 
+  def __post_init__(self):
+    """Refuses what would divide by nothing."""
+    if not self.epsilon > 0 or self.ddof not in (0, 1):
+      raise ValueError(
+        f"GRPO takes epsilon above 0 and a ddof of 0 or 1, got {self.epsilon} "
+        f"and {self.ddof}."
+      )
+
   def asks(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, evidence_lib.Ask]:

@@ -59,7 +59,12 @@ class Rule:
     ):
       if value not in known:
         raise ValueError(f"Unknown {name} {value!r}. Use one of {known}.")
-    if self.evidence_clip <= 0:
+    if "{prompt}" not in self.prompt or "{answer}" not in self.prompt:
+      raise ValueError(
+        f"OPPO's prompt is {self.prompt!r}; it must hold {{prompt}} and "
+        "{answer}."
+      )
+    if not self.evidence_clip > 0:
       raise ValueError(
         f"evidence_clip bounds |log lambda|, got {self.evidence_clip}. Use a "
         "positive number of nats."

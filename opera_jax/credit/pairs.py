@@ -6,6 +6,7 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.credit import evidence as evidence_lib
+from opera_jax.credit import group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,5 +29,5 @@ class Rule:
     prompts = np.arange(len(reward_BN))
     side_BN[prompts, reward_BN.argmax(axis=1)] = 1
     side_BN[prompts, reward_BN.argmin(axis=1)] = -1
-    side_BN[np.ptp(reward_BN, axis=1) == 0] = 0
+    side_BN[~np.asarray(group.has_spread(reward_BN))] = 0
     return evidence_lib.Credit(evidence.spread(side_BN))

@@ -33,6 +33,18 @@ class Rule:
   threshold: float = 0.5
   prompt: str = PROMPT
 
+  def __post_init__(self):
+    """Refuses an unknown model, and a turn that does not show the solution."""
+    if self.model not in ("ema", "policy"):
+      raise ValueError(
+        f'Unknown model {self.model!r}. SDPO asks "ema" or "policy".'
+      )
+    if "{prompt}" not in self.prompt or "{solution}" not in self.prompt:
+      raise ValueError(
+        f"SDPO's prompt is {self.prompt!r}; it must hold {{prompt}} and "
+        "{solution}."
+      )
+
   def asks(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, evidence_lib.Ask]:

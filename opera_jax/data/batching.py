@@ -4,14 +4,10 @@ Shape key: R rows, T tokens of a row.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opera_jax import structs
-
-if TYPE_CHECKING:
-  import grain
 
 
 def bucket_sizes(smallest: int, largest: int) -> list[int]:
@@ -180,35 +176,76 @@ def pack(
   return assemble(rows, sequences, loss_masks, row_length, pad_id)
 
 
-def batch_order(
-  n: int, batch_size: int, epochs: int, seed: int
-) -> "grain.MapDataset":
+class BatchOrder(Sequence):
   """Which items make the batch of a step: a pure function of (seed, step).
 
-  Every epoch is a new shuffle. Epochs follow one another without a gap, so a
-  batch may straddle two; what is left at the very end, less than a batch, is
-  not drawn. A checkpoint's data position is the step alone.
-
-  Args:
-    n: items of the data set.
-    batch_size: items of a batch.
-    epochs: passes over the data; the order of a step does not depend on it.
-    seed: any int.
-
-  Returns:
-    A grain data set: `order[step]` is [batch_size] int64, `len(order)` the
-    number of steps, n * epochs // batch_size. Past its end it begins anew.
-
-  Raises:
-    ValueError: fewer items than a batch, or no epoch.
+  Every epoch is a new shuffle of all items. Epochs follow one another without
+  a gap, so a batch may straddle two; no batch holds an item twice, for an epoch
+  then opens with items that the batch does not hold yet. The last batch holds
+  what is left, which may be less than a batch. A checkpoint's data position is
+  the step alone.
   """
-  if batch_size < 1 or n < batch_size or epochs < 1:
-    raise ValueError(
-      f"{n} items, batches of {batch_size}, {epochs} epochs: a batch takes at"
-      " least 1 item and at most all of them, and there is at least 1 epoch."
-      " Lower the batch size or add data."
-    )
-  import grain
 
-  items = grain.MapDataset.range(n).seed(seed).shuffle().repeat(epochs)
-  return items.batch(batch_size, drop_remainder=True)
+  def __init__(self, n: int, batch_size: int, epochs: int, seed: int):
+    """Shuffles nothing yet.
+
+    Args:
+      n: items of the data set.
+      batch_size: items of a batch.
+      epochs: passes over the data; the order of a step does not depend on it.
+      seed: any int.
+
+    Raises:
+      ValueError: fewer items than a batch, or no epoch.
+    """
+    if batch_size < 1 or n < batch_size or epochs < 1:
+      raise ValueError(
+        f"{n} items, batches of {batch_size}, {epochs} epochs: a batch takes"
+        " at least 1 item and at most all of them, and there is at least 1"
+        " epoch. Lower the batch size or add data."
+      )
+    import grain
+
+    self._n, self._batch, self._total = n, batch_size, n * epochs
+    self._shuffled = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
+    self._epochs: list[np.ndarray] = []
+
+  def __len__(self) -> int:
+    return -(-self._total // self._batch)
+
+  def __getitem__(self, step: int) -> np.ndarray:
+    """The items of a step, int64 [batch_size] or, of the last, fewer.
+
+    Raises:
+      IndexError: step outside [0, len).
+    """
+    if not 0 <= step < len(self):
+      raise IndexError(f"Step {step} is outside the {len(self)} steps.")
+    begin = step * self._batch
+    places = range(begin, min(begin + self._batch, self._total))
+    return np.asarray(
+      [self._epoch(p // self._n)[p % self._n] for p in places], np.int64
+    )
+
+  def _epoch(self, epoch: int) -> np.ndarray:
+    """The order of an epoch, which depends on how the last one ended."""
+    while len(self._epochs) <= epoch:
+      begin = len(self._epochs) * self._n
+      order = np.asarray(
+        [self._shuffled[i] for i in range(begin, begin + self._n)], np.int64
+      )
+      held = begin % self._batch  # items of the batch that straddles
+      if held:
+        held_items = set(self._epochs[-1][self._n - held :].tolist())
+        _move_back(order, held_items, self._batch - held)
+      self._epochs.append(order)
+    return self._epochs[epoch]
+
+
+def _move_back(order: np.ndarray, items: set[int], head: int) -> None:
+  """Swaps `items` out of the first `head` places, in place."""
+  others = (i for i in range(head, len(order)) if int(order[i]) not in items)
+  for i in range(head):
+    if int(order[i]) in items:
+      j = next(others)
+      order[i], order[j] = order[j], order[i]

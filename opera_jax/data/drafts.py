@@ -12,15 +12,13 @@ A maths document thinks its worked solution, sometimes checks a sum in it, and
 states the answer.
 """
 
-import contextlib
 import dataclasses
-import json
-import lzma
-import math
+import os
 import pathlib
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from opera_jax import structs
 from opera_jax.data import rows
@@ -88,7 +86,7 @@ def read_responses(
   """Reads judged responses to some prompts.
 
   Args:
-    path: JSONL (.jsonl or .jsonl.xz) of `id`, `score`, `response`.
+    path: a file of `id`, `score`, `response` that `rows.read` reads.
     ids: the prompts wanted; the rest of the file is passed over.
     read: see `prompts.load`.
 
@@ -109,28 +107,15 @@ def read_responses(
     )
   found: Responses = {}
   wanted, seen, empty = frozenset(ids), 0, 0
-  opener = lzma.open if path.suffix == ".xz" else contextlib.nullcontext
-  with rows.open_file(path, read) as raw, opener(raw) as file:
-    while True:
-      try:
-        line = file.readline()
-      except (EOFError, OSError, lzma.LZMAError) as error:
-        raise ValueError(
-          f"{path}:{seen + 1}: the compressed file breaks off ({error}). "
-          "Fetch or write it again."
-        ) from error
-      if not line:
-        break
-      seen += 1
-      if not line.strip():
-        continue
-      identity, score, response = _response(f"{path}:{seen}:", line)
-      if identity not in wanted:
-        continue
-      if response.strip():
-        found.setdefault(identity, []).append((score, response))
-      else:
-        empty += 1
+  for line, row in rows.read(os.fspath(path), read):
+    seen = line
+    identity, score, response = _response(f"{path}:{line}:", row)
+    if identity not in wanted:
+      continue
+    if response.strip():
+      found.setdefault(identity, []).append((score, response))
+    else:
+      empty += 1
   if not found:
     raise ValueError(
       f"{path}: none of its {seen} lines answers one of the {len(wanted)} "
@@ -257,17 +242,16 @@ def sentences(text: str, words: tuple[int, int]) -> list[str]:
   return fitting or [excerpt(" ".join(" ".join(plain).split()), most)]
 
 
-def _response(place: str, line: bytes) -> tuple[str, float, str]:
-  try:
-    row = json.loads(line)
-    identity, score, response = row["id"], row["score"], row["response"]
-  except (ValueError, KeyError, TypeError) as error:
+def _response(place: str, row: Mapping[str, Any]) -> tuple[str, float, str]:
+  lacking = [n for n in ("id", "score", "response") if n not in row]
+  if lacking:
     raise ValueError(
-      f"{place} not a response ({error!r}); a line needs id, score and "
-      "response. Mend or drop the line."
-    ) from error
+      f"{place} not a response: the row has no {lacking}. A line needs id, "
+      "score and response. Mend or drop the line."
+    )
+  identity, score, response = row["id"], row["score"], row["response"]
   number = isinstance(score, int | float) and not isinstance(score, bool)
-  if not number or not math.isfinite(score) or not isinstance(response, str):
+  if not number or not isinstance(response, str):
     raise ValueError(
       f"{place} score is {score!r} and response is a "
       f"{type(response).__name__}; they must be a finite number and text. "

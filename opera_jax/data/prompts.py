@@ -1,5 +1,6 @@
 """Prompts and their references, from any source of rows, checked one by one."""
 
+import collections
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import regex
 
 from opera_jax import structs
 from opera_jax.data import rows
-from opera_jax.text import math_answer
+from opera_jax.text import math_answer, words
 from opera_jax.text import tokenizer as tokenizer_lib
 
 TASKS = ("open_ended", "math")
@@ -325,47 +326,55 @@ def filter_by_length(
 
 
 def split(
-  prompts: Sequence[structs.Prompt], held_out: int, seed: int
+  prompts: Sequence[structs.Prompt],
+  held_out: int,
+  seed: int,
+  *,
+  groups: Sequence[str] | None = None,
 ) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
   """Sets prompts aside by a hash of their text.
 
   A prompt's rank depends on its text and the seed alone, so the order of the
-  file does not matter, and prompts of one text fall on one side.
+  file does not matter. Prompts that differ in case, width or spacing alone are
+  one question, and fall on one side.
 
   Args:
     prompts: the prompts.
     held_out: how many to set aside.
     seed: any int.
+    groups: what falls on one side, a name for each prompt, such as its
+      cluster of near-duplicates; None is its text, see `words.normal`.
 
   Returns:
     (training prompts, `held_out` prompts), each in the given order.
 
   Raises:
-    ValueError: held_out is negative or leaves nothing to train on, or texts
-      that occur twice make that number impossible.
+    ValueError: held_out is negative or leaves nothing to train on, or groups
+      of several prompts make that number impossible.
   """
   if not 0 <= held_out < len(prompts):
     raise ValueError(
       f"held_out is {held_out} of {len(prompts)} prompts; it must be at least"
       " 0 and leave one to train on. Lower it."
     )
-  count: dict[str, int] = {}
-  for prompt in prompts:
-    count[prompt.prompt] = count.get(prompt.prompt, 0) + 1
+  if groups is None:
+    groups = [words.normal(prompt.prompt) for prompt in prompts]
+  count = collections.Counter(groups)
 
-  def rank(text: str) -> bytes:
-    return hashlib.sha256(f"{seed}\n{text}".encode()).digest()
+  def rank(name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\n{name}".encode()).digest()
 
   aside, left = set(), held_out
-  for text in sorted(count, key=rank):
-    if count[text] <= left:
-      aside.add(text)
-      left -= count[text]
+  for name in sorted(count, key=rank):
+    if count[name] <= left:
+      aside.add(name)
+      left -= count[name]
   if left:
     raise ValueError(
-      f"{held_out} prompts cannot be held out whole: prompts with the same"
-      f" text stay together and {left} places remain. Choose another number."
+      f"{held_out} prompts cannot be held out whole: prompts that say the same"
+      f" stay together and {left} places remain. Choose another number."
     )
-  train = [prompt for prompt in prompts if prompt.prompt not in aside]
-  test = [prompt for prompt in prompts if prompt.prompt in aside]
+  pairs = list(zip(prompts, groups, strict=True))
+  train = [prompt for prompt, name in pairs if name not in aside]
+  test = [prompt for prompt, name in pairs if name in aside]
   return train, test

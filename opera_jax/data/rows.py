@@ -10,21 +10,31 @@ A source is a path or a name, and after "#" the split (default "train"):
                        `datasets.load_dataset` reads
     tfds:NAME          a TFDS data set of ArrayRecords, made where need be
 
-Rows come one by one; nothing holds a whole file.
+Rows come one by one; nothing holds a whole file. They may come from strangers:
+no code of theirs runs, nothing outside of a directory is read for it, a line
+has at most 16 MiB, and a row holds text that UTF-8 can write, finite numbers of
+at most 64 bits, and at most 32 levels of lists and objects.
 """
 
 import gzip
 import io
 import json
 import lzma
+import math
 import pathlib
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
 Read = Callable[[pathlib.Path], bytes]
+LINE_BYTES = 2**24  # of a line of JSONL, once unpacked
+LEVELS = 32  # of lists and objects in a row
+_NUMBERS = 2**64
+_TFDS_NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
+_TFDS_FEATURES = "tensorflow_datasets.core.features."
 _OPENERS = {
   ".jsonl": lambda source: source,
   ".gz": gzip.open,
@@ -50,8 +60,61 @@ def read(
   Raises:
     FileNotFoundError: no such file or directory.
     ValueError: a kind that is not read, a broken file, a row that is no
-      record, a name or a split that is not there.
+      record or that holds what the module rules out, a name or a split that is
+      not there.
   """
+  for line, row in _rows(source, read_file):
+    check(f"{source}:{line}:", row)
+    yield line, row
+
+
+def check(place: str, row: Mapping[str, Any]) -> None:
+  """Refuses values that would only fail later, far from their file.
+
+  Args:
+    place: file and line, for the error.
+    row: columns of a record.
+
+  Raises:
+    ValueError: text that UTF-8 cannot write, a number that is not finite or
+      has more than 64 bits, or too many levels.
+  """
+  waiting: list[tuple[str, Any, int]] = [
+    (short(name), value, 1) for name, value in row.items()
+  ]
+  waiting += [("a column's name", name, 1) for name in row]
+  while waiting:
+    name, value, level = waiting.pop()
+    wrong = _wrong(value, level)
+    if wrong:
+      raise ValueError(
+        f"{place} {name} holds {short(value)}, {wrong}. Mend or drop the row."
+      )
+    if isinstance(value, Mapping):
+      waiting += [(name, key, level + 1) for key in value]
+      value = list(value.values())
+    if isinstance(value, list | tuple):
+      waiting += [(name, one, level + 1) for one in value]
+
+
+def _wrong(value: Any, level: int) -> str:
+  if level > LEVELS:
+    return f"more than {LEVELS} levels deep"
+  if isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      return f"which must be text that UTF-8 can write ({error.reason})"
+  if isinstance(value, float) and not math.isfinite(value):
+    return "and numbers must be finite; leave out what is not known"
+  if isinstance(value, int) and abs(value) >= _NUMBERS:
+    return "and whole numbers have at most 64 bits; write longer ones as text"
+  return ""
+
+
+def _rows(
+  source: str, read_file: Read | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
   name, _, split = source.partition("#")
   if name.startswith("hf:"):
     return _hugging_face(source, name.removeprefix("hf:"), split or "train")
@@ -77,7 +140,10 @@ def read(
 
 def short(value: Any) -> str:
   """A value as an error shows it."""
-  shown = repr(value)
+  try:
+    shown = repr(value[:80] if isinstance(value, str | bytes) else value)
+  except (ValueError, RecursionError):  # a number or a list beyond all bounds
+    shown = f"a {type(value).__name__}"
   return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
@@ -95,7 +161,7 @@ def _jsonl(
     while True:
       line += 1
       try:
-        raw = file.readline()
+        raw = file.readline(LINE_BYTES + 1)
       except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
           f"{path}:{line}: the compressed file breaks off ({error}). Fetch or"
@@ -103,6 +169,11 @@ def _jsonl(
         ) from error
       if not raw:
         return
+      if len(raw) > LINE_BYTES:
+        raise ValueError(
+          f"{path}:{line}: the line is longer than {LINE_BYTES:,} bytes; no"
+          " task is. Shorten or drop it."
+        )
       if raw.strip():
         yield line, _json_row(f"{path}:{line}:", raw)
 
@@ -110,7 +181,12 @@ def _jsonl(
 def _json_row(place: str, raw: bytes) -> dict[str, Any]:
   try:
     row = json.loads(raw.decode("utf-8-sig"))
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+  except RecursionError as error:
+    raise ValueError(
+      f"{place} {short(raw)} has more than {LEVELS} levels of lists and"
+      " objects. Mend or drop the line."
+    ) from error
+  except ValueError as error:  # no UTF-8, no JSON, or a number without end
     raise ValueError(
       f"{place} {short(raw)} is not a line of JSON in UTF-8 ({error}). Mend"
       " or drop the line."
@@ -160,17 +236,96 @@ def _directory(source: str, path: pathlib.Path, split: str):
   if "features.json" in names:
     import tensorflow_datasets as tfds
 
-    return _records(source, tfds.builder_from_directory(path), split)
+    _check_features(source, path / "features.json")
+    try:
+      builder = tfds.builder_from_directory(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{source}: cannot be read as a TFDS data set ({error}). Prepare it"
+        " again."
+      ) from error
+    return _records(source, builder, split)
   raise ValueError(
     f"{source}: a directory without {', '.join(sorted(_SAVED))} or"
     f" features.json. Give {_KINDS}."
   )
 
 
+def _check_features(source: str, file: pathlib.Path) -> None:
+  """Refuses features of any class but TFDS's own: naming one imports it."""
+  try:
+    waiting = [json.loads(file.read_text("utf-8"))]
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f"{source}: {file.name} is not JSON ({error}). Prepare the data set"
+      " again."
+    ) from error
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, dict):
+      waiting += value.values()
+      names = [value.get(key) for key in ("pythonClassName", "type")]
+      # `type` may also be a feature's own name, of a dict.
+      for name in (one for one in names if isinstance(one, str)):
+        if not name.startswith(_TFDS_FEATURES):
+          raise ValueError(
+            f"{source}: {file.name} names the class {name!r}. Only features of"
+            " tensorflow_datasets itself are read, for reading another one"
+            " runs its code. Write the data set anew with those."
+          )
+    elif isinstance(value, list):
+      waiting += value
+
+
+def _check_card(source: str, folder: pathlib.Path) -> None:
+  """Refuses a directory whose card names files outside of it."""
+  import yaml
+  from huggingface_hub import repocard
+
+  card = folder / "README.md"
+  try:
+    waiting = [(repocard.metadata_load(card) or {}) if card.exists() else {}]
+  except (ValueError, OSError, yaml.YAMLError) as error:
+    raise ValueError(
+      f"{source}: the head of {card} is no YAML ({error}). Mend it."
+    ) from error
+  files, seen = [], set()
+  waiting = [(value, False) for value in waiting]
+  while waiting:
+    value, names = waiting.pop()
+    if isinstance(value, str) and names:
+      files.append(value)
+    if id(value) in seen:  # YAML may hold itself
+      continue
+    if isinstance(value, dict):
+      seen.add(id(value))
+      waiting += [
+        (inner, names or key in ("data_files", "data_dir"))
+        for key, inner in value.items()
+      ]
+    elif isinstance(value, list):
+      seen.add(id(value))
+      waiting += [(inner, names) for inner in value]
+  for name in files:
+    parts = pathlib.PurePosixPath(name.replace("\\", "/"))
+    if (
+      "://" in name
+      or "::" in name
+      or parts.is_absolute()
+      or ".." in (parts.parts)
+    ):
+      raise ValueError(
+        f"{source}: {card} names {name!r}, which lies outside of the directory."
+        " A card names files of its own directory. Mend it, or give the file."
+      )
+
+
 def _hugging_face(source: str, name: str, split: str):
   import datasets
 
   name, _, config = name.partition(":")
+  if pathlib.Path(name).is_dir():
+    _check_card(source, pathlib.Path(name))
   try:
     rows = datasets.load_dataset(name, config or None, split=split)
   except (OSError, ValueError) as error:
@@ -185,6 +340,11 @@ def _hugging_face(source: str, name: str, split: str):
 def _tfds(source: str, name: str, split: str):
   import tensorflow_datasets as tfds
 
+  if not _TFDS_NAME.fullmatch(name):
+    raise ValueError(
+      f"{source}: {name!r} is not the name of a TFDS data set, such as 'gsm8k'"
+      " or 'wiki40b/en:1.3.0'; community data sets run code and are not read."
+    )
   try:
     builder = tfds.builder(name, file_format="array_record")
     builder.download_and_prepare()

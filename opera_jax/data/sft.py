@@ -34,6 +34,8 @@ class Batches:
   def __getitem__(self, step: int) -> structs.Batch:
     """The host batch [batch_size, row_length] of a step.
 
+    The last batch may have rows left over; they are padding, without targets.
+
     Raises:
       IndexError: step outside [0, len).
     """
@@ -47,8 +49,9 @@ class Batches:
     """
     if not 0 <= step < len(self):
       raise IndexError(f"Step {step} is outside the {len(self)} steps.")
+    order = self._order[step]
     return batching.assemble(
-      [self._rows[row] for row in self._order[step][rows]],
+      [self._rows[order[row]] if row < len(order) else [] for row in rows],
       self._sequences,
       self._loss_masks,
       self._row_length,
@@ -122,7 +125,7 @@ def build(
     counts=counts,
     batch_size=batch_size,
     _rows=rows,
-    _order=batching.batch_order(len(rows), batch_size, epochs, seed),
+    _order=batching.BatchOrder(len(rows), batch_size, epochs, seed),
     _sequences=sequences,
     _loss_masks=masks,
     _row_length=row_length,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from opera_jax.losses import exponent
+
 
 def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
   """`-d`; any shape, float32, nats."""
@@ -22,22 +24,40 @@ def k2(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
 
 
 def k3(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
-  """`exp(d) - d - 1`; any shape, float32, nats."""
-  delta = ref_logprob - logprob
+  """`exp(d) - d - 1`; any shape, float32, nats.
+
+  `d` is bounded, see `exponent.bounded`: a token beyond the bound has a finite
+  value and no gradient.
+  """
+  delta, _ = exponent.bounded(ref_logprob - logprob)
   return jnp.expm1(delta) - delta
 
 
 _ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+NAMES = tuple(_ESTIMATORS)
 
 
-def estimator(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def estimator(
+  name: str, *, in_loss: bool = False
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """The estimator called `name`: "k1", "k2" or "k3".
 
+  Args:
+    name: of the estimator.
+    in_loss: whether its gradient is used; otherwise its value is.
+
   Raises:
-    ValueError: no estimator has that name.
+    ValueError: no estimator has that name, or k1 in a loss.
   """
   if name not in _ESTIMATORS:
     raise ValueError(
       f"Unknown KL estimator {name!r}. Use one of {sorted(_ESTIMATORS)}."
+    )
+  if in_loss and name == "k1":
+    raise ValueError(
+      "The gradient of the KL estimator k1 is that of the log-probability "
+      "whatever the reference is, so as a loss it holds the policy to nothing. "
+      'Use config.rl.kl_estimator="k2" or "k3", or take k1 off the reward '
+      'with config.rl.kl_in="reward".'
     )
   return _ESTIMATORS[name]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opera_jax.losses import reduce
+from opera_jax.losses import exponent, reduce
 
 NAMES = ("clipped", "gspo")
 
@@ -31,7 +31,8 @@ def clipped_surrogate(
   The first line is PPO (arXiv 1707.06347) with DAPO's two bounds (arXiv
   2503.14476); the second bounds the loss of a bad token that the policy has
   come to like (arXiv 1912.09729). At `r = 1` the gradient is REINFORCE's,
-  `-A grad logprob`.
+  `-A grad logprob`. The exponent of `r` is bounded, see `exponent.bounded`: a
+  token beyond the bound has a finite loss and no gradient.
 
   Args:
     logprob_RT: float32, log-probability of each token under the live policy.
@@ -44,7 +45,8 @@ def clipped_surrogate(
   Returns:
     The loss of each token, float32 [R, T], and per-token diagnostics of the
     same shape without gradient: `ratio`, and 0/1 flags `clip_low`,
-    `clip_high`, `clip_dual` for tokens whose gradient the bound removed.
+    `clip_high`, `clip_dual` for tokens whose gradient the clip removed, and
+    `ratio_bounded` for tokens whose log-ratio was out of bounds.
 
   Raises:
     ValueError: a bound is out of its range.
@@ -60,7 +62,10 @@ def clipped_surrogate(
       f"dual_clip must exceed 1 + clip_high = {1 + clip_high}, got "
       f"{dual_clip}. Raise it (3.0 is usual) or pass None."
     )
-  ratio_RT = jnp.exp(logprob_RT - jax.lax.stop_gradient(old_logprob_RT))
+  log_ratio_RT, bounded_RT = exponent.bounded(
+    logprob_RT - jax.lax.stop_gradient(old_logprob_RT)
+  )
+  ratio_RT = jnp.exp(log_ratio_RT)
   advantage_RT = jax.lax.stop_gradient(advantage_RT)
   clipped_RT = jnp.clip(ratio_RT, 1 - clip_low, 1 + clip_high)
   loss_RT = jnp.maximum(-advantage_RT * ratio_RT, -advantage_RT * clipped_RT)
@@ -73,6 +78,7 @@ def clipped_surrogate(
     "clip_low": bad_RT & (ratio_RT < 1 - clip_low),
     "clip_high": (advantage_RT > 0) & (ratio_RT > 1 + clip_high),
     "clip_dual": over_RT,
+    "ratio_bounded": bounded_RT,
   }
   aux = {name: flag.astype(jnp.float32) for name, flag in flags.items()}
   aux["ratio"] = jax.lax.stop_gradient(ratio_RT)
@@ -114,12 +120,15 @@ def truncated_weight(
   It corrects a gradient for a sampler whose probabilities differ from the
   trainer's, with bounded variance (Ionides, "Truncated importance sampling",
   2008; a cap of 2 is usual). It multiplies the advantage, so no gradient
-  passes through it.
+  passes through it. A sampler that truncates (top k, top p, min p) makes its
+  tokens likelier than the trainer's model does: their weight is below 1, by
+  the share of the probability that was kept.
 
   Args:
     old_logprob: float32 of each sampled token, under the trainer's policy
       before the update; any shape.
-    sampler_logprob: float32, the same by the sampler.
+    sampler_logprob: float32, under the distribution that the sampler drew
+      from, see `structs.Sample.behavior_logprob`.
     cap: bound, positive.
 
   Raises:

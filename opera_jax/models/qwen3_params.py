@@ -43,10 +43,11 @@ class _Entry:
   layer: int | None = None
 
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTSIDE = {
-  "model.embed_tokens.weight": _Entry("embed", ("V", "D"), "VD"),
+  _EMBEDDING: _Entry("embed", ("V", "D"), "VD"),
   "model.norm.weight": _Entry("final_norm", ("D",), "D"),
-  "lm_head.weight": _Entry("head", ("V", "D"), "DV"),
+  _HEAD: _Entry("head", ("V", "D"), "DV"),
 }
 _INSIDE = {
   "input_layernorm": _Entry("layers/input_norm", ("D",), "D"),
@@ -67,7 +68,7 @@ def _entries(config: qwen3.Config) -> dict[str, _Entry]:
   """Every tensor of a checkpoint, by their name, in the order of writing."""
   outside = dict(_OUTSIDE)
   if config.tied:
-    del outside["lm_head.weight"]
+    del outside[_HEAD]
   inside = {
     f"model.layers.{i}.{name}.weight": dataclasses.replace(entry, layer=i)
     for i in range(config.layers)
@@ -119,8 +120,10 @@ def load(
   Raises:
     FileNotFoundError: no such checkpoint, or a part of it missing.
     ValueError: tensors missing, unexpected, of another shape or of a type
-      that is not read, sizes that differ from config.json (one error lists
-      all of these); sizes that the mesh does not divide; an unknown dtype.
+      that is not read, sizes that differ from config.json, a head stored with
+      a tied model that is not its embedding (one error lists all of these);
+      a weight that is not finite; sizes that the mesh does not divide; an
+      unknown dtype.
   """
   if dtype not in DTYPES:
     raise ValueError(f"Parameters are one of {DTYPES}, got dtype={dtype!r}.")
@@ -140,14 +143,14 @@ def load(
     mine = sources[qwen3.path_name(path)]
     if mine[0][1].layer is None:
       name, entry = mine[0]
-      return _read(stored[name], entry, sizes, sharding, dtype)
+      return _read(name, stored[name], entry, sizes, sharding, dtype)
     stack = jax.jit(
       functools.partial(jnp.zeros, shape.shape, dtype), out_shardings=sharding
     )()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     row = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
     for name, entry in mine:
-      array = _read(stored[name], entry, sizes, row, dtype)
+      array = _read(name, stored[name], entry, sizes, row, dtype)
       # Waits, so that the host holds one layer and not all that are queued.
       stack = jax.block_until_ready(put(stack, array, entry.layer))
     return stack
@@ -162,6 +165,7 @@ def _put(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _read(
+  name: str,
   tensor: tensor_files.Tensor,
   entry: _Entry,
   sizes: dict[str, int],
@@ -192,6 +196,12 @@ def _read(
   for start in range(first, last, step):
     stop = min(start + step, last)
     block = tensor.rows(start * rows, stop * rows)
+    if not np.isfinite(block).all():
+      raise ValueError(
+        f"{tensor.file}: {name} holds a weight that is not finite, in rows "
+        f"{start * rows} to {stop * rows}. The checkpoint is damaged or its "
+        "training diverged: download it again, or take an earlier one."
+      )
     block = block.reshape(stop - start, *rest).transpose(order)
     for key, part in parts.items():
       low, high = max(start, key[outer][0]), min(stop, key[outer][1])
@@ -234,14 +244,37 @@ def _check(
     elif not tensor_files.readable(stored[name].dtype):
       wrong.append(f"type: {name} is {stored[name].dtype}")
   # A tied checkpoint may store its head too; it is the embedding again.
-  known = wanted.keys() | {"lm_head.weight"}
+  known = wanted.keys() | {_HEAD}
   wrong += [f"unexpected: {name}" for name in stored if name not in known]
+  if config.tied and not wrong and _HEAD in stored:
+    wrong += _untied(stored[_EMBEDDING], stored[_HEAD])
   if wrong:
     raise ValueError(
       f"The weights in {folder} are not those of the model; make the model's "
       "sizes those of its config.json (qwen3_params.config_from_hf). "
       f"{len(wrong)} mismatches:\n  " + "\n  ".join(wrong)
     )
+
+
+def _untied(
+  embedding: tensor_files.Tensor, head: tensor_files.Tensor
+) -> list[str]:
+  """What is wrong where a head is stored that is not the embedding."""
+  if head.shape != embedding.shape:
+    return [
+      f"tied: {_HEAD} is {list(head.shape)}, {_EMBEDDING} is "
+      f"{list(embedding.shape)}"
+    ]
+  rows = max(1, _BLOCK_BYTES // (4 * math.prod(head.shape[1:])))
+  for start in range(0, head.shape[0], rows):
+    stop = min(start + rows, head.shape[0])
+    if not np.array_equal(head.rows(start, stop), embedding.rows(start, stop)):
+      return [
+        f"tied: {_HEAD} differs from {_EMBEDDING} in rows {start} to {stop}, "
+        "so the model is not tied; set config.model.tied=False and "
+        "tie_word_embeddings in config.json"
+      ]
+  return []
 
 
 def export_tensors(
@@ -327,7 +360,7 @@ def save(
   files = {"config.json": hf_config.contents(config, dtype)}
   if tokenizer is not None:
     tokenizer.save(folder)
-    ends = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+    ends = tokenizer.generation_config()
     files["config.json"] |= ends
     files["generation_config.json"] = ends
   for name, value in files.items():

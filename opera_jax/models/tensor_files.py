@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ _DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
+_HEADER_BYTES = 100 * 2**20  # at most, as the safetensors library has it
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -33,6 +35,12 @@ class Tensor:
   dtype: str  # as the header spells it, e.g. BF16
   shape: tuple[int, ...]
   offset: int  # bytes from the start of the file
+
+  def bytes(self) -> int:
+    """Of the whole tensor; 0 for a type that is not read."""
+    if not readable(self.dtype):
+      return 0
+    return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
   def rows(self, start: int, stop: int) -> np.ndarray:
     """Entries [start, stop) of the first axis, [stop - start, ...].
@@ -71,13 +79,13 @@ def find(folder: pathlib.Path) -> dict[str, Tensor]:
 
   Raises:
     FileNotFoundError: neither is there, or a file that the index names.
-    ValueError: a file shorter than its header says (a broken download).
+    ValueError: a file shorter than its header says (a broken download), a
+      header or an index that is none, a tensor in two places.
   """
   if (folder / SINGLE).exists():
     names = [SINGLE]
   elif (folder / INDEX).exists():
-    table = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-    names = sorted(set(table.values()))
+    names = _indexed(folder / INDEX)
   else:
     raise FileNotFoundError(
       f"{folder} holds neither {SINGLE} nor {INDEX}. Name the directory of a "
@@ -91,33 +99,90 @@ def find(folder: pathlib.Path) -> dict[str, Tensor]:
     )
   tensors = {}
   for name in names:
-    tensors |= _header(folder / name)
+    found = _header(folder / name)
+    twice = sorted(found.keys() & tensors.keys())
+    if twice:
+      raise ValueError(
+        f"{folder / name} holds {twice[0]}, and so does "
+        f"{tensors[twice[0]].file}. Download the checkpoint again."
+      )
+    tensors |= found
   return tensors
+
+
+def _indexed(file: pathlib.Path) -> list[str]:
+  """The files that an index names, all of them beside it."""
+  try:
+    table = json.loads(file.read_text("utf-8"))["weight_map"]
+    names = sorted(set(table.values()))
+    inside = [n == pathlib.PurePath(n).name and n != ".." for n in names]
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{file} is no index of safetensors ({type(error).__name__}: {error}). "
+      "Download it again."
+    ) from error
+  if not names or not all(inside):
+    raise ValueError(
+      f"{file} names {names[:3]}; an index names files of its own folder, and "
+      "nothing outside of it. Do not load this checkpoint."
+    )
+  return names
 
 
 def _header(file: pathlib.Path) -> dict[str, Tensor]:
   size = file.stat().st_size
   with open(file, "rb") as stream:
     length = int.from_bytes(stream.read(8), "little")
-    text = stream.read(length) if length < size else b""
-  start = 8 + length
+    text = stream.read(length) if length < min(size, _HEADER_BYTES) else b""
   if len(text) < length or size < 8:
     raise ValueError(
-      f"{file} has {size} bytes, fewer than its header. Download it again."
+      f"{file} has {size} bytes, and its header should have {length} (at most "
+      f"{_HEADER_BYTES}). Download it again."
     )
-  tensors = {}
-  for name, entry in json.loads(text).items():
-    if name == "__metadata__":
-      continue
-    begin, end = entry["data_offsets"]
-    if start + end > size:
+  try:
+    entries = json.loads(text)
+    entries.pop("__metadata__", None)
+    tensors = {
+      name: _tensor(file, name, entry, 8 + length, size)
+      for name, entry in entries.items()
+    }
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{file} has a header that cannot be read ({type(error).__name__}: "
+      f"{error}). Download it again."
+    ) from error
+  spans = sorted(
+    (t.offset, t.offset + t.bytes(), n) for n, t in tensors.items()
+  )
+  for (_, end, before), (begin, _, name) in zip(spans, spans[1:]):
+    if begin < end:
       raise ValueError(
-        f"{file} has {size} bytes, but {name} ends at byte {start + end}. "
-        "Download it again."
+        f"{file}: the bytes of {name} overlap those of {before}. Download it "
+        "again."
       )
-    shape = tuple(entry["shape"])
-    tensors[name] = Tensor(file, entry["dtype"], shape, start + begin)
   return tensors
+
+
+def _tensor(
+  file: pathlib.Path, name: str, entry: dict[str, Any], start: int, size: int
+) -> Tensor:
+  """One entry of a header, whose bytes lie in the file and fit its shape."""
+  begin, end = entry["data_offsets"]
+  shape = tuple(entry["shape"])
+  whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+  if not whole or not isinstance(entry["dtype"], str):
+    raise ValueError(f"{name} is described as {str(entry)[:200]}")
+  if start + end > size:
+    raise ValueError(
+      f"the file has {size} bytes, but {name} ends at byte {start + end}"
+    )
+  tensor = Tensor(file, entry["dtype"], shape, start + begin)
+  if readable(tensor.dtype) and end - begin != tensor.bytes():
+    raise ValueError(
+      f"{name} takes {end - begin} bytes, and {tensor.dtype}{list(shape)} has "
+      f"{tensor.bytes()}"
+    )
+  return tensor
 
 
 class Writer:

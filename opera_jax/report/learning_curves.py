@@ -18,12 +18,26 @@ def write(
 ) -> None:
   """Draws every metric over the tokens so far, one line a method.
 
+  Names are drawn as they are: a dollar in one begins no formula.
+
   Args:
     cells: by method, the metrics of each of its seeds.
     names: metrics; one that no cell has is left out.
     path: PNG to write.
     over: the metric that counts a step's tokens.
   """
+  import matplotlib
+
+  with matplotlib.rc_context({"text.parse_math": False}):
+    _draw(cells, names, path, over)
+
+
+def _draw(
+  cells: Mapping[str, Sequence[Lines]],
+  names: Sequence[str],
+  path: str | os.PathLike,
+  over: str,
+) -> None:
   from matplotlib import figure
 
   names = [
@@ -37,7 +51,12 @@ def write(
       style = {"color": f"C{index % 10}"}
       dash = "-" if index < 10 else "--"
       axis.plot(
-        tokens_T, value_ST.mean(axis=0), dash, label=method, lw=1.5, **style
+        tokens_T,
+        value_ST.mean(axis=0),
+        dash,
+        label=method if method[:1] != "_" else f" {method}",  # _ hides a line
+        lw=1.5,
+        **style,
       )
       axis.fill_between(
         tokens_T,

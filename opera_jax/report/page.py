@@ -16,7 +16,12 @@ import numpy as np
 from opera_jax.evals import table
 from opera_jax.report import plots, views
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_POLICY = (
+  "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+  "form-action 'none'; frame-src 'none'; object-src 'none'; base-uri 'none'"
+)
+# No policy of a page can forbid what these do, so that none is written.
+_NEVER = ("<meta", "<script", "<iframe", "<form", "<base", "<object", "<embed")
 
 
 def write(path: str | os.PathLike, page: views.Page) -> None:
@@ -56,7 +61,17 @@ def document(title: str, body: str) -> str:
   Args:
     title: as plain text.
     body: as HTML, in which foreign text is escaped already.
+
+  Raises:
+    ValueError: the body holds an element that could act: foreign text got in
+      without being escaped.
   """
+  found = [name for name in _NEVER if name in body.lower()]
+  if found:
+    raise ValueError(
+      f"The page of {title!r} would hold {found}; text of models and data is "
+      "escaped before it comes here. Escape it where it is put in."
+    )
   style = pathlib.Path(__file__).with_name("style.css").read_text("utf-8")
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -96,10 +111,10 @@ def _results(rows: Sequence[table.Row]) -> str:
   body = "".join(_result_row(row) for row in rows)
   return (
     "<section><h2>Before and after</h2>"
-    f"<p>Means over {value.count} held-out prompts with {value.level:.0%} "
-    "bootstrap intervals; a change is paired by prompt, against the stage to "
-    "its left. A verdict names a direction only where the interval of the "
-    "change excludes 0.</p>"
+    f"<p>Means over {_text(value.count)} held-out prompts with "
+    f"{value.level:.0%} bootstrap intervals; a change is paired by prompt, "
+    "against the stage to its left. A verdict names a direction only where the "
+    "interval of the change excludes 0.</p>"
     '<div class="wide"><table class="results"><thead><tr><th>measure</th>'
     f"{heads}<th></th></tr></thead><tbody>{body}</tbody></table></div>"
     "</section>"

@@ -13,15 +13,18 @@ function, see `rewards.function`.
 Shape key: B prompts, N samples a prompt.
 """
 
+import difflib
 import importlib
+import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 _TERM = re.compile(
-  r"^(?:([-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?([\w.]+(?::\w+)?)$"
+  r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?"
+  r"([A-Za-z_][\w.]*(?::\w+)?)"
 )
 
 
@@ -30,27 +33,57 @@ def weights(text: str) -> dict[str, float]:
 
   Raises:
     ValueError: a term that is no name, weight*name or weight*path:function;
-      a name that comes twice; or no term.
+      a weight that is not finite; a name that comes twice; or no term.
   """
   out: dict[str, float] = {}
   for term in text.split(" + "):
-    match = _TERM.match(term.strip())
+    match = _TERM.fullmatch(term.strip())
     if match is None or match[2] in out:
       raise ValueError(
         f"{term.strip()!r} in {text!r} is no term of a weighted sum, or comes "
         'twice. Write "name + 0.5*other", with spaces around the plus.'
       )
-    out[match[2]] = float(match[1] or 1)
+    weight = float(match[1] or 1)
+    if not abs(weight) <= np.finfo(np.float32).max:
+      raise ValueError(
+        f"{term.strip()!r} in {text!r} has a weight that float32 does not "
+        "hold; weights are finite. Lower it."
+      )
+    out[match[2]] = weight
   return out
 
 
-def build(name: str, settings: Mapping[str, Any], timeout: float) -> Any:
+def nearest(value: Any, names: Collection[str]) -> str:
+  """`; did you mean 'NAME'?`, or "" where no name is near."""
+  found = difflib.get_close_matches(str(value), list(names), 1, 0.5)
+  return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def files(package: str, record: str) -> list[str]:
+  """The files of a package that define a class called `record`."""
+  folder = pathlib.Path(importlib.import_module(package).__path__[0])
+  return [
+    path.stem
+    for path in sorted(folder.glob("*.py"))
+    if f"\nclass {record}:" in path.read_text("utf-8")
+  ]
+
+
+def build(
+  name: str,
+  settings: Mapping[str, Any],
+  timeout: float,
+  environment: Sequence[str] = (),
+) -> Any:
   """The reward of a name: `opera_jax.rewards.NAME`, or a user's function.
+
+  A user's function is loaded at once, in the process that it will run in.
 
   Args:
     name: a file of this package, or "package.module:function".
     settings: fields of its `Reward`; the rest keep their defaults.
     timeout: seconds that a user's function may take.
+    environment: variables that it sees although they look like keys.
 
   Raises:
     ValueError: no such reward, or a setting that it does not have.
@@ -58,14 +91,17 @@ def build(name: str, settings: Mapping[str, Any], timeout: float) -> Any:
   if ":" in name:
     from opera_jax.rewards import function
 
-    function.load(name)
-    return function.Reward(name, timeout)
+    reward = function.Reward(name, timeout, tuple(environment))
+    reward.process.start()
+    return reward
   try:
     made = importlib.import_module(f"opera_jax.rewards.{name}").Reward
   except (ModuleNotFoundError, AttributeError) as error:
+    known = files("opera_jax.rewards", "Reward")
     raise ValueError(
-      f"There is no reward {name!r}. Name a file of opera_jax/rewards that has "
-      'a Reward, or a function as "package.module:function".'
+      f"There is no reward {name!r}{nearest(name, known)}. Name a file of "
+      "opera_jax/rewards that has a Reward, or a function as "
+      '"package.module:function".'
     ) from error
   try:
     return made(**settings)

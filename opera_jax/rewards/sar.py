@@ -18,6 +18,7 @@ import numpy as np
 from opera_jax import structs
 
 FORMS = ("ratio", "difference", "log")
+_MOST = 700.0  # nats whose exponential float64 holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,9 @@ def self_aligned(
       np.mean(without, dtype=float),
     )
     value = {
-      "ratio": -np.expm1(without - with_q),
-      "difference": np.exp(-without) - np.exp(-with_q),
+      "ratio": -np.expm1(min(without - with_q, _MOST)),
+      # Bounded, for the difference of two infinite perplexities is NaN.
+      "difference": np.exp(min(-without, _MOST)) - np.exp(min(-with_q, _MOST)),
       "log": with_q - without,
     }[form]
     out[row] = np.clip(value, -1, 1)

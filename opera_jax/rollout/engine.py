@@ -8,6 +8,7 @@ for its longest member. A sample draws from its own random key, folded from
 neither its slot nor its neighbours.
 """
 
+import collections
 import functools
 import math
 import zlib
@@ -111,7 +112,8 @@ class Engine:
       key: random key of this call (one a step).
       samples: completions a prompt.
       ids: names of the prompts; a sample's randomness is folded from its
-        prompt's name, so it does not depend on the order. Default: places.
+        prompt's name, so it does not depend on the order. Default: places. A
+        name that comes again gets randomness of its own each time.
       seeds: for each prompt a seed a sample, in place of `key` and `ids`.
       stops: automaton of stop strings; a sample ends with the token that
         completes one.
@@ -131,7 +133,7 @@ class Engine:
     names = [str(i) for i in range(len(prompts))] if ids is None else ids
     if not prompts:
       return []
-    keys = _keys(key, names, samples, seeds)
+    keys = _keys(key, _told_apart(names), samples, seeds)
     order = sorted(
       range(len(prompts)),
       key=lambda i: (self.bucket(prompts[i]), i),
@@ -173,6 +175,10 @@ class Engine:
   def longest_prompt(self) -> int:
     """Tokens that a prompt may have."""
     return self._prompt_buckets[-1]
+
+  def head_rows(self) -> int:
+    """Rows of the model's head: its vocabulary, and what pads it."""
+    return self._config.vocab_size
 
   def prompt_lengths(self) -> tuple[int, ...]:
     """Lengths that prompts are padded to."""
@@ -288,6 +294,15 @@ def _worth_a_stop(together: int, live: int) -> int:
   if not together:
     return max(1, live // 2)
   return max(1, live // 8, min(together, live // 4))
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+  """The names, each one that has come before marked by how often it has."""
+  out, before = [], collections.Counter()
+  for name in names:
+    out.append(f"{name}\0{before[name]}" if before[name] else name)
+    before[name] += 1
+  return out
 
 
 def keys(key: jax.Array, names: Sequence[str], samples: int) -> np.ndarray:

@@ -252,12 +252,14 @@ def decode(
       preferred_element_type=jnp.float32,
     )
     key_R = jax.random.wrap_key_data(at.key.reshape(R, -1))
-    token_R, logprob_R = sampling.sample(
+    token_R, logprob_R, truncated_R = sampling.sample(
       logit_RV, key_R, settings, at.depth.reshape(R)
     )
     new = [token_R, logprob_R]
     if priced:
       new.append(sampling.logprob(logit_RV, token_R))
+    if settings.reshapes():
+      new.append(truncated_R)
     new = [x.reshape(lead) for x in new]
     at = _after(at, new[0], stops, settings)
     drawn = [
@@ -266,7 +268,8 @@ def decode(
     ]
     return step + 1, at, cache, drawn
 
-  dtypes = [jnp.int32, jnp.float32] + [jnp.float32] * priced
+  truncated = settings.reshapes()
+  dtypes = [jnp.int32] + [jnp.float32] * (1 + priced + truncated)
   nothing = [jnp.zeros((*lead, steps), dtype) for dtype in dtypes]
   _, at, cache, drawn = jax.lax.while_loop(
     cond, body, (jnp.int32(0), at, slots.cache, nothing)
@@ -280,6 +283,7 @@ def decode(
     token=drawn[0],
     logprob=drawn[1],
     price=drawn[2] if priced else None,
+    truncated=drawn[-1] if truncated else None,
     count=spread(count, 0),
     live=after.live,
     ended=after.ended,

@@ -51,6 +51,7 @@ class Piece:
   tokens: np.ndarray  # [n] int32
   logprob: np.ndarray  # [n] float32, at the sampling temperature
   price: np.ndarray | None  # [n] float32, at temperature 1, where asked
+  truncated: np.ndarray | None  # [n] float32, as drawn, where truncated
   live: bool  # goes on in the next call
   ended: int  # a key of REASONS
 
@@ -234,6 +235,7 @@ class Rows:
         tokens=drawn.token[own],
         logprob=drawn.logprob[own],
         price=None if drawn.price is None else drawn.price[own],
+        truncated=None if drawn.truncated is None else drawn.truncated[own],
         live=bool(drawn.live[place, slot]),
         ended=int(drawn.ended[place, slot]),
       )
@@ -359,9 +361,13 @@ def lane_counts(rows: int, width: int) -> list[int]:
 def joined(pieces: Sequence[Piece]) -> structs.Sample:
   """The sample that a slot drew in several calls."""
   ended = pieces[-1].ended
+  truncated = None
+  if pieces[-1].truncated is not None:
+    truncated = np.concatenate([piece.truncated for piece in pieces])
   return structs.Sample(
     tokens=np.concatenate([piece.tokens for piece in pieces]),
     logprob=np.concatenate([piece.logprob for piece in pieces]),
     finished=ended == slots_lib.STOPPED,
     reason=REASONS[ended],
+    truncated_logprob=truncated,
   )

@@ -5,12 +5,15 @@ Shape key: R rows, V vocabulary, W recent tokens.
 
 import dataclasses
 import functools
+import math
 import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import target
+from opera_jax.text import tokenizer as tokenizer_lib
 
 FEW = 64  # of the largest, up to which a CPU looks for one after the other
 
@@ -30,6 +33,8 @@ class Sampling:
     min_new_tokens: no stop token is drawn, and no stop string ends a
       completion, among the first ones.
     banned_ids: tokens that are never drawn.
+    vocab_size: ids from here on are rows of the head that pad the vocabulary,
+      and are never drawn; 0 where the head has none.
     logit_bias: (token, what is added to its logit) pairs.
     loop_period: ends a completion whose last `loop_tokens` tokens repeat
       with a period of at most this; 0 never does.
@@ -47,8 +52,23 @@ class Sampling:
   logit_bias: tuple[tuple[int, float], ...] = ()
   loop_period: int = 0
   loop_tokens: int = 0
+  vocab_size: int = 0
 
   def __post_init__(self):
+    # A config may say lists; a static argument must be hashable.
+    bias = tuple(map(tuple, self.logit_bias))
+    if not all(
+      len(pair) == 2 and isinstance(pair[0], int) and math.isfinite(pair[1])
+      for pair in bias
+    ):
+      raise ValueError(
+        f"logit_bias is {self.logit_bias}; it holds (token id, finite number "
+        "added to its logit) pairs. Use banned_ids for tokens that are never "
+        "drawn."
+      )
+    object.__setattr__(self, "logit_bias", bias)
+    for name in ("stop_ids", "banned_ids"):
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.max_new_tokens < 1:
       raise ValueError(
         f"max_new_tokens must be at least 1, got {self.max_new_tokens}."
@@ -77,12 +97,32 @@ class Sampling:
         f"{self.loop_period}."
       )
 
-  def check(self, vocab_size: int) -> None:
+  def truncates(self) -> bool:
+    """Whether tokens that the model may say are left out for being unlikely."""
+    return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+  def reshapes(self) -> bool:
+    """Whether tokens are drawn from another distribution than the model's."""
+    bars = self.banned_ids or self.logit_bias or self.vocab_size
+    late = self.min_new_tokens and self.stop_ids
+    return self.temperature > 0 and bool(self.truncates() or bars or late)
+
+  def check(self, rows: int) -> None:
     """Refuses token ids that the model does not have.
 
+    Args:
+      rows: of the model's head.
+
     Raises:
-      ValueError: an id outside [0, vocab_size), or every token banned.
+      ValueError: an id outside the vocabulary, a vocabulary beyond the head,
+        or every token banned.
     """
+    if not 0 <= self.vocab_size <= rows:
+      raise ValueError(
+        f"The vocabulary has {self.vocab_size} ids and the model's head {rows} "
+        "rows; every id needs one. Check that tokenizer and model agree."
+      )
+    vocab_size = self.vocab_size or rows
     biased = [token for token, _ in self.logit_bias]
     for name, ids in (
       ("stop_ids", self.stop_ids),
@@ -99,6 +139,28 @@ class Sampling:
       raise ValueError(
         f"All {vocab_size} tokens are banned; leave at least one."
       )
+
+
+def for_tokenizer(
+  settings: Sampling, tokenizer: tokenizer_lib.Tokenizer, rows: int
+) -> Sampling:
+  """Settings by which every draw is a token, and every end id ends.
+
+  Args:
+    settings: its stop ids and banned ids stay.
+    tokenizer: of the policy. Its end ids stop a completion, too; ids that it
+      does not use are never drawn.
+    rows: of the model's head, which may pad the vocabulary.
+  """
+  stops = (*tokenizer.end_ids, *settings.stop_ids)
+  banned = (*tokenizer.unused_ids, *settings.banned_ids)
+  padded = tokenizer.vocab_size < rows
+  return dataclasses.replace(
+    settings,
+    stop_ids=tuple(dict.fromkeys(stops)),
+    banned_ids=tuple(dict.fromkeys(banned)),
+    vocab_size=tokenizer.vocab_size if padded else 0,
+  )
 
 
 def truncate(
@@ -174,7 +236,7 @@ def sample(
   key_R: jax.Array,
   settings: Sampling,
   drawn_R: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws one token a row.
 
   Args:
@@ -185,9 +247,11 @@ def sample(
     drawn_R: int32 tokens that a row has drawn before; None is none.
 
   Returns:
-    Tokens [R] int32, and their log-probability [R] float32 under the model's
-    own distribution, without bias, bans or truncation, at this temperature
-    (at temperature 1 if greedy), which is what the trainer computes.
+    Tokens [R] int32; their log-probability [R] float32 under the model's own
+    distribution, without bias, bans or truncation, at this temperature (at
+    temperature 1 if greedy), which is what the trainer computes; and that
+    under the distribution they were drawn from. Where the two distributions
+    are one, so is the array; see `Sampling.reshapes`.
   """
   R, V = logit_RV.shape
   drawn_R = jnp.zeros(R, jnp.int32) if drawn_R is None else drawn_R
@@ -195,6 +259,9 @@ def sample(
   kept_RV = logit_RV
   if settings.logit_bias or settings.banned_ids:
     kept_RV = kept_RV + _bias(settings, V)[None]
+  if settings.vocab_size and settings.vocab_size < V:
+    place_RV = jax.lax.broadcasted_iota(jnp.int32, (R, V), 1)
+    kept_RV = jnp.where(place_RV < settings.vocab_size, kept_RV, -jnp.inf)
   kept_RV = kept_RV / temperature
   if settings.min_new_tokens and settings.stop_ids:
     stops_V = jnp.zeros(V, bool).at[jnp.asarray(settings.stop_ids)].set(True)
@@ -210,7 +277,10 @@ def sample(
     token_R = _first_to_come(kept_RV, key_R, drawn_R)
   else:
     token_R = _argmax(kept_RV)
-  return token_R, logprob(logit_RV, token_R, temperature)
+  own_R = logprob(logit_RV, token_R, temperature)
+  if not settings.reshapes():
+    return token_R, own_R, own_R
+  return token_R, own_R, logprob(kept_RV, token_R)
 
 
 def logprob(
@@ -304,12 +374,11 @@ def _bits(key_R: jax.Array, drawn_R: jax.Array, V: int) -> jax.Array:
 
 
 def _bias(settings: Sampling, V: int) -> jax.Array:
-  bias_V = jnp.zeros(V, jnp.float32)
+  bias_V = np.zeros(V, np.float32)
   for token, bias in settings.logit_bias:
-    bias_V = bias_V.at[token].add(bias)
-  if settings.banned_ids:
-    bias_V = bias_V.at[jnp.asarray(settings.banned_ids)].set(-jnp.inf)
-  return bias_V
+    bias_V[token] += bias
+  bias_V[list(settings.banned_ids)] = -np.inf
+  return jnp.asarray(bias_V)
 
 
 def loops(recent_RW: jax.Array, period: int) -> jax.Array:

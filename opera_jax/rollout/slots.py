@@ -47,6 +47,8 @@ class Drawn:
   token: jax.Array  # [B, S, U] int32
   logprob: jax.Array  # [B, S, U] float32, at the sampling temperature
   price: jax.Array | None  # [B, S, U] float32, at temperature 1, where asked
+  truncated: jax.Array | None  # [B, S, U] float32, of the truncated
+  # distribution, where there is one
   count: jax.Array  # [B, S] int32
   live: jax.Array  # [B, S] bool, goes on after this call
   ended: jax.Array  # [B, S] int32

@@ -43,7 +43,8 @@ def complete(
     tokenizer: of the policy.
     params: parameters, in the ROLLOUT layout.
     prompts: user turns, untrusted.
-    settings: how to draw; the end of the turn is a stop id of its own accord.
+    settings: how to draw; the tokenizer's end ids stop of their own accord,
+      and ids that it does not use are never drawn.
     key: random key.
     samples: completions a prompt.
     system: system message, or None.
@@ -60,9 +61,7 @@ def complete(
       what `Engine.sample` refuses.
   """
   table = automaton.compile_stops(stop, tokenizer.vocab_bytes) if stop else None
-  settings = dataclasses.replace(
-    settings, stop_ids=tuple({*settings.stop_ids, tokenizer.end_id})
-  )
+  settings = sampling_lib.for_tokenizer(settings, tokenizer, engine.head_rows())
   streams: dict[tuple[int, int], _Stream] = {}
 
   def on_tokens(prompt: int, sample: int, tokens: np.ndarray) -> None:

@@ -272,9 +272,24 @@ def _searcher(
     brakes=settings.brakes,
     budget=settings.budget,
     price=settings.price,
-    choose=function.load(settings.choose) if settings.choose else None,
+    choose=user_choice(run, settings),
     **draw,
   )
+
+
+def user_choice(run: setup_lib.Run, settings: Search) -> function.Choice | None:
+  """The user's function that chooses in the price's place, loaded; or None.
+
+  Raises:
+    ValueError: it cannot be imported.
+  """
+  if not settings.choose or settings.method != "search":
+    return None
+  choice = function.Choice(
+    settings.choose, run.reward["timeout"], tuple(run.reward["environment"])
+  )
+  choice.process.start()
+  return choice
 
 
 def _fitting(

@@ -1,8 +1,11 @@
 """Samples and rewards of one RL step; groups without spread drawn anew.
 
-Dynamic sampling is DAPO's (arXiv 2503.14476): a group whose rewards are all
-equal teaches nothing, so other prompts are drawn in its place, in at most
-as many draws as given. What is still missing then is filled with such groups.
+Dynamic sampling is DAPO's (arXiv 2503.14476): a group whose samples are all
+right or all wrong teaches nothing, so other prompts are drawn in its place, in
+at most as many draws as given. What is still missing then is filled with such
+groups. A named reward decides, and not the sum: a term that shapes it, such as
+a penalty on length, spreads the sum of a group in which every answer is wrong.
+No prompt is taken twice in a step, unless there are too few others.
 
 Shape key: B prompts, N samples a prompt.
 """
@@ -16,6 +19,7 @@ import jax
 import numpy as np
 
 from opera_jax import structs
+from opera_jax.credit import group as group_lib
 from opera_jax.rollout import sampling
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
@@ -48,6 +52,7 @@ def collect(
   key: jax.Array,
   *,
   samples: int,
+  filter_reward: str = "",
 ) -> Collected:
   """Samples and scores a batch of prompts; and others, if asked for.
 
@@ -59,9 +64,16 @@ def collect(
     settings: how to sample.
     key: of this step.
     samples: N.
+    filter_reward: the reward term whose spread in a group decides whether the
+      group is kept; "" is the weighted sum.
+
+  Raises:
+    ValueError: there is no such term.
   """
   kept: list[tuple[score_lib.Scored, list[int]]] = []
   spare: list[tuple[score_lib.Scored, list[int]]] = []
+  again: list[tuple[score_lib.Scored, list[int]]] = []
+  seen: set[str] = set()
   tokens, spent, wanted, found = 0, [0.0, 0.0], 0, 0
   for at, (batch, ids) in enumerate(draws):
     begin = time.monotonic()
@@ -82,14 +94,17 @@ def collect(
     if len(draws) == 1:
       kept, found = [(scored, list(range(wanted)))], wanted
       break
-    spread_B = np.ptp(scored.total_BN, axis=1) > 0
-    taken = np.flatnonzero(spread_B)[: wanted - found].tolist()
+    spread_B = np.asarray(group_lib.has_spread(_decides(scored, filter_reward)))
+    new_B = np.asarray([p.id not in seen for p in batch])
+    taken = np.flatnonzero(spread_B & new_B)[: wanted - found].tolist()
     kept.append((scored, taken))
-    spare.append((scored, np.flatnonzero(~spread_B).tolist()))
+    spare.append((scored, np.flatnonzero(~spread_B & new_B).tolist()))
+    again.append((scored, np.flatnonzero(~new_B).tolist()))
+    seen.update(p.id for p in batch)
     found += len(taken)
     if found == wanted:
       break
-  for scored, rest in spare if found < wanted else ():
+  for scored, rest in (*spare, *again) if found < wanted else ():
     filled = rest[: wanted - found]
     kept.append((scored, filled))
     found += len(filled)
@@ -103,3 +118,16 @@ def collect(
     rollout_seconds=spent[0],
     reward_seconds=spent[1],
   )
+
+
+def _decides(scored: score_lib.Scored, name: str) -> np.ndarray:
+  """The reward whose spread makes a group worth keeping, float32 [B, N]."""
+  if not name:
+    return scored.total_BN
+  if name not in scored.parts:
+    raise ValueError(
+      f"config.rl.filter_reward is {name!r}, and this run measures "
+      f"{sorted(scored.parts)}. Name one of the terms of config.reward.parts, "
+      'or "" for their weighted sum.'
+    )
+  return scored.parts[name]

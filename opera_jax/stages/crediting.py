@@ -52,9 +52,7 @@ class Creditor:
       ValueError: an unknown rule or setting.
     """
     self._weights = compose.weights(rules)
-    self._rules = {
-      name: _build(name, dict(options.get(name, {}))) for name in self._weights
-    }
+    self._rules = build(rules, options)
     self._pricer = pricer
 
   def credit(
@@ -184,12 +182,9 @@ def assign(
     ),
     value=value,
   )
-  advantage = outcome.credit.advantage
-  if importance_cap:
-    advantage = [
-      a * policy_loss.truncated_weight(o, s.logprob, importance_cap)
-      for a, o, s in zip(advantage, old_logprob, rollouts.completions)
-    ]
+  advantage = importance_weighted(
+    outcome.credit.advantage, old_logprob, rollouts.completions, importance_cap
+  )
   if learn.values is not None:
     if outcome.credit.returns is None:
       raise ValueError(
@@ -247,6 +242,28 @@ def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
   return np.where(maths_B1, scored.parts["correct"], clipped_BN)
 
 
+def importance_weighted(
+  advantage: Sequence[np.ndarray],
+  old: Sequence[np.ndarray],
+  completions: Sequence[structs.Sample],
+  cap: float,
+) -> Sequence[np.ndarray]:
+  """Advantages corrected for the distribution that the sampler drew from.
+
+  Args:
+    advantage: [R] of [C_r].
+    old: [R] of [C_r], log-probabilities under the trainer's policy.
+    completions: [R], with their log-probabilities as drawn.
+    cap: see `policy.truncated_weight`; 0 corrects nothing.
+  """
+  if not cap:
+    return advantage
+  return [
+    a * policy_loss.truncated_weight(o, s.behavior_logprob(), cap)
+    for a, o, s in zip(advantage, old, completions)
+  ]
+
+
 def penalties(
   old: Sequence[np.ndarray],
   ref: Sequence[np.ndarray],
@@ -262,13 +279,36 @@ def penalties(
   ]
 
 
+def build(
+  rules: str, options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+  """The credit rules of a weighted sum, by name.
+
+  Args:
+    rules: names and weights, as in "grpo + 0.5*oppo".
+    options: settings of rules by name, where their defaults do not do.
+
+  Raises:
+    ValueError: an unknown rule or setting, or settings of another rule.
+  """
+  names = list(compose.weights(rules))
+  for name in options:
+    if name not in names:
+      raise ValueError(
+        f"config.rl.credit_options sets {name!r}, which is none of the rules "
+        f"{names} of config.rl.credit. Add it there, or leave its options out."
+      )
+  return {name: _build(name, dict(options.get(name, {}))) for name in names}
+
+
 def _build(name: str, settings: dict[str, Any]) -> Any:
   try:
     rule = importlib.import_module(f"opera_jax.credit.{name}").Rule
   except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
-      f"There is no credit rule {name!r}. Name a file of opera_jax/credit that "
-      "has a Rule."
+      f"There is no credit rule {name!r}"
+      f"{compose.nearest(name, compose.files('opera_jax.credit', 'Rule'))}. "
+      "Name a file of opera_jax/credit that has a Rule."
     ) from error
   try:
     return rule(**settings)

@@ -13,7 +13,6 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
-from opera_jax.rollout import sampling
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
 from opera_jax.stages import workdir as workdir_lib
@@ -83,11 +82,10 @@ def evaluate(run: setup_lib.Run, settings: Settings) -> None:
       samples[model] = run.engine.sample(
         run.for_rollout(params),
         ids,
-        sampling.Sampling(
+        run.sampling(
           max_new_tokens=settings.max_new_tokens,
           temperature=settings.temperature,
           top_p=settings.top_p,
-          stop_ids=(run.tokenizer.end_id,),
         ),
         jax.random.key(run.seed + 3),
         samples=settings.samples,

@@ -11,7 +11,6 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.data import storyworld
-from opera_jax.rollout import sampling
 from opera_jax.stages import evaluate
 from opera_jax.stages import setup as setup_lib
 
@@ -43,9 +42,7 @@ def draw(
   return run.engine.sample(
     run.for_rollout(params),
     run.prompt_ids(prompts),
-    sampling.Sampling(
-      max_new_tokens=max_new_tokens, stop_ids=(run.tokenizer.end_id,)
-    ),
+    run.sampling(max_new_tokens=max_new_tokens),
     jax.random.key(run.seed + 3),
     samples=samples,
     ids=[p.id for p in prompts],

@@ -62,6 +62,22 @@ def select(
   )
 
 
+def asks_function(rules: rl_filter.Rules) -> bool:
+  """Whether open-ended prompts are scored by a user's function."""
+  return bool(rules.judge) and not rules.judge.startswith(rl_filter.COLUMN)
+
+
+def user_judge(run: setup_lib.Run, rules: rl_filter.Rules) -> function.Reward:
+  """The function that scores open-ended prompts.
+
+  Raises:
+    ValueError: the rules name something that is no path of a function.
+  """
+  return function.Reward(
+    rules.judge, run.reward["timeout"], tuple(run.reward["environment"])
+  )
+
+
 def _found(run, rules, settings):
   """`right` and `score` of `rl_filter.verdicts`."""
   maths = [p for p in run.tasks.rl if p.task == "math" and rules.samples]
@@ -103,8 +119,7 @@ def _found(run, rules, settings):
 
   def judge(share):
     said = [prompt for prompt, _ in share], [group[0] for _, group in share]
-    values = function.ask(rules.judge, *said, run.reward["timeout"])
-    return [float(value) for value in values]
+    return [float(value) for value in user_judge(run, rules).values(*said)]
 
   def asks(prompts, samples, work):
     pairs = list(zip(prompts, texts(prompts, samples), strict=True))

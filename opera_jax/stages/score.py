@@ -38,6 +38,96 @@ class Scored:
   rollouts: structs.Rollouts
 
 
+# Arguments of `terms` that are fields of config.reward.
+OF_TERMS = (
+  *("parts", "options", "timeout", "environment", "alpha", "tau", "mode"),
+  *("compare", "bridge", "match", "math_check"),
+)
+# What a term is told by fields of config.reward, and by which.
+_OWN = {
+  "opera": {
+    "alpha": "alpha",
+    "tau": "tau",
+    "mode": "mode",
+    "compare": "compare",
+    "bridge_ids": "bridge",
+    "every_step": "match",
+    "all_steps": None,
+  },
+  "verifiable": {"method": "math_check"},
+}
+
+
+def terms(
+  encode: Callable[[str], Sequence[int]],
+  *,
+  parts: str,
+  options: Mapping[str, Mapping[str, Any]] | None,
+  timeout: float,
+  environment: Sequence[str],
+  alpha: float,
+  tau: float,
+  mode: str,
+  compare: str,
+  bridge: str,
+  match: str,
+  math_check: str,
+) -> tuple[dict[str, float], dict[str, Any]]:
+  """The reward terms of a run: weights, and rewards, by name.
+
+  Args:
+    encode: text of ours to token ids.
+    parts: see `Scorer`; and so on.
+    options: see `Scorer`.
+    timeout: see `Scorer`.
+    environment: see `Scorer`.
+    alpha: see `Scorer`.
+    tau: see `Scorer`.
+    mode: see `Scorer`.
+    compare: see `Scorer`.
+    bridge: see `Scorer`.
+    match: see `Scorer`.
+    math_check: see `Scorer`.
+
+  Raises:
+    ValueError: an unknown reward or setting, a setting of a reward that is no
+      term, or one that a field of config.reward has.
+  """
+  weights = compose.weights(parts)
+  given = {name: dict(value) for name, value in (options or {}).items()}
+  for name, settings in given.items():
+    if name not in weights:
+      raise ValueError(
+        f"config.reward.options sets {sorted(settings)} of {name!r}, which is "
+        f"no term of config.reward.parts = {parts!r}. Add it (0*{name} "
+        "measures and does not pay), or leave its options out."
+      )
+    for setting in settings:
+      field = _OWN.get(name, {}).get(setting, "")
+      if field is None or field:
+        raise ValueError(
+          f"config.reward.options.{name}.{setting} is set elsewhere: "
+          + (f"use config.reward.{field}." if field else "by what is scored.")
+        )
+  own = {
+    "opera": {
+      "alpha": alpha,
+      "tau": tau,
+      "mode": mode,
+      "bridge_ids": tuple(encode(bridge)),
+      "compare": compare,
+      "every_step": match == "any",
+    },
+    "verifiable": {"method": math_check},
+  }
+  return weights, {
+    name: compose.build(
+      name, given.get(name, {}) | own.get(name, {}), timeout, environment
+    )
+    for name in weights
+  }
+
+
 class Scorer:
   """Scores completions under the policy given at each call."""
 
@@ -49,6 +139,7 @@ class Scorer:
     parts: str = "opera + verifiable",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: float = 60.0,
+    environment: Sequence[str] = (),
     alpha: float = 0.3,
     tau: float = 2.0,
     mode: str = "both",
@@ -67,8 +158,10 @@ class Scorer:
       pricer: prices trunks and branches at temperature 1.
       tokenizer: of the policy.
       parts: which rewards, with which weights; see `compose.weights`.
-      options: settings of rewards by name, where their defaults do not do.
+      options: settings of rewards by name, where their defaults do not do;
+        what is an argument here is none of them.
       timeout: seconds that a user's function may take for one step.
+      environment: variables that it sees although they look like keys.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
       mode: see `opera.rewards`.
@@ -87,21 +180,20 @@ class Scorer:
     """
     self._pricer, self._tokenizer = pricer, tokenizer
     self._max_steps = max_steps
-    given = {name: dict(value) for name, value in (options or {}).items()}
-    given["opera"] = {
-      "alpha": alpha,
-      "tau": tau,
-      "mode": mode,
-      "bridge_ids": tuple(tokenizer.encode_template(bridge)),
-      "compare": compare,
-      "every_step": match == "any",
-    }
-    given["verifiable"] = {"method": math_check}
-    self._weights = compose.weights(parts)
-    self._rewards = {
-      name: compose.build(name, given.get(name, {}), timeout)
-      for name in self._weights
-    }
+    self._weights, self._rewards = terms(
+      tokenizer.encode_template,
+      parts=parts,
+      options=options,
+      timeout=timeout,
+      environment=environment,
+      alpha=alpha,
+      tau=tau,
+      mode=mode,
+      compare=compare,
+      bridge=bridge,
+      match=match,
+      math_check=math_check,
+    )
     self._table = automaton.compile(
       keywords,
       separator,
@@ -111,6 +203,27 @@ class Scorer:
       tokenizer.think_close_id,
       cache_dir=cache_dir,
     )
+
+  def probe(self, prompts: Sequence[structs.Prompt]) -> None:
+    """Tries every reward that has a `probe`, once for all processes.
+
+    What lies outside of the run (an endpoint, a user's function) is asked
+    before anything expensive is done for its sake.
+
+    Args:
+      prompts: that will be rewarded; none leaves nothing to try.
+
+    Raises:
+      RuntimeError: a judge that does not answer.
+      ValueError: a user's function that cannot be called.
+    """
+    probes = [r.probe for r in self._rewards.values() if hasattr(r, "probe")]
+
+    def work(share: Sequence[int]) -> list[None]:
+      return [probes[at](prompts) for at in share]
+
+    if prompts:
+      exchange.each(range(len(probes)), work)
 
   def thoughts(self, samples: Sequence[structs.Sample]):
     """Where the steps lie: host `Thoughts`, and each row's true count."""

@@ -12,8 +12,10 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.models import qwen3
+from opera_jax.models import hf_config, qwen3
+from opera_jax.rewards import compose
 from opera_jax.rollout import engine as engine_lib
+from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.scoring import price as price_lib
 from opera_jax.sharding import exchange, layout, rules, runtime
 from opera_jax.sharding import mesh as mesh_lib
@@ -28,6 +30,7 @@ from opera_jax.train import checkpoint
 SECTIONS = (
   "seed",
   "mesh",
+  "checkpoint",
   "tokenizer",
   "model",
   "data",
@@ -76,6 +79,12 @@ class Run:
       return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in share]
 
     return [np.asarray(t, np.int32) for t in exchange.each(prompts, tokens)]
+
+  def sampling(self, **settings: Any) -> sampling_lib.Sampling:
+    """How to draw from the run's models; fields of `sampling.Sampling`."""
+    return sampling_lib.for_tokenizer(
+      sampling_lib.Sampling(**settings), self.tokenizer, self.model.vocab_size
+    )
 
   def for_rollout(self, params: Any) -> Any:
     """The parameters in the layout and the dtype that decoding computes in."""
@@ -139,6 +148,7 @@ def setup(
   *,
   seed: int,
   mesh: Mapping[str, int],
+  checkpoint: str,
   tokenizer: Mapping[str, Any],
   model: Mapping[str, Any],
   data: Mapping[str, Any],
@@ -155,6 +165,8 @@ def setup(
     workdir: folder of the run.
     seed: of everything random in the run.
     mesh: axis sizes, see `sharding.mesh.create`.
+    checkpoint: directory or hub id whose generation_config.json says which
+      ids end a completion; "" where the base model is trained.
     tokenizer: `path`, a directory or hub id, or "" to train a BPE of
       `bpe_size` ids on the documents.
     model: fields of `qwen3.Config` but the vocabulary, which is the
@@ -173,7 +185,7 @@ def setup(
   workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
   tasks = tasks_lib.load(seed=seed, **data)
-  words = _tokenizer(workdir, tasks, **tokenizer)
+  words = _tokenizer(workdir, tasks, checkpoint, **tokenizer)
   sizes = dict(model)
   if sizes["vocab_size"] <= 0:
     sizes["vocab_size"] = words.vocab_size
@@ -218,6 +230,12 @@ def setup(
     )
 
   sampler, pricer = machines(device_mesh)
+  # OPERA's terms alone, and of the options those of these terms.
+  terms = compose.weights(MEASURED)
+  measured = {
+    "parts": MEASURED,
+    "options": {n: o for n, o in reward["options"].items() if n in terms},
+  }
   return Run(
     workdir=workdir,
     seed=seed,
@@ -247,7 +265,7 @@ def setup(
     reward=reward,
     scorer=score_lib.Scorer(pricer, words, cache_dir=automata, **reward),
     measurer=score_lib.Scorer(
-      pricer, words, cache_dir=automata, **reward | {"parts": MEASURED}
+      pricer, words, cache_dir=automata, **reward | measured
     ),
   )
 
@@ -261,15 +279,30 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(
-  workdir: pathlib.Path, tasks: tasks_lib.Tasks, path: str, bpe_size: int
+  workdir: pathlib.Path,
+  tasks: tasks_lib.Tasks,
+  checkpoint: str,
+  path: str,
+  bpe_size: int,
 ) -> tokenizer_lib.Tokenizer:
   folder = workdir / "tokenizer"
   if runtime.lead():
     with claims.claim(workdir / "tokenizer.lock", wait=True):
       if not (folder / "tokenizer.json").exists():
-        _new_tokenizer(tasks, path, bpe_size).save(folder)
+        words = _new_tokenizer(tasks, path, bpe_size)
+        words.with_ends(_checkpoint_ends(checkpoint)).save(folder)
   runtime.barrier("tokenizer made")
   return tokenizer_lib.Tokenizer.load(folder)
+
+
+def _checkpoint_ends(checkpoint: str) -> tuple[int, ...]:
+  """The ids that a checkpoint ends its completions with; none without one."""
+  if not checkpoint:
+    return ()
+  names = ("generation_config.json", "config.json")
+  folder = hf_config.folder(checkpoint, names)
+  found = [folder / name for name in names if (folder / name).exists()]
+  return tokenizer_lib.end_ids(found[0] if found else None)
 
 
 def _new_tokenizer(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from opera_jax import structs
+from opera_jax.credit import group as group_lib
 from opera_jax.rewards import smoothing
 from opera_jax.stages import score as score_lib
 
@@ -55,11 +56,14 @@ def rl_step(
   out = {
     "reward/mean": total_BN.mean(),
     "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
-    "reward/groups_without_spread": (np.ptp(total_BN, axis=1) == 0).mean(),
+    "reward/groups_without_spread": 1 - group_lib.has_spread(total_BN).mean(),
     "length/completion": length_R.mean(),
     "rollout/finished": np.mean([s.finished for s in flat]),
     "agreement/mean_abs_delta": gap.mean(),
     "agreement/max_abs_delta": gap.max(),
+    "rollout/truncation_gap": np.concatenate(
+      [s.behavior_logprob() - s.logprob for s in flat]
+    ).mean(),
     "price/trunk_tokens": scored.prices.trunk_tokens,
     "price/branch_tokens": scored.prices.branch_tokens,
     "price/separate_tokens": scored.separate_tokens,

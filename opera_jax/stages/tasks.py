@@ -2,12 +2,14 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from opera_jax import structs
 from opera_jax.data import drafts, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
+from opera_jax.text import words
 
 # Arguments of `read` and `load` that name the files.
 FILES = (
@@ -86,15 +88,22 @@ def load(
     ValueError: an unknown kind, a bad row, or files without enough tasks.
   """
   if kind == "storyworld":
+    unseen: set[str] = set()
 
     def mix(story, sum_, count, at):
       few = round(count * math_share)
-      return sums.mixed(story(count - few, at), sum_(few, at), at)
+      return sums.mixed(
+        _others(story, count - few, at, unseen),
+        _others(sum_, few, at, unseen),
+        at,
+      )
 
+    held = mix(storyworld.prompts, sums.prompts, held_out, seed + 3)
+    unseen.update(words.normal(p.prompt) for p in held)
     return Tasks(
       synthesis=mix(storyworld.prompts, sums.prompts, synthesis, seed + 1),
       rl=mix(storyworld.prompts, sums.prompts, rl, seed + 2),
-      held_out=mix(storyworld.prompts, sums.prompts, held_out, seed + 3),
+      held_out=held,
       documents=mix(storyworld.corpus, sums.corpus, documents, seed),
     )
   if kind != "jsonl":
@@ -123,6 +132,14 @@ def load(
       "add tasks."
     )
   train, held = prompts_lib.split(every, held_out, seed)
+  unseen = {words.normal(p.prompt) for p in held}
+  told = [p for p in bare if words.normal(p.prompt) in unseen]
+  if told:
+    notes.append(
+      f"{len(told)} open-ended tasks without a reference ask what a held-out "
+      "one asks; they are left out."
+    )
+    bare = [p for p in bare if words.normal(p.prompt) not in unseen]
   rng = random.Random(f"tasks/{seed}")
   for_synthesis = [*train, *bare]
   if synthesis > len(for_synthesis):
@@ -150,10 +167,9 @@ def load(
     )
   made = []
   if documents:
-    unseen = {p.prompt for p in held}
     made, drafted = _drafted(
       train,
-      [p for p in more_maths if p.prompt not in unseen],
+      [p for p in more_maths if words.normal(p.prompt) not in unseen],
       responses_path,
       count=documents,
       seed=seed,
@@ -163,6 +179,28 @@ def load(
   for note in notes:
     print(f"tasks: {note}", flush=True)
   return Tasks(**chosen, held_out=held, documents=made, notes=tuple(notes))
+
+
+def _others(
+  make: Callable[[int, int], list[Any]],
+  count: int,
+  seed: int,
+  unseen: Collection[str],
+) -> list[Any]:
+  """The first `count` of what `make(more, seed)` draws that is not `unseen`."""
+  more = count
+  while True:
+    every = make(more, seed)
+    kept = [x for x in every if words.normal(x.prompt) not in unseen]
+    if len(kept) >= count:
+      return kept[:count]
+    if more > 100 * count:
+      raise ValueError(
+        f"Of {more:,} prompts drawn only {len(kept):,} are not among the "
+        f"{len(unseen):,} held out, and {count:,} are asked for. Lower "
+        "config.data.held_out."
+      )
+    more += 2 * (count - len(kept))
 
 
 def read(

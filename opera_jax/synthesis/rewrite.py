@@ -123,15 +123,25 @@ class Rewriter:
     self._stops = automaton.compile_stops(
       (thought_lib.SEPARATOR,), tokenizer.vocab_bytes
     )
-    close = (tokenizer.end_id, tokenizer.think_close_id)
-    draw = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+    def drawing(most: int, *stop_ids: int) -> sampling.Sampling:
+      return sampling.for_tokenizer(
+        sampling.Sampling(
+          max_new_tokens=most,
+          stop_ids=stop_ids,
+          temperature=temperature,
+          top_k=top_k,
+          top_p=top_p,
+        ),
+        tokenizer,
+        engine.head_rows(),
+      )
+
     self._draft, self._step = (
-      sampling.Sampling(max_new_tokens=most, stop_ids=close, **draw)
+      drawing(most, tokenizer.think_close_id)
       for most in (max_thought_tokens, max_step_tokens)
     )
-    self._last = sampling.Sampling(
-      max_new_tokens=max_answer_tokens, stop_ids=close[:1], **draw
-    )
+    self._last = drawing(max_answer_tokens)
     self._opened = tokenizer.encode_template("<think>\n")
     self._close = np.asarray([tokenizer.think_close_id], np.int32)
     self._gap = tokenizer.encode(thought_lib.SEPARATOR)
@@ -321,7 +331,7 @@ class Rewriter:
   def _whole(self, sample: structs.Sample, *, last: bool) -> np.ndarray:
     """A drawn step as it would stand in the thought; empty if it broke off."""
     tokens = sample.tokens
-    if not sample.finished or tokens[-1] == self._tokenizer.end_id:
+    if not sample.finished or tokens[-1] in self._tokenizer.end_ids:
       return tokens[:0]
     if tokens[-1] == self._tokenizer.think_close_id:
       tokens = tokens[:-1]
@@ -337,7 +347,7 @@ class Rewriter:
     body = np.concatenate([none, *one.steps])
     closed = self._close if len(one.answer) else none
     answer = one.answer
-    if len(answer) and answer[-1] == self._tokenizer.end_id:
+    if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
     return traces.Trace(
       id=one.prompt.id,

@@ -136,12 +136,15 @@ class Searcher:
     self._most = dict.fromkeys(brake.PHASES, max_step_tokens)
     self._most["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
-    self._settings = sampling.Sampling(
-      max_new_tokens=max(self._most.values()),
-      stop_ids=(tokenizer.end_id,),
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
+    self._settings = sampling.for_tokenizer(
+      sampling.Sampling(
+        max_new_tokens=max(self._most.values()),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+      ),
+      tokenizer,
+      engine.head_rows(),
     )
     self._template = templates.load(
       template, ("prompt",), "config.synthesis.template"
@@ -384,7 +387,7 @@ class Searcher:
     if len(thought) and thought[-1] == self._tokenizer.think_close_id:
       thought = thought[:-1]
     answer = search.answer
-    if len(answer) and answer[-1] == self._tokenizer.end_id:
+    if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
     return traces.Trace(
       id=search.prompt.id,

@@ -39,6 +39,7 @@ QWEN3_ADDED = (
     )),
 )  # fmt: skip
 QWEN_RANKS = 151_643
+MOST_IDS = 2**20  # a table of bytes is made for all of them
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -82,6 +83,9 @@ class Tokenizer:
       embedding rows (Qwen3: 151,669 ids, 151,936 rows).
     pad_id: id of `<|endoftext|>`.
     end_id: id of `<|im_end|>`, the end of a turn.
+    end_ids: every id that ends a completion, `end_id` first. A checkpoint's
+      generation_config.json may name several.
+    unused_ids: ids below `vocab_size` that no token has.
     think_open_id: id of `<think>`.
     think_close_id: id of `</think>`.
     vocab_bytes: for each id the raw bytes of an ordinary token, or None for
@@ -92,15 +96,18 @@ class Tokenizer:
     self,
     backend: tokenizers.Tokenizer,
     config: dict[str, Any] | None = None,
+    end_ids: Iterable[int] = (),
   ):
     """Wraps a tokenizer of Hugging Face `tokenizers`.
 
     Args:
       backend: a byte-level BPE with the tokens of `REQUIRED` added.
       config: contents of tokenizer_config.json; None means Qwen3's layout.
+      end_ids: ids that end a completion, besides that of `<|im_end|>`.
 
     Raises:
-      ValueError: a required token is missing, or the model is not byte-level.
+      ValueError: a required token is missing, the model is not byte-level, or
+        an end id is outside the vocabulary.
     """
     missing = [name for name in REQUIRED if backend.token_to_id(name) is None]
     if missing:
@@ -110,18 +117,37 @@ class Tokenizer:
         " one with Tokenizer.train_bpe, or add them to the added_tokens of"
         " tokenizer.json and grow the model's embedding to match."
       )
+    highest = max(backend.get_vocab().values())
+    if highest > MOST_IDS:
+      raise ValueError(
+        f"The tokenizer has an id {highest}, and no model has so many; ids go"
+        f" up to {MOST_IDS}. Mend tokenizer.json or fetch it again."
+      )
     self.backend = backend
     self.config = dict(config) if config is not None else _default_config()
     added = backend.get_added_tokens_decoder()
     self._added = {index: token.content for index, token in added.items()}
     self._special = {index for index, token in added.items() if token.special}
     self._plain = self._without_added_tokens()
-    self.vocab_size = 1 + max(backend.get_vocab().values())
+    self.vocab_size = 1 + highest
     self.pad_id = backend.token_to_id(PAD)
     self.end_id = backend.token_to_id(TURN_CLOSE)
     self.think_open_id = backend.token_to_id(THINK_OPEN)
     self.think_close_id = backend.token_to_id(THINK_CLOSE)
     self.vocab_bytes = self._vocab_bytes()
+    self.end_ids = tuple(dict.fromkeys((self.end_id, *end_ids)))
+    beyond = [i for i in self.end_ids if not 0 <= i < self.vocab_size]
+    if beyond:
+      raise ValueError(
+        f"eos_token_id names {beyond}, and the tokenizer has ids 0 to"
+        f" {self.vocab_size - 1}. Mend generation_config.json, or name the"
+        " tokenizer that belongs to it."
+      )
+    self.unused_ids = tuple(
+      index
+      for index, piece in enumerate(self.vocab_bytes)
+      if piece is None and index not in self._added
+    )
 
   def _without_added_tokens(self) -> tokenizers.Tokenizer:
     # `encode_special_tokens` hides only tokens flagged special; Qwen3's think
@@ -155,9 +181,11 @@ class Tokenizer:
   def load(cls, path_or_hub_id: str | pathlib.Path) -> "Tokenizer":
     """Reads tokenizer.json from a directory, or from the Hugging Face hub.
 
+    A generation_config.json beside it says which ids end a completion.
+
     Raises:
       FileNotFoundError: the directory has no tokenizer.json.
-      ValueError: a required token is missing.
+      ValueError: a required token is missing, or an end id is no token.
     """
     folder = pathlib.Path(path_or_hub_id)
     if folder.is_dir():
@@ -177,7 +205,7 @@ class Tokenizer:
         template = files["chat_template.jinja"].read_text("utf-8")
         config["chat_template"] = template
     backend = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
-    return cls(backend, config)
+    return cls(backend, config, end_ids(files[_GENERATION]))
 
   @classmethod
   def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -242,7 +270,7 @@ class Tokenizer:
     return cls(backend)
 
   def save(self, directory: str | pathlib.Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json.
+    """Writes tokenizer.json, tokenizer_config.json and the end ids.
 
     `transformers.AutoTokenizer.from_pretrained(directory)` reads them.
     """
@@ -263,7 +291,26 @@ class Tokenizer:
     (directory / "tokenizer_config.json").write_text(
       json.dumps(config, indent=2, ensure_ascii=False), "utf-8"
     )
+    (directory / _GENERATION).write_text(
+      json.dumps(self.generation_config(), indent=2) + "\n", "utf-8"
+    )
     self.backend.save(str(directory / "tokenizer.json"))
+
+  def generation_config(self) -> dict[str, Any]:
+    """What generation_config.json says of the ends: one id, or all of them."""
+    ends = list(self.end_ids)
+    return {
+      "eos_token_id": ends if len(ends) > 1 else ends[0],
+      "pad_token_id": self.pad_id,
+    }
+
+  def with_ends(self, ids: Iterable[int]) -> "Tokenizer":
+    """The same tokenizer, with further ids that end a completion.
+
+    Raises:
+      ValueError: an id outside the vocabulary.
+    """
+    return Tokenizer(self.backend, self.config, (*self.end_ids, *ids))
 
   def encode(self, text: str) -> np.ndarray:
     """Untrusted text to ids [T] int32; no special token can come out."""
@@ -322,7 +369,41 @@ class Tokenizer:
     return np.concatenate(parts)
 
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_GENERATION = "generation_config.json"
+_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "chat_template.jinja",
+  _GENERATION,
+)
+
+
+def end_ids(path: str | pathlib.Path | None) -> tuple[int, ...]:
+  """The `eos_token_id` of a generation_config.json: one id, a list, or none.
+
+  Args:
+    path: of the file; None, or one that is not there, names no id.
+
+  Raises:
+    ValueError: it is not JSON, or its ids are no whole numbers.
+  """
+  if path is None or not pathlib.Path(path).exists():
+    return ()
+  try:
+    stated = json.loads(pathlib.Path(path).read_text("utf-8"))
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is not JSON ({error}). Fetch it again, or delete it to stop at"
+      f" {TURN_CLOSE} alone."
+    ) from error
+  ids = stated.get("eos_token_id") if isinstance(stated, dict) else stated
+  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    raise ValueError(
+      f"{path} says eos_token_id = {ids!r}; it must be a token id or a list of"
+      " them. Mend it, or delete the file."
+    )
+  return tuple(ids)
 
 
 def _download(hub_id: str) -> dict[str, pathlib.Path | None]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+DECAYS = ("constant", "cosine")
 
 
 def schedule(
@@ -40,8 +41,8 @@ def schedule(
       "A schedule needs total_steps >= 1 and 0 <= warmup_fraction <= 1, got "
       f"{total_steps} and {warmup_fraction}."
     )
-  if decay not in ("constant", "cosine"):
-    raise ValueError(f'Unknown decay {decay!r}. Use "constant" or "cosine".')
+  if decay not in DECAYS:
+    raise ValueError(f"Unknown decay {decay!r}. Use one of {DECAYS}.")
   warmup = round(total_steps * warmup_fraction)
   cooling = max(total_steps - warmup, 1)
 

@@ -24,6 +24,7 @@ from opera_jax import structs
 from opera_jax.losses import (
   cross_entropy,
   distillation,
+  exponent,
   kl,
   policy,
   preference,
@@ -125,7 +126,7 @@ def make_policy_update(
     clip_high: see `policy.clipped_surrogate`.
     dual_clip: see `policy.clipped_surrogate`.
     kl_coef: weight of the KL term; 0 leaves it out, and `ref_logprob` unread.
-    kl_estimator: "k1", "k2" or "k3".
+    kl_estimator: "k2" or "k3"; "k1" where `kl_coef` is 0.
     entropy_coef: weight of the entropy bonus.
     value_coef: weight of `value.clipped_value`; needs a critic's head, and
       "value" and "returns" in `batch.extra`.
@@ -142,16 +143,17 @@ def make_policy_update(
     A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
     of `state` for itself. Metrics, scalars, token means unless said: `policy/`
     `loss` (the reduced total), `surrogate` (reduced), `kl`, `ratio_mean`,
-    `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`
-    (share of tokens), `entropy`, `tokens` (a count), and `optim/grad_norm`
-    (before clipping), `optim/update_norm`, `optim/param_norm`.
+    `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`,
+    `ratio_bounded`, `kl_bounded` (shares of tokens), `entropy`, `tokens` (a
+    count), and `optim/grad_norm` (before clipping), `optim/update_norm`,
+    `optim/param_norm`.
 
   Raises:
-    ValueError: an unknown estimator or loss; when traced, an unknown
-      reduction, a bad clip bound, or rows that do not divide into
+    ValueError: an unknown estimator or loss, or k1 in the loss; when traced,
+      an unknown reduction, a bad clip bound, or rows that do not divide into
       micro-batches.
   """
-  divergence = kl.estimator(kl_estimator)
+  divergence = kl.estimator(kl_estimator, in_loss=kl_coef != 0)
   if loss not in policy.NAMES:
     raise ValueError(f"Unknown loss {loss!r}. Use one of {policy.NAMES}.")
 
@@ -182,6 +184,7 @@ def make_policy_update(
       "clip_low": aux["clip_low"],
       "clip_high": aux["clip_high"],
       "clip_dual": aux["clip_dual"],
+      "ratio_bounded": aux["ratio_bounded"],
       "old_gap": jnp.abs(logprob_RT - batch.old_logprob),
       "entropy": entropy_RT,
     }
@@ -189,6 +192,9 @@ def make_policy_update(
       kl_RT = divergence(logprob_RT, batch.ref_logprob)
       total = total + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
       per_token["kl"] = kl_RT
+      per_token["kl_bounded"] = exponent.bounded(
+        batch.ref_logprob - logprob_RT
+      )[1].astype(jnp.float32)
     if entropy_coef:
       total -= entropy_coef * reduce.weighted_sum(weight_RT, entropy_RT)
     if value_coef:

@@ -72,3 +72,32 @@ def test_jit_agrees():
   np.testing.assert_allclose(
     jax.jit(group.grpo)(reward), group.grpo(reward), atol=1e-6
   )
+
+
+_ULP = float(np.spacing(np.float32(0.3)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ulps", [1, 2, 4])
+def test_rounding_is_no_spread(rule, ulps):
+  """Rewards are float32 sums: equal ones may differ in the last bits."""
+  reward = np.asarray([[0.3] * 7 + [0.3 + ulps * _ULP]], np.float32)
+  assert reward.max() > reward.min()
+  np.testing.assert_array_equal(rule(reward), 0.0)
+  assert not group.has_spread(reward).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("level", [0.0, 0.3, -7.1, 1e3])
+@pytest.mark.parametrize("step", [1e-5, 1e-2])
+def test_a_groups_advantages_sum_to_zero(rule, level, step):
+  step *= max(abs(level), 1.0)
+  reward = np.full((3, 8), level, np.float32)
+  reward[0, 0] += step
+  reward[1, :7] += step
+  reward[2] += step * np.random.default_rng(0).normal(size=8)
+  got = np.asarray(rule(reward), np.float64)
+  assert group.has_spread(reward).all()
+  assert (got.max(1) > 0).all() and (got.min(1) < 0).all()
+  size = np.abs(got).sum(1)
+  np.testing.assert_array_less(np.abs(got.sum(1)), 1e-6 * size)

@@ -201,6 +201,19 @@ def test_split_is_disjoint_and_knows_only_the_text():
   }
   with pytest.raises(ValueError, match="leave one to train on"):
     prompts.split(made, 60, seed=0)
+  same = ["What is it?", "what is it? ", "  What\n is it?", "WHAT IS IT?"]
+  others = [f"other {i}" for i in range(8)]
+  for seed in range(8):
+    mixed = [
+      structs.Prompt(str(i), "math", text, "r")
+      for i, text in enumerate([*same, *others])
+    ]
+    train, held = prompts.split(mixed, 6, seed=seed)
+    sides = [sum(p.prompt in same for p in side) for side in (train, held)]
+    assert sorted(sides) == [0, 4]
+  named = ["a", "b"] * 6
+  train, held = prompts.split(mixed, 6, seed=0, groups=named)
+  assert len({named[int(p.id)] for p in held}) == 1
   twins = [structs.Prompt(str(i), "math", "same", "r") for i in range(3)]
   with pytest.raises(ValueError, match="cannot be held out whole"):
     prompts.split(twins, 2, seed=0)

@@ -42,11 +42,27 @@ def test_targets_are_the_completions(packed):
     for token in np.unique(batch.tokens[real]):
       seen[token] = seen.get(token, 0) + 1
   assert len(seen) == 24
-  assert len(made) == made.counts["rows"] * 3 // 2
+  assert len(made) == -(-made.counts["rows"] * 3 // 2)
   if not packed:
     assert made.counts["rows"] == 12 and set(seen.values()) == {3}
   else:
     assert made.counts["rows"] < 12
+
+
+def test_every_pair_is_seen_and_what_fills_the_last_batch_is_padding():
+  """15 pairs in batches of 8, one epoch: 8 and 7, none left out."""
+  made = data(pairs(15), batch_size=8, epochs=1)
+  first, last = made[0], made[1]
+  assert len(made) == 2 and made.counts["kept"] == 15
+  assert last.tokens.shape == first.tokens.shape
+  assert ((last.segments > 0).any(1)).sum() == 7
+  assert not last.segments[7].any() and not last.loss_mask[7].any()
+  seen = np.concatenate([b.tokens[b.loss_mask > 0] for b in (first, last)])
+  assert len(seen) == made.counts["target_tokens"]
+  # A process that holds the padded rows alone is given them.
+  np.testing.assert_array_equal(
+    made.part(1, np.asarray([7, 6])).tokens, last.tokens[[7, 6]]
+  )
 
 
 def test_batches_are_found_by_step():

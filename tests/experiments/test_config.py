@@ -46,7 +46,7 @@ def _fields(record) -> set[str]:
 
 
 def _tokenizer_keywords() -> set[str]:
-  return _keywords(setup._tokenizer) - {"workdir", "tasks"}
+  return _keywords(setup._tokenizer) - {"workdir", "tasks", "checkpoint"}
 
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
@@ -61,7 +61,7 @@ WHOLE = {
   "sft": _fields(supervised.Recipe),
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
   "rollout": _fields(sampling.Sampling)
-  - {"stop_ids", "banned_ids", "logit_bias"},
+  - {"stop_ids", "vocab_size"},  # of the tokenizer
   "price": _keywords(price.Pricer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
   "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},

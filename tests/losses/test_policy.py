@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opera_jax.losses import policy
+from opera_jax.losses import exponent, policy
 
 
 def _rows(seed=0, shape=(3, 5), spread=1.0):
@@ -157,3 +157,47 @@ def test_importance_weights_are_cut():
   )
   with pytest.raises(ValueError, match="importance_cap"):
     policy.truncated_weight(old, sampler, 0.0)
+
+
+_EXTREMES = (-1e4, -120.0, -89.0, -20.5, -1.0, 0.0)
+
+
+@pytest.mark.parametrize("dual", [None, 3.0])
+def test_extremes_have_finite_losses_and_gradients(dual):
+  """Every pair of extreme log-probabilities, every sign of advantage."""
+  grid = np.asarray(
+    [
+      (now, old, advantage)
+      for now in _EXTREMES
+      for old in _EXTREMES
+      for advantage in (-1e3, -1.0, 0.0, 1.0, 1e3)
+    ],
+    np.float32,
+  )
+  now, old, advantage = grid.T
+
+  def total(now):
+    loss, aux = policy.clipped_surrogate(now, old, advantage, dual_clip=dual)
+    return loss.sum(), (loss, aux)
+
+  gradient, (loss, aux) = jax.grad(total, has_aux=True)(jnp.asarray(now))
+  assert np.isfinite(loss).all() and np.isfinite(gradient).all()
+  assert np.isfinite(aux["ratio"]).all()
+  beyond = np.abs(now - old) > exponent.BOUND
+  np.testing.assert_array_equal(aux["ratio_bounded"], beyond)
+  np.testing.assert_array_equal(np.asarray(gradient)[beyond], 0.0)
+
+
+def test_extreme_sequences_have_finite_gspo_gradients():
+  def total(now):
+    old = jnp.asarray([[0.0] * 4, [-120.0] * 4, [-1e4] * 4])
+    ratio = policy.sequence_ratio(
+      now, old, jnp.ones((3, 4)), jnp.ones((3, 4), jnp.int32)
+    )
+    loss, _ = policy.clipped_surrogate(
+      ratio, jnp.zeros((3, 4)), -jnp.ones((3, 4)), dual_clip=None
+    )
+    return loss.sum()
+
+  value, gradient = jax.value_and_grad(total)(jnp.zeros((3, 4)))
+  assert np.isfinite(value) and np.isfinite(gradient).all()

@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     tmp_path_factory.mktemp("run"),
     seed=config.seed,
     mesh=config.mesh,
+    checkpoint=config.checkpoint,
     tokenizer=config.tokenizer,
     model=config.model,
     data=config.data,

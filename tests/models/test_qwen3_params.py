@@ -198,6 +198,111 @@ def test_a_tied_checkpoint_may_store_its_head(tmp_path):
   _equal(qwen3_params.load(tmp_path, config, mesh, rules.TRAIN), params)
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(
+  tmp_path, monkeypatch, rows
+):
+  monkeypatch.setattr(qwen3_params, "_BLOCK_BYTES", rows * 4 * 48)
+  config = _config(tied=True)
+  params = qwen3.create(config, seed=1)[1]
+  exported = dict(qwen3_params.export_tensors(params, config))
+  head = exported["model.embed_tokens.weight"].copy()
+  head[150, 3] += 1e-3
+  exported["lm_head.weight"] = head
+  plan = [(name, value.shape) for name, value in exported.items()]
+  writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
+  writer.write(exported.values())
+  with pytest.raises(ValueError, match="the model is not tied"):
+    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+  "name", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"]
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, bad):
+  config = _config()
+  params = qwen3.create(config, seed=1)[1]
+  exported = dict(qwen3_params.export_tensors(params, config))
+  exported[name] = exported[name].copy()
+  exported[name].reshape(-1)[-1] = bad
+  plan = [(key, value.shape) for key, value in exported.items()]
+  writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
+  writer.write(exported.values())
+  with pytest.raises(ValueError, match=f"{name} holds a weight that is not f"):
+    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+
+
+def _with_header(file, change):
+  """Rewrites the header of a safetensors file, its bytes staying."""
+  raw = file.read_bytes()
+  length = int.from_bytes(raw[:8], "little")
+  header = json.loads(raw[8 : 8 + length])
+  change(header)
+  text = json.dumps(header).encode()
+  text += b" " * (length - len(text))
+  file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+def _overlap(header):
+  names = [n for n in header if n.endswith("norm.weight")][:2]
+  header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+
+
+def _short(header):
+  header["model.norm.weight"]["data_offsets"][1] -= 4
+
+
+def _beyond(header):
+  header["model.norm.weight"]["data_offsets"] = [10**9, 10**9 + 4 * 48]
+
+
+def _negative(header):
+  header["model.norm.weight"]["data_offsets"] = [-192, 0]
+
+
+def _no_shape(header):
+  del header["model.norm.weight"]["shape"]
+
+
+def _bare(header):
+  header["model.norm.weight"] = 3
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (_overlap, "overlap|takes"),
+    (_short, "takes 188 bytes"),
+    (_beyond, "ends at byte"),
+    (_negative, "is described as"),
+    (_no_shape, "KeyError"),
+    (_bare, "TypeError"),
+  ],
+)
+def test_headers_that_lie_are_refused(tmp_path, change, said):
+  config = _config()
+  qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)
+  _with_header(tmp_path / tensor_files.SINGLE, change)
+  with pytest.raises(ValueError, match=said) as error:
+    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+  assert tensor_files.SINGLE in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name", ["/etc/x.safetensors", "../x.safetensors", ".."]
+)
+def test_an_index_stays_in_its_folder(tmp_path, name):
+  (tmp_path / tensor_files.INDEX).write_text(
+    json.dumps({"weight_map": {"model.norm.weight": name}})
+  )
+  with pytest.raises(ValueError, match="nothing outside of it"):
+    tensor_files.find(tmp_path)
+  (tmp_path / tensor_files.INDEX).write_text("[1, 2")
+  with pytest.raises(ValueError, match="is no index"):
+    tensor_files.find(tmp_path)
+
+
 def test_all_mismatches_come_in_one_error(tmp_path):
   config = _config()
   qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)

@@ -1,6 +1,7 @@
 """Seeds of different pace are compared at equal sampled tokens."""
 
 import numpy as np
+import pytest
 
 from opera_jax.report import learning_curves
 
@@ -28,3 +29,15 @@ def test_a_picture_is_written(tmp_path):
   cells = {"a": [_lines([10] * 5, 1.0)] * 2, "b": [_lines([20] * 5, 0.5)]}
   learning_curves.write(cells, ("reward/mean", "nowhere"), path)
   assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["$x_", "a $\\frac{ b$", "_hidden", "100%"])
+def test_any_name_can_be_drawn(tmp_path, name):
+  """A label that matplotlib takes for broken maths ended the run."""
+  line = [
+    {"rollout/tokens": 10.0, name: 0.5},
+    {"rollout/tokens": 10.0, name: 1},
+  ]
+  path = tmp_path / "curves.png"
+  learning_curves.write({name: [line], "b": [line]}, [name], path)
+  assert path.stat().st_size > 1000

@@ -1,5 +1,6 @@
 """The page shows what models wrote as text, and needs nothing but itself."""
 
+import dataclasses
 import html.parser
 import re
 
@@ -157,3 +158,40 @@ def test_write_replaces_whole_and_takes_any_text(tmp_path):
 def test_a_caption_for_no_stage_is_refused():
   with pytest.raises(ValueError, match="No stage of the chain is called 'rl'"):
     page.render(views.Page(title="t", captions={"rl": "x"}))
+
+
+def test_a_changed_result_cannot_act_through_a_number():
+  """DONE.json is a file: where a count should be, anything may stand."""
+  made = _page()
+  row = made.rows[0]
+  cells = [
+    dataclasses.replace(
+      cell, value=dataclasses.replace(cell.value, count=ATTACK)
+    )
+    for cell in row.cells
+  ]
+  row = dataclasses.replace(row, cells=cells)
+  read = _Reader(page.render(dataclasses.replace(made, rows=[row])))
+  assert "script" not in read.tags and "img" not in read.tags
+  assert ATTACK in read.text
+
+
+def test_the_policy_forbids_scripts_forms_frames_and_another_base():
+  policy = dict(_Reader(page.document("t", "")).attributes)["content"]
+  text = page.document("t", "")
+  for rule in (
+    "default-src 'none'", "form-action 'none'", "frame-src 'none'",
+    "object-src 'none'", "base-uri 'none'",
+  ):  # fmt: skip
+    assert rule in text
+  assert policy  # of the last meta; the first is looked at above
+
+
+@pytest.mark.parametrize(
+  "act",
+  ['<META http-equiv="refresh" content="0;url=http://h">', "<form>", "<iframe>",
+   "<base href=x>", "<script>"],
+)  # fmt: skip
+def test_what_could_act_is_never_written(act):
+  with pytest.raises(ValueError, match="Escape it"):
+    page.document("t", f"<p>{act}</p>")

@@ -1,85 +1,38 @@
-"""The judge against a local server that misbehaves."""
+"""The judge's arithmetic, and what becomes of questions without an answer."""
 
-import http.server
 import json
-import threading
-import time
+import sys
 
 import numpy as np
 import pytest
 
-from opera_jax.rewards import endpoint, judge
+from opera_jax import structs
+from opera_jax.rewards import compose, endpoint, judge, replies
+
+from rewards import hostile_server  # isort: skip
 
 GRADES = dict.fromkeys(judge.DIMENSIONS, 4)
 
 
-class _Server(http.server.ThreadingHTTPServer):
-  """Answers with what `replies` says, one after the other, then well."""
-
-  daemon_threads = True
-
-  def __init__(self):
-    super().__init__(("127.0.0.1", 0), _Handler)
-    self.replies, self.seen, self.keys = [], [], []
-    self.say = lambda question: json.dumps(GRADES)
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-  def do_POST(self):
-    body = self.rfile.read(int(self.headers["Content-Length"]))
-    question = json.loads(body)["messages"][0]["content"]
-    self.server.seen.append(question)
-    self.server.keys.append(self.headers.get("Authorization"))
-    trouble = self.server.replies.pop(0) if self.server.replies else "fine"
-    if isinstance(trouble, int):
-      self.send_response(trouble)
-      self.end_headers()
-      return
-    if trouble == "slow":
-      time.sleep(1.0)
-    text = self.server.say(question)
-    if trouble == "bad grades":
-      text = json.dumps(GRADES | {"contextual_utility": 9})
-    if trouble == "words":
-      text = "I would rather not."
-    answer = {
-      "choices": [{"message": {"content": f"```json\n{text}\n```"}}],
-      "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-    }
-    payload = (
-      b"{broken" if trouble == "bad json" else json.dumps(answer).encode()
-    )
-    try:
-      self.send_response(200)
-      self.send_header("Content-Length", str(len(payload)))
-      self.end_headers()
-      self.wfile.write(payload)
-    except BrokenPipeError:
-      pass  # the client lost patience
-
-  def log_message(self, *_):
-    pass
-
-
 @pytest.fixture
 def server():
-  made = _Server()
-  thread = threading.Thread(target=made.serve_forever, daemon=True)
-  thread.start()
-  yield made
-  made.shutdown()
-  made.server_close()
+  with hostile_server.running(lambda question: json.dumps(GRADES)) as made:
+    yield made
 
 
 def _reward(server, **settings):
-  return judge.Reward(
-    endpoint=f"http://127.0.0.1:{server.server_port}/v1",
-    model="fake",
-    timeout=0.3,
-    backoff=0.01,
-    parallel=1,
-    **settings,
-  )
+  given = {"timeout": 5.0, "backoff": 0.01, "parallel": 1} | settings
+  return judge.Reward(endpoint=server.address, model="fake", **given)
+
+
+def _never(text, answer=None):
+  """Says nothing readable of answers with `text` in them."""
+  answer = answer or json.dumps(GRADES)
+
+  def say(question):
+    return "I would rather not." if text in question else answer
+
+  return say
 
 
 def test_rubric_is_the_mean_of_four_grades(server, rollouts):
@@ -94,62 +47,83 @@ def test_rubric_is_the_mean_of_four_grades(server, rollouts):
   np.testing.assert_array_equal(parts["structural_integrity"], [[5, 1]])
   assert "x</think>" not in server.seen[0]  # the thought is not shown
   np.testing.assert_allclose(parts["judge_cost"].sum(), 2 * 250e-6, rtol=1e-5)
+  assert parts["judge_failed"].sum() == parts["judge_unreadable"].sum() == 0
+
+
+def test_a_failed_sample_takes_the_mean_of_its_group(server, rollouts):
+  def say(question):
+    if "mute" in question:
+      return "no"
+    grade = 5 if "good" in question else 1
+    return json.dumps(dict.fromkeys(judge.DIMENSIONS, grade))
+
+  server.say = say
+  case = rollouts([["good", "good", "bad", "mute"], ["bad"] * 4])
+  parts = _reward(server, retries=1).rewards(case, None)
+  np.testing.assert_allclose(parts["total"][0], [1, 1, 0, 2 / 3], rtol=1e-6)
+  np.testing.assert_array_equal(parts["total"][1], 0)
+  np.testing.assert_array_equal(
+    parts["judge_failed"], [[0, 0, 0, 1], [0, 0, 0, 0]]
+  )
+  # Two unreadable replies among eight samples.
+  np.testing.assert_allclose(parts["judge_unreadable"], 2 / 8)
+  # Its advantage over the group is 0; that of the judged is what it was.
+  advantage_N = parts["total"][0] - parts["total"][0].mean()
+  np.testing.assert_allclose(advantage_N, [1 / 3, 1 / 3, -2 / 3, 0], atol=1e-6)
+
+
+def test_a_failed_group_takes_the_mean_of_all(server, rollouts):
+  server.say = _never("mute")
+  case = rollouts([["mute", "mute"], ["a", "b"], ["c", "d"]])
+  parts = _reward(server, retries=0, max_failed=0.5).rewards(case, None)
+  np.testing.assert_allclose(parts["total"], 0.75)
+  total, _ = compose.weighted_sum({"judge": parts}, {"judge": 1.0})
+  assert np.isfinite(total).all()
+
+
+def test_fill_by_hand():
+  nan = np.nan
+  got = judge.fill(np.asarray([1, nan, 3, nan, nan, nan, 4, 4, 4]), 3)
+  np.testing.assert_allclose(got, [1, 2, 3, 3.2, 3.2, 3.2, 4, 4, 4])
+  np.testing.assert_array_equal(judge.fill(np.full(4, nan), 2), 0)
+
+
+def test_too_many_failures_end_the_run_with_three_replies(server, rollouts):
+  texts = [f"mute {k}" for k in range(8)] + ["fine"] * 12
+  server.say = lambda question: (
+    f"Never, {question[-6:]}!" if "mute" in question else json.dumps(GRADES)
+  )
+  with pytest.raises(endpoint.EndpointError) as failure:
+    _reward(server, retries=0).rewards(rollouts([texts]), None)
+  text = str(failure.value)
+  assert "max_failed" in text and "a share of 0.1" in text
+  assert text.count("Never, mute") == 3
+  assert "it holds no JSON object" in text
+  # It ends where the share is passed, not after all of them.
+  assert len(server.seen) < 20
 
 
 @pytest.mark.parametrize(
-  "troubles", [[429, 500], ["slow"], ["bad json", "words", "bad grades"], [503]]
+  "samples, mute, share, ends",
+  [
+    (4, 1, 0.1, False),  # one may always fail
+    (4, 2, 0.1, True),
+    (4, 1, 0.0, True),
+    (20, 2, 0.1, False),
+    (20, 3, 0.1, True),
+    (4, 4, 1.0, True),  # all never
+    (4, 3, 1.0, False),
+  ],
 )
-def test_misbehaviour_is_tried_again(server, rollouts, troubles):
-  server.replies = list(troubles)
-  reward = _reward(server)
-  got = reward.rewards(rollouts([["a", "b"]]), None)
-  np.testing.assert_allclose(got["total"], 0.75)
-  assert reward.client.requests == 2 + len(troubles)
-
-
-def test_waits_grow(server, monkeypatch):
-  waits = []
-  monkeypatch.setattr(endpoint.time, "sleep", waits.append)
-  server.replies = [429] * 3
-  _reward(server).client.ask("q", judge.read_grades)
-  assert len(waits) == 3
-  assert 1.7 < waits[1] / waits[0] < 2.3 and 1.7 < waits[2] / waits[1] < 2.3
-
-
-def test_tries_end_and_say_what_was_wrong(server):
-  server.replies = [500] * 9
-  with pytest.raises(endpoint.EndpointError, match="after 3 tries.*HTTP 500"):
-    _reward(server, retries=2).client.ask("q", judge.read_grades)
-  server.replies = [401]
-  with pytest.raises(endpoint.EndpointError, match="after 1 tries.*HTTP 401"):
-    _reward(server).client.ask("q", judge.read_grades)
-
-
-def test_answers_are_kept_on_disk(server, rollouts, tmp_path):
-  case = rollouts([["a", "b"]])
-  first = _reward(server, cache=str(tmp_path))
-  first.rewards(case, None)
-  again = _reward(server, cache=str(tmp_path))
-  got = again.rewards(case, None)
-  np.testing.assert_allclose(got["total"], 0.75)
-  assert again.client.requests == 0 and again.client.hits == 2
-  assert again.client.cost() == 0
-
-
-def test_the_key_goes_to_the_endpoint_and_nowhere_else(
-  server, rollouts, tmp_path, monkeypatch, capsys
-):
-  monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-  reward = _reward(server, cache=str(tmp_path))
-  reward.rewards(rollouts([["a", "b"]]), None)
-  assert server.keys == ["Bearer sk-secret"] * 2
-  server.replies = [401]
-  with pytest.raises(endpoint.EndpointError) as failure:
-    reward.client.ask("another", judge.read_grades)
-  kept = "".join(p.read_text() for p in tmp_path.rglob("*.json"))
-  shown = repr(reward) + repr(vars(reward.client)) + str(failure.value)
-  out, err = capsys.readouterr()
-  assert "sk-secret" not in kept + shown + out + err
+def test_what_share_may_fail(server, rollouts, samples, mute, share, ends):
+  server.say = _never("mute")
+  case = rollouts([["mute"] * mute + ["fine"] * (samples - mute)])
+  reward = _reward(server, retries=0, max_failed=share)
+  if ends:
+    with pytest.raises(endpoint.EndpointError):
+      reward.rewards(case, None)
+  else:
+    assert reward.rewards(case, None)["judge_failed"].sum() == mute
 
 
 def test_pairwise_asks_both_orders_and_reports_bias(server, rollouts):
@@ -172,6 +146,26 @@ def test_pairwise_asks_both_orders_and_reports_bias(server, rollouts):
   np.testing.assert_allclose(got["position_bias"], 2 / 24)
 
 
+def test_a_comparison_counts_if_both_orders_were_answered(server, rollouts):
+  def say(question):
+    if "# Answer A\nmute" in question:
+      return "no"
+    first = question.split("# Answer A\n")[1].split("\n\n# Answer B")[0]
+    second = question.split("# Answer B\n")[1]
+    return json.dumps({"better": "A" if first > second else "B"})
+
+  server.say = say
+  case = rollouts([["a", "b", "c", "mute"]])
+  reward = _reward(
+    server, mode="pairwise", opponents=1, retries=0, max_failed=0.5
+  )
+  got = reward.rewards(case, None)
+  # a < b and b < c counted; c against mute and mute against a did not.
+  np.testing.assert_allclose(got["total"], [[0, 0.5, 1, 0.5]])
+  np.testing.assert_allclose(got["judge_failed"], [[0.5, 0, 0.5, 1]])
+  assert got["position_bias"].max() == 0
+
+
 def test_a_fair_judge_has_no_bias():
   got = judge.tally([(0, 1), (1, 2)], [1.0, 0.5], [0.0, 0.5], 4)
   np.testing.assert_allclose(got.win_R, [1, 0.25, 0.5, 0.5])
@@ -182,12 +176,83 @@ def test_a_fair_judge_has_no_bias():
   assert got.position_bias == 0.5 and got.self_consistency == 0
 
 
-def test_bad_settings_are_refused(server, rollouts):
-  with pytest.raises(ValueError, match="http"):
-    endpoint.Client("ftp://x", "m")
-  with pytest.raises(ValueError, match="Unknown mode 'vibes'"):
-    judge.Reward("http://x", "m", mode="vibes")
+PROMPTS = [structs.Prompt("a", "open_ended", "Tell a story.", "Once.")]
+
+
+@pytest.mark.parametrize("mode", judge.MODES)
+def test_the_probe_asks_once(server, mode):
+  server.say = lambda question: json.dumps(GRADES | {"better": "A"})
+  _reward(server, mode=mode, opponents=1).probe(PROMPTS)
+  assert len(server.seen) == 1 and "Tell a story." in server.seen[0]
+
+
+def test_the_probe_says_what_is_wrong(server, tmp_path):
+  server.say = lambda question: "Hello!"
+  with pytest.raises(endpoint.EndpointError, match="no JSON.*Hello"):
+    _reward(server, retries=0).probe(PROMPTS)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(OSError, match="cache.*cannot be written"):
+    _reward(server, cache=str(tmp_path / "file" / "cache")).probe(PROMPTS)
+
+
+def test_without_its_package_the_judge_says_how_to_install_it(
+  server, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, "openai", None)
+  monkeypatch.delitem(sys.modules, "opera_jax.rewards.chat", raising=False)
+  with pytest.raises(ImportError, match="requirements-judge.txt"):
+    _reward(server).probe(PROMPTS)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"mode": "vibes"}, "Unknown mode 'vibes'"),
+    ({"length_field": "n"}, "Unknown length_field 'n'"),
+    ({"opponents": 0}, "opponents is 0"),
+    ({"parallel": 0}, "parallel is 0"),
+    ({"timeout": 0}, "timeout is 0"),
+    ({"timeout": float("nan")}, "timeout is nan"),
+    ({"timeout": "60"}, "timeout is '60'"),
+    ({"retries": -1}, "retries is -1"),
+    ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"temperature": 3}, "temperature is 3"),
+    ({"max_failed": 1.5}, "max_failed is 1.5"),
+    ({"max_failed": True}, "max_failed is True"),
+    ({"reply_bytes": 1}, "reply_bytes is 1"),
+  ],
+)
+def test_bad_settings_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    judge.Reward("http://x", "m", **settings)
+
+
+def test_more_opponents_than_samples_are_refused(server, rollouts):
   with pytest.raises(ValueError, match="opponents"):
     _reward(server, mode="pairwise", opponents=2).rewards(
       rollouts([["a", "b"]]), None
     )
+
+
+@pytest.mark.parametrize(
+  "grade",
+  [True, None, "4", 0, 6, -1, 4.5, [4], {"x": 4}, 10**4000, 1e999, ["4"] * 99],
+  ids=lambda grade: str(type(grade).__name__),
+)
+def test_what_is_no_grade(grade):
+  with pytest.raises(replies.Unreadable, match="whole number from 1 to 5"):
+    judge.read_grades(GRADES | {"contextual_utility": grade})
+
+
+@pytest.mark.parametrize("choice", [None, True, "C", ["A"], {"A": 1}, "a", 1])
+def test_what_is_no_choice(choice):
+  with pytest.raises(replies.Unreadable, match="must say A, B or tie"):
+    judge.read_choice({"better": choice})
+  with pytest.raises(replies.Unreadable):
+    judge.read_choice({})
+
+
+def test_grades_are_whole_numbers():
+  got = judge.read_grades(GRADES | {"contextual_utility": 2.0, "note": "x"})
+  assert got["contextual_utility"] == 2
+  assert type(got["contextual_utility"]) is int

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from opera_jax import structs
-from opera_jax.rewards import entropy, format, function, length, sar
+from opera_jax.rewards import entropy, format, length, sar
 
 THINK = "<think>\nWait.\n</think>\n\n"
 
@@ -104,48 +103,3 @@ def test_format(text, fine, rollouts):
     case = rollouts([[text]], finished=finished)
     got = format.Reward().rewards(case, None)["total"]
     assert got[0, 0] == (fine and finished)
-
-
-def shout(prompts, completions, **columns):
-  """A user's reward."""
-  assert columns["reference"] == ["4", "4", "7", "7"]
-  assert columns["level"] == [1, 1, None, None]
-  return [len(c) + len(p) for p, c in zip(prompts, completions)]
-
-
-def silent(prompts, completions, **columns):
-  """One number too few."""
-  return [0.0] * (len(prompts) - 1)
-
-
-def broken(prompts, completions, **columns):
-  """Raises."""
-  raise KeyError("mine")
-
-
-def stuck(prompts, completions, **columns):
-  """Never comes back in time."""
-  import time
-
-  time.sleep(5)
-
-
-@pytest.fixture
-def tasks():
-  return [
-    structs.Prompt("a", "math", "qq", "4", {"level": 1}),
-    structs.Prompt("b", "math", "q", "7"),
-  ]
-
-
-def test_a_users_function_sees_lists_and_columns(rollouts, tasks, monkeypatch):
-  monkeypatch.setattr(function, "load", lambda path: globals()[path])
-  case = rollouts([["a", "bb"], ["ccc", ""]], tasks)
-  got = function.Reward("shout").rewards(case, None)["total"]
-  np.testing.assert_array_equal(got, [[3, 4], [4, 1]])
-  with pytest.raises(ValueError, match="must return 4 finite numbers"):
-    function.Reward("silent").rewards(case, None)
-  with pytest.raises(KeyError, match="mine"):
-    function.Reward("broken").rewards(case, None)
-  with pytest.raises(TimeoutError, match="stuck took longer than 0.1 s"):
-    function.Reward("stuck", timeout=0.1).rewards(case, None)

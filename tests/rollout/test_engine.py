@@ -44,6 +44,45 @@ def test_logprobs_are_the_models_own(tiny_model, one_device, slow_logprob):
   assert 9 in lengths
 
 
+def test_a_prompt_that_comes_twice_is_sampled_anew(tiny_model, one_device):
+  """Keys follow the prompt's id; each time it comes has its own."""
+  settings = sampling.Sampling(max_new_tokens=9, stop_ids=(STOP,))
+  prompt, other = _prompts()[:2]
+  sampler = _engine(tiny_model, one_device)
+
+  def draw(prompts, ids):
+    out = sampler.sample(
+      tiny_model[2], prompts, settings, jax.random.key(0), samples=2, ids=ids
+    )
+    return [[s.tokens.tolist() for s in group] for group in out]
+
+  twice = draw([prompt, other, prompt], ["a", "b", "a"])
+  assert twice[0] != twice[2]
+  assert draw([prompt, other], ["a", "b"]) == twice[:2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_samples_say_how_likely_they_were_as_drawn(
+  tiny_model, one_device, top_p
+):
+  """And rows of the head that pad the vocabulary are not drawn."""
+  settings = sampling.Sampling(
+    max_new_tokens=12, stop_ids=(STOP,), top_p=top_p, vocab_size=200
+  )
+  out = _engine(tiny_model, one_device).sample(
+    tiny_model[2],
+    [p % 200 for p in _prompts()],
+    settings,
+    jax.random.key(0),
+    samples=3,
+  )
+  for sample in (s for group in out for s in group):
+    assert sample.tokens.max() < 200
+    assert sample.truncated_logprob.shape == sample.logprob.shape
+    gap = sample.behavior_logprob() - sample.logprob
+    assert (gap > 0).all() and (np.exp(sample.behavior_logprob()) <= 1).all()
+
+
 def test_greedy_is_argmax(tiny_model, one_device, slow_logprob):
   settings = sampling.Sampling(
     max_new_tokens=6, temperature=0.0, stop_ids=(STOP,)
@@ -151,7 +190,7 @@ def test_frequencies_follow_the_truncated_distribution(top_k, top_p):
   kept[order[~nucleus]] = False
   want = np.where(kept, p, 0) / p[kept].sum()
   draws = 20_000
-  tokens, logprob = sampling.sample(
+  tokens, logprob, truncated = sampling.sample(
     jnp.broadcast_to(jnp.asarray(logits), (draws, 12)),
     jax.random.split(jax.random.key(0), draws),
     sampling.Sampling(
@@ -168,3 +207,6 @@ def test_frequencies_follow_the_truncated_distribution(top_k, top_p):
   # 99.9th percentile of chi-squared with 11 degrees of freedom.
   assert chi2 < 31.3
   np.testing.assert_allclose(logprob, np.log(p)[np.asarray(tokens)], atol=1e-4)
+  # And under the distribution that was drawn from.
+  drawn = np.asarray(tokens)
+  np.testing.assert_allclose(truncated, np.log(want[drawn]), atol=1e-4)

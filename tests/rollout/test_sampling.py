@@ -1,11 +1,15 @@
 """One token from logits, against the distribution written out in numpy."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from opera_jax.rollout import sampling
+from opera_jax.text import tokenizer as tokenizer_lib
 
 LOGITS = np.array([2.0, 1.0, 1.0, 0.0, -1.0, -3.0, 0.5, 1.5], np.float32)
 V = len(LOGITS)
@@ -20,7 +24,12 @@ def _draw(draws=DRAWS, drawn=None, logits=LOGITS, **settings):
     jax.random.split(jax.random.key(0), draws),
     sampling.Sampling(max_new_tokens=9, **settings),
     None if drawn is None else jnp.full(draws, drawn, jnp.int32),
-  )
+  )[:2]
+
+
+@pytest.fixture(scope="module")
+def small():
+  return tokenizer_lib.Tokenizer.train_bpe(["some text"], 261)
 
 
 def _softmax(x):
@@ -190,3 +199,103 @@ def test_rare_tokens_come_as_often_as_they_should():
   tenths = np.bincount(tail * 10 // V, minlength=10)
   expected = len(tail) / 10
   assert ((tenths - expected) ** 2 / expected).sum() < 27.9  # 9 degrees
+
+
+def test_rows_that_pad_the_head_are_never_drawn():
+  """However likely: 151,669 to 151,935 of Qwen3's head are such rows."""
+  logits = LOGITS.copy()
+  logits[6:] = 30.0
+  for temperature in (1.0, 0.0):
+    tokens, _ = _draw(
+      logits=logits, vocab_size=6, temperature=temperature, draws=2000
+    )
+    assert np.asarray(tokens).max() < 6
+  inside = LOGITS.copy()
+  inside[6:] = -np.inf
+  tokens, _ = _draw(logits=logits, vocab_size=6)
+  _agree(tokens, _softmax(inside))
+
+
+def test_settings_of_a_tokenizer_end_and_ban_what_it_says(small):
+  words = small.with_ends([7, 9])
+  rows = words.vocab_size + 11
+  made = sampling.for_tokenizer(
+    sampling.Sampling(max_new_tokens=9, stop_ids=(3,), banned_ids=(5,)),
+    words,
+    rows,
+  )
+  assert made.stop_ids == (words.end_id, 7, 9, 3)
+  assert made.vocab_size == words.vocab_size
+  assert set(made.banned_ids) == {5, *words.unused_ids}
+  made.check(rows)
+  # A head without padding needs no mask.
+  exact = sampling.for_tokenizer(made, words, words.vocab_size)
+  assert exact.vocab_size == 0
+
+
+def test_ids_that_no_token_has_are_unused(small):
+  spec = json.loads(small.backend.to_str())
+  spec["model"]["vocab"]["Qz"] = small.vocab_size + 2
+  words = tokenizer_lib.Tokenizer(
+    tokenizers.Tokenizer.from_str(json.dumps(spec))
+  )
+  assert words.vocab_size == small.vocab_size + 3
+  holes = [
+    i for i in range(words.vocab_size) if words.backend.id_to_token(i) is None
+  ]
+  assert len(holes) == 2 and words.unused_ids == tuple(holes)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.3},
+    {"banned_ids": (0,)},
+    {"logit_bias": ((3, 2.0),)},
+    {"vocab_size": 6},
+    {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
+  ],
+)
+def test_the_price_as_drawn_is_that_of_the_truncated_distribution(settings):
+  """Its probabilities sum to 1 over what can be drawn, by frequencies too."""
+  made = sampling.Sampling(max_new_tokens=9, **settings)
+  assert made.reshapes()
+  tokens, own, drawn = (
+    np.asarray(x)
+    for x in sampling.sample(
+      jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, V)),
+      jax.random.split(jax.random.key(0), DRAWS),
+      made,
+    )
+  )
+  want = np.zeros(V)
+  want[tokens] = np.exp(drawn)
+  np.testing.assert_allclose(want.sum(), 1.0, atol=1e-5)
+  _agree(tokens, want)
+  if not made.logit_bias:  # all that can be drawn got likelier
+    assert (drawn > own + 1e-3).all()
+
+
+def test_without_truncation_there_is_one_price():
+  made = sampling.Sampling(max_new_tokens=9, temperature=0.7)
+  assert not made.reshapes()
+  _, own, drawn = sampling.sample(
+    jnp.asarray(LOGITS)[None], jax.random.split(jax.random.key(0), 1), made
+  )
+  assert own is drawn
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"vocab_size": 9}, "vocabulary has 9 ids"),
+    ({"vocab_size": 6, "stop_ids": (6,)}, r"stop_ids holds \[6\]"),
+    ({"banned_ids": (8,)}, r"banned_ids holds \[8\]"),
+    ({"logit_bias": ((1, float("inf")),)}, "finite number"),
+  ],
+)
+def test_ids_outside_are_refused(settings, said):
+  with pytest.raises(ValueError, match=said):
+    sampling.Sampling(max_new_tokens=9, **settings).check(8)

@@ -1,7 +1,6 @@
 """Synthesis goes on where it was, mends what broke, and stays small."""
 
 import json
-import operator
 import pathlib
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from conftest import ROOT
 
 from configs import tiny
 from opera_jax.data import traces
+from opera_jax.rewards import function
 from opera_jax.stages import card as card_lib
 from opera_jax.stages import cold_start, setup
 from opera_jax.synthesis import filters
@@ -257,12 +257,18 @@ def test_a_judge_is_named_by_path(monkeypatch):
     cold_start.search, "Searcher", lambda *_, **given_: given.update(given_)
   )
   values = dict(config.synthesis)
-  run = types.SimpleNamespace(engine=None, pricer=None, tokenizer=None)
+  run = types.SimpleNamespace(
+    engine=None,
+    pricer=None,
+    tokenizer=None,
+    reward={"timeout": 7.0, "environment": ("MY_KEY",)},
+  )
   cold_start._searcher(run, cold_start.Search(**values))
   assert given["choose"] is None
-  values["choose"] = "operator:indexOf"
+  values["choose"] = "operator:countOf"
   cold_start._searcher(run, cold_start.Search(**values))
-  assert given["choose"] is operator.indexOf
+  want = function.Choice("operator:countOf", 7.0, ("MY_KEY",))
+  assert given["choose"] == want
   values["choose"] = "operator:nowhere"
   with pytest.raises(ValueError, match="cannot be imported"):
     cold_start._searcher(run, cold_start.Search(**values))

@@ -36,7 +36,13 @@ class _Scorer:
     names = [f"{p.id}.{n}" for p in prompts for n in range(2)]
     return score.Scored(
       total_BN=reward,
-      parts={"r": reward * 2},
+      parts={
+        "r": reward * 2,
+        "right": np.asarray(
+          [[0.0, 1.0] if "r" in p.id else [0.0, 0.0] for p in prompts],
+          np.float32,
+        ),
+      },
       trunks=names,
       prices=structs.Prices(names, names, [], [], 10, 1),
       thoughts=thoughts,
@@ -65,7 +71,7 @@ class _Fake:
     return params
 
 
-def _collect(*draws):
+def _collect(*draws, **settings):
   run = _Fake(_Engine(), _Scorer())
   prompts = [
     (
@@ -74,7 +80,9 @@ def _collect(*draws):
     )
     for draw in draws
   ]
-  return collect.collect(run, None, prompts, None, jax.random.key(0), samples=2)
+  return collect.collect(
+    run, None, prompts, None, jax.random.key(0), samples=2, **settings
+  )
 
 
 def _names(got):
@@ -116,3 +124,21 @@ def test_past_the_bound_the_rest_is_filled():
 def test_a_full_first_draw_ends_it(draws):
   got = _collect(*draws)
   assert _names(got) == ["s1", "s2"] and got.draws == 1
+
+
+def test_the_named_reward_decides_and_not_the_shaped_sum():
+  """DAPO: overlong shaping spreads a group in which every answer is wrong."""
+  assert _names(_collect("s1 s2", "sr3 r4")) == ["s1", "s2"]
+  got = _collect("s1 s2", "sr3 r4", filter_reward="right")
+  assert _names(got) == ["sr3", "r4"] and got.draws == 2
+  with pytest.raises(ValueError, match="filter_reward is 'wrong'.*'right'"):
+    _collect("s1 s2", "s3 s4", filter_reward="wrong")
+
+
+def test_no_prompt_is_taken_twice_unless_there_are_too_few():
+  got = _collect("s1 a s2", "s1 s3 s2")
+  assert _names(got) == ["s1", "s2", "s3"]
+  got = _collect("s1 a b", "s1 s1 s1")
+  assert _names(got) == ["s1", "a", "b"]
+  got = _collect("s1 s2 a", "s1 s2 s1")
+  assert _names(got) == ["s1", "s2", "a"]

@@ -67,3 +67,19 @@ def test_a_model_that_the_run_lacks_is_refused():
 def test_unknown_rules_are_refused(rules, options, message):
   with pytest.raises(ValueError, match=message):
     crediting.Creditor(rules, options, None)
+
+
+def test_importance_weights_take_the_probability_as_drawn():
+  """Under top p = 0.5 a token is twice as likely as the policy makes it."""
+  tokens = np.zeros(3, np.int32)
+  old = np.log([0.2, 0.4, 0.1]).astype(np.float32)
+  drawn = np.log([0.4, 0.8, 0.02]).astype(np.float32)
+  plain = structs.Sample(tokens, old, True)
+  truncated = structs.Sample(tokens, old, True, truncated_logprob=drawn)
+  advantage = [np.ones(3, np.float32)] * 2
+  samples = [plain, truncated]
+  same = crediting.importance_weighted(advantage, [old] * 2, samples, 0.0)
+  assert same is advantage
+  got = crediting.importance_weighted(advantage, [old] * 2, samples, 2.0)
+  np.testing.assert_allclose(got[0], 1.0)
+  np.testing.assert_allclose(got[1], [0.5, 0.5, 2.0], rtol=1e-5)

@@ -15,9 +15,11 @@ from opera_jax.synthesis import rl_filter
 SETTINGS = sampling.Sampling(max_new_tokens=8)
 
 
+# A judge: 5 for the sum of 2 and 3, 2 for the rest.
+JUDGE = """
 def shortness(prompts, completions, reference, **_):
-  """A judge: 5 for the sum of 2 and 3, 2 for the rest."""
   return [5 if "five" in text else 2 for text in completions]
+"""
 
 
 class _Engine:
@@ -59,10 +61,10 @@ def run(tmp_path, monkeypatch):
   )
 
 
-def test_maths_by_samples_and_the_rest_by_a_judge(run):
-  rules = rl_filter.Rules(
-    samples=3, right=(1, 2), judge=f"{__name__}:shortness"
-  )
+def test_maths_by_samples_and_the_rest_by_a_judge(run, tmp_path, monkeypatch):
+  (tmp_path / "my_judge.py").write_text(JUDGE)
+  monkeypatch.syspath_prepend(tmp_path)
+  rules = rl_filter.Rules(samples=3, right=(1, 2), judge="my_judge:shortness")
   for _ in range(2):
     chosen = rl_select.select(run, rules, SETTINGS)
     assert [p.id for p in chosen.tasks.rl] == ["m1", "m2", "o1", "o2"]

@@ -1,9 +1,11 @@
 """A base model can be loaded instead of trained."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
+import pytest
 
 from configs import tiny
 from opera_jax.models import qwen3, qwen3_params
@@ -24,6 +26,34 @@ def test_a_checkpoint_becomes_the_base_model(tmp_path):
   with checkpoint.Preemption() as preemption:
     for _ in range(2):
       supervised.base(run, recipe, preemption, path=str(tmp_path / "model"))
+  # Its ends: what generation_config.json says, for every later stage.
+  assert run.tokenizer.end_ids == (run.tokenizer.end_id,)
+  assert run.sampling(max_new_tokens=4).stop_ids == run.tokenizer.end_ids
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(run.load("base"))):
     np.testing.assert_array_equal(a, b)
   assert dataclasses.asdict(recipe)["epochs"] == config.base.epochs
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_all_ends_of_a_checkpoint_stop_and_are_exported(tmp_path, file):
+  config = tiny.get_config("smoke").copy_and_resolve_references()
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / file).write_text('{"eos_token_id": [260, 41, 7]}')
+  config.checkpoint = str(tmp_path / "model")
+  run = setup.setup(
+    tmp_path / "run",
+    temperature=1.0,
+    **{name: config[name] for name in setup.SECTIONS},
+  )
+  ends = run.tokenizer.end_ids
+  assert ends[0] == run.tokenizer.end_id and set(ends) == {
+    *ends[:1],
+    260,
+    41,
+    7,
+  }
+  assert run.sampling(max_new_tokens=4).stop_ids == ends
+  _, params = qwen3.create(run.model, seed=9)
+  qwen3_params.save(tmp_path / "out", params, run.model, run.tokenizer)
+  said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+  assert said["eos_token_id"] == list(ends)

@@ -3,6 +3,7 @@
 The fast tests write their own files; the real ones are `shared_data`.
 """
 
+import dataclasses
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from experiments import opera_rl
 from opera_jax import structs
 from opera_jax.data import drafts
 from opera_jax.stages import score, summary, tasks
+from opera_jax.text import words
 
 SUBJECTS = ("storm", "garden", "harbor", "bridge", "winter", "orchard", "mill")
 
@@ -89,6 +91,53 @@ def test_no_document_knows_a_held_out_prompt(tmp_path):
     documents=60,
   )
   assert again == loaded
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_no_embedded_task_or_document_says_what_a_held_out_one_does(share):
+  """There are but 624 distinct sums: without care a third of them leaks."""
+  data = common.get_config().data.to_dict() | {
+    "math_share": share,
+    "synthesis": 60,
+    "rl": 80,
+    "held_out": 120,
+    "documents": 900,
+  }
+  loaded = tasks.load(seed=0, **data)
+  held = {words.normal(p.prompt) for p in loaded.held_out}
+  assert len(loaded.held_out) == 120 and len(loaded.documents) == 900
+  for others in (loaded.synthesis, loaded.rl, loaded.documents):
+    assert held.isdisjoint(words.normal(p.prompt) for p in others)
+  assert tasks.load(seed=0, **data) == loaded
+  with pytest.raises(ValueError, match="Lower config.data.held_out"):
+    tasks.load(seed=0, **data | {"math_share": 1.0, "held_out": 60_000})
+
+
+def test_what_differs_in_case_or_space_alone_falls_on_one_side(tmp_path):
+  rows = []
+  for row in _rows(12):
+    for i, text in enumerate((row["prompt"], row["prompt"].upper() + " ")):
+      rows.append(row | {"id": f"{row['id']}.{i}", "prompt": text})
+  bare = [
+    {
+      "id": f"b{i}",
+      "task": "chat",
+      "reference": "",
+      "prompt": f"  {row['prompt'].lower()}",
+    }
+    for i, row in enumerate(_rows(12))
+  ]
+  loaded = _load(
+    path=_write(tmp_path / "a.jsonl", [*rows, *bare]),
+    held_out=6,
+    synthesis=10,
+    documents=0,
+  )
+  held = {words.normal(p.prompt) for p in loaded.held_out}
+  assert len(loaded.held_out) == 6 and len(held) == 3
+  for others in (loaded.synthesis, loaded.rl):
+    assert held.isdisjoint(words.normal(p.prompt) for p in others)
+  assert any("what a held-out one asks" in note for note in loaded.notes)
 
 
 def test_references_are_excerpts_and_the_notes_say_so(tmp_path, capsys):
@@ -191,11 +240,11 @@ def test_sentences_lose_markup_and_are_never_none():
 @pytest.mark.parametrize(
   "line, rule",
   [
-    ("{broken", r"r.jsonl:2: not a response"),
-    ('["a"]', r"r.jsonl:2: not a response"),
+    ("{broken", r"r.jsonl:2: .* is not a line of JSON"),
+    ('["a"]', r"r.jsonl:2: .* is no JSON object"),
     ('{"id": "t1", "response": "x"}', r"r.jsonl:2: .*'score'"),
     ('{"id": "t1", "score": "high", "response": "x"}', r":2: score is 'high'"),
-    ('{"id": "t1", "score": NaN, "response": "x"}', r":2: score is nan"),
+    ('{"id": "t1", "score": NaN, "response": "x"}', r":2: 'score' holds nan"),
     ('{"id": "t1", "score": 1, "response": null}', r":2: .*NoneType"),
   ],
 )
@@ -307,6 +356,9 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
   shares = [both[f"reward/{name}"] for name in summary.MATHS[2:]]
   assert shares == [0.5, 1.0, 0.0]
   assert both["thought/reflections"] == 0.5
+  assert both["rollout/truncation_gap"] == 0.0
+  sample = dataclasses.replace(sample, truncated_logprob=np.full(2, 0.25))
+  assert metrics([True, False], -3.0)["rollout/truncation_gap"] == 0.25
   maths = metrics([False, False], None)
   assert "reward/score" not in maths and "reward/score_ema" not in maths
 

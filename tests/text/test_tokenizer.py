@@ -164,6 +164,46 @@ def test_only_byte_level_vocabularies():
     tokenizer_lib.Tokenizer(backend)
 
 
+@pytest.mark.parametrize(
+  ("stated", "ends"),
+  [(None, []), (7, [7]), ([7, 3], [7, 3]), ([], [])],
+)
+def test_every_end_id_is_read_and_written(small, tmp_path, stated, ends):
+  """As generation_config.json of a checkpoint states them."""
+  small.save(tmp_path)
+  (tmp_path / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": stated})
+  )
+  read = tokenizer_lib.Tokenizer.load(tmp_path)
+  assert read.end_ids == (small.end_id, *ends)
+  read.save(tmp_path / "again")
+  again = tokenizer_lib.Tokenizer.load(tmp_path / "again")
+  assert again.end_ids == read.end_ids
+  assert small.with_ends([9]).end_ids == (small.end_id, 9)
+
+
+@pytest.mark.parametrize("stated", [[1.5], ["a"], True, [10**7], [-1]])
+def test_end_ids_that_are_none_are_refused(small, tmp_path, stated):
+  small.save(tmp_path)
+  (tmp_path / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": stated})
+  )
+  with pytest.raises(ValueError, match="eos_token_id"):
+    tokenizer_lib.Tokenizer.load(tmp_path)
+
+
+def test_ids_that_no_model_has_are_refused_before_tables_are_made(
+  small, tmp_path
+):
+  small.save(tmp_path)
+  file = tmp_path / "tokenizer.json"
+  spec = json.loads(file.read_text("utf-8"))
+  spec["model"]["vocab"]["zz"] = 40_000_000
+  file.write_text(json.dumps(spec), "utf-8")
+  with pytest.raises(ValueError, match="id 40000000, and no model"):
+    tokenizer_lib.Tokenizer.load(tmp_path)
+
+
 def test_bad_arguments(tmp_path):
   with pytest.raises(ValueError, match="260 is below 261"):
     tokenizer_lib.Tokenizer.train_bpe(["x"], 260)

@@ -1,0 +1,800 @@
+"""All that a config says, checked before any stage starts.
+
+A run takes hours, and its stages read their values one after the other: what
+is wrong in the last is found at once here, together with all else that is
+wrong. Checked are names (with the nearest there is), ranges, lengths against
+buckets, settings of rewards and credit rules, stages whose inputs nobody made,
+and values that were changed and that nothing in this run reads.
+
+Values come as plain nested mappings. What needs devices (rows against data
+shards) or data (how many tasks there are) is checked where those are at hand.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from opera_jax.credit import oppo
+from opera_jax.data import prompts
+from opera_jax.losses import kl, reduce
+from opera_jax.models import qwen3
+from opera_jax.rewards import compose, opera, verifiable
+from opera_jax.rollout import sampling
+from opera_jax.sharding import rules as sharding_rules
+from opera_jax.stages import cold_start, crediting, learner, score
+from opera_jax.stages import workdir as workdir_lib
+from opera_jax.synthesis import filters, rl_filter, search
+from opera_jax.train import optimizer
+
+# Says what a value must be; "" where it is.
+Rule = Callable[[Any], str]
+
+DTYPES = ("float32", "bfloat16")
+# Which finished stages a stage reads.
+NEEDS = {
+  "select": ("synthesize",),
+  "sft": ("select",),
+  "rl": ("sft",),
+  "evaluate": ("sft", "rl"),
+}
+# Credit rules of ours that ask no other model than the policy.
+ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
+OURS = (*ALONE, "oppo", "sdpo", "distillation")
+
+
+class ConfigError(ValueError):
+  """What a config says cannot be run; names every fault that was found."""
+
+
+def check(
+  config: Mapping[str, Any],
+  stages: Collection[str],
+  workdir: str | os.PathLike | None = None,
+) -> None:
+  """Refuses a config with any fault that can be told before work begins.
+
+  Args:
+    config: nested values, as of configs/common.py.
+    stages: that will run, of `experiments.opera_rl`; the base model is made
+      in any case.
+    workdir: folder of the run, for what earlier runs left; None is an empty
+      one.
+
+  Raises:
+    ConfigError: names each value, its rule and the remedy, a fault a line.
+  """
+  faults = list(_faults(config, set(stages), workdir))
+  if faults:
+    raise ConfigError(
+      f"The config has {len(faults)} fault{'s' * (len(faults) > 1)}, and "
+      "nothing has been started:\n  " + "\n  ".join(dict.fromkeys(faults))
+    )
+
+
+def _faults(
+  config: Mapping[str, Any],
+  stages: set[str],
+  workdir: str | os.PathLike | None,
+) -> Iterator[str]:
+  wrong = list(_by_rules(config, stages))
+  yield from wrong
+  yield from _built(config, stages)
+  yield from _terms(config, stages)
+  yield from _stages(config, stages, workdir)
+  if not wrong:  # lengths and divisions are of numbers in range
+    yield from _data(config, stages)
+    yield from _lengths(config, stages)
+    if "rl" in stages:
+      yield from _update(config)
+    yield from _unread(config, stages)
+
+
+def one_of(*names: str) -> Rule:
+  """Is one of the names; the nearest is told."""
+
+  def rule(value: Any) -> str:
+    if value in names:
+      return ""
+    return (
+      f"use one of {', '.join(map(repr, names))}{compose.nearest(value, names)}"
+    )
+
+  return rule
+
+
+def number(
+  low: float = -math.inf,
+  high: float = math.inf,
+  *,
+  above: float = -math.inf,
+  below: float = math.inf,
+  whole: bool = False,
+) -> Rule:
+  """Is finite, with low <= it <= high and above < it < below."""
+  bounds = [
+    *([f"at least {low:g}"] if low > -math.inf else []),
+    *([f"above {above:g}"] if above > -math.inf else []),
+    *([f"at most {high:g}"] if high < math.inf else []),
+    *([f"below {below:g}"] if below < math.inf else []),
+  ]
+  kind = "a whole number" if whole else "a finite number"
+  said = " ".join([kind, " and ".join(bounds)]).strip()
+
+  def rule(value: Any) -> str:
+    types = int if whole else (int, float)
+    fine = isinstance(value, types) and not isinstance(value, bool)
+    fine = fine and math.isfinite(value)
+    if fine and low <= value <= high and above < value < below:
+      return ""
+    return f"it must be {said}"
+
+  return rule
+
+
+def count(low: int = 1) -> Rule:
+  """Is a whole number of at least `low`."""
+  return number(low, whole=True)
+
+
+def text(*, empty: bool = True) -> Rule:
+  """Is text."""
+
+  def rule(value: Any) -> str:
+    if isinstance(value, str) and (value or empty):
+      return ""
+    return "it must be text" + ("" if empty else " that is not empty")
+
+  return rule
+
+
+def flag(value: Any) -> str:
+  """Is True or False."""
+  return "" if isinstance(value, bool) else "it must be True or False"
+
+
+def ascending(value: Any) -> str:
+  """Is a tuple of lengths."""
+  whole = count()
+  fine = isinstance(value, Sequence) and not isinstance(value, str) and value
+  fine = fine and not any(map(whole, value))
+  if fine and all(a < b for a, b in zip(value, value[1:])):
+    return ""
+  return "it must be whole numbers from 1 on, ascending, at least one"
+
+
+def each(rule: Rule, *, least: int = 1) -> Rule:
+  """Is a tuple of values that all follow the rule."""
+
+  def whole(value: Any) -> str:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+      return 'it must be a tuple, such as ("a", "b")'
+    if len(value) < least:
+      return f"it must hold at least {least}"
+    return next(filter(None, map(rule, value)), "")
+
+  return whole
+
+
+_ANY_SEED = number(whole=True)
+_SUPERVISED: dict[str, Rule] = {
+  "epochs": count(),
+  "batch_size": count(),
+  "row_tokens": count(2),
+  "packed": flag,
+  "learning_rate": number(above=0),
+  "warmup": number(0, 1),
+  "decay": one_of(*optimizer.DECAYS),
+  "b2": number(above=0, below=1),
+  "weight_decay": number(0),
+  "max_grad_norm": number(above=0),
+  "moment_dtype": one_of(*optimizer.MOMENT_DTYPES),
+  # "constant" takes a divisor, which these stages have not.
+  "reduction": one_of("token_mean", "sequence_mean"),
+  "micro_batches": count(),
+  "checkpoint_every": count(),
+  "seed": _ANY_SEED,
+}
+_BASE, _SYNTHESIZE, _SELECT = ("base",), ("synthesize",), ("select",)
+_RL, _EVALUATE = ("rl",), ("evaluate",)
+# Section -> (stages that read it, () for all; a rule for each field). Sections
+# that are records with checks of their own stand in `_built`.
+RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
+  "": ((), {
+    "seed": _ANY_SEED,
+    "max_prompt_tokens": count(),
+    "max_reference_tokens": count(),
+    "checkpoint": text(),
+  }),
+  "mesh": ((), {
+    axis: lambda value: count()(value) and value != -1 and (
+      "it must be a whole number from 1 on, or -1 for what is left"
+    ) or ""
+    for axis in sharding_rules.MESH_AXES
+  }),
+  "runtime": ((), {"heartbeat_seconds": count()}),
+  "tokenizer": ((), {"path": text(), "bpe_size": count()}),
+  "model": ((), {
+    "vocab_size": count(0),
+    **{name: count() for name in (
+      "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate",
+    )},
+    "rope_theta": number(above=0),
+    "norm_epsilon": number(above=0),
+    "tied": flag,
+    "dtype": one_of(*DTYPES),
+  }),
+  "data": ((), {
+    "kind": one_of("storyworld", "jsonl"),
+    **{name: count(0) for name in (
+      "synthesis", "rl", "held_out", "documents", "prompt_words",
+      "excerpt_words", "math_limit",
+    )},
+    "math_share": number(0, 1),
+    "default_task": one_of("", *prompts.TASKS),
+  }),
+  "base": (_BASE, _SUPERVISED),
+  "engine": ((), {
+    "rows": count(),
+    "slots": count(),
+    "prompt_buckets": ascending,
+    "cache_buckets": ascending,
+    "steps": count(),
+    "cache_dtype": one_of(*DTYPES),
+  }),
+  "price": ((), {
+    "rows": count(),
+    "length_buckets": ascending,
+    "slot_buckets": ascending,
+    "branch_buckets": ascending,
+  }),
+  "reward": ((), {
+    "timeout": number(above=0),
+    "alpha": number(0, 1),
+    "tau": number(above=0),
+    "mode": one_of(*opera.MODES),
+    "match": one_of("word", "substring", "any"),
+    "compare": one_of(*opera.COMPARED),
+    "keywords": each(text(empty=False)),
+    "separator": text(empty=False),
+    "bridge": text(),
+    "max_steps": count(),
+    "math_check": one_of(*verifiable.METHODS),
+  }),
+  "synthesis": (_SYNTHESIZE, {
+    "batch": count(),
+    "candidates": count(),
+    "budget": count(0),
+    "price": one_of(*search.PRICES),
+    "temperature": number(above=0),
+    "top_k": count(0),
+    "top_p": number(high=1, above=0),
+    "max_step_tokens": count(),
+    "max_thought_tokens": count(),
+    "max_answer_tokens": count(),
+    "brakes": each(text(empty=False)),
+    "method": one_of(*cold_start.METHODS),
+    "rounds": count(),
+    "seed": _ANY_SEED,
+  }),
+  "select": (_SELECT, {
+    "min_reflections": count(0),
+    "ngram": count(),
+    "think_tags": flag,
+    "brakes": each(text(empty=False), least=0),
+    "max_brakes": count(0),
+    "min_thought_words": count(0),
+    "max_thought_words": count(0),
+    "min_answer_words": count(0),
+    "max_answer_words": count(0),
+    "max_deviation": number(0),
+  }),
+  "sft": (("sft",), _SUPERVISED),
+  "rollout": ((), {
+    "max_new_tokens": count(),
+    "temperature": number(above=0),
+    "top_k": count(0),
+    "top_p": number(high=1, above=0),
+    "min_p": number(0, 1),
+    "min_new_tokens": count(0),
+    "banned_ids": each(count(0), least=0),
+  }),
+  "rl": (_RL, {
+    "steps": count(),
+    "prompts": count(),
+    "samples": count(2),
+    "mini_batch": count(),
+    "micro_batches": count(),
+    "share": count(),
+    "row_buckets": ascending,
+    "learning_rate": number(above=0),
+    "warmup": number(0, 1),
+    "weight_decay": number(0),
+    "max_grad_norm": number(above=0),
+    "moment_dtype": one_of(*optimizer.MOMENT_DTYPES),
+    "clip_low": number(high=1, above=0),
+    "clip_high": number(above=0),
+    "dual_clip": number(0),
+    "kl_coef": number(0),
+    "kl_estimator": one_of(*kl.NAMES),
+    "reduction": one_of(*reduce.NAMES),
+    "constant": number(0),
+    "kl_in": one_of("loss", "reward"),
+    "loss": one_of(*learner.LOSSES),
+    "beta": number(above=0),
+    "entropy_coef": number(),
+    "importance_cap": number(0),
+    "max_delta": number(0),
+    "max_delta_steps": count(),
+    "draws": count(),
+    "value_coef": number(0),
+    "value_clip": number(above=0),
+    "ema": number(0, below=1),
+    "divergence_coef": number(0),
+    "top": count(),
+    "tasks": each(one_of(*prompts.TASKS)),
+    "seed": _ANY_SEED,
+    "token_budget": count(0),
+    "checkpoint_every": count(),
+  }),
+  "evaluate": (_EVALUATE, {
+    "samples": count(2),
+    "temperature": number(0),
+    "top_p": number(high=1, above=0),
+    "thoughts": count(0),
+    "resamples": count(),
+  }),
+}  # fmt: skip
+
+
+def _by_rules(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Each value by its own rule, where a stage of this run reads it."""
+  running = stages | ({"base"} if not config["checkpoint"] else set())
+  for section, (readers, rules) in RULES.items():
+    if readers and not running & set(readers):
+      continue
+    for name, rule in rules.items():
+      value = (config[section] if section else config)[name]
+      said = rule(value)
+      if said:
+        place = f"{section}.{name}" if section else name
+        yield f"config.{place} is {value!r}; {said}"
+  if list(config["mesh"].values()).count(-1) > 1:
+    yield f"config.mesh is {dict(config['mesh'])}; one axis at most may be -1"
+
+
+def _built(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Records that check what they are given."""
+  model = dict(config["model"])
+  model["vocab_size"] = model["vocab_size"] or 1
+  rollout = dict(config["rollout"])
+  select = dict(config["select"])
+  rl_rules = select.pop("rl")
+  makers = [
+    ("model", lambda: qwen3.Config(**model)),
+    ("rollout", lambda: sampling.Sampling(**rollout)),
+    ("synthesis", lambda: cold_start.Search(**config["synthesis"])),
+    ("select", lambda: filters.Rules(**select)),
+    ("select.rl", lambda: rl_filter.Rules(**rl_rules)),
+  ]
+  readers = {"synthesis": "synthesize", "select": "select", "select.rl": "rl"}
+  for section, make in makers:
+    if readers.get(section, next(iter(stages))) not in stages:
+      continue
+    try:
+      make()
+    except (ValueError, TypeError, OSError) as error:
+      yield f"config.{section}: {error}"
+
+
+def _terms(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Reward terms and credit rules, and what is set of them."""
+  reward = dict(config["reward"])
+  try:
+    weights = compose.weights(reward["parts"])
+    # A user's function is tried by `preflight`, in the process it runs in.
+    ours = [
+      name if weight == 1 else f"{weight!r}*{name}"
+      for name, weight in weights.items()
+      if ":" not in name
+    ]
+    settings = {name: reward[name] for name in score.OF_TERMS}
+    if ours:
+      score.terms(lambda _: (), **settings | {"parts": " + ".join(ours)})
+  except (ValueError, TypeError) as error:
+    yield f"config.reward.parts = {reward['parts']!r}: {error}"
+  if "rl" not in stages:
+    return
+  rl = config["rl"]
+  try:
+    crediting.build(rl["credit"], rl["credit_options"])
+  except (ValueError, TypeError) as error:
+    yield f"config.rl.credit = {rl['credit']!r}: {error}"
+  decides = rl["filter_reward"]
+  if decides:
+    try:
+      names = list(compose.weights(reward["parts"]))
+    except ValueError:
+      return
+    if decides not in names:
+      yield (
+        f"config.rl.filter_reward is {decides!r}; name one of the terms of "
+        f'config.reward.parts, {names}, or "" for their weighted sum'
+        f"{compose.nearest(decides, names)}"
+      )
+
+
+def _stages(
+  config: Mapping[str, Any],
+  stages: set[str],
+  workdir: str | os.PathLike | None,
+) -> Iterator[str]:
+  """Stages whose inputs no stage of this run or of an earlier one makes."""
+  for stage, inputs in NEEDS.items():
+    if stage not in stages:
+      continue
+    lacking = [
+      name
+      for name in inputs
+      if name not in stages
+      and not (workdir and workdir_lib.result(workdir, name))
+    ]
+    if lacking:
+      yield (
+        f"config.stages holds {stage}, which reads what "
+        f"{' and '.join(lacking)} left, and nothing is there; add "
+        f"{','.join(lacking)} to config.stages, or name the --workdir that "
+        "has it"
+      )
+  teacher = config["rl"]["teacher"]
+  made = teacher in ("", "base", "sft") or (
+    workdir and os.path.exists(os.path.join(workdir, teacher, "model"))
+  )
+  if "rl" in stages and not made:
+    yield (
+      f"config.rl.teacher is {teacher!r}, and the workdir has no model of that "
+      'name; use "base" or "sft", or "" for the SFT model'
+    )
+
+
+def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  data, loaded = config["data"], config["checkpoint"]
+  files = ("path", "math_path", "responses_path")
+  if data["kind"] == "storyworld":
+    for name in files:
+      if data[name]:
+        yield (
+          f"config.data.{name} is {data[name]!r} beside "
+          'config.data.kind="storyworld", which reads no file; set '
+          'config.data.kind="jsonl", or leave the file out'
+        )
+  elif not data["path"] and not data["math_path"]:
+    yield (
+      "config.data.path and config.data.math_path are both empty with "
+      'config.data.kind="jsonl"; name a file of tasks with '
+      "--config.data.path=FILE"
+    )
+  wrong = {n for n in data["task_map"].values() if n not in prompts.TASKS}
+  if wrong:
+    yield (
+      f"config.data.task_map leads to {sorted(wrong)}; its values are among "
+      f"{prompts.TASKS}"
+    )
+  if not loaded and not data["documents"]:
+    yield (
+      "config.data.documents is 0 and config.checkpoint is empty, so there is "
+      "no base model and nothing to train one on; set one of them"
+    )
+  elif not config["tokenizer"]["path"] and not data["documents"]:
+    yield (
+      "config.tokenizer.path is empty and config.data.documents is 0, so that "
+      "there is no text to train a tokenizer on; name the checkpoint's "
+      "directory in config.tokenizer.path"
+    )
+  for stage, name in (
+    ("synthesize", "synthesis"),
+    ("rl", "rl"),
+    ("evaluate", "held_out"),
+  ):
+    if stage in stages and not data[name]:
+      yield f"config.data.{name} is 0, and stage {stage} needs tasks; raise it"
+
+
+def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Lengths that no bucket holds, and batches that do not divide."""
+  longest, new = (
+    config["max_prompt_tokens"],
+    config["rollout"]["max_new_tokens"],
+  )
+  most = max(config["engine"]["prompt_buckets"])
+  if longest > most and stages & {"rl", "evaluate"}:
+    yield (
+      f"config.max_prompt_tokens is {longest} and the largest of "
+      f"config.engine.prompt_buckets {most}; raise that, or lower the limit"
+    )
+  for stage in ("base", "sft"):
+    section = config[stage]
+    reads = stage in stages or (stage == "base" and not config["checkpoint"])
+    if reads and section["batch_size"] % section["micro_batches"]:
+      yield (
+        f"config.{stage}.batch_size is {section['batch_size']}, which does not "
+        f"divide into config.{stage}.micro_batches = "
+        f"{section['micro_batches']}; change one"
+      )
+  if "rl" not in stages:
+    return
+  rl = config["rl"]
+  need = new if rl["share"] > 1 else longest + new
+  if need > max(rl["row_buckets"]):
+    what = "completions" if rl["share"] > 1 else "prompt and completion"
+    yield (
+      f"config.rl.row_buckets holds rows of {max(rl['row_buckets'])} tokens at "
+      f"most, and {what} may have {need} (config.max_prompt_tokens = "
+      f"{longest}, config.rollout.max_new_tokens = {new}); add a bucket of "
+      f"{need}, or lower a limit"
+    )
+  if config["rollout"]["min_new_tokens"] > new:
+    yield (
+      f"config.rollout.min_new_tokens is above max_new_tokens = {new}; lower it"
+    )
+
+
+def _update(config: Mapping[str, Any]) -> Iterator[str]:
+  """An RL step: sizes that divide, and parts that need each other."""
+  rl = config["rl"]
+  pairs = rl["loss"] == "dpo"
+  if rl["prompts"] % rl["mini_batch"]:
+    yield (
+      f"A step's {rl['prompts']} prompts do not divide into mini-batches of "
+      f"{rl['mini_batch']}; change config.rl.prompts or config.rl.mini_batch"
+    )
+  if rl["samples"] % rl["share"]:
+    yield (
+      f"config.rl.share is {rl['share']}: a row of an update holds a whole "
+      f"part of a group's {rl['samples']} samples; use a divisor of "
+      "config.rl.samples, 1 gives each sample a row"
+    )
+  elif pairs and rl["share"] > 1:
+    yield (
+      "config.rl.loss is 'dpo', which compares two rows of a group, so that "
+      f"config.rl.share = {rl['share']} cannot be; set it to 1"
+    )
+  else:
+    rows = rl["mini_batch"] * (2 if pairs else rl["samples"] // rl["share"])
+    if rows % rl["micro_batches"]:
+      yield (
+        f"config.rl.mini_batch x rows of a group gives {rows} rows an update, "
+        "which do not divide into config.rl.micro_batches = "
+        f"{rl['micro_batches']}; change one"
+      )
+  if rl["dual_clip"] and rl["dual_clip"] <= 1 + rl["clip_high"]:
+    yield (
+      f"config.rl.dual_clip is {rl['dual_clip']}; it must exceed 1 + clip_high "
+      f"= {1 + rl['clip_high']:g}, 3.0 is usual, and 0 turns it off"
+    )
+  if rl["reduction"] == "constant" and not rl["constant"]:
+    yield (
+      "config.rl.reduction is 'constant' and config.rl.constant 0; set the "
+      "divisor, for example the limit of a response"
+    )
+  in_loss = not pairs and rl["kl_coef"] and rl["kl_in"] == "loss"
+  if in_loss and rl["kl_estimator"] == "k1":
+    try:
+      kl.estimator("k1", in_loss=True)
+    except ValueError as error:
+      yield f"config.rl.kl_estimator is 'k1': {error}"
+  try:
+    rules = crediting.build(rl["credit"], rl["credit_options"])
+  except (ValueError, TypeError):
+    return  # told already
+  ours = set(rules) <= set(OURS)
+  if rl["value_coef"] and "gae" not in rules and ours:
+    yield (
+      "config.rl.value_coef trains a critic, and no credit rule gives it "
+      "targets; add gae to config.rl.credit, or set it to 0"
+    )
+  if "gae" in rules and not rl["value_coef"]:
+    yield (
+      "config.rl.credit holds gae, which needs a critic's values; set "
+      "config.rl.value_coef above 0"
+    )
+  if rl["divergence_coef"] and ours and not rules.keys() & {
+    "sdpo", "distillation",
+  }:  # fmt: skip
+    yield (
+      "config.rl.divergence_coef needs a credit rule with a teacher; add "
+      '"0*sdpo" or "0*distillation" to config.rl.credit'
+    )
+  if getattr(rules.get("sdpo"), "model", "") == "ema" and not rl["ema"]:
+    yield (
+      "config.rl.credit holds sdpo, whose teacher is the policy's moving mean; "
+      "set config.rl.ema above 0, 0.05 is usual"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """When a value matters; changed where it does not, it is a mistake."""
+
+  default: Any  # of configs/common.py
+  when: Callable[[Mapping[str, Any], set[str]], bool]
+  reader: str  # what must be so
+
+
+def _rl(
+  test: Callable[[Mapping[str, Any]], Any],
+) -> Callable[[Mapping[str, Any], set[str]], bool]:
+  return lambda config, stages: "rl" not in stages or bool(test(config["rl"]))
+
+
+def _penalised(rl: Mapping[str, Any]) -> bool:
+  return rl["loss"] != "dpo" or rl["kl_in"] == "reward"
+
+
+def _asks(rl: Mapping[str, Any], *models: str) -> bool:
+  """Whether a credit rule of the run may ask one of these models."""
+  for name, rule in crediting.build(rl["credit"], rl["credit_options"]).items():
+    asked = {
+      "distillation": ("teacher",),
+      "sdpo": (getattr(rule, "model", ""),),
+      "oppo": ("teacher",) if isinstance(rule, oppo.Rule)
+      and rule.oracle == "teacher" else (),
+    } | dict.fromkeys(ALONE, ())  # fmt: skip
+    if set(asked.get(name, models)) & set(models):
+      return True
+  return False
+
+
+def _file(name: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
+  return lambda config, stages: bool(config["data"][name])
+
+
+def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
+  """Evaluation and OPERA's own term measure by the reward's settings."""
+  names = compose.weights(config["reward"]["parts"])
+  return "opera" in names or "evaluate" in stages
+
+
+_LOSS = "config.rl.loss is not 'dpo'"
+READ: dict[str, Read] = {
+  "rl.beta": Read(
+    0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
+  ),
+  **{
+    f"rl.{name}": Read(default, _rl(lambda rl: rl["loss"] != "dpo"), _LOSS)
+    for name, default in (
+      ("clip_low", 0.2), ("clip_high", 0.2), ("dual_clip", 3.0),
+      ("reduction", "sequence_mean"), ("entropy_coef", 0.0),
+      ("value_coef", 0.0), ("divergence_coef", 0.0), ("importance_cap", 0.0),
+    )
+  },
+  "rl.kl_coef": Read(
+    0.001, _rl(_penalised), f"{_LOSS}, or config.rl.kl_in is 'reward'"
+  ),
+  "rl.kl_in": Read(
+    "loss", _rl(lambda rl: rl["kl_coef"]), "config.rl.kl_coef is not 0"
+  ),
+  "rl.kl_estimator": Read(
+    "k3", _rl(lambda rl: rl["kl_coef"] and _penalised(rl)),
+    f"config.rl.kl_coef is not 0, and {_LOSS} or config.rl.kl_in is 'reward'",
+  ),
+  "rl.constant": Read(
+    0.0, _rl(lambda rl: rl["reduction"] == "constant"),
+    "config.rl.reduction is 'constant'",
+  ),
+  "rl.value_clip": Read(
+    0.2, _rl(lambda rl: rl["value_coef"]), "config.rl.value_coef is above 0"
+  ),
+  "rl.top": Read(
+    100, _rl(lambda rl: rl["divergence_coef"]),
+    "config.rl.divergence_coef is above 0",
+  ),
+  "rl.ema": Read(
+    0.0, _rl(lambda rl: _asks(rl, "ema")),
+    "config.rl.credit holds a rule that asks the moving mean, such as sdpo",
+  ),
+  "rl.teacher": Read(
+    "", _rl(lambda rl: _asks(rl, "teacher")),
+    "config.rl.credit holds a rule that asks a teacher, such as distillation",
+  ),
+  "rl.max_delta_steps": Read(
+    3, _rl(lambda rl: rl["max_delta"]), "config.rl.max_delta is above 0"
+  ),
+  "rl.filter_reward": Read(
+    "", _rl(lambda rl: rl["draws"] > 1), "config.rl.draws is above 1"
+  ),
+  "rollout.loop_tokens": Read(
+    0, lambda config, stages: config["rollout"]["loop_period"] > 0,
+    "config.rollout.loop_period is above 0",
+  ),
+  "select.rl.right": Read(
+    (1,), lambda config, stages: config["select"]["rl"]["samples"] > 0,
+    "config.select.rl.samples is above 0",
+  ),
+  "select.rl.band": Read(
+    (2.0, 3.0), lambda config, stages: bool(config["select"]["rl"]["judge"]),
+    "config.select.rl.judge names a judge",
+  ),
+  "synthesis.choose": Read(
+    "", lambda config, stages: config["synthesis"]["method"] == "search",
+    "config.synthesis.method is 'search'",
+  ),
+  "synthesis.price": Read(
+    "sequence",
+    lambda config, stages: config["synthesis"]["method"] == "search",
+    "config.synthesis.method is 'search'",
+  ),
+  "synthesis.rounds": Read(
+    10, lambda config, stages: config["synthesis"]["method"] == "rewrite",
+    "config.synthesis.method is 'rewrite'",
+  ),
+  "data.math_share": Read(
+    0.0, lambda config, stages: config["data"]["kind"] == "storyworld",
+    "config.data.kind is 'storyworld'",
+  ),
+  **{
+    f"data.{name}": Read(
+      default, lambda config, stages: config["data"]["kind"] == "jsonl",
+      "config.data.kind is 'jsonl'",
+    )
+    for name, default in (("prompt_words", 0), ("excerpt_words", 0))
+  },
+  "data.default_task": Read("", _file("path"), "config.data.path names a file"),
+  **{
+    f"data.{name}": Read(
+      default, _file("math_path"), "config.data.math_path names a file"
+    )
+    for name, default in (
+      ("math_fields", {"prompt": "question", "reference": "answer"}),
+      ("math_answer", prompts.GSM8K_ANSWER),
+    )
+  },
+  "data.responses_path": Read(
+    "", lambda config, stages: config["data"]["documents"] > 0,
+    "config.data.documents is above 0",
+  ),
+  **{
+    f"reward.{name}": Read(
+      default, _opera,
+      "config.reward.parts holds opera, or config.stages evaluate",
+    )
+    for name, default in (
+      ("tau", 2.0), ("mode", "both"), ("compare", "previous"), ("bridge", ""),
+    )
+  },
+  "reward.alpha": Read(
+    0.3,
+    lambda config, stages: _opera(config, stages)
+    and config["reward"]["mode"] in ("both", "one_hot"),
+    "config.reward.mode is 'both' or 'one_hot', and config.reward.parts holds "
+    "opera or config.stages evaluate",
+  ),
+}  # fmt: skip
+
+
+def _unread(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Values that were changed and that nothing in this run reads."""
+  for field, read in READ.items():
+    value: Any = config
+    for name in field.split("."):
+      value = value[name]
+    if _plain(value) == _plain(read.default):
+      continue
+    try:
+      matters = read.when(config, stages)
+    except ValueError:
+      continue  # a term or a rule that is refused already
+    if not matters:
+      yield (
+        f"config.{field} is {value!r}, and nothing in this run reads it: it "
+        f"matters where {read.reader}; leave it at {read.default!r}, or change "
+        "that"
+      )
+
+
+def _plain(value: Any) -> Any:
+  """Lists as tuples, mappings as dicts, so that equal values are equal."""
+  if isinstance(value, Mapping):
+    return {name: _plain(inner) for name, inner in value.items()}
+  return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,57 @@
+"""What lies outside of a run is tried before anything expensive.
+
+A judge's endpoint, a user's reward, the functions that choose among candidates
+or RL prompts: a run that would end at the first of them ends before its base
+model is trained.
+"""
+
+from opera_jax.sharding import exchange
+from opera_jax.stages import cold_start, rl_select
+from opera_jax.stages import setup as setup_lib
+from opera_jax.stages import workdir as workdir_lib
+from opera_jax.synthesis import rl_filter
+
+
+def synthesis(run: setup_lib.Run, settings: cold_start.Search) -> None:
+  """Loads the function that is to choose among candidates, if there is one.
+
+  Args:
+    run: the run, before its first stage; nothing is tried where synthesis has
+      finished.
+    settings: of the search.
+
+  Raises:
+    ValueError: the function cannot be imported or called.
+  """
+  if workdir_lib.result(run.workdir, "synthesize"):
+    return
+  choice = cold_start.user_choice(run, settings)
+  if choice is not None:
+    choice.process.close()
+
+
+def rl(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
+  """Tries the run's rewards, and the function that scores RL prompts.
+
+  Args:
+    run: the run, before its first stage; nothing is tried where RL has
+      finished.
+    rules: of the choice of RL prompts.
+
+  Raises:
+    ValueError: a user's function that cannot be imported or called.
+    RuntimeError: a judge that does not answer.
+  """
+  if workdir_lib.result(run.workdir, "rl"):
+    return
+  run.scorer.probe(run.tasks.rl)
+  if not rl_select.asks_function(rules):
+    return
+  if not workdir_lib.result(run.workdir, "select_rl"):
+    exchange.each([rules.judge], lambda _: [_tried(run, rules)])
+
+
+def _tried(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
+  judge = rl_select.user_judge(run, rules)
+  judge.probe([p for p in run.tasks.rl if p.task == "open_ended"])
+  judge.process.close()
