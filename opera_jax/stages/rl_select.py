@@ -1,6 +1,7 @@
 """The prompts that RL is run on, chosen by what the SFT model makes of them."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -106,16 +107,15 @@ def _found(run, rules, settings):
     ]
 
   def check(share):
-    return [
-      sum(
-        verifiable.correct_many(
-          group,
-          [prompt.reference] * len(group),
-          method=run.reward["math_check"],
-        )
+    right = iter(
+      verifiable.correct_many(
+        [text for _, group in share for text in group],
+        [prompt.reference for prompt, group in share for _ in group],
+        method=run.reward["math_check"],
+        **run.reward["options"].get("verifiable", {}),
       )
-      for prompt, group in share
-    ]
+    )
+    return [sum(itertools.islice(right, len(group))) for _, group in share]
 
   def judge(share):
     said = [prompt for prompt, _ in share], [group[0] for _, group in share]

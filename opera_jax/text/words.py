@@ -10,12 +10,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+import regex
+
 _SINGLE = (
   "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
   "\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
-_PIECE = 256
+# What may join the letter before it: marks, and the later jamos of Hangul.
+_PIECE = regex.compile(r"\s+|\S{1,256}[\p{M}\u1160-\u11ff]{0,256}")
 # Names that Unicode gives to letters of one way of writing.
 _SAME = {"CJK": "HAN", "HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC":
          "HAN", "FULLWIDTH": "LATIN"}  # fmt: skip
@@ -24,12 +27,14 @@ _SAME = {"CJK": "HAN", "HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC":
 def normal(text: str) -> str:
   """Text without what does not change its meaning: case, width, spacing.
 
-  A run of more than `_PIECE` characters without white space is normalised in
-  pieces of that many: NFKC sorts a run of combining marks in quadratic time.
+  Done in pieces, as NFKC sorts a run of combining marks in quadratic time. A
+  piece ends before a letter, which is as good as the whole, unless more than
+  256 marks follow each other.
   """
   if not text.isascii():
-    pieces = re.findall(rf"\s+|\S{{1,{_PIECE}}}", text)
-    text = "".join(unicodedata.normalize("NFKC", one) for one in pieces)
+    text = "".join(
+      unicodedata.normalize("NFKC", piece) for piece in _PIECE.findall(text)
+    )
   return " ".join(text.casefold().split())
 
 
