@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from opera_jax.credit import oppo
-from opera_jax.data import prompts
+from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
 from opera_jax.models import qwen3
 from opera_jax.rewards import compose, opera, verifiable
@@ -78,12 +78,14 @@ def _faults(
   stages: set[str],
   workdir: str | os.PathLike | None,
 ) -> Iterator[str]:
-  wrong = list(_by_rules(config, stages))
-  yield from wrong
-  yield from _built(config, stages)
-  yield from _terms(config, stages)
-  yield from _stages(config, stages, workdir)
+  wrong: set[str] = set()  # sections with a value that its rule refuses
+  for section, fault in _by_rules(config, stages):
+    wrong.add(section)
+    yield fault
+  yield from _built(config, stages, wrong)
+  yield from _terms(config, stages, wrong)
   if not wrong:  # lengths and divisions are of numbers in range
+    yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
     if "rl" in stages:
@@ -125,6 +127,7 @@ def number(
   def rule(value: Any) -> str:
     types = int if whole else (int, float)
     fine = isinstance(value, types) and not isinstance(value, bool)
+    fine = fine and abs(value) < 2**63 if isinstance(value, int) else fine
     fine = fine and math.isfinite(value)
     if fine and low <= value <= high and above < value < below:
       return ""
@@ -162,6 +165,22 @@ def ascending(value: Any) -> str:
   if fine and all(a < b for a, b in zip(value, value[1:])):
     return ""
   return "it must be whole numbers from 1 on, ascending, at least one"
+
+
+def table(rule: Rule) -> Rule:
+  """Is a mapping of names to values that all follow the rule."""
+
+  def whole(value: Any) -> str:
+    if not isinstance(value, Mapping) or any(map(text(empty=False), value)):
+      return "it must be a mapping of names"
+    return next(filter(None, map(rule, value.values())), "")
+
+  return whole
+
+
+def anything(value: Any) -> str:
+  """Is checked by whoever takes it."""
+  return ""
 
 
 def each(rule: Rule, *, least: int = 1) -> Rule:
@@ -213,7 +232,10 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     ) or ""
     for axis in sharding_rules.MESH_AXES
   }),
-  "runtime": ((), {"heartbeat_seconds": count()}),
+  "runtime": ((), {
+    "heartbeat_seconds": count(),
+    **{name: text() for name in ("distributed", "compile_cache")},
+  }),
   "tokenizer": ((), {"path": text(), "bpe_size": count()}),
   "model": ((), {
     "vocab_size": count(0),
@@ -224,6 +246,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "norm_epsilon": number(above=0),
     "tied": flag,
     "dtype": one_of(*DTYPES),
+    **{name: text() for name in ("remat", "attention")},
   }),
   "data": ((), {
     "kind": one_of("storyworld", "jsonl"),
@@ -233,6 +256,10 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     )},
     "math_share": number(0, 1),
     "default_task": one_of("", *prompts.TASKS),
+    **{name: text() for name in (
+      "path", "math_path", "responses_path", "math_answer",
+    )},
+    **{name: table(text()) for name in ("fields", "task_map", "math_fields")},
   }),
   "base": (_BASE, _SUPERVISED),
   "engine": ((), {
@@ -261,6 +288,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "bridge": text(),
     "max_steps": count(),
     "math_check": one_of(*verifiable.METHODS),
+    "parts": text(empty=False),
+    "options": table(table(anything)),
+    "environment": each(text(empty=False), least=0),
   }),
   "synthesis": (_SYNTHESIZE, {
     "batch": count(),
@@ -277,6 +307,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "method": one_of(*cold_start.METHODS),
     "rounds": count(),
     "seed": _ANY_SEED,
+    **{name: text() for name in ("choose", "template", "guide")},
   }),
   "select": (_SELECT, {
     "min_reflections": count(0),
@@ -289,6 +320,16 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "min_answer_words": count(0),
     "max_answer_words": count(0),
     "max_deviation": number(0),
+    **{name: number(0, 1) for name in (
+      "max_repeat", "max_ngram_repeat", "max_copied", "max_foreign",
+    )},
+    "keep_share": number(high=1, above=0),
+  }),
+  "select.rl": (_RL, {
+    "samples": count(0),
+    "right": each(count(0)),
+    "judge": text(),
+    "band": each(number(), least=2),
   }),
   "sft": (("sft",), _SUPERVISED),
   "rollout": ((), {
@@ -299,6 +340,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "min_p": number(0, 1),
     "min_new_tokens": count(0),
     "banned_ids": each(count(0), least=0),
+    "logit_bias": each(each(number(), least=2), least=0),
+    "loop_period": count(0),
+    "loop_tokens": count(0),
   }),
   "rl": (_RL, {
     "steps": count(),
@@ -334,6 +378,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "divergence_coef": number(0),
     "top": count(),
     "tasks": each(one_of(*prompts.TASKS)),
+    "credit": text(empty=False),
+    "credit_options": table(table(anything)),
+    **{name: text() for name in ("teacher", "filter_reward")},
     "seed": _ANY_SEED,
     "token_budget": count(0),
     "checkpoint_every": count(),
@@ -348,23 +395,36 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
 }  # fmt: skip
 
 
-def _by_rules(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
-  """Each value by its own rule, where a stage of this run reads it."""
+def _by_rules(
+  config: Mapping[str, Any], stages: set[str]
+) -> Iterator[tuple[str, str]]:
+  """Each value by its own rule, where a stage of this run reads it.
+
+  Yields:
+    The section and the fault.
+  """
   running = stages | ({"base"} if not config["checkpoint"] else set())
   for section, (readers, rules) in RULES.items():
     if readers and not running & set(readers):
       continue
     for name, rule in rules.items():
-      value = (config[section] if section else config)[name]
+      value: Any = config
+      for part in filter(None, [*section.split("."), name]):
+        value = value[part]
       said = rule(value)
       if said:
         place = f"{section}.{name}" if section else name
-        yield f"config.{place} is {value!r}; {said}"
+        yield section, f"config.{place} is {rows.short(value)}; {said}"
   if list(config["mesh"].values()).count(-1) > 1:
-    yield f"config.mesh is {dict(config['mesh'])}; one axis at most may be -1"
+    yield (
+      "mesh",
+      f"config.mesh is {dict(config['mesh'])}; one axis at most may be -1",
+    )
 
 
-def _built(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+def _built(
+  config: Mapping[str, Any], stages: set[str], wrong: set[str]
+) -> Iterator[str]:
   """Records that check what they are given."""
   model = dict(config["model"])
   model["vocab_size"] = model["vocab_size"] or 1
@@ -382,14 +442,20 @@ def _built(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
   for section, make in makers:
     if readers.get(section, next(iter(stages))) not in stages:
       continue
+    if section in wrong or section.partition(".")[0] in wrong:
+      continue
     try:
       make()
     except (ValueError, TypeError, OSError) as error:
       yield f"config.{section}: {error}"
 
 
-def _terms(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+def _terms(
+  config: Mapping[str, Any], stages: set[str], wrong: set[str]
+) -> Iterator[str]:
   """Reward terms and credit rules, and what is set of them."""
+  if "reward" in wrong or "rl" in wrong:
+    return
   reward = dict(config["reward"])
   try:
     weights = compose.weights(reward["parts"])

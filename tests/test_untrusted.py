@@ -1,0 +1,233 @@
+"""Whatever strangers write, readers answer with the errors they promise.
+
+Seeds are printed on a failure (`--hypothesis-seed=N` runs it again).
+"""
+
+import gzip
+import json
+import lzma
+import resource
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configs import tiny
+from opera_jax.data import prompts, rows
+from opera_jax.models import tensor_files
+from opera_jax.stages import config_check
+from opera_jax.synthesis import templates
+from opera_jax.text import automaton, thought, words
+from opera_jax.text import tokenizer as tokenizer_lib
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = settings(
+  max_examples=2_000,
+  deadline=2_000,  # milliseconds each
+  print_blob=True,
+  suppress_health_check=list(HealthCheck),
+)
+_MARKS = st.sampled_from(
+  ["{", "}", "[", "]", '"', "\\", "\n", "\x00", "####", "<think>", "</think>",
+   "\\boxed{", "{prompt}", "\ud800", "\u0301", "\ufeff", "Wait", "But "]
+)  # fmt: skip
+TEXT = st.lists(
+  st.one_of(_MARKS, st.text(max_size=8)), max_size=12
+).map("".join)  # fmt: skip
+NUMBERS = st.one_of(
+  st.integers(), st.floats(), st.sampled_from([10**400, -(2**64), 1e308])
+)
+VALUES = st.recursive(
+  st.one_of(st.none(), st.booleans(), NUMBERS, TEXT),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=4),
+    st.dictionaries(TEXT, inner, max_size=4),
+  ),
+  max_leaves=12,
+)
+RECORDS = st.dictionaries(
+  st.one_of(st.sampled_from(["id", "task", "prompt", "reference"]), TEXT),
+  VALUES,
+  max_size=5,
+)
+
+
+@pytest.fixture(autouse=True)
+def memory_does_not_grow():
+  """A test of 2,000 examples may not leave 300 MB behind."""
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  yield
+  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  assert after - before < 300 * 1024  # KiB
+
+
+def _line(value) -> bytes:
+  return json.dumps(value).encode("utf-8", "surrogatepass") + b"\n"
+
+
+LINES = st.lists(
+  st.one_of(
+    RECORDS.map(_line),
+    VALUES.map(_line),
+    st.binary(max_size=40),
+    st.just(b"[" * 3000 + b"\n"),
+  ),
+  max_size=5,
+).map(b"".join)
+
+
+@EXAMPLES
+@given(data=LINES, kind=st.sampled_from(["", ".gz", ".xz"]), cut=st.integers(0))
+def test_data_files(tmp_path_factory, data, kind, cut):
+  pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[kind]
+  packed = bytearray(pack(data))
+  if packed and cut % 3 == 1:
+    packed = packed[: cut % len(packed)]
+  elif packed and cut % 3 == 2:
+    packed[cut % len(packed)] ^= 1 << cut % 8
+  path = tmp_path_factory.getbasetemp() / f"data.jsonl{kind}"
+  path.write_bytes(bytes(packed))
+  for field in ("prompts", "rows"):
+    try:
+      if field == "rows":
+        found = list(rows.read(str(path)))
+        assert all(isinstance(row, dict) for _, row in found)
+        json.dumps([row for _, row in found], allow_nan=False).encode()
+      else:
+        loaded = prompts.load(
+          path, default_task="open_ended", answer_pattern=prompts.GSM8K_ANSWER
+        )
+        assert all(p.prompt.strip() for p in loaded)
+    except ValueError as error:
+      assert str(path) in str(error) and len(str(error)) < 2_000
+
+
+def _fields():
+  config = tiny.get_config("smoke").to_dict()
+
+  def walk(tree, prefix=""):
+    for name, value in tree.items():
+      if isinstance(value, dict) and value and name not in (
+        "fields", "task_map", "math_fields", "card", "pool",
+      ):  # fmt: skip
+        yield from walk(value, f"{prefix}{name}.")
+      else:
+        yield f"{prefix}{name}"
+
+  return sorted(walk(config))
+
+
+EVERY = {"synthesize", "select", "sft", "rl", "evaluate", "report"}
+
+
+@EXAMPLES
+@given(
+  changes=st.lists(
+    st.tuples(st.sampled_from(_fields()), VALUES), min_size=1, max_size=3
+  )
+)
+def test_config_values(changes):
+  config = tiny.get_config("smoke").to_dict()
+  for field, value in changes:
+    *sections, name = field.split(".")
+    section = config
+    for one in sections:
+      section = section[one]
+    section[name] = value
+  try:
+    config_check.check(config, EVERY)
+  except config_check.ConfigError as error:
+    assert "nothing has been started" in str(error)
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+  tokenizer = tokenizer_lib.Tokenizer.train_bpe(
+    ["But wait, the user said so.\n\nHmm. However, let me think."] * 3, 300
+  )
+  table = automaton.compile(
+    thought.KEYWORDS,
+    thought.SEPARATOR,
+    "word",
+    tokenizer.vocab_bytes,
+    tokenizer.think_open_id,
+    tokenizer.think_close_id,
+  )
+  return tokenizer, table
+
+
+@EXAMPLES
+@given(ids=st.lists(st.integers(0, 299), min_size=1, max_size=64))
+def test_thoughts(vocabulary, ids):
+  """The automaton on the device says what the definition says."""
+  tokenizer, table = vocabulary
+  ids = [i % tokenizer.vocab_size for i in ids]
+  tokens = np.zeros((1, 64), np.int32)
+  tokens[0, : len(ids)] = ids
+  codes = automaton.run(table, tokens, np.asarray([len(ids)], np.int32))
+  found = thought.from_codes(codes, 64)
+  steps = thought.define(
+    ids,
+    tokenizer.vocab_bytes,
+    tokenizer.think_open_id,
+    tokenizer.think_close_id,
+  )
+  assert int(found.count[0]) == len(steps)
+  for place, step in enumerate(steps):
+    assert int(found.step_end[0, place]) == step.end
+    assert bool(found.reflective[0, place]) == step.reflective
+
+
+@EXAMPLES
+@given(value=TEXT, filled=TEXT)
+def test_templates(value, filled):
+  try:
+    text = templates.load(value, ("prompt",), "config.synthesis.template")
+  except (ValueError, FileNotFoundError, OSError) as error:
+    assert "synthesis.template" in str(error) or isinstance(error, OSError)
+    return
+  made = templates.fill(text, {"prompt": filled})
+  assert made == text.replace("{prompt}", filled, 1)
+
+
+@EXAMPLES
+@given(text=TEXT, other=TEXT)
+def test_words(text, other):
+  begin = time.monotonic()
+  normal = words.normal(text)
+  assert words.normal(normal) == normal
+  words.ngrams(words.split(text), 3)
+  words.scripts(other)
+  assert time.monotonic() - begin < 1.0
+
+
+@EXAMPLES
+@given(raw=st.binary(max_size=80), header=VALUES, length=st.integers(0, 400))
+def test_safetensors_headers(tmp_path_factory, raw, header, length):
+  folder = tmp_path_factory.getbasetemp() / "weights"
+  folder.mkdir(exist_ok=True)
+  text = json.dumps(header).encode("utf-8", "surrogatepass")
+  size = length if length < 200 else len(text)
+  (folder / tensor_files.SINGLE).write_bytes(
+    size.to_bytes(8, "little") + text + raw
+  )
+  try:
+    tensor_files.find(folder)
+  except ValueError as error:
+    assert tensor_files.SINGLE in str(error)
+
+
+@EXAMPLES
+@given(value=VALUES, raw=st.binary(max_size=30))
+def test_generation_config(tmp_path_factory, value, raw):
+  path = tmp_path_factory.getbasetemp() / "generation_config.json"
+  for data in (_line({"eos_token_id": value}), _line(value), raw):
+    path.write_bytes(data)
+    try:
+      ids = tokenizer_lib.end_ids(path)
+      assert all(type(i) is int for i in ids)
+    except ValueError as error:
+      assert str(path) in str(error)
