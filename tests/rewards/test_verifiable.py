@@ -5,6 +5,7 @@ that is right, and how the exact comparison alone finds it: "told", or "asks"
 where it cannot tell and leaves it to math-verify.
 """
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -270,6 +271,8 @@ def odd_library(tmp_path, monkeypatch):
         raise ValueError("no")
       if "sleep" in stated:
         time.sleep(60)
+      if "grow" in stated:
+        bytearray(2**40)
       if "die" in stated:
         os._exit(3)
       return "right" in stated
@@ -292,6 +295,32 @@ def test_a_check_that_fails_to_run_is_counted_and_no_verdict(odd_library):
     checks = verifiable.check_many(texts, ["x+1"] * 7, method="math_verify")
   assert [c.right for c in checks] == [None] * 3 + [True, False, None, None]
   assert [c.cannot_tell for c in checks] == [c.right is None for c in checks]
+
+
+def test_a_check_that_takes_all_memory_fails_alone(odd_library):
+  pairs = [("x", "grow"), ("x", "right")]
+  grown, right = math_pool.check(pairs, timeout=20, workers=1)
+  assert (grown.right, grown.failure) == (None, "MemoryError")
+  assert right.right is True
+
+
+def test_real_references_and_answers(shared_data):
+  path = shared_data / "gsm8k" / "train.jsonl"
+  with path.open() as file:
+    solutions = [json.loads(next(file))["answer"] for _ in range(1000)]
+  for solution in solutions:
+    answer = solution.rpartition("####")[2].strip()
+    for text in (
+      solution,
+      f"The answer is {answer}. I took 3 steps.",
+      f"so \\boxed{{{answer}}} of 12",
+      f"It is ${answer}",
+    ):
+      assert math_exact.right(text, solution) is True, (text, answer)
+    assert math_exact.right(f"It is 1{answer}", solution) is not True
+    assert math_exact.right(f"It is -{answer}", solution) is False or (
+      answer in ("0",) or answer.startswith("-")
+    )
 
 
 def test_overdue_checks_end_in_time_and_cost_no_other_check(odd_library):
@@ -355,7 +384,7 @@ def test_a_worker_is_told_no_keys(monkeypatch):
   (worker,) = math_pool._IDLE
   path = pathlib.Path(f"/proc/{worker._process.pid}/environ")
   environment = path.read_bytes()
-  assert b"PYTHONPATH" in environment and b"secret" not in environment
+  assert b"PATH=" in environment and b"secret" not in environment
   math_pool._dismiss()
 
 
