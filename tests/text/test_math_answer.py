@@ -56,6 +56,11 @@ from opera_jax.text import math_answer
     ("The answer is not 5 but 7", "not 5 but 7", False),
     ("The answer is 4. So the answer is 5.", "5", True),
     ("The answer is 3.5.", "3.5", True),
+    ("Answer: the largest is 34.", "34", True),
+    ("Answer: the largest of the 5 is 34.", "34", False),
+    ("Answer: it is not so that it is 34", "it is not so that it is 34", False),
+    ("So it is $x$.", "x", True),
+    ("It is $x$ or $y$.", "y", False),
     ("The answer is:\n\\[ 5 \\]", "5", True),
   ],
 )
