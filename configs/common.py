@@ -84,7 +84,8 @@ def get_config() -> ml_collections.ConfigDict:
       "excerpt_words": 0,
       "math_path": "",
       "math_fields": {"prompt": "question", "reference": "answer"},
-      "math_answer": r"####\s*(.+?)\s*$",
+      # The line behind the last "####"; see prompts.GSM8K_ANSWER.
+      "math_answer": r"(?s)\A.*####\s*+(\S[^\n]*+)",
       "math_limit": 0,
       "responses_path": "",
   }  # fmt: skip

@@ -8,6 +8,7 @@ import json
 import lzma
 import resource
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 
 from configs import tiny
 from opera_jax.data import prompts, rows
+from opera_jax.evals import probes
 from opera_jax.models import tensor_files
+from opera_jax.rewards import format as format_lib
+from opera_jax.rewards import math_exact, verifiable
 from opera_jax.stages import config_check
 from opera_jax.synthesis import templates
-from opera_jax.text import automaton, thought, words
+from opera_jax.text import automaton, math_answer, thought, words
 from opera_jax.text import tokenizer as tokenizer_lib
 
 pytestmark = pytest.mark.slow
@@ -231,3 +235,81 @@ def test_generation_config(tmp_path_factory, value, raw):
       assert all(type(i) is int for i in ids)
     except ValueError as error:
       assert str(path) in str(error)
+
+
+_PIECES = st.sampled_from(
+  [
+   "\\boxed{", "}", "{", "####", "\n#### ", "The answer is ", "Answer: ", "$",
+   "$$", "\\(", "\\)", "\\[", "\\]", "\\frac", "\\frac12", "\\frac{1}{2}",
+   "{2}",
+   "\\sqrt{", "\\sqrt{16}", "\\text{", "\\text{cm}", "\\left(", "\\right)", "(",
+   ")", "[", ",", ", ", "5", "-5", "\u22125", "12", "1,000", "1{,}000", "0.5",
+   ".5", "5.", "1/2", "1 1/2", "\u00bd", "\u0665", "1e3", "1e999999999",
+   "10^{9}", "^", "9^9", "!", "%", "\\%", "^\\circ", " cm", " m", " dollars",
+   " million", "x", "x=", "=", "+", "-", "*", "/", "\\cdot ", "\\pi", "A",
+   "(A)",
+   "five", "minus ", " or ", " and ", "not ", ".", ". ", "\n", " ", "<think>",
+   "</think>", "**", "\\begin{pmatrix}1&2\\end{pmatrix}", "\\int_0^1 x",
+   "\\infty", "\\{1,2\\}", "Tuesday", "\ud800", "\x00", "\u0f73",
+  ]
+)  # fmt: skip
+ANSWERS = st.lists(
+  st.one_of(
+    _PIECES,
+    _PIECES,
+    st.text(max_size=6),
+    st.tuples(_PIECES, st.integers(1, 500)).map(lambda two: two[0] * two[1]),
+  ),
+  max_size=10,
+).map("".join)
+
+
+@EXAMPLES
+@given(text=ANSWERS, reference=ANSWERS)
+def test_maths_answers(text, reference):
+  begin = time.monotonic()
+  math_answer.final_answer(text)
+  try:
+    truth = math_answer.of_reference(reference)
+  except ValueError as error:
+    assert "needs a final answer" in str(error) and len(str(error)) < 1_000
+  else:
+    assert math_exact.right(text, reference) in (True, False, None)
+    assert math_exact.same(truth.text, truth.text) is not False
+    stated = math_answer.final_answer(f"\\boxed{{{truth.text}}}")
+    assert stated is None or math_exact.same(stated.text, stated.text) in (
+      True,
+      None,
+    )
+  assert time.monotonic() - begin < 1.0
+
+
+@settings(EXAMPLES, deadline=None)
+@given(text=ANSWERS, reference=ANSWERS)
+def test_maths_answers_by_the_library(text, reference):
+  limit = 1.0
+  begin = time.monotonic()
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      (check,) = verifiable.check_many(
+        [text], [reference], method="math_verify", timeout=limit, workers=1
+      )
+  except ValueError as error:
+    assert "needs a final answer" in str(error)
+  else:
+    assert check.right is not None or check.cannot_tell
+  # And the start of a process in place of one that was ended.
+  assert time.monotonic() - begin < limit + 20.0
+
+
+@EXAMPLES
+@given(text=ANSWERS)
+def test_completions(text):
+  begin = time.monotonic()
+  after = math_answer.after_thought(text)
+  assert after is None or "<think>" not in after and "</think>" not in after
+  format_lib.well_formed(text)
+  probes.read(text)
+  words.split(words.normal(text))
+  assert time.monotonic() - begin < 1.0

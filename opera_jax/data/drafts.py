@@ -68,13 +68,14 @@ def excerpt(text: str, words: int) -> str:
     text: any text.
     words: runs of characters that are no white space; 0 keeps everything.
   """
-  ends = [word.end() for word in re.finditer(r"\S+", text)]
-  if not words or len(ends) <= words:
+  found = [word.span() for word in re.finditer(r"\S+", text)]
+  if not words or len(found) <= words:
     return text.strip()
-  for end in reversed(ends[(words + 1) // 2 - 1 : words]):
-    if _SENTENCE_END.search(text[:end]):
+  for begin, end in reversed(found[(words + 1) // 2 - 1 : words]):
+    # With what the rule looks at before the word.
+    if _SENTENCE_END.search(text[max(0, begin - 3) : end]):
       return text[:end].strip()
-  return text[: ends[words - 1]].strip()
+  return text[: found[words - 1][1]].strip()
 
 
 def read_responses(

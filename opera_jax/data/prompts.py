@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import regex
 
 from opera_jax import structs
 from opera_jax.data import rows
@@ -22,8 +23,11 @@ FIELDS = {
   "task": "task",
   "id": "id",
 }
-# The final number of a GSM8K answer.
-GSM8K_ANSWER = r"####\s*(.+?)\s*$"
+# The final number of a GSM8K answer: the line behind the last "####". It is
+# found in time linear in the text.
+GSM8K_ANSWER = r"(?s)\A.*####\s*+(\S[^\n]*+)"
+# Seconds that a pattern may search one reference.
+_SEARCH = 1.0
 
 
 def load(
@@ -50,7 +54,8 @@ def load(
     limit: read only so many rows.
     answer_pattern: regular expression whose first group, found in the
       reference, is the true answer of a maths task, such as `GSM8K_ANSWER`;
-      the whole reference is then kept in `Prompt.columns["solution"]`.
+      the whole reference is then kept in `Prompt.columns["solution"]`. The
+      search of one reference may take a second, whatever it holds.
     read: gives a file's bytes, such as `sharding.exchange.read`; None streams
       the file.
     require_reference: False lets open-ended tasks lack a reference, which
@@ -63,8 +68,10 @@ def load(
   Raises:
     FileNotFoundError: no such file.
     ValueError: a malformed row, a missing or empty field, a maths reference
-      without an answer (see `math_answer.of_reference`), an unknown task, an
-      id given twice, no row at all, an unknown suffix or field name.
+      without an answer (see `math_answer.of_reference`) or one that takes too
+      long to search, an unknown task, an id given twice, no row at all, an
+      unknown suffix or field name, an answer pattern that is no regular
+      expression with a group.
   """
   path = os.fspath(path)
   needed = ("prompt", "reference") if require_reference else ("prompt",)
@@ -74,6 +81,7 @@ def load(
       f" {' and '.join(needed)} each naming a column."
     )
   columns = {name: column or None for name, column in fields.items()}
+  pattern = None if answer_pattern is None else _compiled(answer_pattern)
   prompts: list[structs.Prompt] = []
   line_of_id: dict[str, int] = {}
   for line, row in rows.read(path, read):
@@ -89,7 +97,7 @@ def load(
       columns,
       task_map,
       default_task,
-      answer_pattern,
+      pattern,
       require_reference,
     )
     if prompt.id in line_of_id:
@@ -115,7 +123,7 @@ def _prompt(
   fields: Mapping[str, str | None],
   task_map: Mapping[str, str] | None,
   default_task: str | None,
-  answer_pattern: str | None,
+  answer_pattern: regex.Pattern | None,
   require_reference: bool,
 ) -> structs.Prompt:
   prompt = _text(place, row, "prompt", fields["prompt"])
@@ -126,11 +134,20 @@ def _prompt(
     reference = _text(place, row, "reference", column)
   solution = {}
   if task == "math" and answer_pattern is not None:
-    hit = re.search(answer_pattern, reference)
-    if hit is None or not hit.group(1).strip():
+    try:
+      hit = answer_pattern.search(reference, timeout=_SEARCH)
+    except TimeoutError as error:
+      raise ValueError(
+        f"{place} reference {rows.short(reference)} of {len(reference):,} "
+        f"characters takes longer than {_SEARCH:g} s to search for "
+        f"{answer_pattern.pattern!r}. Mend the row, or write answer_pattern "
+        "so that it does not try many ways, as GSM8K_ANSWER."
+      ) from error
+    if hit is None or not (hit.group(1) or "").strip():
       raise ValueError(
         f"{place} reference {rows.short(reference)} holds no answer that"
-        f" matches {answer_pattern!r}. Mend the row or change answer_pattern."
+        f" matches {answer_pattern.pattern!r}. Mend the row or change"
+        " answer_pattern."
       )
     solution = {"solution": reference}
     reference = hit.group(1).strip()
@@ -157,6 +174,22 @@ def _prompt(
     columns={name: value for name, value in row.items() if name not in used}
     | solution,
   )
+
+
+def _compiled(pattern: str) -> regex.Pattern:
+  try:
+    compiled = regex.compile(pattern)
+  except regex.error as error:
+    raise ValueError(
+      f"answer_pattern {pattern!r} is no regular expression ({error}). Correct "
+      "config.data.math_answer."
+    ) from error
+  if not compiled.groups:
+    raise ValueError(
+      f"answer_pattern {pattern!r} has no group, whose text would be the "
+      "answer. Put round brackets around that part of config.data.math_answer."
+    )
+  return compiled
 
 
 def _blank(row: Mapping[str, Any], column: str | None) -> bool:

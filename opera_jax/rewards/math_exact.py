@@ -33,16 +33,24 @@ _RENAMED = (
   (re.compile(r"\{,\}"), ","),
   (re.compile(r"[×✕]|\\times(?![a-z])|\\cdot(?![a-z])"), r"\\times "),
   (re.compile(r"√ ?\(?(\d{1,30})\)?"), r"\\sqrt{\1}"),
-  (re.compile(r"\\(?:le|ge|ne)q(?![a-z])"), lambda hit: hit.group()[:-1]),
+  (re.compile(r"\\geq?(?:slant)?(?![a-z])|>="), "≥"),
+  (re.compile(r"\\leq?(?:slant)?(?![a-z])|<="), "≤"),
+  (re.compile(r"\\neq?(?![a-z])|!="), "≠"),
+  (re.compile(r"\\gt(?![a-z])"), ">"),
+  (re.compile(r"\\lt(?![a-z])"), "<"),
+  (re.compile(r"\\frac ?(\d) ?(\d)"), r"\\frac{\1}{\2}"),
+  (re.compile(r"\\sqrt ?([A-Za-z\d])(?![A-Za-z\d])"), r"\\sqrt{\1}"),
 )
+_PAIRED = re.compile(r"\$([^$]*)\$")
 _TEXT = re.compile(
   r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf|it)|mbox|operatorname)\s*"
   r"\{([^{}]*)\}"
 )
-_NAMED = re.compile(
-  r"\s*(\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?)\s*=(?!=)\s*(.*)",
-  re.DOTALL,
-)
+# What may stand before "=" as the name of a value: no sum, no number.
+_NAME = re.compile(r"[^\d<>≤≥≠!+*/^=-]+")
+_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)")
+_JOINING = re.compile(r",? ?\b(?:and|or)\b ?")
+_MOST = 20  # elements of lists that are compared in any order
 _CHOSEN = re.compile(r"\(([A-Z])\)[.:]? +(?=\S)")
 # Several numbers where one is asked for.
 _RANGE = re.compile(r"[-\d.,$ ]*\d\S* (?:or|to) \S*\d[^=]*")
@@ -189,8 +197,15 @@ def is_number(answer: str) -> bool:
   return _number(_named(_plain(answer))[1]) is not None
 
 
-def _compared(left: str, right: str) -> bool | None:
-  """`same` of answers without their dress and names."""
+def _compared(left: str, right: str, nested: bool = False) -> bool | None:
+  """`same` of answers without their dress and names.
+
+  Args:
+    left: one of them.
+    right: the other.
+    nested: whether they are elements of a list. Sets among those are compared
+      in the order given.
+  """
   if not (_letter(left) or _letter(right)):
     left, right = (_CHOSEN.sub("", side) for side in (left, right))
   number, true_number = _number(left), _number(right)
@@ -221,11 +236,22 @@ def _compared(left: str, right: str) -> bool | None:
     return None
   if len(items[1]) != len(true_items[1]):
     return None
-  verdicts = [_compared(*pair) for pair in zip(items[1], true_items[1])]
+  verdicts = [
+    _compared(*pair, nested=True) for pair in zip(items[1], true_items[1])
+  ]
   if all(verdicts):
     return True
-  # A set may be given in another order.
-  return False if False in verdicts and items[0] not in ("", "{}") else None
+  if items[0]:
+    return False if False in verdicts else None
+  if nested or len(items[1]) > _MOST:
+    return None
+  left_out = list(true_items[1])
+  for item in items[1]:
+    same_as = [true for true in left_out if _compared(item, true, nested=True)]
+    if not same_as:
+      return None
+    left_out.remove(same_as[0])
+  return True
 
 
 def _plain(text: str) -> str:
@@ -234,7 +260,7 @@ def _plain(text: str) -> str:
   for pattern, by in _RENAMED:
     text = pattern.sub(by, text)
   text = _undressed(_DROPPED.sub("", text))
-  text = _TEXT.sub(r" \1 ", text)
+  text = _PAIRED.sub(r" \1 ", _TEXT.sub(r" \1 ", text))
   return _undressed(" ".join(text.split()))
 
 
@@ -264,11 +290,15 @@ def _undressed(text: str) -> str:
 
 
 def _named(text: str) -> tuple[str, str]:
-  """("x", "5") of "x = 5"; an answer without a name has the name ""."""
-  hit = _NAMED.fullmatch(text)
-  if hit is None or "=" in hit[2]:
+  """("x", "5") of "x = 5" and of "x = 2 + 3 = 5"; ("", "5") of "5"."""
+  name, equals, rest = text.partition("=")
+  several = "=" in rest and re.search(r"[,;]|\b(?:and|or)\b", text)
+  value = rest.rpartition("=")[2].strip()
+  if not equals or several or not value or rest.startswith(">"):
     return "", text
-  return _tight(hit[1]), hit[2].strip()
+  if not _NAME.fullmatch(_SUBSCRIPT.sub("", name.strip())):
+    return "", text
+  return _tight(name), value
 
 
 def _tight(text: str) -> str:
@@ -289,32 +319,44 @@ def _chosen(text: str) -> str:
 
 
 def _items(text: str) -> tuple[str, list[str]] | None:
-  """The opening and closing bracket and the parts between the commas.
+  """The brackets around a list, and the parts between its commas.
 
-  The brackets are "" for a bare list. None for what is no list, or might as
-  well be a number ("(12,345)").
+  The brackets are "" for a set and for a bare list, whose order is free. None
+  for what is no list, or might as well be a number ("(12,345)").
   """
   text = text.replace("\\{", "{").replace("\\}", "}")
-  brackets, inner = "", text
-  if text[:1] in _BRACKETS and text[-1:] in (")", "]", "}") and len(text) > 2:
-    brackets, inner = text[0] + text[-1], text[1:-1]
+  parts = None
+  if _BRACKETS.get(text[:1]) and text[-1:] in (")", "]", "}"):
+    parts = _parts(text[1:-1])
+    brackets = "" if text[0] == "{" else text[0] + text[-1]
+  if parts is None:
+    parts, brackets = _parts(text), ""
+  return None if parts is None else (brackets, parts)
+
+
+def _parts(inner: str) -> list[str] | None:
+  """What stands between commas, or semicolons, outside of brackets."""
   if re.fullmatch(r"\d{1,3}(?:,\d{3})+", inner):
     return None
-  parts, depth, begin = [], 0, 0
-  for i, c in enumerate(inner):
-    if c in "([{":
-      depth += 1
-    elif c in ")]}":
-      depth -= 1
-      if depth < 0:
-        return None
-    elif c == "," and not depth:
-      parts.append(inner[begin:i].strip())
-      begin = i + 1
-  parts.append(inner[begin:].strip())
-  if len(parts) < 2 or depth or not all(parts):
-    return None
-  return brackets, parts
+  inner = _JOINING.sub(",", inner)
+  for comma in (",", ";"):
+    parts, depth, begin = [], 0, 0
+    for i, c in enumerate(inner):
+      if c in "([{":
+        depth += 1
+      elif c in ")]}":
+        depth -= 1
+        if depth < 0:
+          return None
+      elif c == comma and not depth:
+        parts.append(inner[begin:i].strip())
+        begin = i + 1
+    parts.append(inner[begin:].strip())
+    if depth:
+      return None
+    if len(parts) > 1:
+      return parts if all(parts) else None
+  return None
 
 
 def _number(text: str) -> _Number | None:

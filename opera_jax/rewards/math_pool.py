@@ -106,6 +106,8 @@ class _Worker:
       code = self.end(grace=0.0 if overdue else 1.0)
       why = f"no verdict in {timeout:g} s" if overdue else _ended(code)
       return Outcome(None, why)
+    if reply.get("failure") == MemoryError.__name__:
+      self.end()
     if "failure" in reply:
       return Outcome(None, reply["failure"])
     return Outcome(reply["right"])
@@ -125,19 +127,25 @@ class _Worker:
 
   def _start(self, timeout: float) -> None:
     self._timeout = timeout
-    paths = [os.path.abspath(path) for path in sys.path if path]
+    paths = [os.path.abspath(path) for path in sys.path]
     kept = {
       name: os.environ[name] for name in _ENVIRONMENT if name in os.environ
     }
     try:
       self._process = subprocess.Popen(
         # -P: modules beside the script are not what libraries import.
-        [sys.executable, "-P", math_worker.__file__, repr(float(timeout))],
+        [
+          sys.executable,
+          "-P",
+          math_worker.__file__,
+          repr(float(timeout)),
+          json.dumps(paths),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=kept
-        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"},
+        # Verdicts of sympy may depend on the order of a set.
+        env=kept | {"PYTHONHASHSEED": "0"},
         bufsize=0,
         start_new_session=True,
       )
@@ -194,7 +202,7 @@ def _no_start(why: str) -> RuntimeError:
   return RuntimeError(
     f"The processes of math-verify cannot start: {why}. Install what "
     "requirements.txt names (math-verify), and look at what "
-    f"`{sys.executable} -P {math_worker.__file__} 5` prints."
+    f"`{sys.executable} -P {math_worker.__file__} 5 []` prints."
   )
 
 

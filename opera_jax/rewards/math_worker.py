@@ -29,12 +29,14 @@ _ANCHORED = re.compile(r"\$|\\boxed|\\\(|\\\[|(?i:answer)")
 _AMOUNT = re.compile(r"[-+]?[\d.,]+ ?%?(?: [^\W\d_]{2,30}){0,5}\.?")
 
 
-def main(timeout: float) -> None:
+def main(timeout: float, paths: list[str]) -> None:
   """Answers until standard input ends.
 
   Args:
     timeout: seconds that the parent gives each check.
+    paths: where the parent finds modules; none keeps this process's own.
   """
+  sys.path[:] = paths or sys.path
   # What a library prints is no verdict.
   replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
@@ -122,4 +124,4 @@ def _limit(what: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-  main(float(sys.argv[1]))
+  main(float(sys.argv[1]), json.loads(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any
 
@@ -129,16 +130,15 @@ def _found(
     ]
 
   def check(share):
-    return [
-      sum(
-        verifiable.correct_many(
-          group,
-          [prompt.reference] * len(group),
-          method=run.reward["math_check"],
-        )
+    right = iter(
+      verifiable.correct_many(
+        [text for _, group in share for text in group],
+        [prompt.reference for prompt, group in share for _ in group],
+        method=run.reward["math_check"],
+        **run.reward["options"].get("verifiable", {}),
       )
-      for prompt, group in share
-    ]
+    )
+    return [sum(itertools.islice(right, len(group))) for _, group in share]
 
   def judge(share):
     said = [prompt for prompt, _ in share], [group[0] for _, group in share]

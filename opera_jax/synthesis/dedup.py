@@ -6,11 +6,19 @@ locality-sensitive hashing proposes pairs; each is decided by the true index,
 so no prompt is dropped that is not as near as the threshold says. Pairs are
 proposed from 0.8 of the threshold on: at a threshold of 0.8 a pair right on it
 is missed in 5 of 100 cases, a pair of index 0.85 in 1 of 100.
+
+Where many prompts share much and are yet no duplicates (a template with other
+names), each is compared with the `_MOST` likeliest of those proposed, so that
+the time stays linear in the prompts. A warning counts them.
 """
 
+import collections
+import functools
+import warnings
 from collections.abc import Iterator, Sequence
 
 import datasketch
+import numpy as np
 
 from opera_jax import structs
 from opera_jax.text import words
@@ -18,6 +26,9 @@ from opera_jax.text import words
 _PERMUTATIONS = 128
 _PROPOSED = 0.8  # of the threshold
 _BATCH = 4096
+_MOST = 64  # true indices taken for one prompt
+_KEPT = 1024  # prompts whose n-grams are kept between two comparisons
+_BUCKET = 128  # earlier prompts remembered under one hash
 
 
 def repeats(
@@ -64,9 +75,13 @@ def _near(
   ngram: int,
 ) -> Iterator[tuple[int, int]]:
   """Yields (place, place of the earlier prompt that it is nearest to)."""
-  index = datasketch.MinHashLSH(
-    threshold=_PROPOSED * threshold, num_perm=_PERMUTATIONS
-  )
+  index = _Index(_PROPOSED * threshold)
+
+  # Prompts that are compared with many are compared with the same ones.
+  @functools.lru_cache(maxsize=_KEPT)
+  def shingles(place: int) -> set[tuple[str, ...]]:
+    return _shingles(prompts[place], ngram)
+
   for begin in range(0, len(places), _BATCH):
     batch = places[begin : begin + _BATCH]
     hashes = datasketch.MinHash.bulk(
@@ -80,15 +95,63 @@ def _near(
       own = _shingles(prompts[place], ngram)
       nearest = max(
         (
-          (_jaccard(own, _shingles(prompts[twin], ngram)), -twin)
-          for twin in index.query(minhash)
+          (_jaccard(own, shingles(twin)), -twin)
+          for twin in index.likeliest(minhash.hashvalues)
         ),
         default=(0.0, 0),
       )
       if nearest[0] >= threshold:
         yield place, -nearest[1]
       else:
-        index.insert(place, minhash, check_duplication=False)
+        index.insert(place, minhash.hashvalues)
+  if index.cut:
+    warnings.warn(
+      f"{index.cut:,} of {len(places):,} prompts share much with more than "
+      f"{_MOST} others; each was compared with the {_MOST} likeliest to be its "
+      "near duplicates.",
+      RuntimeWarning,
+      stacklevel=2,
+    )
+
+
+class _Index:
+  """Locality-sensitive hashing whose answers are bounded."""
+
+  def __init__(self, threshold: float):
+    # datasketch knows how many bands of how many rows suit a threshold.
+    bands = datasketch.MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+    self._ranges = bands.hashranges
+    self._buckets = [collections.defaultdict(list) for _ in self._ranges]
+    self._hashes: dict[int, np.ndarray] = {}
+    self.cut = 0
+
+  def likeliest(self, hashes: np.ndarray) -> list[int]:
+    """At most `_MOST` places whose hashes agree most, the earliest first.
+
+    Args:
+      hashes: [_PERMUTATIONS] uint64.
+    """
+    proposed, full = set(), False
+    for (low, high), bucket in zip(self._ranges, self._buckets):
+      found = bucket.get(hashes[low:high].tobytes(), ())
+      full |= len(found) == _BUCKET
+      proposed.update(found)
+    places = sorted(proposed)
+    if len(places) <= _MOST:
+      self.cut += full
+      return places
+    self.cut += 1
+    same = [np.count_nonzero(self._hashes[p] == hashes) for p in places]
+    best = np.argsort(-np.asarray(same), kind="stable")[:_MOST]
+    return [places[i] for i in sorted(best)]
+
+  def insert(self, place: int, hashes: np.ndarray) -> None:
+    """Remembers a place under each of its bands that is not yet full."""
+    self._hashes[place] = hashes
+    for (low, high), bucket in zip(self._ranges, self._buckets):
+      found = bucket[hashes[low:high].tobytes()]
+      if len(found) < _BUCKET:
+        found.append(place)
 
 
 def _shingles(prompt: structs.Prompt, ngram: int) -> set[tuple[str, ...]]:

@@ -40,6 +40,10 @@ _POWER = (
   r"| ?(?:[×x*]|\\times|\\cdot) ?10 ?\^ ?(?:\{ ?[-+]?\d{1,9} ?\}|[-+]?\d{1,9})"
 )
 NUMBER = re.compile(rf"[-\u2013]?(?:\\?[$€£¥₹])?(?:{_PLAIN})(?:{_POWER})?")
+_ENDS = re.compile(
+  rf"\b(?:is|are|be|equals?|exactly|therefore|thus|so|just|only|by|number)"
+  rf" ({NUMBER.pattern}%?)$"
+)
 _FRACTION = re.compile(
   r"-?(?:(?<!\d)\d{1,30} ?)?\\[cdt]?frac ?"
   r"(?:\{[^{}]{1,60}\} ?\{[^{}]{1,60}\}|\d ?\d)"
@@ -270,6 +274,9 @@ def _sentence(text: str, begin: int) -> Stated | None:
   if hit is None:
     # One word, or LaTeX, may be the answer; a number behind words may be.
     content = re.sub(r"^(?:option|choice) +(?=\(?[A-Z]\b)", "", content)
+    ends = _ENDS.search(content)
+    if ends and not _UNCERTAIN.search(content):
+      return Stated(ends[1], not re.search(r"\d", content[: ends.start(1)]))
     denied = NUMBER.fullmatch(content.removeprefix("not "))
     single = len(content.split()) == 1 or re.match(r"\([A-Z]\) ", content)
     alone = single and not _UNCERTAIN.search(content)
@@ -284,7 +291,8 @@ def _opening_span(content: str) -> tuple[str, str] | None:
   for opens, closes in _FORMULA:
     if content.startswith(opens):
       inside, closed, rest = content[len(opens) :].partition(closes)
-      if not closed or (opens == "$" and inside != inside.strip()):
+      spaced = inside != inside.strip() and "\\" not in inside
+      if not closed or (opens == "$" and spaced):
         return None
       return inside.strip(), rest
   return None
@@ -293,10 +301,10 @@ def _opening_span(content: str) -> tuple[str, str] | None:
 def _last_number(text: str) -> Stated | None:
   """The last number, or the formula that it stands in."""
   number, fraction = _last(NUMBER, text), _last(_FRACTION, text)
-  if number is None:
-    return None
-  begin, end = number.span()
   spans = _spans(text)
+  if number is None:
+    return Stated(spans[-1][2].strip(), sure=len(spans) == 1) if spans else None
+  begin, end = number.span()
   if fraction is not None and fraction.end() >= end:
     begin, end = fraction.span()
   for opens, closes, content in reversed(spans):
@@ -341,8 +349,8 @@ def _spans(text: str) -> list[tuple[int, int, str]]:
   """Formulas between dollars, \\( \\) or \\[ \\]: (begin, end, content).
 
   A dollar before an amount opens none: the one that would close it has a space
-  before it. Each search ends where the next begins, so that all of them
-  together go through the text a few times.
+  before it, and no command between them. Each search ends where the next
+  begins, so that all of them together go through the text a few times.
   """
   out, at, gone = [], 0, set()
   for hit in _OPENS.finditer(text):
@@ -355,7 +363,8 @@ def _spans(text: str) -> list[tuple[int, int, str]]:
       gone.add(opens)
       continue
     content = text[hit.end() : end]
-    if opens == "$" and (content != content.strip() or not content):
+    spaced = content != content.strip() and "\\" not in content
+    if opens == "$" and (spaced or not content.strip()):
       continue
     at = end + len(closes)
     out.append((hit.start(), at, content))

@@ -10,20 +10,32 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+import regex
+
 _SINGLE = (
   "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
   "\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
+# What may join the letter before it: marks, and the later jamos of Hangul.
+_PIECE = regex.compile(r"\s+|\S{1,256}[\p{M}\u1160-\u11ff]{0,256}")
 # Names that Unicode gives to letters of one way of writing.
 _SAME = {"CJK": "HAN", "HIRAGANA": "KANA", "KATAKANA": "KANA", "IDEOGRAPHIC":
          "HAN", "FULLWIDTH": "LATIN"}  # fmt: skip
 
 
 def normal(text: str) -> str:
-  """Text without what does not change its meaning: case, width, spacing."""
-  folded = unicodedata.normalize("NFKC", text).casefold()
-  return " ".join(folded.split())
+  """Text without what does not change its meaning: case, width, spacing.
+
+  Done in pieces, as NFKC sorts a run of combining marks in quadratic time. A
+  piece ends before a letter, which is as good as the whole, unless more than
+  256 marks follow each other.
+  """
+  if not text.isascii():
+    text = "".join(
+      unicodedata.normalize("NFKC", piece) for piece in _PIECE.findall(text)
+    )
+  return " ".join(text.casefold().split())
 
 
 def split(text: str) -> list[str]:

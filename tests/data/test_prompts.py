@@ -1,11 +1,15 @@
 """Data sets are read whole or refused with the place named."""
 
+import contextlib
 import gzip
 import json
 import lzma
+import time
 
+import growth
 import pytest
 
+from configs import common
 from opera_jax import structs
 from opera_jax.data import prompts
 from opera_jax.text import tokenizer
@@ -117,6 +121,64 @@ def test_a_maths_reference_without_an_answer(tmp_path, reference):
     prompts.load(path)
   write(path, [GOOD, row | {"task": "open_ended"}])
   assert prompts.load(path)[1].reference == reference
+
+
+HOSTILE = [" ", "#### ", "####x", "#", "#### \n", "x ", "####\n\n"]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_no_reference_takes_long_to_search(tmp_path, unit):
+  def make(size):
+    row = GOOD | {"reference": "####" + unit * (size // len(unit)) + "x\n"}
+    return write(tmp_path / f"{size}.jsonl", [row])
+
+  def call(path):
+    with contextlib.suppress(ValueError):
+      prompts.load(path, answer_pattern=prompts.GSM8K_ANSWER)
+
+  assert growth.twice_doubled(call, make, 50_000) < growth.LINEAR
+
+
+@pytest.mark.parametrize(
+  "pattern,reference",
+  [
+    (r"####\s*(.+?)\s*$", "####" + " " * 20_000 + "x\ny"),
+    (r"((?:a|aa)+)$", "a" * 60 + "b"),
+  ],
+)
+def test_a_pattern_that_tries_many_ways_is_stopped(
+  tmp_path, pattern, reference
+):
+  path = write(tmp_path / "a.jsonl", [GOOD | {"reference": reference}])
+  begin = time.monotonic()
+  with pytest.raises(ValueError, match=r"a.jsonl:1: .* longer than 1 s"):
+    prompts.load(path, answer_pattern=pattern)
+  assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+  "pattern,said",
+  [
+    ("(", "is no regular expression"),
+    ("", "has no group"),
+    ("####", "no group"),
+  ],
+)
+def test_a_pattern_that_is_none(tmp_path, pattern, said):
+  path = write(tmp_path / "a.jsonl", [GOOD])
+  with pytest.raises(ValueError, match=f"{said}.*config.data.math_answer"):
+    prompts.load(path, answer_pattern=pattern)
+
+
+def test_a_group_that_took_no_part(tmp_path):
+  path = write(tmp_path / "a.jsonl", [GOOD])
+  with pytest.raises(ValueError, match=":1: reference '2' holds no answer"):
+    prompts.load(path, answer_pattern="(5)?")
+
+
+def test_the_default_is_the_pattern_of_gsm8k():
+  default = common.get_config().data.math_answer
+  assert default == prompts.GSM8K_ANSWER
 
 
 def test_a_pattern_that_finds_no_answer(tmp_path):

@@ -5,6 +5,7 @@ that is right, and how the exact comparison alone finds it: "told", or "asks"
 where it cannot tell and leaves it to math-verify.
 """
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -77,7 +78,12 @@ CASES = [
   (r"\boxed{[12, 345]}", "(12, 345)", False, "asks"),
   (r"\boxed{(345, 12)}", "(12, 345)", False, "told"),
   (r"\boxed{\left(\frac12, 3\right)}", "(0.5, 3)", True, "told"),
-  (r"\boxed{\{3, 1\}}", r"\{1, 3\}", True, "asks"),
+  (r"\boxed{\{3, 1\}}", r"\{1, 3\}", True, "told"),
+  (r"\boxed{\{3, 2\}}", r"\{1, 3\}", False, "asks"),
+  (r"\boxed{\{3, 3\}}", r"\{1, 3\}", False, "asks"),
+  (r"\boxed{3 \text{ and } 1}", "1, 3", True, "told"),
+  (r"\boxed{(1, 2), (3, 4)}", "(3,4),(1,2)", True, "told"),
+  (r"\boxed{(2, 1), (3, 4)}", "(3,4),(1,2)", False, "asks"),
   (r"\boxed{1, 3}", "1,3", True, "told"),
   (r"\boxed{12, 345}", "12345", False, "asks"),
   ("the point is (12, 345)", "345", False, "told"),
@@ -94,6 +100,12 @@ CASES = [
   (r"\boxed{5}", "x=5", True, "told"),
   (r"\boxed{x=5}", "y=5", False, "asks"),
   (r"\boxed{x = 6}", "5", False, "told"),
+  (r"\boxed{x = 2 + 4 = 6}", "6", True, "told"),
+  (r"\boxed{(x, y) = (3, 2)}", "(3, 2)", True, "told"),
+  (r"\boxed{f(x) = 2}", "2", True, "told"),
+  (r"\boxed{x_1 = 2}", "2", True, "told"),
+  (r"\boxed{2x + z = 1}", "1", True, "asks"),
+  (r"\boxed{1}", "2x + z = 1", False, "asks"),
   (r"\boxed{5 cm}", "5", True, "told"),
   (r"\boxed{5\text{ cm}}", "5", True, "told"),
   (r"\boxed{5\,\mathrm{cm}}", "5 centimeters", True, "told"),
@@ -162,7 +174,15 @@ CASES = [
   (r"\boxed{3:2}", "2:3", False, "asks"),
   (r"\boxed{\pm 5}", "5", False, "asks"),
   (r"\boxed{5 \text{ or } 6}", "5", False, "told"),
+  ("We find that $x \\geq 5$.", "x >= 5", True, "told"),
+  (r"\boxed{x \leq 5}", "x >= 5", False, "asks"),
+  (r"\boxed{\sqrt 2 + 1}", r"\sqrt{2}+1", True, "told"),
+  (r"\boxed{\frac94\pi}", r"\frac{9}{4}\pi", True, "told"),
+  ("So it is $\\text{even}$.", "even", True, "told"),
+  ("It is $x$, or $y$.", "y", True, "asks"),
   # Where the answer stands.
+  ("Answer: the largest of them is 34.", "34", True, "told"),
+  ("The answer is $ \\frac{1}{2} $.", "0.5", True, "told"),
   ("The answer is 5. I used 3 steps.", "5", True, "told"),
   ("The answer is 5. I used 3 steps.", "3", False, "told"),
   ("The final answer is: $5$. I used 3 steps.", "5", True, "told"),
@@ -270,6 +290,8 @@ def odd_library(tmp_path, monkeypatch):
         raise ValueError("no")
       if "sleep" in stated:
         time.sleep(60)
+      if "grow" in stated:
+        bytearray(2**40)
       if "die" in stated:
         os._exit(3)
       return "right" in stated
@@ -292,6 +314,32 @@ def test_a_check_that_fails_to_run_is_counted_and_no_verdict(odd_library):
     checks = verifiable.check_many(texts, ["x+1"] * 7, method="math_verify")
   assert [c.right for c in checks] == [None] * 3 + [True, False, None, None]
   assert [c.cannot_tell for c in checks] == [c.right is None for c in checks]
+
+
+def test_a_check_that_takes_all_memory_fails_alone(odd_library):
+  pairs = [("x", "grow"), ("x", "right")]
+  grown, right = math_pool.check(pairs, timeout=20, workers=1)
+  assert (grown.right, grown.failure) == (None, "MemoryError")
+  assert right.right is True
+
+
+def test_real_references_and_answers(shared_data):
+  path = shared_data / "gsm8k" / "train.jsonl"
+  with path.open() as file:
+    solutions = [json.loads(next(file))["answer"] for _ in range(1000)]
+  for solution in solutions:
+    answer = solution.rpartition("####")[2].strip()
+    for text in (
+      solution,
+      f"The answer is {answer}. I took 3 steps.",
+      f"so \\boxed{{{answer}}} of 12",
+      f"It is ${answer}",
+    ):
+      assert math_exact.right(text, solution) is True, (text, answer)
+    assert math_exact.right(f"It is 1{answer}", solution) is not True
+    assert math_exact.right(f"It is -{answer}", solution) is False or (
+      answer in ("0",) or answer.startswith("-")
+    )
 
 
 def test_overdue_checks_end_in_time_and_cost_no_other_check(odd_library):
@@ -355,7 +403,7 @@ def test_a_worker_is_told_no_keys(monkeypatch):
   (worker,) = math_pool._IDLE
   path = pathlib.Path(f"/proc/{worker._process.pid}/environ")
   environment = path.read_bytes()
-  assert b"PYTHONPATH" in environment and b"secret" not in environment
+  assert b"PATH=" in environment and b"secret" not in environment
   math_pool._dismiss()
 
 

@@ -1,7 +1,9 @@
 """Repetitions are found, and nothing else is: against every pair compared."""
 
 import random
+import warnings
 
+import growth
 import pytest
 
 from opera_jax import structs
@@ -79,3 +81,33 @@ def test_against_all_pairs():
 def test_bad_settings(changes):
   with pytest.raises(ValueError, match="Change config.pool"):
     dedup.repeats([], **({"threshold": 0.8} | changes))
+
+
+def _template(count):
+  """Prompts that share much and are no near duplicates of one another."""
+  rng = random.Random(0)
+  base = rng.choices(VOCABULARY, k=60)
+  texts = []
+  for _ in range(count):
+    own = list(base)
+    for place in rng.sample(range(60), 3):
+      own[place] = f"name{rng.randrange(10**6)}"
+    texts.append(" ".join(own))
+  return _prompts(texts)
+
+
+def test_prompts_that_share_much_take_no_longer_than_others():
+  def call(prompts):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      dedup.repeats(prompts, threshold=0.8)
+
+  assert growth.twice_doubled(call, _template, 200) < growth.LINEAR
+
+
+def test_what_was_not_compared_is_counted():
+  with pytest.warns(RuntimeWarning, match=r"\d+ of 400 prompts share much"):
+    dedup.repeats(_template(400), threshold=0.8)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    dedup.repeats(_template(40), threshold=0.8)

@@ -1,5 +1,6 @@
 """Where a text states its final answer, and what of it is one."""
 
+import growth
 import pytest
 
 from opera_jax.text import math_answer
@@ -55,6 +56,11 @@ from opera_jax.text import math_answer
     ("The answer is not 5 but 7", "not 5 but 7", False),
     ("The answer is 4. So the answer is 5.", "5", True),
     ("The answer is 3.5.", "3.5", True),
+    ("Answer: the largest is 34.", "34", True),
+    ("Answer: the largest of the 5 is 34.", "34", False),
+    ("Answer: it is not so that it is 34", "it is not so that it is 34", False),
+    ("So it is $x$.", "x", True),
+    ("It is $x$ or $y$.", "y", False),
     ("The answer is:\n\\[ 5 \\]", "5", True),
   ],
 )
@@ -117,3 +123,30 @@ def test_of_reference(reference, answer):
 def test_a_reference_without_an_answer_is_refused(reference):
   with pytest.raises(ValueError, match="needs a final answer, got"):
     math_answer.of_reference(reference)
+
+
+UNITS = [
+  "9", "1,111", "1 ", "$ 1 ", "$1$ ", r"\[ 1 ", r"\( 1", r"\boxed{", "{", "}",
+  r"\boxed{1} ", "the answer is ", "answer: 5 ", "#### ", "####1\n", "-", "(1,",
+  "1/", "1 / ", r"\frac{1}{", r"\frac12 ", " ", "\n", "<think>", "</think>",
+  "\u00bd", "\uff15", "1e", "1:", "minus ", "1 or ", r"\text{", "= 1 ", r"\{ ",
+  "\u0316\u0301", "1 1/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_completion_takes_long_to_read(unit):
+  def make(size):
+    return unit * (size // len(unit)) + " 7"
+
+  ratio = growth.twice_doubled(math_answer.final_answer, make, 50_000)
+  assert ratio < growth.LINEAR
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_reference_takes_long_to_read(unit):
+  def call(text):
+    math_answer.of_reference(text + "5")
+
+  ratio = growth.twice_doubled(call, lambda n: unit * (n // len(unit)), 50_000)
+  assert ratio < growth.LINEAR
