@@ -1,7 +1,7 @@
 """Products with weights: with gradients written out, or for few tokens.
 
 Shape key: B rows, T tokens, D hidden, V vocabulary, I inputs and O outputs of a
-projection, X all tokens, filled up to whole eights.
+projection, X all tokens, padded to whole sixteens.
 """
 
 import functools
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from kernels import target
 from opera_jax.sharding import rules
 
-# A CPU multiplies 16 tokens at once, unless at most 8 are left over of them:
-# then it goes by eights throughout, and adds up in another order.
-ABREAST = 8
+# Tokens of one small matmul on a CPU. XLA picks the order of its sums by the
+# shape and the number of threads (it may split the contraction between them),
+# so that only matmuls of one shape add up alike.
+ABREAST = 16
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -82,8 +83,8 @@ def few(
   """`jnp.tensordot(x, weight, axes)`, as one CPU likes it for few tokens.
 
   From two tokens on, a token's numbers there do not change with how many there
-  are, and 8 tokens take about three quarters of the time: the weight is the
-  left factor, and tokens lie side by side, always an odd number of eights. The
+  are: every matmul has the same shape, 16 tokens. The weight is the left factor
+  and tokens lie side by side, which takes about three quarters of the time. The
   weight must lie in memory with its inputs last (be turned as it is handed
   over); otherwise every call turns it.
 
@@ -111,11 +112,9 @@ def few(
     # Else XLA would turn the factors instead of the product.
     return jax.lax.optimization_barrier(out_OX).T
 
-  X = x_XI.shape[0]
-  # An even number of eights is cut into two odd ones.
-  if X % (2 * ABREAST):
-    out_XO = multiply(x_XI)
-  else:
-    parts = x_XI[:-ABREAST], x_XI[-ABREAST:]
-    out_XO = jnp.concatenate([multiply(part) for part in parts])
+  blocks = [
+    multiply(x_XI[start : start + ABREAST])
+    for start in range(0, x_XI.shape[0], ABREAST)
+  ]
+  out_XO = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
   return out_XO[:tokens].reshape(*lead, *outputs)
