@@ -412,7 +412,7 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path):
   script = r"""
   import sys, time
   from opera_jax.rewards import math_pool
-  math_pool.check([("1", "$1$")], timeout=0.5, workers=1)
+  math_pool.check([("1", "$1$")], timeout=0.3, workers=1)
   (worker,) = math_pool._IDLE
   worker._process.stdin.write(b'["5", "$9^{9^{9^{9}}}$"]\n')
   time.sleep(1)
@@ -494,18 +494,18 @@ HOSTILE = [
   "method", ["exact", pytest.param("math_verify", marks=pytest.mark.slow)]
 )
 def test_whatever_a_completion_holds_costs_at_most_the_limit(method):
-  math_pool.check([("1", "$1$")], timeout=0.5, workers=1)
+  math_pool.check([("1", "$1$")], timeout=0.3, workers=1)
   for text in HOSTILE:
     begin = time.monotonic()
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
       check = verifiable.check_many(
-        [text], ["5"], method=method, timeout=0.5, workers=1
+        [text], ["5"], method=method, timeout=0.3, workers=1
       )[0]
     took = time.monotonic() - begin
     assert check.right is not True, text[:40]
     # The limit, and the start of a process in place of one that was ended.
-    assert took < 0.5 + 5.0, (text[:40], took)
+    assert took < 0.3 + 5.0, (text[:40], took)
 
 
 def test_only_maths_prompts_are_ever_right(rollouts):

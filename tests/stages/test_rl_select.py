@@ -99,3 +99,20 @@ def test_no_rules_no_stage(run):
     chosen = rl_select.select(run, rl_filter.Rules(), SETTINGS, preemption)
   assert chosen is run
   assert not (run.workdir / "select_rl").exists()
+
+
+def test_the_settings_of_the_maths_checks_hold_here_too(run, monkeypatch):
+  asked = []
+
+  def correct_many(texts, references, **settings):
+    asked.append((len(texts), settings))
+    return [True] * len(texts)
+
+  monkeypatch.setattr(rl_select.verifiable, "correct_many", correct_many)
+  options = {"verifiable": {"timeout": 2.5, "workers": 3}}
+  run = dataclasses.replace(run, reward=run.reward | {"options": options})
+  rules = rl_filter.Rules(samples=3, right=(3,))
+  with checkpoint.Preemption() as preemption:
+    rl_select.select(run, rules, SETTINGS, preemption)
+  settings = {"method": "exact", "timeout": 2.5, "workers": 3}
+  assert asked == [(12, settings)]
