@@ -51,9 +51,9 @@ class Piece:
   tokens: np.ndarray  # [n] int32
   logprob: np.ndarray  # [n] float32, at the sampling temperature
   price: np.ndarray | None  # [n] float32, at temperature 1, where asked
-  truncated: np.ndarray | None  # [n] float32, as drawn, where truncated
   live: bool  # goes on in the next call
   ended: int  # a key of REASONS
+  truncated: np.ndarray | None = None  # [n] float32, as drawn, where truncated
 
 
 class Rows:

@@ -32,6 +32,9 @@ class ScriptedEngine:
     self.words, self.calls = words, []
     self.draft, self.rewrites, self.answer = draft, rewrites, answer
 
+  def head_rows(self):
+    return self.words.vocab_size
+
   def check(self, prompts, settings):
     self.checked = max(map(len, prompts))
 

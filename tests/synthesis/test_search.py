@@ -41,6 +41,9 @@ class ScriptedEngine:
 
   count = 1
 
+  def head_rows(self):
+    return self.words.vocab_size
+
   def __init__(self, words, machine, **script):
     self.words, (self.params, self.pricer) = words, machine
     script = {"opening": OPENING, "rounds": ROUNDS, "answer": ANSWER} | script
