@@ -1,7 +1,7 @@
 """Products with weights: with gradients written out, or for few tokens.
 
 Shape key: B rows, T tokens, D hidden, V vocabulary, I inputs and O outputs of a
-projection, X all tokens, padded to whole sixteens.
+projection, X all tokens, padded to whole eights.
 """
 
 import functools
@@ -16,7 +16,7 @@ from opera_jax.sharding import rules
 # Tokens of one small matmul on a CPU. XLA picks the order of its sums by the
 # shape and the number of threads (it may split the contraction between them),
 # so that only matmuls of one shape add up alike.
-ABREAST = 16
+ABREAST = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -83,7 +83,7 @@ def few(
   """`jnp.tensordot(x, weight, axes)`, as one CPU likes it for few tokens.
 
   From two tokens on, a token's numbers there do not change with how many there
-  are: every matmul has the same shape, 16 tokens. The weight is the left factor
+  are: every matmul has the same shape, 8 tokens. The weight is the left factor
   and tokens lie side by side, which takes about three quarters of the time. The
   weight must lie in memory with its inputs last (be turned as it is handed
   over); otherwise every call turns it.
