@@ -58,11 +58,12 @@ def test_create_asks_for_the_slice():
 def test_install_copies_the_commit_to_every_worker():
   archive, copy, packages, look = _dry("install")
   assert archive == (
-    "+ git archive --format=tar.gz --output=/tmp/opera_jax.tar.gz HEAD"
+    "+ git archive --format=tar.gz --output=/tmp/opera_jax.XXXXXXXXXX"
+    "/opera_jax.tar.gz HEAD"
   )
   assert copy == (
-    f"{SCP}/tmp/opera_jax.tar.gz demo:opera_jax.tar.gz --zone=us-west4-a "
-    "--worker=all"
+    f"{SCP}/tmp/opera_jax.XXXXXXXXXX/opera_jax.tar.gz "
+    "demo:opera_jax.tar.gz --zone=us-west4-a --worker=all"
   )
   assert packages == (
     f"{SSH}all '--command=mkdir -p opera_jax && tar xzf opera_jax.tar.gz -C "
