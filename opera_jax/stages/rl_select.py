@@ -95,6 +95,11 @@ def _ids(path: pathlib.Path, source: digest.Source) -> set[str]:
       f"{path} is damaged ({error!r}). Bring it back from a copy, "
       f"{workdir_lib.remedy('select_rl')}."
     ) from error
+  except OSError as error:
+    raise OSError(
+      f"{path} cannot be read ({error}). Give the rights, bring it back from a "
+      f"copy, {workdir_lib.remedy('select_rl')}."
+    ) from error
 
 
 def _found(

@@ -285,7 +285,7 @@ def _redo(
   workdir: pathlib.Path, chosen: list[str], names: Sequence[str]
 ) -> None:
   mark = workdir / _REDO
-  if mark.exists():
+  if os.path.lexists(mark):
     record = read(mark, "delete it: the redo that it speaks of begins anew")
     if record.get("asked") == chosen:
       print(f"redo: goes on with that of {', '.join(chosen)}.", flush=True)

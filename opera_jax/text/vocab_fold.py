@@ -16,6 +16,16 @@ import numpy as np
 from opera_jax import atomic_file
 
 _FORMAT = b"automaton 1"
+# What reading a damaged file raises.
+DAMAGE = (
+  EOFError,
+  NotImplementedError,
+  OSError,
+  RuntimeError,
+  ValueError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 _TABLES = ("token_class", "next_state", "event", "end_event")
 
 
@@ -118,15 +128,7 @@ def cached(
   if os.path.lexists(path):
     try:
       return _read(path)
-    except (
-      EOFError,
-      NotImplementedError,
-      OSError,
-      RuntimeError,
-      ValueError,
-      zipfile.BadZipFile,
-      zlib.error,
-    ) as error:
+    except DAMAGE as error:
       warnings.warn(
         f"{path} cannot be read ({error}); built anew.", stacklevel=3
       )
