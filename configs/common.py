@@ -42,7 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     # "": one process; "auto": a TPU pod or SLURM; or HOST:PORT,COUNT,INDEX.
     "distributed": "",
     "heartbeat_seconds": 60,  # a process without a sign of life ends the run
-    "compile_cache": ".jax_cache",  # a local directory; "" for none
+    # "auto": a private directory of the user; or a local one; "" for none.
+    "compile_cache": "auto",
   }
   # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents.
   config.checkpoint = ""

@@ -15,8 +15,6 @@ a finished cell is not repeated, and a killed one goes on. Leaves
 import ast
 import contextlib
 import functools
-import json
-import os
 import pathlib
 import runpy
 import shlex
@@ -28,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from opera_jax import atomic_file
 from opera_jax.data import traces
 from opera_jax.evals import ablation
 from opera_jax.report import learning_curves
@@ -112,16 +111,13 @@ def run_driver(path: str, folder, settings, every, preemption) -> None:
     SystemExit: it, or this process, was told to stop; both have.
     CalledProcessError: it failed.
   """
-  env = dict(os.environ)
-  cache = pathlib.Path(folder).parent / "jax_cache"
-  env.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
   command = [
     *(sys.executable, "-m", "experiments.opera_rl"),
     *(f"--config={path}", f"--workdir={folder}", *every, *settings),
   ]
   preemption.leave()
   told = False
-  with subprocess.Popen(command, env=env) as process:
+  with subprocess.Popen(command) as process:
     while process.poll() is None:
       if preemption.told() and not told:
         process.terminate()  # it saves first
@@ -184,8 +180,12 @@ def held_out(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
     "max_new_tokens": task.rollout.max_new_tokens,
   }
   made_from = {"model": run.model_digest(stage), **sampling}
-  if kept.exists():
-    found = workdir.read(kept, "delete that file, and it is measured again")
+  if os.path.lexists(kept):
+    try:
+      found = workdir.read(kept, "leave it: it is measured again")
+    except (ValueError, OSError) as error:
+      found = {}
+      print(f"ablate: {error}", flush=True)
     if found.get("made_from") == made_from:
       return found["numbers"]
     print(f"ablate: {kept} is of something else; measured again.", flush=True)
@@ -271,18 +271,17 @@ def write(root, config, values, cost, probed) -> None:
       *([ablation.probes(probed)] if probed else []),
     ]
   )
-  (root / "ablation.md").write_text(text + "\n")
-  (root / "ablation.json").write_text(
-    json.dumps(
-      {
-        "values": values,
-        "cost": cost,
-        "probes": {
-          reward: {name: np.asarray(v).tolist() for name, v in by.items()}
-          for reward, by in probed.items()
-        },
-      }
-    )
+  atomic_file.write(root / "ablation.md", text + "\n")
+  workdir.write(
+    root / "ablation.json",
+    {
+      "values": values,
+      "cost": cost,
+      "probes": {
+        reward: {name: np.asarray(v).tolist() for name, v in by.items()}
+        for reward, by in probed.items()
+      },
+    },
   )
   curves = {
     name: [

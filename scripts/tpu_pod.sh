@@ -128,8 +128,14 @@ wait_active() {
 }
 
 install() {
-  local archive
-  archive=${TMPDIR:-/tmp}/opera_jax.tar.gz
+  # In a folder of our own: a name that others know could be a link of theirs.
+  local folder=${TMPDIR:-/tmp}/opera_jax.XXXXXXXXXX
+  if ((!dry)); then
+    folder=$(mktemp -d "$folder")
+    # shellcheck disable=SC2064  # the folder's name of now
+    trap "rm -rf ${folder@Q}" EXIT
+  fi
+  local archive=$folder/opera_jax.tar.gz
   call git archive --format=tar.gz "--output=$archive" HEAD
   to_workers "$archive" opera_jax.tar.gz
   # The image's Python is older than ours: uv brings its own.
@@ -140,7 +146,9 @@ install() {
     on_workers all 'chmod 600 .cache/huggingface/token'
   fi
   if [[ -n ${TPU_BUCKET:-} ]]; then
-    on_workers all "mountpoint -q /mnt/runs || { echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse && sudo mkdir -p /mnt/runs && sudo chown \$USER /mnt/runs && gcsfuse --implicit-dirs $TPU_BUCKET /mnt/runs; }"
+    local bucket
+    printf -v bucket %q "$TPU_BUCKET"
+    on_workers all "mountpoint -q /mnt/runs || { echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse && sudo mkdir -p /mnt/runs && sudo chown \$USER /mnt/runs && gcsfuse --implicit-dirs $bucket /mnt/runs; }"
   fi
   on_workers all 'cd opera_jax && .venv/bin/python -c "import jax; jax.distributed.initialize(); print(jax.process_index(), \"of\", jax.process_count(), \"hosts,\", jax.device_count(), \"devices\")"'
 }

@@ -4,14 +4,12 @@ import collections
 import hashlib
 import json
 import os
-import pathlib
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
 
-from opera_jax import structs
+from opera_jax import atomic_file, structs
 from opera_jax.data import rows
 from opera_jax.text import math_answer, words
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -260,16 +258,10 @@ def row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
 
 def write(path: str | os.PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
   """Writes rows as JSONL, whole or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-  try:
-    # Half a surrogate pair becomes its JSON escape.
-    with open(partial, "x", encoding="utf-8", errors="backslashreplace") as out:
-      for line in lines:
-        out.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  # Half a surrogate pair becomes its JSON escape.
+  with atomic_file.replacing(path, errors="backslashreplace") as file:
+    for line in lines:
+      file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
 
 def token_lengths(

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from opera_jax import atomic_file
 from opera_jax.data import digest
 
 JSONL = "traces.jsonl"
@@ -221,11 +222,18 @@ def digest_of(directory: str | os.PathLike) -> str | None:
 def damage(directory: str | os.PathLike) -> str:
   """What is missing or cut short in a set, in words; "" if it is whole."""
   directory = pathlib.Path(directory)
-  if not (directory / FILES).exists():
-    return f"{directory / FILES} is missing"
-  for name, size in json.loads((directory / FILES).read_text()).items():
+  listing = directory / FILES
+  if not listing.exists():
+    return f"{listing} is missing"
+  try:
+    sizes = json.loads(listing.read_bytes().decode())
+  except (ValueError, OSError, RecursionError) as error:
+    return f"{listing} cannot be read as JSON ({error})"
+  if not isinstance(sizes, dict) or JSONL not in sizes:
+    return f"{listing} is no list of files with their sizes"
+  for name, size in sizes.items():
     path = directory / name
-    found = path.stat().st_size if path.exists() else 0
+    found = path.stat().st_size if path.is_file() else 0
     if found != size:
       return f"{path} has {found} bytes of {size}"
   return ""
@@ -244,7 +252,7 @@ def _seal(folder: pathlib.Path) -> None:
   """Lists the files with their sizes; all of it is on the disk after that."""
   files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
-  (folder / FILES).write_text(json.dumps(sizes, indent=1))
+  atomic_file.write(folder / FILES, json.dumps(sizes, indent=1))
   for path in (*folder.rglob("*"), folder):
     sync(path)
 

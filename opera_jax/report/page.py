@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from opera_jax import atomic_file
 from opera_jax.evals import table
 from opera_jax.report import plots, views
 
@@ -33,10 +34,8 @@ def save(path: str | os.PathLike, document: str) -> None:
   """Writes HTML to a file, whole or not at all."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".tmp")
   # A model may emit half a surrogate pair, which no encoding holds.
-  partial.write_text(document, encoding="utf-8", errors="replace")
-  partial.replace(path)
+  atomic_file.write(path, document, errors="replace")
 
 
 def render(page: views.Page) -> str:

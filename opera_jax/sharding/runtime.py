@@ -8,6 +8,7 @@ process 0 writes to it, but for checkpoints, which all write together.
 import functools
 import os
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def start(
       0, the number of processes, and which one this is.
     heartbeat_seconds: when a process has died, the others end within about
       this time, with an error.
-    compile_cache: local directory that outlives the run; "" for none.
+    compile_cache: see `cache_folder`.
     folder: of the run; takes what the runtime of several processes writes of
       its own, see `last_words`. "" leaves it on the screen.
 
@@ -42,8 +43,9 @@ def start(
     ValueError: `distributed` is none of these.
   """
   count_compiled()
-  if compile_cache:
-    jax.config.update("jax_compilation_cache_dir", compile_cache)
+  cache = cache_folder(compile_cache)
+  if cache:
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   if not distributed:
     return
@@ -61,6 +63,9 @@ def start(
       "num_processes": int(match["count"]),
       "process_id": int(match["index"]),
     }
+    # JAX itself would listen on every address of the machine.
+    if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+      given["coordinator_bind_address"] = match["address"]
   words = last_words.Words(folder) if folder else None
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
@@ -74,6 +79,63 @@ def start(
       count=jax.process_count(),
       seconds=heartbeat_seconds,
     )
+
+
+def cache_folder(asked: str) -> str:
+  """The directory of compiled programs, made if need be; "" for none.
+
+  Whoever can write there decides what our programs do. So it belongs to this
+  user alone; one that is named and shared is taken with a warning.
+
+  Args:
+    asked: "" for none; "auto" for the one of JAX_COMPILATION_CACHE_DIR, or
+      else opera_jax/compiled in the user's cache directory (XDG_CACHE_HOME, or
+      ~/.cache); or a local directory that outlives the run.
+
+  Raises:
+    OSError: it cannot be made, or the one of "auto" is open to others.
+  """
+  if not asked:
+    return ""
+  named = asked if asked != "auto" else ""
+  named = named or os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+  home = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(home):  # the standard ignores others
+    home = os.path.expanduser("~/.cache")
+  folder = named or os.path.join(home, "opera_jax", "compiled")
+  if "://" in folder:
+    return folder
+  try:
+    if not os.path.isdir(folder):
+      os.makedirs(os.path.dirname(os.path.abspath(folder)), exist_ok=True)
+      os.mkdir(folder, 0o700)
+    found = os.stat(folder)
+  except OSError as error:
+    raise OSError(
+      f"{folder} cannot be made ({error}); compiled programs are kept there. "
+      "Name another --config.runtime.compile_cache, or '' for none."
+    ) from error
+  fault = ""
+  if found.st_uid != os.geteuid():
+    fault = f"belongs to another user ({found.st_uid})"
+  elif found.st_mode & 0o022:
+    fault = f"can be written by others (mode {found.st_mode & 0o777:03o})"
+  if fault and not named:
+    raise OSError(
+      f"{folder} {fault}, and what lies there is run. chmod 700 it or remove "
+      "it, or name another --config.runtime.compile_cache ('' for none)."
+    )
+  if fault:
+    warnings.warn(
+      f"{folder} {fault}, and the compiled programs that lie there are run: "
+      "whoever writes there is trusted. chmod 700 it, or set "
+      "--config.runtime.compile_cache=auto for a private one.",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+  if not named:
+    os.chmod(folder, 0o700)
+  return folder
 
 
 def lead() -> bool:

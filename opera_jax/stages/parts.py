@@ -11,6 +11,7 @@ import pathlib
 import time
 from collections.abc import Collection, Iterator, Sequence
 
+from opera_jax import atomic_file
 from opera_jax.data import traces
 from opera_jax.sharding import claims
 
@@ -115,11 +116,8 @@ class Parts:
     found, path = self._found(index), self._path(index)
     wanted = [self._ids[i] for i in self._items(index)]
     lines = [traces.to_line(found[name]) for name in wanted if name in found]
-    partial = path.with_suffix(".partial")
     with _explained(path):
-      partial.write_text("".join(lines), encoding="utf-8", newline="\n")
-      traces.sync(partial)
-      partial.replace(path)
+      atomic_file.write(path, "".join(lines), newline="\n")
       traces.sync(self._folder)
 
   def read(self) -> Iterator[traces.Trace]:

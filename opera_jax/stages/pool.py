@@ -4,12 +4,14 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from opera_jax import structs
+from opera_jax import atomic_file, structs
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.report import clusters as page
 from opera_jax.sharding import runtime
@@ -177,18 +179,38 @@ def _embedded(
       preemption.leave()
       path = folder / f"{start:08d}.npy"
       texts = [p.prompt for p in prompts[start : start + batch]]
-      if path.exists():
-        vectors = np.load(path)
-      else:
+      vectors = _kept(path, len(texts))
+      if vectors is None:
         embed = embed or embedder()
         vectors = embed(texts)
         if runtime.lead():
-          partial = path.with_suffix(".tmp.npy")
-          np.save(partial, vectors)
-          partial.replace(path)
+          with atomic_file.replacing(path, "wb") as file:
+            np.save(file, vectors)
       parts.append(vectors)
       progress.update(len(texts))
   return np.concatenate(parts)
+
+
+def _kept(path: pathlib.Path, count: int) -> np.ndarray | None:
+  """A batch of embeddings; None where there is none, or a damaged one."""
+  if not os.path.lexists(path):
+    return None
+  try:
+    if path.is_symlink():
+      raise ValueError("it is a link")
+    vectors = np.load(path, allow_pickle=False)
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2:
+      raise ValueError("it holds no table")
+    if len(vectors) != count or not np.isfinite(vectors).all():
+      raise ValueError(f"it holds no {count} finite vectors")
+    return vectors
+  except (ValueError, OSError, EOFError, TypeError) as error:
+    warnings.warn(
+      f"Ignoring {path} ({error}); it is embedded again.",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+    return None
 
 
 def _view(

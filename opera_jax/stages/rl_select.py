@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from opera_jax.rollout import sampling
 from opera_jax.sharding import exchange, runtime
 from opera_jax.stages import kept as kept_lib
 from opera_jax.stages import setup as setup_lib
+from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import rl_filter
 from opera_jax.train import checkpoint
 
@@ -67,9 +69,14 @@ def select(
       stage.finish(counts)
   chosen = stage.path / "prompts.jsonl"
   source = digest.Source(exchange.read)
-  text = source.read(chosen).decode()
-  kept = {json.loads(line)["id"] for line in text.splitlines()}
+  kept = _ids(chosen, source)
   rl = [p for p in run.tasks.rl if p.id in kept]
+  if len(rl) != len(kept) or len(rl) != stage.result().get("kept"):
+    raise ValueError(
+      f"{chosen} names {len(kept)} prompts, of which {len(rl)} are tasks of "
+      f"RL, and the stage chose {stage.result().get('kept')}: it has changed. "
+      f"Bring it back from a copy, {workdir_lib.remedy('select_rl')}."
+    )
   digests = {"select_rl/prompts": (str(chosen), source.hexdigest())}
   return dataclasses.replace(
     run,
@@ -93,6 +100,23 @@ def user_judge(run: setup_lib.Run, rules: rl_filter.Rules) -> function.Reward:
   return function.Reward(
     rules.judge, run.reward["timeout"], tuple(run.reward["environment"])
   )
+
+
+def _ids(path: pathlib.Path, source: digest.Source) -> set[str]:
+  """The ids of the prompts that were chosen."""
+  try:
+    text = source.read(path).decode()
+    return {json.loads(line)["id"] for line in text.splitlines()}
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ValueError(
+      f"{path} is damaged ({error!r}). Bring it back from a copy, "
+      f"{workdir_lib.remedy('select_rl')}."
+    ) from error
+  except OSError as error:
+    raise OSError(
+      f"{path} cannot be read ({error}). Give the rights, bring it back from a "
+      f"copy, {workdir_lib.remedy('select_rl')}."
+    ) from error
 
 
 def _found(

@@ -209,7 +209,16 @@ class Run:
     folder = self.workdir / stage / "model"
     saves = checkpoint.Checkpoints(folder, write=False)
     restored = saves.restore(like)
+    faults = saves.faults() if restored is None else []
     saves.close()
+    if faults:
+      raise ValueError(
+        f"The model in {folder} is damaged: {'; '.join(faults)}. Bring the "
+        f"folder back from a copy; or delete it and "
+        f"{self.workdir / stage / 'DONE.json'} and run the stage: the model is "
+        "written again from the stage's last checkpoint, or read again where "
+        "it came from; all else is kept."
+      )
     if restored is None:
       raise FileNotFoundError(
         f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from opera_jax import atomic_file
 from opera_jax.sharding import claims, exchange, runtime
 from opera_jax.train import checkpoint
 
@@ -137,8 +138,16 @@ class Stage:
     exchange.by_lead(lambda: self._open(name in redo))
 
   def finished(self) -> bool:
-    """Whether `finish` was called, in this run or an earlier one."""
-    return (self.path / _DONE).exists()
+    """Whether `finish` was called, in this run or an earlier one.
+
+    Raises:
+      ValueError: the mark is damaged.
+    """
+    mark = self.path / _DONE
+    if not os.path.lexists(mark):
+      return False
+    read(mark, _unmarked(self.name))
+    return True
 
   @contextlib.contextmanager
   def alone(
@@ -151,6 +160,10 @@ class Stage:
     """
     with held(self.path / _LOCK, self.name, preemption):
       yield
+
+  def result(self) -> dict[str, Any]:
+    """What it reported; {} if it has not finished."""
+    return result(self.path.parent, self.name)
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the stage finished; returns when every process is done with it."""
@@ -171,7 +184,7 @@ class Stage:
           f"Stage {self.name} in {self.path} {changed}. Go on with what it was "
           f"begun with, use a new --workdir, {remedy(self.name)}."
         )
-      if not (self.path / _BEGUN).exists():
+      if not os.path.lexists(self.path / _BEGUN):
         self._begin()
 
   def _begin(self) -> None:
@@ -194,7 +207,7 @@ class Stage:
 
   def _changed(self) -> str:
     """What differs from what the stage was begun with; "" if nothing does."""
-    if not (self.path / _BEGUN).exists():
+    if not os.path.lexists(self.path / _BEGUN):
       return ""
     record = _record(self.path / _BEGUN, self.name)
     before, now = record["settings"], self._settings
@@ -282,7 +295,7 @@ def _redo(
   workdir: pathlib.Path, chosen: list[str], names: Sequence[str]
 ) -> None:
   mark = workdir / _REDO
-  if mark.exists():
+  if os.path.lexists(mark):
     record = read(mark, "delete it: the redo that it speaks of begins anew")
     if record.get("asked") == chosen:
       print(f"redo: goes on with that of {', '.join(chosen)}.", flush=True)
@@ -330,19 +343,22 @@ def result(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
     ValueError: the report is damaged.
   """
   mark = pathlib.Path(workdir) / name / _DONE
-  if not mark.exists():
-    return {}
-  return read(
-    mark,
+  return read(mark, _unmarked(name)) if os.path.lexists(mark) else {}
+
+
+def _unmarked(name: str) -> str:
+  return (
     "delete that file and give the same command again: the stage ends anew "
-    f"with what it has kept; {remedy(name)}",
+    f"with what it has kept; {remedy(name)}"
   )
 
 
 def settings(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
   """What a stage was begun with, by dotted name; {} if it was not."""
   begun = pathlib.Path(workdir) / name / _BEGUN
-  return _record(begun, name)["settings"] if begun.exists() else {}
+  if not os.path.lexists(begun):
+    return {}
+  return _record(begun, name)["settings"]
 
 
 def model(workdir: str | os.PathLike, stage: str) -> tuple[str, str] | None:
@@ -381,15 +397,7 @@ def read(path: pathlib.Path, mend: str) -> dict[str, Any]:
 
 def write(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file whole or not at all, never by way of a link."""
-  partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-  try:
-    with open(partial, "x", encoding="utf-8") as file:
-      file.write(json.dumps(value, indent=1))
-      file.flush()
-      os.fsync(file.fileno())
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  atomic_file.write(path, json.dumps(value, indent=1))
 
 
 def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:

@@ -6,14 +6,27 @@ Shape key: S states, C columns, V tokens of the vocabulary.
 import hashlib
 import os
 import pathlib
-import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from opera_jax import atomic_file
+
 _FORMAT = b"automaton 1"
+# What reading a damaged file raises.
+DAMAGE = (
+  EOFError,
+  NotImplementedError,
+  OSError,
+  RuntimeError,
+  ValueError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
+_TABLES = ("token_class", "next_state", "event", "end_event")
 
 
 def fold(
@@ -112,17 +125,39 @@ def cached(
   digest = hashlib.sha256(_FORMAT + repr(list(key)).encode())
   digest.update(repr(list(vocab_bytes)).encode())
   path = pathlib.Path(cache_dir) / f"automaton-{digest.hexdigest()[:32]}.npz"
-  if path.exists():
+  if os.path.lexists(path):
     try:
-      with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+      return _read(path)
+    except DAMAGE as error:
       warnings.warn(
         f"{path} cannot be read ({error}); built anew.", stacklevel=3
       )
   tables = build()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-    np.savez_compressed(file, **tables)
-  os.replace(file.name, path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file.replacing(path, "wb") as file:
+      np.savez_compressed(file, **tables)
+  except OSError as error:
+    warnings.warn(
+      f"{path} cannot be written ({error}); it is built at every start.",
+      stacklevel=3,
+    )
+  return tables
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tables of a file.
+
+  Raises:
+    ValueError: it is no plain file, or holds something else; and whatever
+      numpy raises of a damaged file.
+  """
+  if path.is_symlink() or not path.is_file():
+    raise ValueError("it is no plain file")
+  with np.load(path, allow_pickle=False) as stored:
+    tables = dict(stored)
+  if set(tables) != set(_TABLES) or any(
+    table.dtype.kind not in "iu" for table in tables.values()
+  ):
+    raise ValueError(f"it holds {sorted(tables)} and not {sorted(_TABLES)}")
   return tables

@@ -10,6 +10,7 @@ and the one before it is used.
 import contextlib
 import json
 import os
+import secrets
 import signal
 import types
 import warnings
@@ -121,7 +122,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
     if runtime.lead():
       folder = self._directory / str(step)
-      partial = self._directory / f"{_FILES}{_TEMPORARY}"
+      partial = self._directory / f"{_FILES}.{secrets.token_hex(8)}{_TEMPORARY}"
       partial.write_text(json.dumps(_listing(folder), indent=1))
       partial.replace(folder / _FILES)
     runtime.barrier(f"saved {step}")
@@ -163,6 +164,15 @@ class Checkpoints:
       ),
     )
     return step, read.state, read.host
+
+  def faults(self) -> list[str]:
+    """What is wrong with each checkpoint that stands there damaged."""
+    if not self._directory.exists():
+      return []
+    found = {
+      step: _fault(self._directory / str(step)) for step in self._steps()
+    }
+    return [f"{step}: {fault}" for step, fault in found.items() if fault]
 
   def close(self) -> None:
     """Lets go of the directory."""
@@ -352,18 +362,39 @@ def _fault(folder: epath.Path) -> str | None:
   if not listing.exists():
     return f"it was not finished ({_FILES} is missing)"
   try:
-    expected = json.loads(listing.read_text())
-  except ValueError as error:
-    return f"{_FILES} is not JSON ({error})"
+    expected = json.loads(listing.read_bytes().decode())
+  except (ValueError, OSError, RecursionError) as error:
+    return f"{_FILES} cannot be read as JSON ({error})"
+  if not _is_listing(expected):
+    return f"{_FILES} is no list of files with their sizes and checksums"
   for name, (size, checksum) in expected.items():
     path = folder / name
-    if not path.exists():
-      return f"{name} is missing"
-    if path.stat().length != size:
-      return f"{name} has {path.stat().length} bytes of {size}"
-    if _checksum(path) != checksum:
-      return f"{name} has changed since it was written"
+    try:
+      if not path.exists():
+        return f"{name} is missing"
+      if path.stat().length != size:
+        return f"{name} has {path.stat().length} bytes of {size}"
+      if _checksum(path) != checksum:
+        return f"{name} has changed since it was written"
+    except OSError as error:
+      return f"{name} cannot be read ({error})"
   return None
+
+
+def _is_listing(value: Any) -> bool:
+  """Whether it says of some files inside the folder how they were written."""
+  return (
+    isinstance(value, dict)
+    and bool(value)
+    and all(
+      isinstance(pair, list)
+      and len(pair) == 2
+      and all(isinstance(x, int) and not isinstance(x, bool) for x in pair)
+      and not name.startswith("/")
+      and ".." not in name.split("/")
+      for name, pair in value.items()
+    )
+  )
 
 
 def _without_keys(tree: Any) -> Any:

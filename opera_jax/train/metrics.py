@@ -11,12 +11,13 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import tensorboardX
 import tqdm
 
+from opera_jax import atomic_file
 from opera_jax.sharding import runtime
 
 
@@ -172,12 +173,15 @@ class Progress:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics file, oldest first; [] if there is no file."""
-  path = pathlib.Path(path)
-  if not path.exists():
-    return []
-  with path.open(encoding="utf-8") as file:
-    return [json.loads(line) for line in file]
+  """The lines of a metrics file, oldest first; [] if there is no file.
+
+  A last line that was cut short is left out.
+
+  Raises:
+    ValueError: a line that is none of metrics.
+    OSError: the file cannot be read.
+  """
+  return [line for _, line in _lines(pathlib.Path(path))]
 
 
 def _scalar(name: str, value: Any) -> float:
@@ -191,14 +195,40 @@ def _scalar(name: str, value: Any) -> float:
 
 def _truncate(path: pathlib.Path, last_step: int | None) -> None:
   """Keeps whole lines up to `last_step`, by an atomic replace."""
-  if not path.exists():
+  if not os.path.lexists(path):
     return
   kept = []
   if last_step is not None:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-      if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+    for text, line in _lines(path):
+      if line["step"] > last_step:
         break
-      kept.append(line)
-  partial = path.with_suffix(".jsonl.tmp")
-  partial.write_text("".join(kept), encoding="utf-8")
-  partial.replace(path)
+      kept.append(text)
+  atomic_file.write(path, "".join(kept))
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Each line of a metrics file, as text and as what it holds."""
+  if not os.path.lexists(path):
+    return
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise OSError(
+      f"{path} cannot be read ({error}). Give the rights, or move it away: the "
+      "run goes on without the numbers that it holds."
+    ) from error
+  for number, raw in enumerate(content.splitlines(keepends=True), start=1):
+    if not raw.endswith(b"\n"):
+      return  # a kill cut it short
+    try:
+      text = raw.decode()
+      line = json.loads(text)
+      step = line["step"]
+      if isinstance(step, bool) or not isinstance(step, int):
+        raise ValueError(f"its step is {step!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+      raise ValueError(
+        f"{path}:{number}: {raw[:60]!r} is no line of metrics ({error}). Mend "
+        "or drop the line and give the same command again; all else is kept."
+      ) from error
+    yield text, line

@@ -58,11 +58,12 @@ def test_create_asks_for_the_slice():
 def test_install_copies_the_commit_to_every_worker():
   archive, copy, packages, look = _dry("install")
   assert archive == (
-    "+ git archive --format=tar.gz --output=/tmp/opera_jax.tar.gz HEAD"
+    "+ git archive --format=tar.gz --output=/tmp/opera_jax.XXXXXXXXXX"
+    "/opera_jax.tar.gz HEAD"
   )
   assert copy == (
-    f"{SCP}/tmp/opera_jax.tar.gz demo:opera_jax.tar.gz --zone=us-west4-a "
-    "--worker=all"
+    f"{SCP}/tmp/opera_jax.XXXXXXXXXX/opera_jax.tar.gz "
+    "demo:opera_jax.tar.gz --zone=us-west4-a --worker=all"
   )
   assert packages == (
     f"{SSH}all '--command=mkdir -p opera_jax && tar xzf opera_jax.tar.gz -C "
@@ -108,6 +109,39 @@ def test_resume_after_preemption_does_all_of_it_again():
     *_dry("install"),
     *_dry(*RUN),
   ]
+
+
+def test_a_bucket_is_a_name_and_no_command():
+  (mount,) = [
+    line
+    for line in _dry("install", TPU_BUCKET="b; touch /tmp/$(id -u)")
+    if "gcsfuse --implicit" in line
+  ]
+  assert r"gcsfuse --implicit-dirs b\;\ touch\ /tmp/\$\(id\ -u\) /mnt" in mount
+
+
+def test_the_archive_is_written_through_no_link(tmp_path):
+  """Another user of the machine may have laid one under a name he knows."""
+  victim, temporary = tmp_path / "victim", tmp_path / "tmp"
+  victim.write_text("precious")
+  temporary.mkdir()
+  (temporary / "opera_jax.tar.gz").symlink_to(victim)
+  tools = tmp_path / "bin"
+  tools.mkdir()
+  log = tmp_path / "log"
+  for name, text in (
+    ("gcloud", f'#!/bin/sh\nls -ld "$5" >> {log} 2>/dev/null\nexit 0\n'),
+    ("git", "#!/bin/sh\nfor a; do case $a in --output=*) "
+            'echo archive > "${a#--output=}";; esac; done\n'),
+  ):  # fmt: skip
+    (tools / name).write_text(text)
+    (tools / name).chmod(0o755)
+  done = _script("install", path=tools, **POD | {"TMPDIR": str(temporary)})
+  assert done.returncode == 0, done.stderr
+  assert victim.read_text() == "precious"
+  assert "opera_jax.tar.gz" in done.stdout
+  # And nothing is left behind.
+  assert [p.name for p in temporary.iterdir()] == ["opera_jax.tar.gz"]
 
 
 def test_a_token_is_copied_and_never_shown(tmp_path):
