@@ -89,6 +89,8 @@ def get_config() -> ml_collections.ConfigDict:
       "math_answer": r"(?s)\A.*####\s*+(\S[^\n]*+)",
       "math_limit": 0,
       "responses_path": "",
+      # Jaccard index of word 3-grams from which two tasks are not split.
+      "near_duplicate": 0.0,
   }  # fmt: skip
   config.pool = {  # of experiments/pool.py
     "size": 20_000,  # [P]; 0 takes all that are left

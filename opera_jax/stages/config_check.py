@@ -256,6 +256,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
       "excerpt_words", "math_limit",
     )},
     "math_share": number(0, 1),
+    "near_duplicate": number(0, 1),
     "default_task": one_of("", *prompts.TASKS),
     **{name: text() for name in (
       "path", "math_path", "responses_path", "math_answer",
@@ -812,7 +813,9 @@ READ: dict[str, Read] = {
       default, lambda config, stages: config["data"]["kind"] == "jsonl",
       "config.data.kind is 'jsonl'",
     )
-    for name, default in (("prompt_words", 0), ("excerpt_words", 0))
+    for name, default in (
+      ("prompt_words", 0), ("excerpt_words", 0), ("near_duplicate", 0.0),
+    )
   },
   "data.default_task": Read("", _file("path"), "config.data.path names a file"),
   **{

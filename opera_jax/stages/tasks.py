@@ -9,6 +9,7 @@ from opera_jax import structs
 from opera_jax.data import digest, drafts, rows, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
+from opera_jax.synthesis import dedup
 from opera_jax.text import words
 
 # Arguments of `read` and `load` that name the files.
@@ -60,6 +61,7 @@ def load(
   math_answer: str,
   math_limit: int,
   responses_path: str,
+  near_duplicate: float = 0.0,
 ) -> Tasks:
   """Loads or makes the tasks.
 
@@ -87,6 +89,9 @@ def load(
       file become pretraining documents alone.
     responses_path: JSONL of `id, score, response`, what documents are drafted
       from; "" drafts from the references.
+    near_duplicate: share of word 3-grams (Jaccard index) from which two tasks
+      fall on one side of the split; 0 keeps together what differs in case,
+      width and spacing alone.
 
   Raises:
     FileNotFoundError: a file is missing.
@@ -136,7 +141,15 @@ def load(
       "must be left to train on. Lower it, raise config.data.prompt_words, or "
       "add tasks."
     )
-  train, held = prompts_lib.split(every, held_out, seed)
+  groups = dedup.clusters(every, threshold=near_duplicate)
+  train, held = prompts_lib.split(every, held_out, seed, groups=groups)
+  same = len(every) - len(set(groups))
+  if same:
+    notes.append(
+      f"{same} tasks ask what another one asks"
+      + (f", from {near_duplicate:g} of shared 3-grams on" if near_duplicate else "")
+      + "; such tasks stay together, all held out or none."
+    )
   unseen = {words.normal(p.prompt) for p in held}
   told = [p for p in bare if words.normal(p.prompt) in unseen]
   if told:

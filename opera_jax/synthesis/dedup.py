@@ -51,11 +51,7 @@ def repeats(
   Raises:
     ValueError: a threshold outside [0, 1], an n-gram of no word.
   """
-  if not 0 <= threshold <= 1 or ngram < 1:
-    raise ValueError(
-      f"Near duplicates need a threshold in [0, 1] and at least 1 word, got "
-      f"near_duplicate={threshold}, ngram={ngram}. Change config.pool."
-    )
+  _check(threshold, ngram)
   found: list[tuple[str, str] | None] = []
   owner: dict[str, str] = {}
   for prompt in prompts:
@@ -63,9 +59,58 @@ def repeats(
     found.append(None if first == prompt.id else ("exact", first))
   if threshold:
     left = [i for i, one in enumerate(found) if one is None]
-    for place, twin in _near(prompts, left, threshold, ngram):
-      found[place] = ("near", prompts[twin].id)
+    for place, twins in _near(prompts, left, threshold, ngram, chains=False):
+      found[place] = ("near", prompts[twins[0]].id)
   return found
+
+
+def clusters(
+  prompts: Sequence[structs.Prompt], *, threshold: float, ngram: int = 3
+) -> list[str]:
+  """Names of groups that a split must keep together.
+
+  Two prompts are in one group if they are near, or if a chain of near ones
+  leads from one to the other.
+
+  Args:
+    prompts: any prompts.
+    threshold: see `repeats`; 0 groups exact repetitions alone.
+    ngram: words of an n-gram.
+
+  Returns:
+    For each prompt the normalised text of one of its group, the same for all
+    of the group.
+
+  Raises:
+    ValueError: see `repeats`.
+  """
+  _check(threshold, ngram)
+  normal = [words.normal(prompt.prompt) for prompt in prompts]
+  first: dict[str, int] = {}
+  root = [first.setdefault(text, place) for place, text in enumerate(normal)]
+
+  def find(place: int) -> int:
+    while root[place] != place:
+      root[place] = root[root[place]]
+      place = root[place]
+    return place
+
+  if threshold:
+    left = list(first.values())
+    for place, twins in _near(prompts, left, threshold, ngram, chains=True):
+      for twin in twins:
+        low, high = sorted((find(place), find(twin)))
+        root[high] = low
+  return [normal[find(place)] for place in range(len(prompts))]
+
+
+def _check(threshold: float, ngram: int) -> None:
+  if not 0 <= threshold <= 1 or ngram < 1:
+    raise ValueError(
+      f"Near duplicates need a threshold in [0, 1] and at least 1 word, got "
+      f"near_duplicate={threshold}, ngram={ngram}. Change config.pool or "
+      "config.data.near_duplicate."
+    )
 
 
 def _near(
@@ -73,8 +118,21 @@ def _near(
   places: Sequence[int],
   threshold: float,
   ngram: int,
-) -> Iterator[tuple[int, int]]:
-  """Yields (place, place of the earlier prompt that it is nearest to)."""
+  *,
+  chains: bool,
+) -> Iterator[tuple[int, list[int]]]:
+  """Prompts that are near to earlier ones.
+
+  Args:
+    prompts: all of them.
+    places: those to look at, in this order.
+    threshold: Jaccard index.
+    ngram: words of an n-gram.
+    chains: whether one that is near to another is compared with later ones.
+
+  Yields:
+    The place of each, and those of the earlier ones, the nearest first.
+  """
   index = _Index(_PROPOSED * threshold)
 
   # Prompts that are compared with many are compared with the same ones.
@@ -93,16 +151,14 @@ def _near(
     )
     for place, minhash in zip(batch, hashes):
       own = _shingles(prompts[place], ngram)
-      nearest = max(
-        (
-          (_jaccard(own, shingles(twin)), -twin)
-          for twin in index.likeliest(minhash.hashvalues)
-        ),
-        default=(0.0, 0),
-      )
-      if nearest[0] >= threshold:
-        yield place, -nearest[1]
-      else:
+      likeness = [
+        (-_jaccard(own, shingles(twin)), twin)
+        for twin in index.likeliest(minhash.hashvalues)
+      ]
+      twins = [twin for alike, twin in sorted(likeness) if -alike >= threshold]
+      if twins:
+        yield place, twins
+      if chains or not twins:
         index.insert(place, minhash.hashvalues)
   if index.cut:
     warnings.warn(

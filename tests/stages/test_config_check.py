@@ -116,6 +116,8 @@ HOSTILE = [
   ("reward.keywords", ("But", ""), "not empty"),
   ("data.math_share", 2.0, "at most 1"),
   ("data.math_share", -1.0, "at least 0"),
+  ("data.near_duplicate", 1.5, "at most 1"),
+  ("data.near_duplicate", 0.5, "nothing in this run reads it"),
   ("data.held_out", -1, "at least 0"),
   ("data.held_out", 0, "needs tasks"),
   ("data.documents", 0, "nothing to train one on"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
+from opera_jax.rollout import sampling
 from opera_jax.stages import evaluate, kept
 
 COUNT = 10
@@ -33,6 +34,9 @@ class _Run:
   def __init__(self):
     self.asked = []
     self.engine = self.measurer = self
+
+  def sampling(self, **settings):
+    return sampling.Sampling(stop_ids=(0,), **settings)
 
   def load(self, model):
     return model

@@ -111,3 +111,55 @@ def test_what_was_not_compared_is_counted():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     dedup.repeats(_template(40), threshold=0.8)
+
+
+def test_clusters_join_what_a_chain_of_near_ones_joins():
+  """A split by `repeats` would part b from c, which is near to b alone."""
+  text = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+  ]
+
+  def prompt(i, words):
+    return structs.Prompt(str(i), "open_ended", " ".join(words), "r")
+
+  made = [
+    prompt(0, text),
+    prompt(1, [*text[2:], "x1", "x2"]),
+    prompt(2, [*text[4:], "x1", "x2", "x3", "x4"]),
+    prompt(3, [w.upper() for w in text]),
+    prompt(
+      4,
+      [
+        "a",
+        "story",
+        "about",
+        "a",
+        "cat",
+        "and",
+        "a",
+        "dog",
+        "on",
+        "a",
+        "hill",
+        "far",
+        "away",
+      ],
+    ),
+  ]
+  names = dedup.clusters(made, threshold=0.5)
+  assert names[0] == names[1] == names[2] == names[3] != names[4]
+  exact = dedup.clusters(made, threshold=0.0)
+  assert exact[0] == exact[3] and len(set(exact)) == 4
+  with pytest.raises(ValueError, match="config.data.near_duplicate"):
+    dedup.clusters(made, threshold=1.5)
