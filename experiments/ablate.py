@@ -15,7 +15,9 @@ a finished cell is not repeated, and a killed one goes on. Leaves
 import ast
 import contextlib
 import functools
+import hashlib
 import pathlib
+import re
 import runpy
 import shlex
 import subprocess
@@ -94,6 +96,13 @@ def check(config, every) -> None:
   Raises:
     ValueError: names the row and what is wrong with it.
   """
+  names = [name for name, _, _ in config.rows]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  if twice or not all(names):
+    raise ValueError(
+      f"config.rows names {twice or 'a row'} {'twice' if twice else 'by nothing'}"
+      "; a name is that of a cell's folder. Rename one."
+    )
   before = {name for name in config.start.split(",") if name != "base"}
   stages = before | set(config.stages.split(","))
   for name, path, changes in config.rows:
@@ -312,8 +321,11 @@ def split(changes: str) -> list[str]:
 
 
 def slug(name: str) -> str:
-  """A row's name as a folder's."""
-  return "".join(c if c.isalnum() else "_" for c in name).strip("_")
+  """A row's name as a folder's; names that differ have folders that do."""
+  plain = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:60]
+  if plain == name:
+    return name
+  return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def main(_) -> None:

@@ -145,10 +145,10 @@ def load(
   train, held = prompts_lib.split(every, held_out, seed, groups=groups)
   same = len(every) - len(set(groups))
   if same:
+    near = f" or share {near_duplicate:g} of its 3-grams" * (near_duplicate > 0)
     notes.append(
-      f"{same} tasks ask what another one asks"
-      + (f", from {near_duplicate:g} of shared 3-grams on" if near_duplicate else "")
-      + "; such tasks stay together, all held out or none."
+      f"{same} tasks ask what another one asks{near}; such tasks stay together, "
+      "all held out or none."
     )
   unseen = {words.normal(p.prompt) for p in held}
   told = [p for p in bare if words.normal(p.prompt) in unseen]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -104,3 +105,21 @@ def test_a_small_grid_of_cold_starts(tmp_path):
   )
   assert search["sampled_tokens"] > plain["sampled_tokens"] > 0
   assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_rows_that_differ_have_folders_that_do():
+  names = ["A + B", "A - B", "A_B", "a/b", "..", "", "é", "è", "x" * 300]
+  slugs = [ablate.slug(name) for name in names]
+  assert len(set(slugs)) == len(names)
+  assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,80}", one) for one in slugs if one)
+
+
+def test_a_row_that_is_named_twice_is_refused():
+  config = ablations.get_config("smoke").copy_and_resolve_references()
+  config.unlock()
+  config.rows = (*config.rows, config.rows[0])
+  with pytest.raises(ValueError, match=r"names \['opera'\] twice"):
+    ablate.check(config, [])
+  config.rows = (("bad", ablations.OPERA, "--config.rl.loss=clip"),)
+  with pytest.raises(ValueError, match="Row 'bad': .*config.rl.loss is 'clip'"):
+    ablate.check(config, [])
