@@ -147,8 +147,8 @@ def load(
   if same:
     near = f" or share {near_duplicate:g} of its 3-grams" * (near_duplicate > 0)
     notes.append(
-      f"{same} tasks ask what another one asks{near}; such tasks stay together, "
-      "all held out or none."
+      f"{same} tasks ask what another one asks{near}; such tasks stay "
+      "together, all held out or none."
     )
   unseen = {words.normal(p.prompt) for p in held}
   told = [p for p in bare if words.normal(p.prompt) in unseen]

@@ -121,5 +121,7 @@ def test_a_row_that_is_named_twice_is_refused():
   with pytest.raises(ValueError, match=r"names \['opera'\] twice"):
     ablate.check(config, [])
   config.rows = (("bad", ablations.OPERA, "--config.rl.loss=clip"),)
-  with pytest.raises(ValueError, match="Row 'bad': .*config.rl.loss is 'clip'"):
+  with pytest.raises(
+    ValueError, match="(?s)Row 'bad': .*config.rl.loss is 'clip'"
+  ):
     ablate.check(config, [])
