@@ -51,7 +51,7 @@ def _tokenizer_keywords() -> set[str]:
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
 WHOLE = {
-  "runtime": _keywords(runtime.start),
+  "runtime": _keywords(runtime.start) - {"folder"},
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
   "model": _fields(qwen3.Config),
