@@ -103,6 +103,11 @@ def _kill(process, run: pathlib.Path, seconds: float, at_write: bool) -> str:
   return f"in {begun[-1] if begun else 'set-up'}"
 
 
+def _stage(where: str) -> str:
+  """Of what `_kill` says."""
+  return where.split(" ")[-1].split("/")[0]
+
+
 def _outcome(run: pathlib.Path) -> dict:
   """All that a run leaves, but for what depends on the clock."""
   out = {}
@@ -130,8 +135,13 @@ def test_a_run_that_is_killed_25_times_ends_as_the_straight_one(tmp_path):
   for number in itertools.count(1):
     run = tmp_path / f"killed-{number}"
     while len(where) < KILLS:
-      # Long enough to get somewhere: setting up takes 2 s or more.
-      seconds, at_write = rng.uniform(2.0, 7.0), rng.random() < 0.5
+      # Setting up takes 2 s; longer where it was killed before, to get on.
+      stage = [_stage(one) for one in where[-4:]]
+      again = len(
+        list(itertools.takewhile(stage[-1:].__contains__, stage[::-1]))
+      )
+      seconds = rng.uniform(2.0, 6.0) + 2.0 * again
+      at_write = rng.random() < 0.5
       where.append(_kill(_start(run), run, seconds, at_write))
       print(f"kill {len(where)}: {where[-1]}", flush=True)
       if where[-1] == "ended":
@@ -146,4 +156,4 @@ def test_a_run_that_is_killed_25_times_ends_as_the_straight_one(tmp_path):
       break
   # It was killed all over, and in the midst of writes.
   assert sum("write" in one for one in where) >= 3, where
-  assert len({one.split(" ")[-1].split("/")[0] for one in where}) >= 3, where
+  assert len(set(map(_stage, where))) >= 4, where
