@@ -46,7 +46,8 @@ def _fields(record) -> set[str]:
 
 
 def _tokenizer_keywords() -> set[str]:
-  return _keywords(setup._tokenizer) - {"workdir", "tasks"}
+  given = {"workdir", "tasks", "settings", "redo"}
+  return _keywords(setup._tokenizer) - given
 
 
 # Sections handed over whole: a field that the receiver lacks is a TypeError.
