@@ -100,8 +100,8 @@ def check(config, every) -> None:
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice or not all(names):
     raise ValueError(
-      f"config.rows names {twice} twice, or a row by nothing; a name is that of "
-      "a cell's folder. Rename one."
+      f"config.rows names {twice} twice, or a row by nothing; a name is that "
+      "of a cell's folder. Rename one."
     )
   before = {name for name in config.start.split(",") if name != "base"}
   stages = before | set(config.stages.split(","))

@@ -204,14 +204,14 @@ def _make(
     return
   own, params = run.on_own_devices(), run.load("base")
   if own is None:
-    machine, work = run, _agreed(parts)
+    machine, work = run, _agreed(parts, preemption)
     leave = preemption.leave
   else:
     machine = own
     mine = range(jax.process_index(), len(parts), jax.process_count())
     if jax.process_count() > 1:
       print(f"this host makes {len(mine)} of {len(parts)} parts", flush=True)
-    work = parts.work(mine)
+    work = parts.work(mine, preemption.leave_alone)
     params = layout.own_copy(params, own.mesh)
     # Hosts are not in step, so none can ask the others.
     leave = preemption.leave_alone
@@ -251,18 +251,21 @@ def _make(
     count_others()
 
 
-def _agreed(parts: parts_lib.Parts) -> Iterator[tuple[int, list[int]]]:
+def _agreed(
+  parts: parts_lib.Parts, preemption: checkpoint.Preemption
+) -> Iterator[tuple[int, list[int]]]:
   """What process 0 claims, on every process."""
-  work = parts.work(range(len(parts)))
+  work = parts.work(range(len(parts)), preemption.leave_alone)
   while True:
-    note = np.full(1 + parts.size, -1, np.int32)
-    if runtime.lead():
-      index, items = next(work, (-1, []))
-      note[: 1 + len(items)] = [index, *items]
-    note = runtime.from_lead(note)
-    if note[0] < 0:
+    note = np.asarray(exchange.by_lead(lambda: _note(next(work, None))))
+    if not note.size:
       return
-    yield int(note[0]), [int(item) for item in note[1:] if item >= 0]
+    yield int(note[0]), [int(item) for item in note[1:]]
+
+
+def _note(claimed: tuple[int, list[int]] | None) -> list[int]:
+  """A part and its items in one list; [] where no part is left."""
+  return [] if claimed is None else [claimed[0], *claimed[1]]
 
 
 def _searcher(

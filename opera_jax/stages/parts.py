@@ -9,7 +9,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from opera_jax import atomic_file
 from opera_jax.data import traces
@@ -64,7 +64,9 @@ class Parts:
       self._whole.add(index)
     return left
 
-  def work(self, own: Collection[int]) -> Iterator[tuple[int, list[int]]]:
+  def work(
+    self, own: Collection[int], wait: Callable[[], None] = lambda: None
+  ) -> Iterator[tuple[int, list[int]]]:
     """Claims parts that lack items, one at a time, until no part does.
 
     Where another process works on a part, it is waited for at the end; if
@@ -72,6 +74,7 @@ class Parts:
 
     Args:
       own: the parts to claim; of the others the end is waited for.
+      wait: called again and again meanwhile; what it raises ends the wait.
 
     Yields:
       A part and the items that it lacks, which `add` is to add before the
@@ -88,6 +91,7 @@ class Parts:
             self._mend(index)
       before, left = len(left), [i for i in left if self.missing(i)]
       if len(left) == before:
+        wait()
         time.sleep(_POLL)
 
   def add(self, index: int, trace: traces.Trace) -> None:

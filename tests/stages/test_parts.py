@@ -144,6 +144,21 @@ def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
   assert mine.lacking() == 0 and naps
 
 
+def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
+  asked = []
+
+  def leave():
+    asked.append(1)
+    raise SystemExit(143)
+
+  with pytest.raises(SystemExit):
+    for index, items in parts.Parts(tmp_path, IDS, 4).work([0], leave):
+      for item in items:
+        parts.Parts(tmp_path, IDS, 4).add(index, _trace(IDS[item]))
+  assert asked == [1]
+  assert parts.Parts(tmp_path, IDS, 4).lacking() == len(IDS) - 4
+
+
 # A worker notes each item it makes before it adds its trace. It begins when the
 # one that it is told to wait for is there, too.
 WORKER = """

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -57,3 +59,34 @@ def test_all_ends_of_a_checkpoint_stop_and_are_exported(tmp_path, file):
   qwen3_params.save(tmp_path / "out", params, run.model, run.tokenizer)
   said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert said["eos_token_id"] == list(ends)
+
+
+def test_told_to_stop_a_loading_ends_at_the_next_tensor(tmp_path, monkeypatch):
+  config = tiny.get_config("smoke")
+  run = setup.setup(
+    tmp_path / "run",
+    temperature=1.0,
+    **{name: config[name] for name in setup.SECTIONS},
+  )
+  _, params = qwen3.create(run.model, seed=9)
+  qwen3_params.save(tmp_path / "model", params, run.model)
+  recipe, path = supervised.Recipe(**config.base), str(tmp_path / "model")
+  read, tensors = qwen3_params._read, []
+
+  def told(*given):
+    tensors.append(1)
+    if len(tensors) == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return read(*given)
+
+  monkeypatch.setattr(qwen3_params, "_read", told)
+  with (
+    checkpoint.Preemption() as preemption,
+    pytest.raises(SystemExit) as left,
+  ):
+    supervised.base(run, recipe, preemption, path=path)
+  assert left.value.code == 143 and len(tensors) == 3
+  with checkpoint.Preemption() as preemption:
+    supervised.base(run, recipe, preemption, path=path)
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(run.load("base"))):
+    np.testing.assert_array_equal(a, b)
