@@ -45,7 +45,8 @@ def get_config() -> ml_collections.ConfigDict:
     # "auto": a private directory of the user; or a local one; "" for none.
     "compile_cache": "auto",
   }
-  # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents.
+  # Directory or hub id of a Qwen3 checkpoint; "" pretrains on documents. An id
+  # may carry a revision, NAME@REVISION; so may all that are fetched.
   config.checkpoint = ""
   config.tokenizer = {
     "path": "",  # directory or hub id; "" trains a BPE on the documents

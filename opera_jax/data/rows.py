@@ -6,7 +6,8 @@ A source is a path or a name, and after "#" the split (default "train"):
     DIRECTORY          what `datasets.Dataset.save_to_disk` left (of it or of
                        a dictionary of splits), or a prepared TFDS data set of
                        ArrayRecords
-    hf:NAME[:CONFIG]   a data set of the Hugging Face hub, or a directory that
+    hf:NAME[@REVISION][:CONFIG]
+                       a data set of the Hugging Face hub, or a directory that
                        `datasets.load_dataset` reads
     tfds:NAME          a TFDS data set of ArrayRecords, made where need be
 
@@ -28,6 +29,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from opera_jax import hub
 
 Read = Callable[[pathlib.Path], bytes]
 LINE_BYTES = 2**24  # of a line of JSONL, once unpacked
@@ -324,10 +327,13 @@ def _hugging_face(source: str, name: str, split: str):
   import datasets
 
   name, _, config = name.partition(":")
+  name, revision = hub.split(name)
   if pathlib.Path(name).is_dir():
     _check_card(source, pathlib.Path(name))
   try:
-    rows = datasets.load_dataset(name, config or None, split=split)
+    rows = datasets.load_dataset(
+      name, config or None, split=split, revision=revision
+    )
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{source}: the data set cannot be loaded ({error}). Check the name, the"

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+from opera_jax import hub
 from opera_jax.models import qwen3
 
 _MAX_POSITIONS = 40_960  # what every published Qwen3 states
@@ -122,23 +123,33 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> list[str]:
 def folder(
   path_or_hub_id: str | os.PathLike, patterns: tuple[str, ...]
 ) -> pathlib.Path:
-  """The directory itself, or where the hub's files were downloaded to."""
+  """The directory itself, or where the hub's files were downloaded to.
+
+  Args:
+    path_or_hub_id: a directory, or an id; see `hub.split` for revisions.
+    patterns: of the files wanted.
+
+  Raises:
+    FileNotFoundError: neither is there.
+  """
   path = pathlib.Path(path_or_hub_id)
   if path.is_dir():
     return path
   import huggingface_hub
   from huggingface_hub import errors
 
+  hub_id, revision = hub.split(str(path_or_hub_id))
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        str(path_or_hub_id), allow_patterns=list(patterns)
+        hub_id, revision=revision, allow_patterns=list(patterns)
       )
     )
   except (
     errors.HFValidationError,
     errors.LocalEntryNotFoundError,
     errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
   ) as error:
     raise FileNotFoundError(
       f"{str(path_or_hub_id)!r} is neither a directory nor a model that the "

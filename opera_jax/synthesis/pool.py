@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from py3langid import langid
 
-from opera_jax import structs
+from opera_jax import hub, structs
 from opera_jax.synthesis import dedup
 
 Embed = Callable[[Sequence[str]], np.ndarray]  # N texts -> [N, D] float32
@@ -110,7 +110,8 @@ def sentence_transformer(name: str) -> Embed:
   """Embeds by a sentence-transformers model.
 
   Args:
-    name: hub id or directory; texts are cut at the model's own limit.
+    name: hub id, see `hub.split`, or directory; texts are cut at the model's
+      own limit.
 
   Raises:
     ValueError: the package is not installed, or no such model can be had.
@@ -122,8 +123,9 @@ def sentence_transformer(name: str) -> Embed:
       f"config.pool.embedder={name!r} needs the package sentence-transformers."
       " Install it with pip, or set config.pool.embedder=policy."
     ) from error
+  hub_id, revision = hub.split(name)
   try:
-    model = sentence_transformers.SentenceTransformer(name)
+    model = sentence_transformers.SentenceTransformer(hub_id, revision=revision)
   except (OSError, ValueError) as error:
     raise ValueError(
       f"config.pool.embedder={name!r} cannot be loaded ({error}). Name a "

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, trainers
 
+from opera_jax import hub
 from opera_jax.text import byte_level
 
 PAD = "<|endoftext|>"
@@ -411,9 +412,12 @@ def _download(hub_id: str) -> dict[str, pathlib.Path | None]:
   from huggingface_hub import errors
 
   files = {}
+  hub_id, revision = hub.split(hub_id)
   for name in _FILES:
     try:
-      files[name] = pathlib.Path(huggingface_hub.hf_hub_download(hub_id, name))
+      files[name] = pathlib.Path(
+        huggingface_hub.hf_hub_download(hub_id, name, revision=revision)
+      )
     except errors.EntryNotFoundError:
       if name == "tokenizer.json":
         raise

@@ -364,7 +364,7 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
   qwen3_params.save(tmp_path, params, config)
   asked = []
 
-  def download(name, allow_patterns):
+  def download(name, allow_patterns, revision):
     asked.append((name, tuple(allow_patterns)))
     return str(tmp_path)
 
