@@ -9,7 +9,7 @@ Shape key: B prompts, N samples a prompt.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,7 @@ def collect(
   key: jax.Array,
   *,
   samples: int,
+  advance: Callable[[int], None] | None = None,
 ) -> Collected:
   """Samples and scores a batch of prompts; and others, if asked for.
 
@@ -59,6 +60,8 @@ def collect(
     settings: how to sample.
     key: of this step.
     samples: N.
+    advance: called with the tokens sampled or priced as they are done; what it
+      raises ends the step, which has changed nothing yet.
   """
   kept: list[tuple[score_lib.Scored, list[int]]] = []
   spare: list[tuple[score_lib.Scored, list[int]]] = []
@@ -72,9 +75,10 @@ def collect(
       key if at == 0 else jax.random.fold_in(key, at),
       samples=samples,
       ids=[p.id for p in batch],
+      advance=advance,
     )
     sampled = time.monotonic()
-    scored = run.scorer.score(params, batch, ids, groups)
+    scored = run.scorer.score(params, batch, ids, groups, advance=advance)
     spent[0] += sampled - begin
     spent[1] += time.monotonic() - sampled
     tokens += sum(len(s.tokens) for group in groups for s in group)
