@@ -282,15 +282,23 @@ def train(run: setup.Run, stage: workdir.Stage, rl, rollout, preemption):
       # completion gives its tokens' prices, and those of the reference after
       # each reflective step, after the step before it, and after the whole.
       drawn = [order[step * rl.draws + at] for at in range(rl.draws)]
-      got = collect.collect(
-        run,
-        policy,
-        [([prompts[i] for i in d], [prompt_ids[i] for i in d]) for d in drawn],
-        settings,
-        jax.random.fold_in(state.key, step),
-        samples=rl.samples,
-        filter_reward=rl.filter_reward,
-      )
+      try:
+        got = collect.collect(
+          run,
+          policy,
+          [
+            ([prompts[i] for i in d], [prompt_ids[i] for i in d]) for d in drawn
+          ],
+          settings,
+          jax.random.fold_in(state.key, step),
+          samples=rl.samples,
+          filter_reward=rl.filter_reward,
+          advance=lambda _: preemption.leave(),
+        )
+      except SystemExit:  # told to stop: this step is drawn again
+        if step:
+          saves.save(step, state, host_state(ema, sampled))
+        raise
       scored = got.scored
       sampled += got.sampled_tokens
       if scored.opened_B.any() and "score" in scored.parts:
@@ -355,13 +363,18 @@ def train(run: setup.Run, stage: workdir.Stage, rl, rollout, preemption):
       progress.update(tokens=got.sampled_tokens)
       leave = preemption.requested()
       if leave or step % rl.checkpoint_every == 0 or step == rl.steps:
-        saves.save(step, state, {"reward_ema": ema, "sampled_tokens": sampled})
+        saves.save(step, state, host_state(ema, sampled))
       if leave:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
   model = run.save("rl", learn.policy(state.params))
   return {"steps": step, "dropped": run.dropped, "model": model}
+
+
+def host_state(ema: float | None, sampled: int) -> dict:
+  """What a checkpoint of RL holds beside the arrays."""
+  return {"reward_ema": ema, "sampled_tokens": sampled}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Shape key: B prompts, N samples a prompt.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,7 @@ def collect(
   *,
   samples: int,
   filter_reward: str = "",
+  advance: Callable[[int], None] | None = None,
 ) -> Collected:
   """Samples and scores a batch of prompts; and others, if asked for.
 
@@ -66,6 +67,8 @@ def collect(
     samples: N.
     filter_reward: the reward term whose spread in a group decides whether the
       group is kept; "" is the weighted sum.
+    advance: called with the tokens sampled or priced as they are done; what it
+      raises ends the step, which has changed nothing yet.
 
   Raises:
     ValueError: there is no such term.
@@ -84,9 +87,10 @@ def collect(
       key if at == 0 else jax.random.fold_in(key, at),
       samples=samples,
       ids=[p.id for p in batch],
+      advance=advance,
     )
     sampled = time.monotonic()
-    scored = run.scorer.score(params, batch, ids, groups)
+    scored = run.scorer.score(params, batch, ids, groups, advance=advance)
     spent[0] += sampled - begin
     spent[1] += time.monotonic() - sampled
     tokens += sum(len(s.tokens) for group in groups for s in group)

@@ -13,7 +13,7 @@ from opera_jax.stages import collect, score
 class _Engine:
   """Three tokens a sample."""
 
-  def sample(self, params, prompts, settings, key, *, samples, ids):
+  def sample(self, params, prompts, settings, key, *, samples, ids, advance):
     tokens = np.arange(3, dtype=np.int32)
     return [
       [structs.Sample(tokens, np.zeros(3, np.float32), True)] * samples
@@ -24,7 +24,7 @@ class _Engine:
 class _Scorer:
   """Spread where the prompt's id says so."""
 
-  def score(self, params, prompts, ids, groups):
+  def score(self, params, prompts, ids, groups, *, advance):
     reward = np.asarray(
       [[0.0, 1.0] if "s" in p.id else [0.5, 0.5] for p in prompts], np.float32
     )
