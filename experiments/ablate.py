@@ -26,24 +26,27 @@ import time
 
 import numpy as np
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax import atomic_file
-from opera_jax.data import traces
-from opera_jax.evals import ablation
-from opera_jax.report import learning_curves
-from opera_jax.stages import (
-  config_check,
-  measure,
-  probing,
-  score,
-  setup,
-  workdir,
-)
-from opera_jax.train import checkpoint, metrics
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  from opera_jax import atomic_file
+  from opera_jax.data import traces
+  from opera_jax.evals import ablation
+  from opera_jax.report import learning_curves
+  from opera_jax.stages import (
+    config_check,
+    measure,
+    probing,
+    score,
+    setup,
+    workdir,
+  )
+  from opera_jax.train import checkpoint, metrics
 
 
-def ablate(config, folder: str, preemption: checkpoint.Preemption) -> None:
+def ablate(config, folder: str, preemption: "checkpoint.Preemption") -> None:
   """The grid, cell by cell, and its tables."""
   root = workdir.make(folder).resolve()
   with workdir.held(root / "ablate.lock", "ablate", preemption):
@@ -228,7 +231,7 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
   }
 
 
-def sampled_tokens(trace: traces.Trace) -> int:
+def sampled_tokens(trace: "traces.Trace") -> int:
   """Tokens drawn for a trace, with those of the candidates it dropped."""
   dropped = [
     one.tokens

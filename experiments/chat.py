@@ -9,12 +9,16 @@ out on purpose: a conversation; every prompt stands alone, as in training.
 
 import sys
 
-import jax
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.rollout import text
-from opera_jax.stages import setup
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  import jax
+
+  from opera_jax.rollout import text
+  from opera_jax.stages import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

@@ -9,11 +9,14 @@ the published models come in. Left out on purpose: uploading it anywhere.
 """
 
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.models import qwen3_params
-from opera_jax.sharding import runtime
-from opera_jax.stages import setup
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  from opera_jax.models import qwen3_params
+  from opera_jax.sharding import runtime
+  from opera_jax.stages import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -22,7 +25,7 @@ _STAGE = flags.DEFINE_enum(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", qwen3_params.DTYPES, "Of the weights written."
+  "dtype", "float32", ["float32", "bfloat16"], "Of the weights written."
 )
 
 

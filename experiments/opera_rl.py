@@ -13,37 +13,41 @@ Shape key: B prompts a step, N samples a prompt.
 
 import time
 
-import jax
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.data import batching
-from opera_jax.data import rl as rl_data
-from opera_jax.plan import fit as fit_plan
-from opera_jax.rewards import smoothing
-from opera_jax.sharding import layout, mesh, runtime
-from opera_jax.stages import (
-  agreement,
-  card,
-  cold_start,
-  collect,
-  config_check,
-  crediting,
-  evaluate,
-  fit,
-  learner,
-  preflight,
-  reporting,
-  rl_select,
-  setup,
-  summary,
-  supervised,
-  workdir,
-)
-from opera_jax.synthesis import filters, rl_filter
-from opera_jax.train import checkpoint, metrics, optimizer
-from opera_jax.train import state as train_state
-from opera_jax.train import step as train_step
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  import jax
+
+  from opera_jax.data import batching
+  from opera_jax.data import rl as rl_data
+  from opera_jax.plan import fit as fit_plan
+  from opera_jax.rewards import smoothing
+  from opera_jax.sharding import layout, mesh, runtime
+  from opera_jax.stages import (
+    agreement,
+    card,
+    cold_start,
+    collect,
+    config_check,
+    crediting,
+    evaluate,
+    fit,
+    learner,
+    preflight,
+    reporting,
+    rl_select,
+    setup,
+    summary,
+    supervised,
+    workdir,
+  )
+  from opera_jax.synthesis import filters, rl_filter
+  from opera_jax.train import checkpoint, metrics, optimizer
+  from opera_jax.train import state as train_state
+  from opera_jax.train import step as train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -54,6 +58,12 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
+  if runtime.lead():
+    print(
+      f"opera_rl: base,{config.stages} in {_WORKDIR.value}, on "
+      f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      flush=True,
+    )
   opera(config, _WORKDIR.value)
 
 
@@ -182,7 +192,7 @@ def enough(config, left: int) -> None:
     )
 
 
-def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
+def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
   """RL by the rewards, the credit and the loss that the config names.
 
   OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
@@ -200,7 +210,7 @@ def reinforce(run: setup.Run, rl, rollout, preemption) -> None:
       stage.finish(train(run, stage, rl, rollout, preemption))
 
 
-def train(run: setup.Run, stage: workdir.Stage, rl, rollout, preemption):
+def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   """The steps of RL; what the stage reports."""
   # The SFT model is where the policy starts, and what KL holds it to.
   reference = run.load("sft")

@@ -24,9 +24,12 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from absl import app, flags
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.plan import programs, table, whole
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  from opera_jax.plan import programs, table, whole
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
@@ -34,7 +37,7 @@ _JSON = flags.DEFINE_string("json", None, "File that takes the plan.")
 _PAGE = flags.DEFINE_string(
   "page", None, "Folder of saved plans; no compiling."
 )
-_PROGRAMS = flags.DEFINE_list("programs", list(programs.NAMES), "Which ones.")
+_PROGRAMS = flags.DEFINE_list("programs", [], "Which ones; none names all.")
 
 
 def main(_) -> None:
@@ -54,7 +57,7 @@ def main(_) -> None:
       config.mesh,
       {section: config[section] for section in whole.SECTIONS},
       name=flags.FLAGS["config"].config_filename,
-      names=tuple(_PROGRAMS.value),
+      names=tuple(_PROGRAMS.value or list(programs.NAMES)),
       before=before,
     )
   except ValueError as error:

@@ -19,14 +19,17 @@ workdir has none. "" takes BGE-M3 if sentence-transformers is installed.
 import importlib.util
 
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.scoring import embed
-from opera_jax.sharding import runtime
-from opera_jax.stages import pool as pool_stage
-from opera_jax.stages import setup, supervised, tasks
-from opera_jax.synthesis import pool
-from opera_jax.train import checkpoint
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  from opera_jax.scoring import embed
+  from opera_jax.sharding import runtime
+  from opera_jax.stages import pool as pool_stage
+  from opera_jax.stages import setup, supervised, tasks
+  from opera_jax.synthesis import pool
+  from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/open_ended.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -41,7 +44,7 @@ def main(_) -> None:
     make(config, _WORKDIR.value, preemption)
 
 
-def make(config, folder: str, preemption: checkpoint.Preemption) -> None:
+def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
   """Makes the pool in the folder of the run."""
   settings = config.pool.to_dict()
   if not settings["embedder"]:
@@ -66,8 +69,8 @@ def make(config, folder: str, preemption: checkpoint.Preemption) -> None:
 
 
 def policy(
-  config, folder: str, preemption: checkpoint.Preemption
-) -> pool.Embed:
+  config, folder: str, preemption: "checkpoint.Preemption"
+) -> "pool.Embed":
   """Embeds by the base model of the run."""
   sections = {name: config[name] for name in setup.SECTIONS}
   # No other stage is run here; the pool may be smaller than what they take.

@@ -6,11 +6,14 @@ Reads `select/traces`, writes `sft/model`.
 """
 
 from absl import app, flags, logging
+from etils import epy
 from ml_collections import config_flags
 
-from opera_jax.sharding import runtime
-from opera_jax.stages import config_check, setup, supervised, workdir
-from opera_jax.train import checkpoint
+# Read when first used: --help and a mistyped flag need none of them.
+with epy.lazy_imports():
+  from opera_jax.sharding import runtime
+  from opera_jax.stages import config_check, setup, supervised, workdir
+  from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

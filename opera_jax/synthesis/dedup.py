@@ -17,7 +17,6 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 
-import datasketch
 import numpy as np
 
 from opera_jax import structs
@@ -133,6 +132,8 @@ def _near(
   Yields:
     The place of each, and those of the earlier ones, the nearest first.
   """
+  import datasketch  # imports scipy
+
   index = _Index(_PROPOSED * threshold)
 
   # Prompts that are compared with many are compared with the same ones.
@@ -174,6 +175,8 @@ class _Index:
   """Locality-sensitive hashing whose answers are bounded."""
 
   def __init__(self, threshold: float):
+    import datasketch
+
     # datasketch knows how many bands of how many rows suit a threshold.
     bands = datasketch.MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
     self._ranges = bands.hashranges

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-import tensorboardX
 import tqdm
 
 from opera_jax import atomic_file
@@ -49,6 +48,8 @@ class Metrics:
     workdir.mkdir(parents=True, exist_ok=True)
     _truncate(self.path, last_step)
     self._file = self.path.open("a", encoding="utf-8")
+    import tensorboardX  # imports torch where that is installed
+
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard" / name),
       purge_step=0 if last_step is None else last_step + 1,
