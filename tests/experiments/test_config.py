@@ -160,3 +160,26 @@ def test_an_unknown_field_fails_with_its_nearest_name(tmp_path):
   )
   assert done.returncode != 0
   assert 'Did you mean "learning_rate"' in done.stderr
+
+
+def test_commands_import_jax_when_they_need_it():
+  """--help and a mistyped flag answer at once, torch beside it or not."""
+  drivers = sorted(
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if path.stem != "__init__"
+  )
+  assert "opera_rl" in drivers and len(drivers) >= 8
+  code = "import importlib, sys\n" + "".join(
+    f"importlib.import_module('experiments.{name}')\n" for name in drivers
+  )
+  code += "print({'jax', 'torch', 'flax', 'orbax'} & set(sys.modules))"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+  )
+  assert done.stdout.strip() == "set()"
