@@ -15,6 +15,7 @@ a finished cell is not repeated, and a killed one goes on. Leaves
 import ast
 import contextlib
 import functools
+import os
 import pathlib
 import runpy
 import shlex
