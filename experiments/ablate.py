@@ -16,6 +16,7 @@ import ast
 import contextlib
 import functools
 import hashlib
+import os
 import pathlib
 import re
 import runpy
