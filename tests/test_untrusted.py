@@ -12,19 +12,21 @@ import warnings
 
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import tiny
-from opera_jax.data import prompts, rows
+from opera_jax.data import prompts, rows, traces
 from opera_jax.evals import probes
 from opera_jax.models import tensor_files
 from opera_jax.rewards import format as format_lib
 from opera_jax.rewards import math_exact, verifiable
-from opera_jax.stages import config_check
+from opera_jax.stages import config_check, kept, workdir
 from opera_jax.synthesis import templates
 from opera_jax.text import automaton, math_answer, thought, words
 from opera_jax.text import tokenizer as tokenizer_lib
+from opera_jax.train import checkpoint, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -313,3 +315,97 @@ def test_completions(text):
   probes.read(text)
   words.split(words.normal(text))
   assert time.monotonic() - begin < 1.0
+
+
+JSON_FILES = st.one_of(
+  VALUES.map(_line),
+  st.dictionaries(
+    st.sampled_from(
+      ["format", "settings", "made_from", "sha256", "asked", "prompts", "step"]
+    ),
+    VALUES,
+    max_size=5,
+  ).map(_line),
+  st.binary(max_size=60),
+  st.just(b"[" * 100_000),
+)
+
+
+@EXAMPLES
+@given(done=JSON_FILES, begun=JSON_FILES)
+def test_records_of_a_stage(tmp_path_factory, done, begun):
+  folder = tmp_path_factory.getbasetemp() / "run" / "sft"
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "DONE.json").write_bytes(done)
+  (folder / "SETTINGS.json").write_bytes(begun)
+  for read in (
+    lambda: workdir.result(folder.parent, "sft"),
+    lambda: workdir.settings(folder.parent, "sft"),
+    lambda: workdir.model(folder.parent, "sft"),
+    lambda: workdir.Stage(folder.parent, "sft", {"a": 1}).finished(),
+  ):
+    try:
+      read()
+    except ValueError as error:
+      assert str(folder) in str(error)
+
+
+@EXAMPLES
+@given(
+  listing=st.one_of(
+    JSON_FILES,
+    st.dictionaries(TEXT, st.lists(NUMBERS, max_size=3), max_size=3).map(_line),
+  )
+)
+def test_lists_of_files(tmp_path_factory, listing):
+  folder = tmp_path_factory.getbasetemp() / "listed"
+  folder.mkdir(exist_ok=True)
+  (folder / "FILES.json").write_bytes(listing)
+  assert checkpoint._fault(epath.Path(folder))
+  assert isinstance(traces.damage(folder), str)
+
+
+@EXAMPLES
+@given(lines=LINES, last=st.one_of(st.none(), st.integers(0, 9)))
+def test_metrics_files(tmp_path_factory, lines, last):
+  path = tmp_path_factory.getbasetemp() / "metrics.jsonl"
+  path.write_bytes(lines)
+  try:
+    assert all(isinstance(line, dict) for line in metrics.read(path))
+    metrics._truncate(path, last)
+  except ValueError as error:
+    assert str(path) in str(error)
+
+
+@EXAMPLES
+@given(
+  row=st.one_of(
+    VALUES,
+    st.fixed_dictionaries(
+      {
+        **{n: TEXT for n in ("id", "prompt", "reference", "thought", "answer")},
+        "status": TEXT,
+        "completion": st.one_of(VALUES, st.lists(NUMBERS, max_size=3)),
+        "rounds": st.one_of(VALUES, st.lists(VALUES, max_size=2)),
+      }
+    ),
+  ),
+  raw=st.text(max_size=30),
+)
+def test_traces(row, raw):
+  for text in (json.dumps(row) + "\n", raw, "[" * 100_000 + "\n"):
+    try:
+      traces.from_line("f.jsonl:1:", text)
+    except ValueError as error:
+      assert "f.jsonl:1:" in str(error)
+
+
+@EXAMPLES
+@given(content=JSON_FILES)
+def test_pieces_of_a_stage(tmp_path_factory, content):
+  folder = tmp_path_factory.getbasetemp() / "pieces"
+  pieces = kept.Pieces(folder)
+  (folder / "a.json").write_bytes(content)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)
+    pieces.get("a", lambda: 3)

@@ -126,7 +126,10 @@ def from_line(place: str, line: str) -> Trace:
     )
     completion = np.asarray(row.pop("completion"), np.int32)
     return Trace(**row, completion=completion, rounds=rounds)
-  except (KeyError, TypeError, AttributeError, ValueError) as error:
+  except (
+    *(KeyError, TypeError, AttributeError, ValueError),
+    *(OverflowError, RecursionError),
+  ) as error:
     raise ValueError(
       f"{place} {line[:60]!r} is no trace ({error!r}); a line is what"
       " traces.write writes. Synthesise the set again."
