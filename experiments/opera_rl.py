@@ -219,7 +219,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
   prompt_ids = run.prompt_ids(prompts)
   epochs = -(-rl.steps * rl.draws * rl.prompts // max(len(prompts), 1))
-  order = batching.BatchOrder(len(prompts), rl.prompts, epochs, seed)
+  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
     optimizer.schedule(

@@ -176,7 +176,9 @@ def pack(
   return assemble(rows, sequences, loss_masks, row_length, pad_id)
 
 
-class BatchOrder(Sequence):
+def batch_order(
+  n: int, batch_size: int, epochs: int, seed: int
+) -> Sequence[np.ndarray]:
   """Which items make the batch of a step: a pure function of (seed, step).
 
   Every epoch is a new shuffle of all items. Epochs follow one another without
@@ -184,20 +186,26 @@ class BatchOrder(Sequence):
   then opens with items that the batch does not hold yet. The last batch holds
   what is left, which may be less than a batch. A checkpoint's data position is
   the step alone.
+
+  Args:
+    n: items of the data set.
+    batch_size: items of a batch.
+    epochs: passes over the data; the order of a step does not depend on it.
+    seed: any int.
+
+  Returns:
+    By step the items of its batch, int64; ceil(n * epochs / batch_size) steps.
+
+  Raises:
+    ValueError: fewer items than a batch, or no epoch.
   """
+  return _Order(n, batch_size, epochs, seed)
+
+
+class _Order(Sequence):
+  """See `batch_order`; nothing is shuffled before it is asked for."""
 
   def __init__(self, n: int, batch_size: int, epochs: int, seed: int):
-    """Shuffles nothing yet.
-
-    Args:
-      n: items of the data set.
-      batch_size: items of a batch.
-      epochs: passes over the data; the order of a step does not depend on it.
-      seed: any int.
-
-    Raises:
-      ValueError: fewer items than a batch, or no epoch.
-    """
     if batch_size < 1 or n < batch_size or epochs < 1:
       raise ValueError(
         f"{n} items, batches of {batch_size}, {epochs} epochs: a batch takes"

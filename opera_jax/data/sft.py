@@ -125,7 +125,7 @@ def build(
     counts=counts,
     batch_size=batch_size,
     _rows=rows,
-    _order=batching.BatchOrder(len(rows), batch_size, epochs, seed),
+    _order=batching.batch_order(len(rows), batch_size, epochs, seed),
     _sequences=sequences,
     _loss_masks=masks,
     _row_length=row_length,

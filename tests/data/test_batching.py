@@ -87,8 +87,8 @@ def test_what_does_not_fit_is_named():
 
 
 def test_order_is_a_function_of_seed_and_step():
-  order = batching.BatchOrder(10, 3, epochs=6, seed=5)
-  other = batching.BatchOrder(10, 3, epochs=3, seed=5)
+  order = batching.batch_order(10, 3, epochs=6, seed=5)
+  other = batching.batch_order(10, 3, epochs=3, seed=5)
   assert len(order) == 20 and len(other) == 10
   for step in (6, 2):
     assert other[step].tolist() == order[step].tolist()
@@ -96,7 +96,7 @@ def test_order_is_a_function_of_seed_and_step():
   epochs = drawn.reshape(6, 10)
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist())
   assert len({tuple(epoch) for epoch in epochs.tolist()}) == 6
-  seeded = batching.BatchOrder(10, 3, epochs=6, seed=6)
+  seeded = batching.batch_order(10, 3, epochs=6, seed=6)
   assert [seeded[s].tolist() for s in range(3)] != [
     order[s].tolist() for s in range(3)
   ]
@@ -106,7 +106,7 @@ def test_order_is_a_function_of_seed_and_step():
 def test_no_batch_holds_an_item_twice(n, size):
   """Also where a batch straddles two epochs, each still a permutation."""
   epochs = 12
-  order = batching.BatchOrder(n, size, epochs=epochs, seed=1)
+  order = batching.batch_order(n, size, epochs=epochs, seed=1)
   batches = [order[step].tolist() for step in range(len(order))]
   assert all(len(set(batch)) == len(batch) for batch in batches)
   drawn = np.concatenate(batches)
@@ -115,12 +115,12 @@ def test_no_batch_holds_an_item_twice(n, size):
     for epoch in drawn.reshape(epochs, n).tolist()
   )
   # Asked from the middle on, as after a resume, it says the same.
-  later = batching.BatchOrder(n, size, epochs=epochs, seed=1)
+  later = batching.batch_order(n, size, epochs=epochs, seed=1)
   assert later[len(order) - 2].tolist() == batches[-2]
 
 
 def test_the_last_batch_holds_what_is_left():
-  order = batching.BatchOrder(15, 8, epochs=1, seed=0)
+  order = batching.batch_order(15, 8, epochs=1, seed=0)
   assert [len(order[step]) for step in range(len(order))] == [8, 7]
   seen = sorted(i for step in range(2) for i in order[step].tolist())
   assert seen == list(range(15))
@@ -130,6 +130,6 @@ def test_the_last_batch_holds_what_is_left():
 
 def test_order_of_too_few_items():
   with pytest.raises(ValueError, match="2 items, batches of 3"):
-    batching.BatchOrder(2, 3, epochs=2, seed=0)
+    batching.batch_order(2, 3, epochs=2, seed=0)
   with pytest.raises(ValueError, match="0 epochs"):
-    batching.BatchOrder(3, 3, epochs=0, seed=0)
+    batching.batch_order(3, 3, epochs=0, seed=0)
