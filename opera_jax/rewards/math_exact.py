@@ -17,6 +17,7 @@ import re
 
 from opera_jax.text import math_answer
 
+_ALONE = 40  # characters of a word that is a whole answer
 _LONGEST = 1000
 _DIGITS = 400
 
@@ -181,6 +182,12 @@ def right(text: str, reference: str) -> bool | None:
     return False
   stated = math_answer.final_answer(text)
   if stated is None:
+    # An answer and nothing else, such as "(A)" or "Paris".
+    alone = tail.strip().strip("*").rstrip(".")
+    if len(alone) <= _ALONE and not re.search(r"\s", alone):
+      verdict = same(alone, truth.text)
+      if verdict is not None:
+        return verdict
     # Words alone do not give a number, unless they are numbers.
     words = set(re.findall("[a-z]+", tail.lower()))
     return False if is_number(truth.text) and not words & set(_WORDS) else None

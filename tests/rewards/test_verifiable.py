@@ -158,6 +158,12 @@ CASES = [
   ("The correct answer is (B) 12.", "12", True, "told"),
   ("The correct answer is (B) 12.", "C", False, "told"),
   ("The answer is (A).", "A", True, "told"),
+  ("(A)", "A", True, "told"),
+  ("**A**", "A", True, "told"),
+  ("A.", "A", True, "told"),
+  ("(B)", "A", False, "told"),
+  ("Paris", "Paris", True, "told"),
+  ("<think>\nhm\n</think>\n\n(A)", "A", True, "told"),
   (r"\boxed{(A)}", "A", True, "told"),
   (r"\boxed{\text{(A)}}", "A", True, "told"),
   (r"\boxed{B}", "A", False, "told"),
@@ -206,6 +212,12 @@ CASES = [
 ]
 # Cases that math-verify alone decides otherwise.
 OTHERWISE = {
+  # A word or a letter alone; it looks for mathematics.
+  ("(A)", "A"),
+  ("**A**", "A"),
+  ("A.", "A"),
+  ("Paris", "Paris"),
+  ("<think>\nhm\n</think>\n\n(A)", "A"),
   ("The answer is minus 5.", "5"),
   ("We get negative 5.", "-5"),
   ("The answer is 5 or 6.", "5"),
