@@ -21,11 +21,13 @@ class Reward:
     kind: "o1_pruner", "efficient" or "overlong".
     limit: L_max of "overlong", tokens.
     buffer: L_buf of "overlong", tokens.
+    method: how "efficient" checks maths answers, see `verifiable`.
   """
 
   kind: str = "o1_pruner"
   limit: int = 20_480
   buffer: int = 4_096
+  method: str = "exact"
 
   def __post_init__(self):
     """Refuses an unknown kind, and a buffer that is no part of the limit."""
@@ -50,7 +52,8 @@ class Reward:
       return {"total": o1_pruner(length_BN)}
     if self.kind == "overlong":
       return {"total": overlong(length_BN, self.limit, self.buffer)}
-    return {"total": efficient(length_BN, verifiable.right(rollouts))}
+    right_BN = verifiable.right(rollouts, method=self.method)
+    return {"total": efficient(length_BN, right_BN)}
 
 
 def o1_pruner(length_BN: np.ndarray) -> np.ndarray:

@@ -55,6 +55,7 @@ _OWN = {
     "all_steps": None,
   },
   "verifiable": {"method": "math_check"},
+  "length": {"method": "math_check"},
 }
 
 
@@ -119,6 +120,7 @@ def terms(
       "every_step": match == "any",
     },
     "verifiable": {"method": math_check},
+    "length": {"method": math_check},
   }
   return weights, {
     name: compose.build(

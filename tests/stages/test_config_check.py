@@ -8,7 +8,7 @@ from conftest import ROOT
 from configs import common, tiny
 from opera_jax.losses import kl, reduce
 from opera_jax.rewards import compose, opera, verifiable
-from opera_jax.stages import cold_start, config_check, learner
+from opera_jax.stages import cold_start, config_check, learner, score
 from opera_jax.synthesis import search
 from opera_jax.train import optimizer
 
@@ -362,3 +362,18 @@ def test_every_field_has_a_rule():
   assert missing == ["select.rl"]  # a section of its own
   known = config_check.RULES["select.rl"][1]
   assert set(known) == set(config["select"]["rl"])
+
+
+def test_one_field_says_how_maths_is_checked_in_every_term():
+  reward = _config(
+    **{
+      "reward.parts": "verifiable + 0.2*length",
+      "reward.options": {"length": {"kind": "efficient"}},
+      "reward.math_check": "math_verify",
+    }
+  ).reward.to_dict()
+  _, made = score.terms(
+    lambda _: (), **{name: reward[name] for name in score.OF_TERMS}
+  )
+  assert made["verifiable"].method == made["length"].method == "math_verify"
+  assert made["length"].kind == "efficient"
