@@ -104,6 +104,15 @@ def run_stages(config, folder: str, preemption) -> None:
   if "rl" in stages:
     enough(config, len(run.tasks.rl))
     preflight.rl(run, rl_rules)
+    truncated = run.sampling(**config.rollout.to_dict()).truncates()
+    if truncated and not config.rl.importance_cap:
+      print(
+        "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
+        "samples are likelier than the policy makes them, and the update takes "
+        "them for its own. config.rl.importance_cap=2.0 corrects for it; "
+        "rollout/truncation_gap says by how much they differ.",
+        flush=True,
+      )
   if "synthesize" in stages:
     preflight.synthesis(run, searching)
   # 1. A base model that thinks, badly.
@@ -242,14 +251,6 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     rl.credit, rl.credit_options.to_dict(), run.policy_pricer
   )
   settings = run.sampling(**rollout.to_dict())
-  if settings.truncates() and not rl.importance_cap:
-    print(
-      "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
-      "samples are likelier than the policy makes them, and the update takes "
-      "them for its own. config.rl.importance_cap=2.0 corrects for it; "
-      "rollout/truncation_gap says by how much they differ.",
-      flush=True,
-    )
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
