@@ -240,7 +240,6 @@ def setup(
   *,
   seed: int,
   mesh: Mapping[str, int],
-  checkpoint: str,
   tokenizer: Mapping[str, Any],
   model: Mapping[str, Any],
   data: Mapping[str, Any],
@@ -250,6 +249,7 @@ def setup(
   price: Mapping[str, Any],
   reward: Mapping[str, Any],
   temperature: float,
+  checkpoint: str = "",
   redo: str = "",
 ) -> Run:
   """Loads or makes everything that the stages share; trains only the BPE.
@@ -258,8 +258,6 @@ def setup(
     workdir: folder of the run.
     seed: of everything random in the run.
     mesh: axis sizes, see `sharding.mesh.create`.
-    checkpoint: directory or hub id whose generation_config.json says which
-      ids end a completion; "" where the base model is trained.
     tokenizer: `path`, a directory or hub id, or "" to train a BPE of
       `bpe_size` ids on the documents.
     model: fields of `qwen3.Config` but the vocabulary, which is the
@@ -271,6 +269,8 @@ def setup(
     price: arguments of `scoring.price.Pricer`.
     reward: arguments of `score.Scorer`.
     temperature: at which the policy is sampled and updated.
+    checkpoint: directory or hub id whose generation_config.json says which
+      ids end a completion; "" where the base model is trained.
     redo: stages to be dropped first, see `workdir.redo`.
 
   Raises:

@@ -124,7 +124,7 @@ def _fuzz(test, strategy):
   tracemalloc.start()
   try:
     held = []
-    for _ in range(2):
+    for _ in range(4):
       for example in seen:
         test(example)
       gc.collect()
@@ -132,7 +132,8 @@ def _fuzz(test, strategy):
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
-  assert held[1] - held[0] < GROWTH
+  # Threads come and go; what leaks grows every time.
+  assert min(b - a for a, b in zip(held, held[1:])) < GROWTH
   assert peak < PEAK
 
 
