@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock
 .PHONY: demo test test-slow test-all bench lint lock clean
 
 demo: $(VENV)/base.done
-	@echo "Running the whole method on the embedded task (9 to 11 minutes on 2 cores); progress follows."
+	@echo "Running the whole method on the embedded task (4 to 11 minutes on 2 cores); progress follows."
 	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 	@echo "Open runs/tiny/report.html in a browser."
 
@@ -24,7 +24,7 @@ test: $(VENV)/dev.done
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/dev.done
-	@echo "Running the slow tests, in half an hour or more."
+	@echo "Running the slow tests, in 25 minutes or more."
 	$(PYTEST) --no-loadscope-reorder -m slow
 
 test-all: test test-slow
