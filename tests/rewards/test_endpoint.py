@@ -362,7 +362,8 @@ def test_a_variable_that_is_a_key_is_refused_unseen(variable):
 
 @pytest.mark.parametrize("variable", ["", "OPENAI_API_KEY", "K", "JUDGE_2"])
 def test_a_variable_is_a_name(variable):
-  judge.Reward("http://x/v1", "m", key_variable=variable)
+  made = judge.Reward("http://x/v1", "m", key_variable=variable)
+  assert made.key_variable == variable
 
 
 def test_a_key_in_clear_text_is_warned_about(server, monkeypatch, capsys):
