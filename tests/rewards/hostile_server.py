@@ -64,6 +64,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     for name, value in headers.items():
       self.send_header(name.replace("_", "-"), value)
     self.send_header("Content-Length", str(len(payload)))
+    if self.close_connection:  # else the client may ask once more on it
+      self.send_header("Connection", "close")
     self.end_headers()
     self.wfile.write(payload)
 
