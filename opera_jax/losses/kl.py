@@ -3,6 +3,12 @@
 All three are from J. Schulman, "Approximating KL divergence" (2020). With
 `d = ref_logprob - logprob`: k1 is unbiased and signed, k2 is biased and never
 negative, k3 is unbiased and never negative.
+
+That is said of their values. As a term of a loss what counts is the gradient
+at fixed samples: that of k2 is an unbiased estimate of the gradient of
+KL(policy || reference), that of k3 is one of the gradient of KL(reference ||
+policy), and that of k1 is `grad logprob`, whatever the reference: its mean is
+0. So k1 serves as a penalty taken off the reward alone, see `estimator`.
 """
 
 from collections.abc import Callable

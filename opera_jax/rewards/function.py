@@ -64,8 +64,8 @@ class FunctionError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward:
-  """Calls the function once a step.
+class _Named:
+  """A function by its import path, and the process that it runs in.
 
   Attributes:
     path: "package.module:function".
@@ -81,6 +81,11 @@ class Reward:
   def process(self) -> "Process":
     """Where the function is loaded and runs."""
     return Process(self.path, self.environment)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward(_Named):
+  """Calls the function once a step."""
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
     """Loads the function, and checks the names of the columns.
@@ -145,28 +150,14 @@ class Reward:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Choice(_Named):
   """A user's function that chooses among candidates of the trace synthesis.
 
       def my_choice(prompt, thought, candidates) -> int
 
   All arguments are text, `candidates` a list of it; the index of one of them
   comes back.
-
-  Attributes:
-    path: "package.module:function".
-    timeout: seconds that a call may take.
-    environment: variables that the function sees although they look like keys.
   """
-
-  path: str
-  timeout: float = 60.0
-  environment: tuple[str, ...] = ()
-
-  @functools.cached_property
-  def process(self) -> "Process":
-    """Where the function is loaded and runs."""
-    return Process(self.path, self.environment)
 
   def __call__(
     self, prompt: str, thought: str, candidates: Sequence[str]

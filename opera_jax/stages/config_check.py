@@ -167,6 +167,13 @@ def ascending(value: Any) -> str:
   return "it must be whole numbers from 1 on, ascending, at least one"
 
 
+def axis_size(value: Any) -> str:
+  """Is a size of a mesh axis."""
+  if value == -1 or not count()(value):
+    return ""
+  return "it must be a whole number from 1 on, or -1 for what is left"
+
+
 def table(rule: Rule) -> Rule:
   """Is a mapping of names to values that all follow the rule."""
 
@@ -228,10 +235,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "redo": text(),
   }),
   "mesh": ((), {
-    axis: lambda value: count()(value) and value != -1 and (
-      "it must be a whole number from 1 on, or -1 for what is left"
-    ) or ""
-    for axis in sharding_rules.MESH_AXES
+    axis: axis_size for axis in sharding_rules.MESH_AXES
   }),
   "runtime": ((), {
     "heartbeat_seconds": count(),
