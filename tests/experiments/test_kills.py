@@ -125,10 +125,54 @@ def _outcome(run: pathlib.Path) -> dict:
   return out
 
 
-def test_a_run_that_is_killed_25_times_ends_as_the_straight_one(tmp_path):
-  straight = tmp_path / "straight"
-  _finish(_start(straight))  # compiles, too
-  want = _outcome(straight)
+@pytest.fixture(scope="module")
+def want(tmp_path_factory):
+  """What a run leaves that is let alone; it compiles, too."""
+  straight = tmp_path_factory.mktemp("straight") / "run"
+  _finish(_start(straight))
+  return _outcome(straight)
+
+
+def _kill_at_new_write(process, run: pathlib.Path, before: set[str]) -> str:
+  """Kills at the first write that is not among `before`.
+
+  Returns:
+    Its name, STAGE/FOLDER/STEP; "" where the run ended first.
+  """
+  while process.poll() is None:
+    for path in map(pathlib.Path, _writing(run)):
+      step = path.name.partition(".")[0]
+      name = str(path.parent.relative_to(run) / step)
+      if name not in before:
+        process.kill()
+        process.communicate()
+        return name
+    time.sleep(0.0005)
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  return ""
+
+
+def test_a_run_that_is_killed_at_each_write_ends_as_the_straight_one(
+  want, tmp_path
+):
+  """Each checkpoint of each stage, and each final model, once."""
+  run, killed = tmp_path / "run", []
+  while name := _kill_at_new_write(_start(run), run, set(killed)):
+    killed.append(name)
+    print(f"killed at the write of {name}", flush=True)
+  got = _outcome(run)
+  for name in want:
+    assert got[name] == want[name], (name, killed)
+  assert {one.rpartition("/")[0] for one in killed} == {
+    f"{stage}/{folder}"
+    for stage in ("base", "sft", "rl")
+    for folder in ("checkpoints", "model")
+  }
+  assert {f"rl/checkpoints/{step}" for step in (1, 2, 3)} <= set(killed)
+
+
+def test_a_run_that_is_killed_25_times_ends_as_the_straight_one(want, tmp_path):
   assert all(len(want[stage]["model"]) == 64 for stage in ("base", "sft", "rl"))
   rng = random.Random(SEED)
   where = []
