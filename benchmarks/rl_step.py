@@ -213,7 +213,7 @@ def _ours(folder, workload) -> dict:
   parts = {
     "rollout": "time/rollout",
     "reward and old log-probabilities": "time/reward",
-    "credit": "time/credit",
+    "advantage": "time/advantages",
     "update": "time/update",
   }
   return {

@@ -35,7 +35,7 @@ ROWS = (
   (
     "oppo, no anchoring",
     OPPO,
-    "--config.rl.credit_options.oppo.anchor=False",
+    "--config.rl.advantage_options.oppo.anchor=False",
   ),
 )
 # What a row's difference from another answers, by which measure.

@@ -236,16 +236,16 @@ def get_config() -> ml_collections.ConfigDict:
     "loss": "clipped",  # [C]; or "gspo", "dpo"
     "beta": 0.1,  # of DPO
     "entropy_coef": 0.0,  # [C]
-    # Weighted credit rules by name: files of opera_jax/credit.
-    "credit": "grpo",  # [P]
-    "credit_options": {},
+    # Weighted advantage estimators by name: files of opera_jax/advantages.
+    "advantage": "grpo",  # [P]
+    "advantage_options": {},
     "importance_cap": 0.0,  # of trainer against sampler; 0 weighs nothing
     "max_delta": 0.1,  # nats between sampler and trainer that end the run,
     "max_delta_steps": 3,  # after so many steps beyond it in a row
     "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
     # The term of reward.parts whose spread decides; "": the weighted sum.
     "filter_reward": "",
-    "value_coef": 0.0,  # above 0: a critic, for credit "gae"
+    "value_coef": 0.0,  # above 0: a critic, for advantage "gae"
     "value_clip": 0.2,
     "ema": 0.0,  # above 0: a moving mean of the policy, for "sdpo"
     "divergence_coef": 0.0,  # above 0: from the teacher's top tokens

@@ -223,7 +223,11 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
       "traces": done["kept"],
     }
   lines = metrics.read(cell / "rl" / "metrics.jsonl")
-  priced = ("price/trunk_tokens", "price/branch_tokens", "price/credit_tokens")
+  priced = (
+    "price/trunk_tokens",
+    "price/branch_tokens",
+    "price/advantage_tokens",
+  )
   return {
     "sampled_tokens": sum(line["rollout/tokens"] for line in lines),
     "priced_tokens": sum(line[name] for line in lines for name in priced),

@@ -5,8 +5,8 @@
 prompts -> base model -> trace synthesis -> selection -> SFT -> RL ->
 evaluation -> report. Every stage leaves its outcome in the workdir and is not
 repeated; a killed run goes on where it was when the same command is given
-again. Rewards, credit and loss go by name: `configs/methods/` has the recipes
-of OPERA's neighbours.
+again. Rewards, advantages and loss go by name: `configs/methods/` has the
+recipes of OPERA's neighbours.
 
 Shape key: B prompts a step, N samples a prompt.
 """
@@ -202,7 +202,7 @@ def enough(config, left: int) -> None:
 
 
 def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
-  """RL by the rewards, the credit and the loss that the config names.
+  """RL by the rewards, the advantages and the loss that the config names.
 
   OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
   """
@@ -247,8 +247,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
     **{name: rl[name] for name in learner.SETTINGS},
   )
-  creditor = crediting.Creditor(
-    rl.credit, rl.credit_options.to_dict(), run.policy_pricer
+  estimators = crediting.WeightedEstimators(
+    rl.advantage, rl.advantage_options.to_dict(), run.policy_pricer
   )
   settings = run.sampling(**rollout.to_dict())
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
@@ -326,11 +326,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         ref = run.policy_pricer.price_samples(reference, *tokens)
       seconds["time/reference"] = time.monotonic()
 
-      # Credit: how much better than its group, or what its tokens did.
-      rows, credit = crediting.assign(
+      # Advantages: how much better than its group, or what its tokens did.
+      rows, advantage_metrics = crediting.assign(
         run,
         learn,
-        creditor,
+        estimators,
         {
           "policy": policy,
           "teacher": teacher,
@@ -347,7 +347,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         share=rl.share,
         parts=updates_a_step,
       )
-      seconds["time/credit"] = time.monotonic()
+      seconds["time/advantages"] = time.monotonic()
 
       # Update: one epoch over the samples, in mini-batches of prompts.
       updates = []
@@ -365,7 +365,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       step += 1
       values = (
         summary.rl_step(scored, got.samples, old, ema, updates, seconds)
-        | credit
+        | advantage_metrics
         | got.metrics()
         | {"time/programs": runtime.compiled()}
       )

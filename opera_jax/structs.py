@@ -123,7 +123,8 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-  """N samples of each of B prompts, as rewards and credit rules read them."""
+  """N samples of each of B prompts, as rewards and advantage estimators read
+  them."""
 
   prompts: Sequence[Prompt]  # [B]
   samples: int  # N; rows R = B * N are prompt-major
@@ -169,7 +170,7 @@ class Rollouts:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-  """What a reward or a credit rule wants priced, besides the rows.
+  """What a reward or an advantage estimator wants priced, besides the rows.
 
   A branch with `trunk < R` forks from that row (prompt + completion); one
   with `trunk = R + i` forks from `trunks[i]`.

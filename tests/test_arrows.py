@@ -14,7 +14,7 @@ ALLOWED = {
     "hub": set(),
     "sharding": {"structs"},
     "losses": {"structs"},
-    "credit": {"structs"},
+    "advantages": {"structs"},
     "models": {"sharding", "hub", KERNEL_APIS},
     "text": {"structs", "atomic_file", "hub", KERNEL_APIS},
     "rewards": {"structs", "text", KERNEL_APIS},
@@ -31,7 +31,7 @@ ALLOWED = {
     "report": {"structs", "atomic_file", "evals"},
     "stages": {
         "structs", "atomic_file", "sharding", "models", "text", "data",
-        "rollout", "scoring", "rewards", "credit", "losses", "synthesis",
+        "rollout", "scoring", "rewards", "advantages", "losses", "synthesis",
         "train", "evals", "report",
     },
     "plan": {
@@ -40,7 +40,7 @@ ALLOWED = {
     },
     "experiments": {
         "structs", "atomic_file", "sharding", "models", "text", "data",
-        "rollout", "scoring", "rewards", "credit", "losses", "synthesis",
+        "rollout", "scoring", "rewards", "advantages", "losses", "synthesis",
         "train", "evals", "report",
         "stages", "plan",
     },

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import opera_jax.credit
+import opera_jax.advantages
 import opera_jax.rewards
 from opera_jax import structs
 from opera_jax.rewards import compose
@@ -24,7 +24,7 @@ def added(tmp_path, monkeypatch):
     target = tmp_path / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(body)
-  for package in (opera_jax.rewards, opera_jax.credit):
+  for package in (opera_jax.rewards, opera_jax.advantages):
     folder = tmp_path / package.__name__.replace(".", "/")
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
 
@@ -32,9 +32,9 @@ def added(tmp_path, monkeypatch):
 def test_the_examples_are_there():
   assert [path for path, _ in CODE] == [
     "opera_jax/rewards/brevity.py",
-    "opera_jax/credit/first_half.py",
+    "opera_jax/advantages/first_half.py",
   ]
-  assert set(FLAGS) == {"reward.parts", "rl.credit"}
+  assert set(FLAGS) == {"reward.parts", "rl.advantage"}
 
 
 def test_one_file_and_one_line_are_enough(added):
@@ -61,14 +61,14 @@ def test_one_file_and_one_line_are_enough(added):
   np.testing.assert_allclose(parts["nats"], [[2.0, 1.5]])
 
   scored = score.Scored(total, parts, [], None, None, None, None, 0, rollouts)
-  creditor = crediting.Creditor(FLAGS["rl.credit"], {}, None)
-  outcome = creditor.credit(
+  estimators = crediting.WeightedEstimators(FLAGS["rl.advantage"], {}, None)
+  outcome = estimators.advantages(
     {},
     scored,
     [s.logprob for s in samples],
     penalty=[np.zeros(4), np.zeros(3)],
   )
-  better, worse = outcome.credit.advantage
+  better, worse = outcome.advantages.advantage
   half = 2**-0.5
   np.testing.assert_allclose(better, half * np.asarray([1.5, 1.5, 1, 1]), 1e-4)
   np.testing.assert_allclose(worse, -half * np.asarray([1.5, 1.5, 1]), 1e-4)

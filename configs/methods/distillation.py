@@ -10,7 +10,7 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "0*verifiable + 0*opera"
-  config.rl.credit = "distillation"
+  config.rl.advantage = "distillation"
   config.rl.kl_coef = 0.0
 
 

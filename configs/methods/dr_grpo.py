@@ -9,7 +9,7 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0*opera"
-  config.rl.credit = "dr_grpo"
+  config.rl.advantage = "dr_grpo"
   config.rl.reduction = "constant"
   # Token losses are summed over a response, divided by the constant, and
   # averaged over the responses of an update.

@@ -7,7 +7,7 @@ def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0.2*length + 0*opera"
   config.reward.options = {"length": {"kind": "efficient"}}
-  config.rl.credit = "rloo"
+  config.rl.advantage = "rloo"
 
 
 def get_config(arg: str = ""):

@@ -6,7 +6,7 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0.2*entropy + 0*opera"
-  config.rl.credit = "dr_grpo"
+  config.rl.advantage = "dr_grpo"
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0.2*length + 0*opera"
   config.reward.options = {"length": {"kind": "o1_pruner"}}
-  config.rl.credit = "dr_grpo"
+  config.rl.advantage = "dr_grpo"
 
 
 def get_config(arg: str = ""):

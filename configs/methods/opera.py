@@ -13,7 +13,7 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "opera + verifiable"
-  config.rl.credit = "grpo"
+  config.rl.advantage = "grpo"
 
 
 def get_config(arg: str = ""):

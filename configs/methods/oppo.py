@@ -9,8 +9,8 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0*opera"
-  config.rl.credit = "oppo"
-  config.rl.credit_options = {
+  config.rl.advantage = "oppo"
+  config.rl.advantage_options = {
     "oppo": {
       "oracle": "self",
       "belief": "odds",

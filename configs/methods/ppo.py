@@ -9,8 +9,8 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0*opera"
-  config.rl.credit = "gae"
-  config.rl.credit_options = {"gae": {"gamma": 1.0, "lam": 0.95}}
+  config.rl.advantage = "gae"
+  config.rl.advantage_options = {"gae": {"gamma": 1.0, "lam": 0.95}}
   config.rl.value_coef = 0.5
   config.rl.kl_in = "reward"
   config.rl.kl_estimator = "k1"

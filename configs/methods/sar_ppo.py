@@ -10,7 +10,7 @@ from configs.methods import base
 def method(config):
   """What defines it."""
   config.reward.parts = "verifiable + 0.2*sar"
-  config.rl.credit = "gae"
+  config.rl.advantage = "gae"
   config.rl.value_coef = 0.5
   config.rl.kl_coef = 0.0
 

@@ -37,7 +37,7 @@ def clipped_surrogate(
   Args:
     logprob_RT: float32, log-probability of each token under the live policy.
     old_logprob_RT: float32, the same under the policy that sampled.
-    advantage_RT: float32, in units of the credit rule.
+    advantage_RT: float32, in units of the advantage estimator.
     clip_low: the ratio is clipped below at `1 - clip_low`, 0 < clip_low <= 1.
     clip_high: the ratio is clipped above at `1 + clip_high`, positive.
     dual_clip: bound in units of |A|, above `1 + clip_high`; None turns it off.

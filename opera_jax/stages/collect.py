@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import group as group_lib
+from opera_jax.advantages import group as group_lib
 from opera_jax.rollout import sampling
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib

@@ -3,8 +3,8 @@
 A run takes hours, and its stages read their values one after the other: what
 is wrong in the last is found at once here, together with all else that is
 wrong. Checked are names (with the nearest there is), ranges, lengths against
-buckets, settings of rewards and credit rules, stages whose inputs nobody made,
-and values that were changed and that nothing in this run reads.
+buckets, settings of rewards and advantage estimators, stages whose inputs
+nobody made, and values that were changed and that nothing in this run reads.
 
 Values come as plain nested mappings. What needs devices (rows against data
 shards) or data (how many tasks there are) is checked where those are at hand.
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from opera_jax.credit import oppo
+from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
 from opera_jax.models import qwen3
@@ -39,7 +39,7 @@ NEEDS = {
   "rl": ("sft",),
   "evaluate": ("sft", "rl"),
 }
-# Credit rules of ours that ask no other model than the policy.
+# Advantage estimators of ours that ask no other model than the policy.
 ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
 OURS = (*ALONE, "oppo", "sdpo", "distillation")
 
@@ -384,8 +384,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "divergence_coef": number(0),
     "top": count(),
     "tasks": each(one_of(*prompts.TASKS)),
-    "credit": text(empty=False),
-    "credit_options": table(table(anything)),
+    "advantage": text(empty=False),
+    "advantage_options": table(table(anything)),
     **{name: text() for name in ("teacher", "filter_reward")},
     "seed": _ANY_SEED,
     "token_budget": count(0),
@@ -459,7 +459,7 @@ def _built(
 def _terms(
   config: Mapping[str, Any], stages: set[str], wrong: set[str]
 ) -> Iterator[str]:
-  """Reward terms and credit rules, and what is set of them."""
+  """Reward terms and advantage estimators, and what is set of them."""
   if "reward" in wrong or "rl" in wrong:
     return
   reward = dict(config["reward"])
@@ -480,9 +480,9 @@ def _terms(
     return
   rl = config["rl"]
   try:
-    crediting.build(rl["credit"], rl["credit_options"])
+    crediting.build(rl["advantage"], rl["advantage_options"])
   except (ValueError, TypeError) as error:
-    yield f"config.rl.credit = {rl['credit']!r}: {error}"
+    yield f"config.rl.advantage = {rl['advantage']!r}: {error}"
   decides = rl["filter_reward"]
   if decides:
     try:
@@ -664,31 +664,32 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
       yield f"config.rl.kl_estimator is 'k1': {error}"
   try:
-    rules = crediting.build(rl["credit"], rl["credit_options"])
+    rules = crediting.build(rl["advantage"], rl["advantage_options"])
   except (ValueError, TypeError):
     return  # told already
   ours = set(rules) <= set(OURS)
   if rl["value_coef"] and "gae" not in rules and ours:
     yield (
-      "config.rl.value_coef trains a critic, and no credit rule gives it "
-      "targets; add gae to config.rl.credit, or set it to 0"
+      "config.rl.value_coef trains a critic, and no advantage estimator gives "
+      "it targets; add gae to config.rl.advantage, or set it to 0"
     )
   if "gae" in rules and not rl["value_coef"]:
     yield (
-      "config.rl.credit holds gae, which needs a critic's values; set "
+      "config.rl.advantage holds gae, which needs a critic's values; set "
       "config.rl.value_coef above 0"
     )
   if rl["divergence_coef"] and ours and not rules.keys() & {
     "sdpo", "distillation",
   }:  # fmt: skip
     yield (
-      "config.rl.divergence_coef needs a credit rule with a teacher; add "
-      '"0*sdpo" or "0*distillation" to config.rl.credit'
+      "config.rl.divergence_coef needs an advantage estimator with a teacher; "
+      "add "
+      '"0*sdpo" or "0*distillation" to config.rl.advantage'
     )
   if getattr(rules.get("sdpo"), "model", "") == "ema" and not rl["ema"]:
     yield (
-      "config.rl.credit holds sdpo, whose teacher is the policy's moving mean; "
-      "set config.rl.ema above 0, 0.05 is usual"
+      "config.rl.advantage holds sdpo, whose teacher is the policy's moving "
+      "mean; set config.rl.ema above 0, 0.05 is usual"
     )
 
 
@@ -712,12 +713,14 @@ def _penalised(rl: Mapping[str, Any]) -> bool:
 
 
 def _asks(rl: Mapping[str, Any], *models: str) -> bool:
-  """Whether a credit rule of the run may ask one of these models."""
-  for name, rule in crediting.build(rl["credit"], rl["credit_options"]).items():
+  """Whether an advantage estimator of the run may ask one of these models."""
+  for name, rule in crediting.build(
+    rl["advantage"], rl["advantage_options"]
+  ).items():
     asked = {
       "distillation": ("teacher",),
       "sdpo": (getattr(rule, "model", ""),),
-      "oppo": ("teacher",) if isinstance(rule, oppo.Rule)
+      "oppo": ("teacher",) if isinstance(rule, oppo.AdvantageEstimator)
       and rule.oracle == "teacher" else (),
     } | dict.fromkeys(ALONE, ())  # fmt: skip
     if set(asked.get(name, models)) & set(models):
@@ -771,11 +774,12 @@ READ: dict[str, Read] = {
   ),
   "rl.ema": Read(
     0.0, _rl(lambda rl: _asks(rl, "ema")),
-    "config.rl.credit holds a rule that asks the moving mean, such as sdpo",
+    "config.rl.advantage holds a rule that asks the moving mean, such as sdpo",
   ),
   "rl.teacher": Read(
     "", _rl(lambda rl: _asks(rl, "teacher")),
-    "config.rl.credit holds a rule that asks a teacher, such as distillation",
+    "config.rl.advantage holds a rule that asks a teacher, such as "
+    "distillation",
   ),
   "rl.max_delta_steps": Read(
     3, _rl(lambda rl: rl["max_delta"]), "config.rl.max_delta is above 0"

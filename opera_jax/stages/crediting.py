@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 from opera_jax.data import rl as rl_data
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
@@ -22,18 +22,20 @@ from opera_jax.stages import learner as learner_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
 
+_PACKAGE, _CLASS = "opera_jax.advantages", "AdvantageEstimator"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """Advantages of a step, and what they took."""
 
-  credit: evidence_lib.Credit
-  asks: Mapping[str, evidence_lib.Ask]  # what was priced
+  advantages: inputs_lib.Advantages
+  scoring_requests: Mapping[str, inputs_lib.ScoringRequest]  # what was priced
   tokens: int  # priced for it
 
 
-class Creditor:
-  """Weighted credit rules, see `credit.evidence`."""
+class WeightedEstimators:
+  """Weighted advantage estimators, see `advantages.inputs`."""
 
   def __init__(
     self,
@@ -55,7 +57,7 @@ class Creditor:
     self._rules = build(rules, options)
     self._pricer = pricer
 
-  def credit(
+  def advantages(
     self,
     models: Mapping[str, Any],
     scored: score_lib.Scored,
@@ -78,25 +80,26 @@ class Creditor:
       ValueError: a rule asks for a model that the run does not have.
     """
     rollouts, reward_BN = scored.rollouts, scored.total_BN
-    credits, asks, tokens = {}, {}, 0
+    by_name, requests, tokens = {}, {}, 0
     for name, rule in self._rules.items():
       prices = {}
-      for key, ask in rule.asks(rollouts, reward_BN).items():
-        if models[ask.model] is None:
+      for key, request in rule.scoring_requests(rollouts, reward_BN).items():
+        if models[request.model] is None:
           raise ValueError(
-            f"Credit {name!r} asks for the model {ask.model!r}, which this run "
-            "does not have. Set config.rl.ema above 0."
+            f"Advantage estimator {name!r} asks for the model "
+            f"{request.model!r}, which this run does not have. Set "
+            "config.rl.ema above 0."
           )
         priced = self._pricer.price(
-          models[ask.model], rollouts.after(ask.turns)
+          models[request.model], rollouts.after(request.turns)
         )
         tokens += priced.trunk_tokens
-        asks[key] = ask
+        requests[key] = request
         prices[key] = [
           row[len(row) - len(s.tokens) :]
           for row, s in zip(priced.trunk_logprob, rollouts.completions)
         ]
-      evidence = evidence_lib.Evidence(
+      inputs = inputs_lib.AdvantageInputs(
         rollouts=rollouts,
         reward_BN=reward_BN,
         success_BN=success(rollouts, scored),
@@ -105,14 +108,14 @@ class Creditor:
         prices=prices,
         value=value,
       )
-      credits[name] = (self._weights[name], rule.credit(evidence))
-    return Outcome(evidence_lib.combine(credits), asks, tokens)
+      by_name[name] = (self._weights[name], rule.advantages(inputs))
+    return Outcome(inputs_lib.combine(by_name), requests, tokens)
 
 
 def assign(
   run: setup_lib.Run,
   learn: learner_lib.Learner,
-  creditor: Creditor,
+  estimators: WeightedEstimators,
   models: Mapping[str, Any],
   params: Any,
   scored: score_lib.Scored,
@@ -131,8 +134,8 @@ def assign(
   Args:
     run: the run.
     learn: what the update needs besides advantages.
-    creditor: its rules.
-    models: see `Creditor.credit`.
+    estimators: its rules.
+    models: see `WeightedEstimators.advantages`.
     params: what the update changes; a critic's are among them.
     scored: the samples.
     old: prices of their rows under the policy before the update.
@@ -173,7 +176,7 @@ def assign(
       run, learn.values, params, rows, parts
     )
     value = place.cut(extra["value"])
-  outcome = creditor.credit(
+  outcome = estimators.advantages(
     models,
     scored,
     old_logprob,
@@ -183,16 +186,22 @@ def assign(
     value=value,
   )
   advantage = importance_weighted(
-    outcome.credit.advantage, old_logprob, rollouts.completions, importance_cap
+    outcome.advantages.advantage,
+    old_logprob,
+    rollouts.completions,
+    importance_cap,
   )
   if learn.values is not None:
-    if outcome.credit.returns is None:
+    if outcome.advantages.returns is None:
       raise ValueError(
-        "config.rl.value_coef trains a critic, and no credit rule gives it "
-        "targets. Add gae to config.rl.credit, or set it to 0."
+        "config.rl.value_coef trains a critic, and no advantage estimator "
+        "gives it targets. Add gae to config.rl.advantage, or set it to 0."
       )
-    extra["returns"] = place.spread(outcome.credit.returns)
-  metrics = {**outcome.credit.metrics, "price/credit_tokens": outcome.tokens}
+    extra["returns"] = place.spread(outcome.advantages.returns)
+  metrics = {
+    **outcome.advantages.metrics,
+    "price/advantage_tokens": outcome.tokens,
+  }
   if learn.top is not None:
     top_ids, top_logprob = _teacher_tops(
       run, learn, outcome, models, rollouts, buckets, parts
@@ -207,13 +216,14 @@ def assign(
 
 def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
   """The likeliest tokens of the teacher in its own context, [R] of [C_r, K]."""
-  ask = outcome.asks.get("teacher")
-  if ask is None:
+  request = outcome.scoring_requests.get("teacher")
+  if request is None:
     raise ValueError(
-      "config.rl.divergence_coef needs a credit rule with a teacher. Add "
-      '"0*sdpo" or "0*distillation" to config.rl.credit.'
+      "config.rl.divergence_coef needs an advantage estimator with a teacher. "
+      "Add "
+      '"0*sdpo" or "0*distillation" to config.rl.advantage.'
     )
-  trunks = rollouts.after(ask.turns)
+  trunks = rollouts.after(request.turns)
   longest = max(map(len, trunks))
   zeros = [np.zeros(len(trunk), np.float32) for trunk in trunks]
   place = rl_data.whole(
@@ -222,7 +232,9 @@ def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
     (trunks_lib.bucket(longest, buckets),),
   )
   batch = rl_data.rows(place, trunks, zeros, zeros, zeros)
-  tops = learner_lib.by_parts(run, learn.top, models[ask.model], batch, parts)
+  tops = learner_lib.by_parts(
+    run, learn.top, models[request.model], batch, parts
+  )
   return tuple(
     [
       row[len(trunk) - len(s.tokens) : len(trunk)]
@@ -282,7 +294,7 @@ def penalties(
 def build(
   rules: str, options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """The credit rules of a weighted sum, by name.
+  """The advantage estimators of a weighted sum, by name.
 
   Args:
     rules: names and weights, as in "grpo + 0.5*oppo".
@@ -295,25 +307,26 @@ def build(
   for name in options:
     if name not in names:
       raise ValueError(
-        f"config.rl.credit_options sets {name!r}, which is none of the rules "
-        f"{names} of config.rl.credit. Add it there, or leave its options out."
+        f"config.rl.advantage_options sets {name!r}, which is none of the "
+        f"rules {names} of config.rl.advantage. Add it there, or leave its "
+        "options out."
       )
   return {name: _build(name, dict(options.get(name, {}))) for name in names}
 
 
 def _build(name: str, settings: dict[str, Any]) -> Any:
   try:
-    rule = importlib.import_module(f"opera_jax.credit.{name}").Rule
+    rule = getattr(importlib.import_module(f"{_PACKAGE}.{name}"), _CLASS)
   except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
-      f"There is no credit rule {name!r}"
-      f"{compose.nearest(name, compose.files('opera_jax.credit', 'Rule'))}. "
-      "Name a file of opera_jax/credit that has a Rule."
+      f"There is no advantage estimator {name!r}"
+      f"{compose.nearest(name, compose.files(_PACKAGE, _CLASS))}. "
+      "Name a file of opera_jax/advantages that has an AdvantageEstimator."
     ) from error
   try:
     return rule(**settings)
   except TypeError as error:
     raise ValueError(
-      f"Credit rule {name!r} takes the settings "
+      f"Advantage estimator {name!r} takes the settings "
       f"{sorted(rule.__dataclass_fields__)}, got {sorted(settings)}: {error}."
     ) from error

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import group as group_lib
+from opera_jax.advantages import group as group_lib
 from opera_jax.rewards import smoothing
 from opera_jax.stages import score as score_lib
 

@@ -45,7 +45,7 @@ def test_changes_of_a_row_are_applied():
   config = ablate.load(
     f"{ablations.OPPO}:ablation", ablate.split(changes["oppo, no anchoring"])
   )
-  assert config.rl.credit_options.oppo.anchor is False
+  assert config.rl.advantage_options.oppo.anchor is False
   config = ablate.load(
     f"{ablations.SAR}:ablation", ablate.split(changes["R_SA only"])
   )

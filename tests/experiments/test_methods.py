@@ -35,7 +35,9 @@ def test_configs_name_real_parts(name, arg):
   options = config.reward.options.to_dict()
   for part in compose.weights(config.reward.parts):
     compose.build(part, options.get(part, {}), 1.0)
-  crediting.Creditor(config.rl.credit, config.rl.credit_options, None)
+  crediting.WeightedEstimators(
+    config.rl.advantage, config.rl.advantage_options, None
+  )
   assert config.rl.loss in learner.LOSSES
   assert config.rl.prompts % config.rl.mini_batch == 0
   assert set(options) <= set(compose.weights(config.reward.parts))

@@ -18,9 +18,9 @@ EVERY = {"synthesize", "select", "sft", "rl", "evaluate", "report"}
 HOSTILE = [
   # Names.
   ("rl.loss", "clip", "did you mean 'clipped'"),
-  ("rl.credit", "grp", "did you mean 'grpo'"),
-  ("rl.credit", "grpo + grpo", "comes twice"),
-  ("rl.credit", "", "not empty"),
+  ("rl.advantage", "grp", "did you mean 'grpo'"),
+  ("rl.advantage", "grpo + grpo", "comes twice"),
+  ("rl.advantage", "", "not empty"),
   ("rl.reduction", "token_means", "did you mean 'token_mean'"),
   ("rl.kl_estimator", "k4", "'k3'"),
   ("rl.kl_in", "losses", "did you mean 'loss'"),
@@ -130,9 +130,9 @@ HOSTILE = [
   ("mesh.tensor", 0, "-1 for what is left"),
   ("mesh.data", -1, "one axis at most"),
   ("max_prompt_tokens", 0, "at least 1"),
-  ("rl.credit", None, "must be text"),
+  ("rl.advantage", None, "must be text"),
   ("reward.options", {"judge": 3}, "mapping of names"),
-  ("rl.credit_options", [("grpo", 1)], "mapping of names"),
+  ("rl.advantage_options", [("grpo", 1)], "mapping of names"),
   ("data.path", 3, "must be text"),
   ("model.kv_heads", 3, "multiple of model.kv_heads"),
   ("runtime.heartbeat_seconds", 0, "at least 1"),
@@ -154,10 +154,10 @@ HOSTILE = [
   ("reward.options", {"verifiable": {"time_out": 9}}, "time_out"),
   ("reward.options", {"opera": {"alhpa": 0.5}}, "alhpa"),
   ("reward.options", {"sar": {"form": "log"}}, "no term"),
-  ("rl.credit_options", {"oppo": {"anchor": False}}, "none of the rules"),
-  ("rl.credit_options", {"grpo": {"epsilom": 1e-3}}, "epsilom"),
-  ("rl.credit_options", {"grpo": {"ddof": 2}}, "ddof"),
-  ("rl.credit_options", {"grpo": {"epsilon": 0.0}}, "epsilon"),
+  ("rl.advantage_options", {"oppo": {"anchor": False}}, "none of the rules"),
+  ("rl.advantage_options", {"grpo": {"epsilom": 1e-3}}, "epsilom"),
+  ("rl.advantage_options", {"grpo": {"ddof": 2}}, "ddof"),
+  ("rl.advantage_options", {"grpo": {"epsilon": 0.0}}, "epsilon"),
   # Changed, and read by nothing.
   ("rl.beta", 0.5, "nothing in this run reads it"),
   ("rl.constant", 8.0, "nothing in this run reads it"),
@@ -211,9 +211,9 @@ TOGETHER = [
   ({"rl.loss": "dpo", "rl.share": 2}, "compares two rows"),
   ({"rl.kl_coef": 0.0, "rl.kl_in": "reward"}, "config.rl.kl_in"),
   ({"rl.value_coef": 0.5}, "add gae"),
-  ({"rl.credit": "gae"}, "needs a critic's values"),
-  ({"rl.divergence_coef": 1.0}, "a credit rule with a teacher"),
-  ({"rl.credit": "sdpo"}, "set config.rl.ema above 0"),
+  ({"rl.advantage": "gae"}, "needs a critic's values"),
+  ({"rl.divergence_coef": 1.0}, "an advantage estimator with a teacher"),
+  ({"rl.advantage": "sdpo"}, "set config.rl.ema above 0"),
   ({"reward.mode": "r_self", "reward.alpha": 0.5}, "config.reward.alpha"),
   ({"data.kind": "jsonl"}, "are both empty"),
   (
@@ -272,7 +272,7 @@ def test_stages_that_lack_their_inputs_are_refused(tmp_path):
 
 
 _DEMANDING = (
-  *("rl.credit", "rl.reduction", "rl.kl_estimator", "reward.parts"),
+  *("rl.advantage", "rl.reduction", "rl.kl_estimator", "reward.parts"),
 )
 
 
@@ -280,7 +280,11 @@ _DEMANDING = (
   ("field", "names", "more"),
   [
     ("rl.loss", learner.LOSSES, {"rl.dual_clip": 3.0}),
-    ("rl.credit", compose.files("opera_jax.credit", "Rule"), {}),
+    (
+      "rl.advantage",
+      compose.files("opera_jax.advantages", "AdvantageEstimator"),
+      {},
+    ),
     ("rl.reduction", reduce.NAMES, {}),
     ("rl.kl_estimator", kl.NAMES, {}),
     ("rl.kl_in", ("loss", "reward"), {}),

@@ -1,4 +1,5 @@
-"""What a credit rule is told: successes, penalties, and whom it may ask."""
+"""What an advantage estimator is told: successes, penalties, and whom it may
+request."""
 
 import numpy as np
 import pytest
@@ -50,23 +51,25 @@ def test_penalties_are_weighed_estimates_of_each_token(name):
 
 
 def test_a_model_that_the_run_lacks_is_refused():
-  creditor = crediting.Creditor("sdpo", {"sdpo": {"threshold": 0.2}}, None)
+  estimators = crediting.WeightedEstimators(
+    "sdpo", {"sdpo": {"threshold": 0.2}}, None
+  )
   with pytest.raises(ValueError, match="config.rl.ema"):
-    creditor.credit({"ema": None}, _scored({}), [], penalty=[])
+    estimators.advantages({"ema": None}, _scored({}), [], penalty=[])
 
 
 @pytest.mark.parametrize(
   "rules, options, message",
   [
-    ("karma", {}, "no credit rule 'karma'"),
-    ("evidence", {}, "no credit rule 'evidence'"),
+    ("karma", {}, "no advantage estimator 'karma'"),
+    ("inputs", {}, "no advantage estimator 'inputs'"),
     ("oppo", {"oppo": {"faith": 1}}, "takes the settings.*'anchor'"),
     ("grpo, oppo", {}, "no term"),
   ],
 )
 def test_unknown_rules_are_refused(rules, options, message):
   with pytest.raises(ValueError, match=message):
-    crediting.Creditor(rules, options, None)
+    crediting.WeightedEstimators(rules, options, None)
 
 
 def test_importance_weights_take_the_probability_as_drawn():

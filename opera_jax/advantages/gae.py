@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """Token advantages from a critic's values.
 
   The reward falls on the last token; a KL penalty, where the run takes it off
@@ -28,28 +28,28 @@ class Rule:
         f"GAE takes gamma and lam from 0 to 1, got {self.gamma}, {self.lam}."
       )
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
-    """Nothing: the critic's values come with the evidence."""
+  ) -> dict[str, inputs_lib.ScoringRequest]:
+    """Nothing: the critic's values come with the inputs."""
     return {}
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """Advantages, and the returns that the critic should predict.
 
     Raises:
       ValueError: the run has no critic.
     """
-    if evidence.value is None:
+    if inputs.value is None:
       raise ValueError(
-        "Credit 'gae' needs a critic's values. Set config.rl.value_coef above "
-        "0."
+        "Advantage estimator 'gae' needs a critic's values. Set "
+        "config.rl.value_coef above 0."
       )
-    reward_R = evidence.reward_BN.reshape(-1)
+    reward_R = inputs.reward_BN.reshape(-1)
     advantage, returns = [], []
-    for value, penalty, reward in zip(
-      evidence.value, evidence.penalty, reward_R
-    ):
+    for value, penalty, reward in zip(inputs.value, inputs.penalty, reward_R):
       paid = -penalty.astype(np.float64)
       paid[-1:] += reward
       mine = estimate(paid, value, gamma=self.gamma, lam=self.lam)
@@ -59,7 +59,7 @@ class Rule:
       every = np.concatenate(advantage)
       mean, scale = every.mean(), every.std() + 1e-8
       advantage = [(a - mean) / scale for a in advantage]
-    return evidence_lib.Credit(
+    return inputs_lib.Advantages(
       [a.astype(np.float32) for a in advantage], returns=returns
     )
 

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from opera_jax.credit import group, oppo
+from opera_jax.advantages import group, oppo
 
 REWARD = [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("belief", oppo.BELIEFS)
 def test_advantages_telescope(make, belief):
-  evidence = make(REWARD)
-  rule = oppo.Rule(belief=belief, anchor=False, scale="none")
-  got = rule.credit(evidence)
+  inputs = make(REWARD)
+  rule = oppo.AdvantageEstimator(belief=belief, anchor=False, scale="none")
+  got = rule.advantages(inputs)
   start = np.repeat(np.mean(REWARD, axis=1), 3)
   for row, advantage in enumerate(got.advantage):
     step = np.clip(
-      evidence.prices["told"][row] - evidence.logprob[row], -5, 5
+      inputs.prices["told"][row] - inputs.logprob[row], -5, 5
     ).astype(np.float64)
     v = start[row]
     for log_lambda in step:  # ten lines of plain arithmetic
@@ -68,10 +68,10 @@ def test_belief_drifts_down_under_the_policy():
 
 
 def test_anchoring_takes_the_sign_of_the_sequence(make):
-  evidence = make(REWARD)
-  got = oppo.Rule(scale="none").credit(evidence)
-  free = oppo.Rule(scale="none", anchor=False).credit(evidence)
-  sequence = np.asarray(group.grpo(evidence.reward_BN)).reshape(-1)
+  inputs = make(REWARD)
+  got = oppo.AdvantageEstimator(scale="none").advantages(inputs)
+  free = oppo.AdvantageEstimator(scale="none", anchor=False).advantages(inputs)
+  sequence = np.asarray(group.grpo(inputs.reward_BN)).reshape(-1)
   for a, f, s in zip(got.advantage, free.advantage, sequence):
     assert (np.sign(a) == np.sign(s)).all()
     np.testing.assert_allclose(np.abs(a), np.abs(f))
@@ -80,9 +80,9 @@ def test_anchoring_takes_the_sign_of_the_sequence(make):
 
 
 def test_token_normalisation_is_a_standard_score_and_can_flip_signs(make):
-  evidence = make(REWARD)
-  raw = oppo.Rule(scale="none").credit(evidence).advantage
-  got = oppo.Rule(scale="tokens").credit(evidence).advantage
+  inputs = make(REWARD)
+  raw = oppo.AdvantageEstimator(scale="none").advantages(inputs).advantage
+  got = oppo.AdvantageEstimator(scale="tokens").advantages(inputs).advantage
   for begin in (0, 3):
     every = np.concatenate(raw[begin : begin + 3])
     want = (every - every.mean()) / (every.std() + 1e-6)
@@ -97,8 +97,10 @@ def test_token_normalisation_is_a_standard_score_and_can_flip_signs(make):
 
 @pytest.mark.parametrize("anchor", [True, False])
 def test_rescaling_sums_to_reward_minus_v0(make, anchor):
-  evidence = make(REWARD)
-  got = oppo.Rule(scale="outcome", anchor=anchor).credit(evidence)
+  inputs = make(REWARD)
+  got = oppo.AdvantageEstimator(scale="outcome", anchor=anchor).advantages(
+    inputs
+  )
   start = np.repeat(np.mean(REWARD, axis=1), 3)
   want = np.reshape(REWARD, -1) - start
   np.testing.assert_allclose([a.sum() for a in got.advantage], want, atol=1e-5)
@@ -106,19 +108,19 @@ def test_rescaling_sums_to_reward_minus_v0(make, anchor):
 
 def test_evidence_is_clipped_and_counted(make):
   told = [np.asarray([-0.1, -99.0], np.float32)] * 2
-  evidence = make([[0.0, 1.0]], [2, 2], told=told)
-  credit = oppo.Rule(evidence_clip=1.0, scale="none", anchor=False).credit(
-    evidence
-  )
-  ratio = np.stack(told) - np.stack(evidence.logprob)
-  assert credit.metrics["clipped"] == (np.abs(ratio) > 1).mean() > 0
-  assert credit.metrics["evidence"] == pytest.approx(ratio.mean(), rel=1e-5)
+  inputs = make([[0.0, 1.0]], [2, 2], told=told)
+  got = oppo.AdvantageEstimator(
+    evidence_clip=1.0, scale="none", anchor=False
+  ).advantages(inputs)
+  ratio = np.stack(told) - np.stack(inputs.logprob)
+  assert got.metrics["clipped"] == (np.abs(ratio) > 1).mean() > 0
+  assert got.metrics["evidence"] == pytest.approx(ratio.mean(), rel=1e-5)
   log_odds = np.clip(ratio, -1, 1).sum(axis=1)  # V_0 = 1/2
   want = 1 / (1 + np.exp(-log_odds)) - 0.5
   np.testing.assert_allclose(
-    [a.sum() for a in credit.advantage], want, rtol=1e-5
+    [a.sum() for a in got.advantage], want, rtol=1e-5
   )
-  assert credit.metrics["drift"] == pytest.approx(want.mean(), rel=1e-5)
+  assert got.metrics["drift"] == pytest.approx(want.mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("belief", oppo.BELIEFS)
@@ -134,23 +136,27 @@ def test_evidence_is_clipped_and_counted(make):
 )
 def test_degenerate_groups_are_finite(make, belief, scale, reward, lengths):
   told = [np.full(c, -30.0, np.float32) for c in lengths]
-  evidence = make(reward, lengths, told=told)
-  got = oppo.Rule(belief=belief, scale=scale).credit(evidence)
+  inputs = make(reward, lengths, told=told)
+  got = oppo.AdvantageEstimator(belief=belief, scale=scale).advantages(inputs)
   for advantage, length in zip(got.advantage, lengths):
     assert advantage.shape == (length,)
     assert np.isfinite(advantage).all()
 
 
 def test_what_the_oracle_is_asked(make):
-  evidence = make(REWARD)
-  asks = oppo.Rule().asks(evidence.rollouts, evidence.reward_BN)
-  assert asks["told"].model == "policy"
-  assert "answer is: 0" in asks["told"].turns[0]
-  assert "answer is: 1" in asks["told"].turns[3]
-  asks = oppo.Rule(oracle="teacher").asks(evidence.rollouts, None)
-  assert asks["plain"].turns[0] == "q0"
-  assert {ask.model for ask in asks.values()} == {"teacher"}
-  trunk = evidence.rollouts.after(asks["plain"].turns)[0]
+  inputs = make(REWARD)
+  requests = oppo.AdvantageEstimator().scoring_requests(
+    inputs.rollouts, inputs.reward_BN
+  )
+  assert requests["told"].model == "policy"
+  assert "answer is: 0" in requests["told"].turns[0]
+  assert "answer is: 1" in requests["told"].turns[3]
+  requests = oppo.AdvantageEstimator(oracle="teacher").scoring_requests(
+    inputs.rollouts, None
+  )
+  assert requests["plain"].turns[0] == "q0"
+  assert {request.model for request in requests.values()} == {"teacher"}
+  trunk = inputs.rollouts.after(requests["plain"].turns)[0]
   np.testing.assert_array_equal(trunk[:4], np.frombuffer(b"<q0>", np.uint8))
 
 
@@ -160,4 +166,4 @@ def test_what_the_oracle_is_asked(make):
 )  # fmt: skip
 def test_unknown_names_are_refused(bad):
   with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
-    oppo.Rule(**bad)
+    oppo.AdvantageEstimator(**bad)

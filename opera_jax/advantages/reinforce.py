@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 
 BASELINES = ("none", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """`A = R - b`, on every token.
 
   `baseline` "batch" takes the mean of all OTHER samples of the step for b, so
@@ -27,16 +27,18 @@ class Rule:
         f"Unknown baseline {self.baseline!r}. Use one of {BASELINES}."
       )
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
+  ) -> dict[str, inputs_lib.ScoringRequest]:
     """Nothing: rewards suffice."""
     return {}
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """One advantage a sequence; a lone sample gets its reward."""
-    return_BN = evidence.returns()
+    return_BN = inputs.returns()
     if self.baseline == "batch" and return_BN.size > 1:
       others_BN = (return_BN.sum() - return_BN) / (return_BN.size - 1)
       return_BN = return_BN - others_BN
-    return evidence_lib.Credit(evidence.spread(return_BN))
+    return inputs_lib.Advantages(inputs.spread(return_BN))

@@ -11,28 +11,30 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """The teacher of `config.rl.teacher`, on the student's own samples."""
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
+  ) -> dict[str, inputs_lib.ScoringRequest]:
     """The completions after their own prompts, by the teacher."""
     turns = [
       rollouts.prompts[rollouts.owner(r)].prompt
       for r in range(len(rollouts.completions))
     ]
-    return {"teacher": evidence_lib.Ask("teacher", turns)}
+    return {"teacher": inputs_lib.ScoringRequest("teacher", turns)}
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """The log-ratio of each token."""
     gap = [
       (teacher - student).astype(np.float32)
-      for teacher, student in zip(evidence.prices["teacher"], evidence.logprob)
+      for teacher, student in zip(inputs.prices["teacher"], inputs.logprob)
     ]
     mean = float(np.concatenate(gap).mean()) if gap else 0.0
-    return evidence_lib.Credit(gap, {"kl": -mean})
+    return inputs_lib.Advantages(gap, {"kl": -mean})

@@ -1,14 +1,17 @@
-"""What a credit rule reads, and what it gives back.
+"""What an advantage estimator reads, and what it gives back.
 
-A rule is one file of this package with a frozen dataclass `Rule`, whose fields
-are its settings, and two methods:
+An estimator is one file of this package with a frozen dataclass
+`AdvantageEstimator`, whose fields are its settings, and two methods:
 
-    asks(rollouts, reward_BN) -> dict[str, Ask]   what it wants priced
-    credit(evidence) -> Credit                    advantages token by token
+    scoring_requests(rollouts, reward_BN) -> dict[str, ScoringRequest]
+    advantages(inputs) -> Advantages
 
-`config.rl.credit` names rules and their weights, as in "grpo" or
-"grpo + 0.5*oppo"; weighted advantages add up token by token, so sequence and
-token rules combine.
+The first says which log-probabilities the estimator needs beyond the policy's
+own; the second turns rewards and log-probabilities into one advantage a token.
+
+`config.rl.advantage` names estimators and their weights, as in "grpo" or
+"grpo + 0.5*oppo"; weighted advantages add up token by token, so sequence
+and token estimators combine.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), C_r
 tokens of the completion of row r.
@@ -25,7 +28,7 @@ MODELS = ("policy", "teacher", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class ScoringRequest:
   """Every completion priced after a user's turn of its own, by one model.
 
   "policy" is the policy before this step's update, "teacher" the frozen model
@@ -39,12 +42,13 @@ class Ask:
     """Refuses a model that no run has."""
     if self.model not in MODELS:
       raise ValueError(
-        f"A credit rule asks the model {self.model!r}. Use one of {MODELS}."
+        f"An advantage estimator asks the model {self.model!r}. Use one of "
+        f"{MODELS}."
       )
 
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
+class AdvantageInputs:
   """Rewards and prices of a step's samples; host arrays."""
 
   rollouts: structs.Rollouts
@@ -52,7 +56,8 @@ class Evidence:
   success_BN: np.ndarray  # float in 0..1: right or wrong, else the reward
   logprob: Sequence[np.ndarray]  # [R] of float32 [C_r], old policy
   penalty: Sequence[np.ndarray]  # [R] of float32 [C_r], KL taken off rewards
-  prices: Mapping[str, Sequence[np.ndarray]]  # by name of an Ask, [R] of [C_r]
+  # By name of a ScoringRequest, [R] of [C_r].
+  prices: Mapping[str, Sequence[np.ndarray]]
   value: Sequence[np.ndarray] | None = None  # [R] of [C_r], before each token
 
   def returns(self) -> np.ndarray:
@@ -69,7 +74,7 @@ class Evidence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Credit:
+class Advantages:
   """Advantages of every token, and what else came of them."""
 
   advantage: Sequence[np.ndarray]  # [R] of float32 [C_r]
@@ -77,11 +82,11 @@ class Credit:
   returns: Sequence[np.ndarray] | None = None  # what a critic should predict
 
 
-def combine(parts: Mapping[str, tuple[float, Credit]]) -> Credit:
+def combine(parts: Mapping[str, tuple[float, Advantages]]) -> Advantages:
   """`A_t = sum over rules of weight * A_t`, metrics by rule.
 
   Args:
-    parts: rule name -> (weight, its credit); at least one.
+    parts: rule name -> (weight, its advantages); at least one.
 
   Returns:
     The sum. The critic's targets are those of the one rule that has some.
@@ -90,23 +95,24 @@ def combine(parts: Mapping[str, tuple[float, Credit]]) -> Credit:
     ValueError: an advantage that is not finite, or two rules with targets.
   """
   metrics, returns = {}, None
-  for name, (_, credit) in parts.items():
-    for row, advantage in enumerate(credit.advantage):
+  for name, (_, estimate) in parts.items():
+    for row, advantage in enumerate(estimate.advantage):
       if not np.isfinite(advantage).all():
         raise ValueError(
-          f"Credit {name!r} gives row {row} an advantage that is not finite. "
-          "Look at that row's reward and log-probabilities."
+          f"Advantage estimator {name!r} gives row {row} an advantage that is "
+          "not finite. Look at that row's reward and log-probabilities."
         )
-    metrics |= {f"credit/{name}/{k}": v for k, v in credit.metrics.items()}
-    if credit.returns is not None:
+    metrics |= {f"advantage/{name}/{k}": v for k, v in estimate.metrics.items()}
+    if estimate.returns is not None:
       if returns is not None:
         raise ValueError(
-          f"Two of the credit rules {sorted(parts)} train a critic. Keep one."
+          f"Two of the advantage estimators {sorted(parts)} train a critic. "
+          "Keep one."
         )
-      returns = credit.returns
-  rows = zip(*(credit.advantage for _, credit in parts.values()))
+      returns = estimate.returns
+  rows = zip(*(estimate.advantage for _, estimate in parts.values()))
   weights = [weight for weight, _ in parts.values()]
   total = [
     sum(w * a for w, a in zip(weights, row)).astype(np.float32) for row in rows
   ]
-  return Credit(total, metrics, returns)
+  return Advantages(total, metrics, returns)

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 
 PROMPT = (
   "{prompt}\n\nHere is a good solution:\n\n{solution}\n\n"
@@ -20,7 +20,7 @@ PROMPT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """The teacher is shown the best other sample, if that is a success.
 
   Attributes:
@@ -45,9 +45,9 @@ class Rule:
         "{solution}."
       )
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
+  ) -> dict[str, inputs_lib.ScoringRequest]:
     """Each completion after its prompt with another's solution."""
     shown = self.shown(reward_BN)
     turns = []
@@ -58,7 +58,7 @@ class Rule:
           prompt=prompt, solution=rollouts.texts[other]
         )
       turns.append(prompt)
-    return {"teacher": evidence_lib.Ask(self.model, turns)}
+    return {"teacher": inputs_lib.ScoringRequest(self.model, turns)}
 
   def shown(self, reward_BN: np.ndarray) -> np.ndarray:
     """The row shown to the teacher of each row, int [R]; -1 where no other
@@ -72,13 +72,15 @@ class Rule:
         out[b, n] = b * samples + best
     return out.reshape(-1)
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """Log-ratios; 0 for rows whose teacher was shown nothing."""
-    shown_R = self.shown(evidence.reward_BN)
+    shown_R = self.shown(inputs.reward_BN)
     gap = [
       ((teacher - student) * (other >= 0)).astype(np.float32)
       for teacher, student, other in zip(
-        evidence.prices["teacher"], evidence.logprob, shown_R
+        inputs.prices["teacher"], inputs.logprob, shown_R
       )
     ]
-    return evidence_lib.Credit(gap, {"taught": float((shown_R >= 0).mean())})
+    return inputs_lib.Advantages(gap, {"taught": float((shown_R >= 0).mean())})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opera_jax.credit import group
+from opera_jax.advantages import group
 
 RULES = [group.grpo, group.dr_grpo, group.rloo]
 

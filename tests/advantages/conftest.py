@@ -1,20 +1,20 @@
-"""Evidence with random prices and ragged completions."""
+"""AdvantageInputs with random prices and ragged completions."""
 
 import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
+from opera_jax.advantages import inputs as inputs_lib
 
 
 @pytest.fixture
 def make():
-  """`make(reward_BN, lengths=...)` builds evidence."""
+  """`make(reward_BN, lengths=...)` builds inputs."""
 
   def build(
     reward_BN, lengths=None, *, success_BN=None, told=None, seed=0, prompts=None
   ):
-    """Evidence with random prices; ragged completions."""
+    """AdvantageInputs with random prices; ragged completions."""
     reward_BN = np.asarray(reward_BN, np.float32)
     rng = np.random.default_rng(seed)
     B, N = reward_BN.shape
@@ -39,7 +39,7 @@ def make():
         f"<{text}>".encode(), np.uint8
       ).astype(np.int32),
     )
-    return evidence_lib.Evidence(
+    return inputs_lib.AdvantageInputs(
       rollouts=rollouts,
       reward_BN=reward_BN,
       success_BN=reward_BN if success_BN is None else success_BN,

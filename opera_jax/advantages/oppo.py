@@ -15,8 +15,8 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
-from opera_jax.credit import group
+from opera_jax.advantages import group
+from opera_jax.advantages import inputs as inputs_lib
 
 PROMPT = (
   "{prompt}\n\nThe correct final answer is: {answer}\n\n"
@@ -29,7 +29,7 @@ _TOP = 1 - 1e-6  # V lambda is clipped here
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """Token advantages from an oracle's log-ratios.
 
   Attributes:
@@ -70,9 +70,9 @@ class Rule:
         "positive number of nats."
       )
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
+  ) -> dict[str, inputs_lib.ScoringRequest]:
     """Each completion after the prompt with its answer; and, for a teacher,
     after the prompt alone."""
     tasks = [rollouts.prompts[rollouts.owner(r)] for r in _rows(rollouts)]
@@ -80,37 +80,39 @@ class Rule:
       self.prompt.format(prompt=t.prompt, answer=answer(t)) for t in tasks
     ]
     if self.oracle == "self":
-      return {"told": evidence_lib.Ask("policy", told)}
+      return {"told": inputs_lib.ScoringRequest("policy", told)}
     return {
-      "told": evidence_lib.Ask("teacher", told),
-      "plain": evidence_lib.Ask("teacher", [t.prompt for t in tasks]),
+      "told": inputs_lib.ScoringRequest("teacher", told),
+      "plain": inputs_lib.ScoringRequest("teacher", [t.prompt for t in tasks]),
     }
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """Belief by belief along each completion."""
-    told = evidence.prices["told"]
-    plain = evidence.prices.get("plain", evidence.logprob)
+    told = inputs.prices["told"]
+    plain = inputs.prices.get("plain", inputs.logprob)
     ratio = [a.astype(np.float64) - b for a, b in zip(told, plain)]
     bound = self.evidence_clip
     clipped = [np.clip(r, -bound, bound) for r in ratio]
-    start_B = np.clip(evidence.success_BN.mean(axis=1), _EDGE, 1 - _EDGE)
-    samples = evidence.reward_BN.shape[1]
+    start_B = np.clip(inputs.success_BN.mean(axis=1), _EDGE, 1 - _EDGE)
+    samples = inputs.reward_BN.shape[1]
     start_R = np.repeat(start_B, samples)
     belief = [
       beliefs(r, v, belief=self.belief) for r, v in zip(clipped, start_R)
     ]
     advantage = [np.diff(v) for v in belief]
     if self.anchor:
-      sign_R = np.sign(np.asarray(group.grpo(evidence.returns()))).reshape(-1)
+      sign_R = np.sign(np.asarray(group.grpo(inputs.returns()))).reshape(-1)
       advantage = [s * np.abs(a) for s, a in zip(sign_R, advantage)]
     if self.scale == "tokens":
       advantage = normalised(advantage, samples)
     elif self.scale == "outcome":
-      target_R = evidence.success_BN.reshape(-1) - start_R
+      target_R = inputs.success_BN.reshape(-1) - start_R
       advantage = [rescaled(a, t) for a, t in zip(advantage, target_R)]
     every = np.concatenate(ratio)
     last_R = np.asarray([v[-1] for v in belief])
-    return evidence_lib.Credit(
+    return inputs_lib.Advantages(
       [a.astype(np.float32) for a in advantage],
       {
         "clipped": float((np.abs(every) > bound).mean()) if every.size else 0.0,

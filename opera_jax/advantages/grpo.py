@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.credit import evidence as evidence_lib
-from opera_jax.credit import group
+from opera_jax.advantages import group
+from opera_jax.advantages import inputs as inputs_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class AdvantageEstimator:
   """`A = (R - mean) / (std + epsilon)` of the group, on every token."""
 
   epsilon: float = 1e-6
@@ -24,15 +24,17 @@ class Rule:
         f"and {self.ddof}."
       )
 
-  def asks(
+  def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
-  ) -> dict[str, evidence_lib.Ask]:
+  ) -> dict[str, inputs_lib.ScoringRequest]:
     """Nothing: rewards suffice."""
     return {}
 
-  def credit(self, evidence: evidence_lib.Evidence) -> evidence_lib.Credit:
+  def advantages(
+    self, inputs: inputs_lib.AdvantageInputs
+  ) -> inputs_lib.Advantages:
     """One advantage a sequence."""
     advantage_BN = group.grpo(
-      evidence.returns(), epsilon=self.epsilon, ddof=self.ddof
+      inputs.returns(), epsilon=self.epsilon, ddof=self.ddof
     )
-    return evidence_lib.Credit(evidence.spread(advantage_BN))
+    return inputs_lib.Advantages(inputs.spread(advantage_BN))

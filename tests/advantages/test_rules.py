@@ -1,4 +1,5 @@
-"""Each credit rule against a few lines of arithmetic, and their sums."""
+"""Each advantage estimator against a few lines of arithmetic, and their
+sums."""
 
 import dataclasses
 import importlib
@@ -6,21 +7,23 @@ import importlib
 import numpy as np
 import pytest
 
-from opera_jax.credit import distillation, evidence, gae, group, sdpo
+from opera_jax.advantages import distillation, gae, group, inputs, sdpo
 
 REWARD = [[0.2, 0.9, 0.4], [0.5, 0.5, 0.5]]
 SEQUENCE = ("grpo", "dr_grpo", "rloo", "reinforce", "pairs")
 
 
 def _rule(name):
-  return importlib.import_module(f"opera_jax.credit.{name}").Rule
+  return importlib.import_module(
+    f"opera_jax.advantages.{name}"
+  ).AdvantageEstimator
 
 
 @pytest.mark.parametrize("name", SEQUENCE)
 def test_sequence_rules_put_one_number_on_every_token(make, name):
   case = make(REWARD)
-  got = _rule(name)().credit(case)
-  assert _rule(name)().asks(case.rollouts, case.reward_BN) == {}
+  got = _rule(name)().advantages(case)
+  assert _rule(name)().scoring_requests(case.rollouts, case.reward_BN) == {}
   for advantage, tokens in zip(got.advantage, case.logprob):
     assert advantage.shape == tokens.shape
     assert np.ptp(advantage) == 0
@@ -31,11 +34,11 @@ def test_sequence_rules_put_one_number_on_every_token(make, name):
 
 def test_reinforce_takes_off_the_mean_of_all_others(make):
   case = make(REWARD)
-  got = [a[0] for a in _rule("reinforce")().credit(case).advantage]
+  got = [a[0] for a in _rule("reinforce")().advantages(case).advantage]
   flat = np.reshape(REWARD, -1)
   want = [r - np.delete(flat, i).mean() for i, r in enumerate(flat)]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  bare = _rule("reinforce")(baseline="none").credit(case)
+  bare = _rule("reinforce")(baseline="none").advantages(case)
   np.testing.assert_allclose([a[0] for a in bare.advantage], flat)
   with pytest.raises(ValueError, match="critic"):
     _rule("reinforce")(baseline="critic")
@@ -68,16 +71,16 @@ def test_gae_at_one_is_return_minus_value(make):
   case = make(REWARD)
   value = [np.linspace(0, 1, len(p)) for p in case.logprob]
   case = dataclasses.replace(case, value=value)
-  got = gae.Rule(whiten=False).credit(case)
+  got = gae.AdvantageEstimator(whiten=False).advantages(case)
   for row, reward in enumerate(np.reshape(REWARD, -1)):
     np.testing.assert_allclose(
       got.advantage[row], reward - value[row], atol=1e-6
     )
     np.testing.assert_allclose(got.returns[row], reward, rtol=1e-5)
-  white = np.concatenate(gae.Rule().credit(case).advantage)
+  white = np.concatenate(gae.AdvantageEstimator().advantages(case).advantage)
   np.testing.assert_allclose([white.mean(), white.std()], [0, 1], atol=1e-6)
   with pytest.raises(ValueError, match="config.rl.value_coef"):
-    gae.Rule().credit(make(REWARD))
+    gae.AdvantageEstimator().advantages(make(REWARD))
 
 
 def test_gae_of_an_empty_response_is_empty():
@@ -86,25 +89,27 @@ def test_gae_of_an_empty_response_is_empty():
 
 def test_distillation_is_teacher_minus_student(make):
   case = make(REWARD)
-  got = distillation.Rule().credit(case)
+  got = distillation.AdvantageEstimator().advantages(case)
   for a, t, s in zip(got.advantage, case.prices["teacher"], case.logprob):
     np.testing.assert_allclose(a, t - s, rtol=1e-6)
-  ask = distillation.Rule().asks(case.rollouts, case.reward_BN)["teacher"]
-  assert ask.model == "teacher"
-  assert ask.turns == ["q0"] * 3 + ["q1"] * 3
+  request = distillation.AdvantageEstimator().scoring_requests(
+    case.rollouts, case.reward_BN
+  )["teacher"]
+  assert request.model == "teacher"
+  assert request.turns == ["q0"] * 3 + ["q1"] * 3
 
 
 def test_sdpo_shows_the_best_other_success(make):
   case = make([[0.2, 0.9, 0.6], [0.1, 0.2, 0.3]])
-  rule = sdpo.Rule()
+  rule = sdpo.AdvantageEstimator()
   np.testing.assert_array_equal(
     rule.shown(case.reward_BN), [1, 2, 1, -1, -1, -1]
   )
-  ask = rule.asks(case.rollouts, case.reward_BN)["teacher"]
-  assert ask.model == "ema"
-  assert "text 2" in ask.turns[1] and "text 1" not in ask.turns[1]
-  assert ask.turns[4] == "q1"
-  got = rule.credit(case)
+  request = rule.scoring_requests(case.rollouts, case.reward_BN)["teacher"]
+  assert request.model == "ema"
+  assert "text 2" in request.turns[1] and "text 1" not in request.turns[1]
+  assert request.turns[4] == "q1"
+  got = rule.advantages(case)
   assert not np.concatenate(got.advantage[3:]).any()
   np.testing.assert_allclose(
     got.advantage[1], case.prices["teacher"][1] - case.logprob[1], rtol=1e-6
@@ -113,38 +118,41 @@ def test_sdpo_shows_the_best_other_success(make):
 
 
 def test_pairs_are_best_and_worst_of_groups_with_spread(make):
-  got = _rule("pairs")().credit(make([[0.2, 0.9, 0.9, 0.1], [1.0] * 4]))
+  got = _rule("pairs")().advantages(make([[0.2, 0.9, 0.9, 0.1], [1.0] * 4]))
   sides = [a[0] for a in got.advantage]
   assert sides == [0, 1, 0, -1, 0, 0, 0, 0]
 
 
 def test_weighted_rules_add_up_token_by_token(make):
   case = make(REWARD)
-  one, two = _rule("grpo")().credit(case), distillation.Rule().credit(case)
-  got = evidence.combine({"grpo": (1.0, one), "distillation": (0.5, two)})
+  one, two = (
+    _rule("grpo")().advantages(case),
+    distillation.AdvantageEstimator().advantages(case),
+  )
+  got = inputs.combine({"grpo": (1.0, one), "distillation": (0.5, two)})
   for total, a, b in zip(got.advantage, one.advantage, two.advantage):
     np.testing.assert_allclose(total, a + 0.5 * b, rtol=1e-5, atol=1e-6)
-  assert "credit/distillation/kl" in got.metrics
+  assert "advantage/distillation/kl" in got.metrics
 
 
 def test_a_bad_advantage_names_its_row(make):
   case = make(REWARD)
-  one = _rule("grpo")().credit(case)
+  one = _rule("grpo")().advantages(case)
   one.advantage[4][0] = np.nan
   with pytest.raises(ValueError, match="'grpo' gives row 4"):
-    evidence.combine({"grpo": (1.0, one)})
+    inputs.combine({"grpo": (1.0, one)})
 
 
 def test_an_unknown_model_is_refused():
   with pytest.raises(ValueError, match="oracle"):
-    evidence.Ask("oracle", [])
+    inputs.ScoringRequest("oracle", [])
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce",
                                   "pairs", "distillation", "sdpo"])  # fmt: skip
 @pytest.mark.parametrize("reward", [[[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
 def test_degenerate_groups_are_finite(make, name, reward):
-  got = _rule(name)().credit(make(reward, [0, 4]))
+  got = _rule(name)().advantages(make(reward, [0, 4]))
   assert [len(a) for a in got.advantage] == [0, 4]
   assert all(np.isfinite(a).all() for a in got.advantage)
   if name in ("grpo", "dr_grpo", "rloo") and np.ptp(reward) == 0:
