@@ -173,7 +173,7 @@ def _ours(folder, workload) -> dict:
   config.price.length_buckets = (w.prompt_tokens, longest)
   config.price.slot_buckets = (w.samples,)
   config.price.branch_buckets = (w.new_tokens,)
-  config.reward.parts = "benchmarks.peers:toy"
+  config.reward.terms = "benchmarks.peers:toy"
   config.rollout.max_new_tokens = w.new_tokens
   config.rl.steps = WARM + w.steps
   config.rl.prompts = config.rl.mini_batch = w.prompts

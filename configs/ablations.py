@@ -29,7 +29,7 @@ ROWS = (
   (
     "R_SA only",
     SAR,
-    "'--config.reward.parts=sar + 0*opera + 0*verifiable'",
+    "'--config.reward.terms=sar + 0*opera + 0*verifiable'",
   ),
   ("oppo", OPPO, ""),
   (

@@ -142,7 +142,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.reward = {
     # Weighted rewards by name, as in "verifiable + 0.2*sar": files of
     # opera_jax/rewards, or "package.module:function". Weight 0 measures.
-    "parts": "opera + verifiable",
+    "terms": "opera + verifiable",
     # Settings of those rewards by name, where their defaults do not do.
     "options": {},
     "timeout": 60.0,  # seconds of a user's function, a step
@@ -243,7 +243,7 @@ def get_config() -> ml_collections.ConfigDict:
     "max_delta": 0.1,  # nats between sampler and trainer that end the run,
     "max_delta_steps": 3,  # after so many steps beyond it in a row
     "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
-    # The term of reward.parts whose spread decides; "": the weighted sum.
+    # The term of reward.terms whose spread decides; "": the weighted sum.
     "filter_reward": "",
     "value_coef": 0.0,  # above 0: a critic, for advantage "gae"
     "value_clip": 0.2,

@@ -312,8 +312,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         raise
       scored = got.scored
       sampled += got.sampled_tokens
-      if scored.opened_B.any() and "score" in scored.parts:
-        ema = smoothing.update_ema(ema, scored.parts["score"][scored.opened_B])
+      if scored.opened_B.any() and "score" in scored.terms:
+        ema = smoothing.update_ema(ema, scored.terms["score"][scored.opened_B])
       seconds["time/rollout"] = seconds["time/start"] + got.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + got.reward_seconds
 

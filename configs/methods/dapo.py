@@ -8,7 +8,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + length"
+  config.reward.terms = "verifiable + length"
   limit = config.rollout.max_new_tokens
   config.reward.options = {
     "length": {"kind": "overlong", "limit": limit, "buffer": limit // 5}

@@ -9,7 +9,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "0*verifiable + 0*opera"
+  config.reward.terms = "0*verifiable + 0*opera"
   config.rl.advantage = "distillation"
   config.rl.kl_coef = 0.0
 

@@ -5,7 +5,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "opera + verifiable"
+  config.reward.terms = "opera + verifiable"
   config.rl.advantage = "pairs"
   config.rl.loss = "dpo"
   config.rl.beta = 0.1

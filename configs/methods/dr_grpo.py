@@ -8,7 +8,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "dr_grpo"
   config.rl.reduction = "constant"
   # Token losses are summed over a response, divided by the constant, and

@@ -5,7 +5,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0.2*entropy + 0*opera"
+  config.reward.terms = "verifiable + 0.2*entropy + 0*opera"
   config.rl.advantage = "dr_grpo"
 
 

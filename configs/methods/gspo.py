@@ -5,7 +5,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.loss = "gspo"
   config.rl.clip_low, config.rl.clip_high = 3e-4, 4e-4
   config.rl.dual_clip = 0.0

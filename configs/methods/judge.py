@@ -17,7 +17,7 @@ SYSTEM = (
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "judge + format"
+  config.reward.terms = "judge + format"
   config.reward.options = {
     "judge": {
       "endpoint": "http://127.0.0.1:8000/v1",

@@ -12,7 +12,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "opera + verifiable"
+  config.reward.terms = "opera + verifiable"
   config.rl.advantage = "grpo"
 
 

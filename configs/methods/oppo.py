@@ -8,7 +8,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "oppo"
   config.rl.advantage_options = {
     "oppo": {

@@ -8,7 +8,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "gae"
   config.rl.advantage_options = {"gae": {"gamma": 1.0, "lam": 0.95}}
   config.rl.value_coef = 0.5

@@ -5,7 +5,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "rloo"
   config.rl.kl_in = "reward"
   config.rl.kl_estimator = "k1"

@@ -9,7 +9,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0.2*sar"
+  config.reward.terms = "verifiable + 0.2*sar"
   config.rl.advantage = "gae"
   config.rl.value_coef = 0.5
   config.rl.kl_coef = 0.0

@@ -10,7 +10,7 @@ from configs.methods import base
 
 def method(config):
   """What defines it."""
-  config.reward.parts = "verifiable + 0*opera"
+  config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "sdpo"
   config.rl.ema = 0.05
   config.rl.divergence_coef = 1.0

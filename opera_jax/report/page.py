@@ -167,7 +167,7 @@ def _thought(thought: views.ThoughtView, scale: float) -> str:
   note = f' <span class="note">{_text(thought.note)}</span>'
   return (
     f"<article><h3>{_text(thought.stage)}{note if thought.note else ''}</h3>"
-    f"{_parts(thought.parts)}"
+    f"{_terms(thought.terms)}"
     f"{_block('prompt', thought.prompt)}"
     f'<ol class="steps">{steps}</ol>'
     f"{_block('answer', thought.answer)}"
@@ -201,7 +201,7 @@ def _samples(samples: Sequence[views.SampleView]) -> str:
   shown = []
   for sample in samples:
     answers = "".join(
-      f"<div><h4>{_text(answer.stage)}</h4>{_parts(answer.parts)}"
+      f"<div><h4>{_text(answer.stage)}</h4>{_terms(answer.terms)}"
       f"{_block('thought', answer.thought)}{_block('answer', answer.answer)}"
       "</div>"
       for answer in sample.answers
@@ -249,14 +249,14 @@ def _config(config: Mapping[str, object]) -> str:
   )
 
 
-def _parts(parts: Mapping[str, float]) -> str:
-  if not parts:
+def _terms(terms: Mapping[str, float]) -> str:
+  if not terms:
     return ""
   shown = "".join(
     f"<span>{_text(name)} <b>{value:.3g}</b></span>"
-    for name, value in parts.items()
+    for name, value in terms.items()
   )
-  return f'<div class="parts">{shown}</div>'
+  return f'<div class="terms">{shown}</div>'
 
 
 def _block(label: str, text: str) -> str:

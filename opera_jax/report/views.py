@@ -24,7 +24,7 @@ class ThoughtView:
   reference: str
   steps: Sequence[StepView]
   answer: str
-  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
   note: str = ""  # "truncated", say
 
 
@@ -35,7 +35,7 @@ class AnswerView:
   stage: str
   thought: str
   answer: str
-  parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

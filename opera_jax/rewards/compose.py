@@ -4,9 +4,9 @@ A reward is one file of this package with a frozen dataclass `Reward`, whose
 fields are its settings, and two pure methods:
 
     questions(rollouts) -> structs.Questions      what it wants priced
-    rewards(rollouts, answers) -> dict            "total" and parts, [B, N]
+    rewards(rollouts, answers) -> dict            "total" and terms, [B, N]
 
-`config.reward.parts` names rewards and their weights, as in
+`config.reward.terms` names rewards and their weights, as in
 "verifiable + 0.2*sar"; a name with a colon is the import path of a user's
 function, see `rewards.function`.
 
@@ -119,31 +119,31 @@ def weighted_sum(
   """`sum of weight * total`, and every part by name.
 
   Args:
-    rewards: by reward name its parts, [B, N] each, `total` among them.
+    rewards: by reward name its terms, [B, N] each, `total` among them.
     weight: by reward name; one of weight 0 is measured and not paid.
 
   Returns:
-    The sum, float32 [B, N], and the parts, float32 [B, N] each: a reward's
-    total under the reward's name, its other parts under their own.
+    The sum, float32 [B, N], and the terms, float32 [B, N] each: a reward's
+    total under the reward's name, its other terms under their own.
 
   Raises:
-    ValueError: parts of different shapes, a value that is not finite, or two
-      parts of one name.
+    ValueError: terms of different shapes, a value that is not finite, or two
+      terms of one name.
   """
-  parts: dict[str, np.ndarray] = {}
+  terms: dict[str, np.ndarray] = {}
   total_BN, shape = np.float32(0.0), None
   for reward, mine in rewards.items():
     for part, value_BN in mine.items():
       name = reward if part == "total" else part
       shape = shape or value_BN.shape
-      _check(name, value_BN, shape, parts)
-      parts[name] = value_BN.astype(np.float32)
-    total_BN = total_BN + np.float32(weight[reward]) * parts[reward]
-  return total_BN, parts
+      _check(name, value_BN, shape, terms)
+      terms[name] = value_BN.astype(np.float32)
+    total_BN = total_BN + np.float32(weight[reward]) * terms[reward]
+  return total_BN, terms
 
 
-def _check(name, value_BN, shape, parts) -> None:
-  if name in parts:
+def _check(name, value_BN, shape, terms) -> None:
+  if name in terms:
     raise ValueError(f"Two rewards have a part {name!r}. Rename one.")
   if value_BN.shape != shape:
     raise ValueError(

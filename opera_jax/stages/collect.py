@@ -128,10 +128,10 @@ def _decides(scored: score_lib.Scored, name: str) -> np.ndarray:
   """The reward whose spread makes a group worth keeping, float32 [B, N]."""
   if not name:
     return scored.total_BN
-  if name not in scored.parts:
+  if name not in scored.terms:
     raise ValueError(
       f"config.rl.filter_reward is {name!r}, and this run measures "
-      f"{sorted(scored.parts)}. Name one of the terms of config.reward.parts, "
+      f"{sorted(scored.terms)}. Name one of the terms of config.reward.terms, "
       'or "" for their weighted sum.'
     )
-  return scored.parts[name]
+  return scored.terms[name]

@@ -294,7 +294,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "bridge": text(),
     "max_steps": count(),
     "math_check": one_of(*verifiable.METHODS),
-    "parts": text(empty=False),
+    "terms": text(empty=False),
     "options": table(table(anything)),
     "environment": each(text(empty=False), least=0),
   }),
@@ -464,7 +464,7 @@ def _terms(
     return
   reward = dict(config["reward"])
   try:
-    weights = compose.weights(reward["parts"])
+    weights = compose.weights(reward["terms"])
     # A user's function is tried by `preflight`, in the process it runs in.
     ours = [
       name if weight == 1 else f"{weight!r}*{name}"
@@ -475,7 +475,7 @@ def _terms(
     if ours:
       score.terms(lambda _: (), **settings | {"parts": " + ".join(ours)})
   except (ValueError, TypeError) as error:
-    yield f"config.reward.parts = {reward['parts']!r}: {error}"
+    yield f"config.reward.terms = {reward['terms']!r}: {error}"
   if "rl" not in stages:
     return
   rl = config["rl"]
@@ -486,13 +486,13 @@ def _terms(
   decides = rl["filter_reward"]
   if decides:
     try:
-      names = list(compose.weights(reward["parts"]))
+      names = list(compose.weights(reward["terms"]))
     except ValueError:
       return
     if decides not in names:
       yield (
         f"config.rl.filter_reward is {decides!r}; name one of the terms of "
-        f'config.reward.parts, {names}, or "" for their weighted sum'
+        f'config.reward.terms, {names}, or "" for their weighted sum'
         f"{compose.nearest(decides, names)}"
       )
 
@@ -842,7 +842,7 @@ READ: dict[str, Read] = {
   **{
     f"reward.{name}": Read(
       default, _opera,
-      "config.reward.parts holds opera, or config.stages evaluate",
+      "config.reward.terms holds opera, or config.stages evaluate",
     )
     for name, default in (
       ("tau", 2.0), ("mode", "both"), ("compare", "previous"), ("bridge", ""),
@@ -852,7 +852,7 @@ READ: dict[str, Read] = {
     0.3,
     lambda config, stages: _opera(config, stages)
     and config["reward"]["mode"] in ("both", "one_hot"),
-    "config.reward.mode is 'both' or 'one_hot', and config.reward.parts holds "
+    "config.reward.mode is 'both' or 'one_hot', and config.reward.terms holds "
     "opera or config.stages evaluate",
   ),
 }  # fmt: skip

@@ -248,10 +248,10 @@ def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
   """How right each sample is, 0 to 1: of maths whether it is correct, where
   that was checked; else the reward, clipped."""
   clipped_BN = np.clip(scored.total_BN, 0.0, 1.0)
-  if "correct" not in scored.parts:
+  if "correct" not in scored.terms:
     return clipped_BN
   maths_B1 = np.asarray([[p.task == "math"] for p in rollouts.prompts])
-  return np.where(maths_B1, scored.parts["correct"], clipped_BN)
+  return np.where(maths_B1, scored.terms["correct"], clipped_BN)
 
 
 def importance_weighted(

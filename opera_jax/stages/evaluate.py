@@ -218,7 +218,7 @@ def _measures(
   """Per-prompt means over its samples, [B] each; facts where `told`."""
   parts = {
     name: part_BN.mean(axis=1)
-    for name, part_BN in scored.parts.items()
+    for name, part_BN in scored.terms.items()
     if name != "r_ppl"
   }
   parts["finished"] = np.asarray(
@@ -331,7 +331,7 @@ def _pooled_rank(
         pooled,
         advance=advance,
       )
-      rank_BX = scored.parts["r_ppl"].reshape(len(mine), len(MODELS), -1)
+      rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(MODELS), -1)
       return rank_BX.mean(axis=2).tolist()
 
     for b, ranks in zip(mine, pieces.get(f"pooled-{block.start:08d}", rank)):
@@ -396,7 +396,7 @@ def _shown(
           "answer": answer_text(run, groups[place][0]),
           "steps": _steps(run, scored, row, groups[place][0]),
           "parts": {
-            k: float(scored.parts[k][place, 0])
+            k: float(scored.terms[k][place, 0])
             for k in ("r_self", "r_ppl", "count", "score")
           },
         }

@@ -100,7 +100,7 @@ def terms(
     if name not in weights:
       raise ValueError(
         f"config.reward.options sets {sorted(settings)} of {name!r}, which is "
-        f"no term of config.reward.parts = {parts!r}. Add it (0*{name} "
+        f"no term of config.reward.terms = {parts!r}. Add it (0*{name} "
         "measures and does not pay), or leave its options out."
       )
     for setting in settings:
@@ -184,7 +184,7 @@ class Scorer:
     self._max_steps = max_steps
     self._weights, self._rewards = terms(
       tokenizer.encode_template,
-      parts=parts,
+      terms=parts,
       options=options,
       timeout=timeout,
       environment=environment,
@@ -478,9 +478,9 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
   )
   return Scored(
     total_BN=prompts(lambda s: s.total_BN),
-    parts={
-      name: prompts(lambda s, name=name: s.parts[name])
-      for name in distinct[0].parts
+    terms={
+      name: prompts(lambda s, name=name: s.terms[name])
+      for name in distinct[0].terms
     },
     trunks=flat(lambda s: s.trunks),
     prices=structs.Prices(

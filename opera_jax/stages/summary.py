@@ -69,7 +69,7 @@ def rl_step(
     "price/separate_tokens": scored.separate_tokens,
   }
   opened_B = scored.opened_B
-  for name, part_BN in scored.parts.items():
+  for name, part_BN in scored.terms.items():
     mine_B = np.ones_like(opened_B)
     if name in OPEN_ENDED:
       mine_B = opened_B
@@ -79,8 +79,8 @@ def rl_step(
       out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
   if ema is not None:
     out["reward/score_ema"] = ema
-  if opened_B.any() and "score" in scored.parts:
-    score_ON = scored.parts["score"][opened_B]
+  if opened_B.any() and "score" in scored.terms:
+    score_ON = scored.terms["score"][opened_B]
     out["reward/score_smoothed"] = smoothing.smoothed(score_ON, ema).mean()
   for name in updates[0]:
     out[name] = np.mean([values[name] for values in updates])

@@ -117,9 +117,7 @@ def test_evidence_is_clipped_and_counted(make):
   assert got.metrics["evidence"] == pytest.approx(ratio.mean(), rel=1e-5)
   log_odds = np.clip(ratio, -1, 1).sum(axis=1)  # V_0 = 1/2
   want = 1 / (1 + np.exp(-log_odds)) - 0.5
-  np.testing.assert_allclose(
-    [a.sum() for a in got.advantage], want, rtol=1e-5
-  )
+  np.testing.assert_allclose([a.sum() for a in got.advantage], want, rtol=1e-5)
   assert got.metrics["drift"] == pytest.approx(want.mean(), rel=1e-5)
 
 

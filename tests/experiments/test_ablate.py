@@ -49,7 +49,7 @@ def test_changes_of_a_row_are_applied():
   config = ablate.load(
     f"{ablations.SAR}:ablation", ablate.split(changes["R_SA only"])
   )
-  assert config.reward.parts == "sar + 0*opera + 0*verifiable"
+  assert config.reward.terms == "sar + 0*opera + 0*verifiable"
 
 
 def _run(workdir, grid="ablations"):

@@ -33,14 +33,14 @@ def test_configs_name_real_parts(name, arg):
   assert config.is_locked and set(config) == set(common.get_config())
   assert set(config.rl) == set(common.get_config().rl)
   options = config.reward.options.to_dict()
-  for part in compose.weights(config.reward.parts):
+  for part in compose.weights(config.reward.terms):
     compose.build(part, options.get(part, {}), 1.0)
   crediting.WeightedEstimators(
     config.rl.advantage, config.rl.advantage_options, None
   )
   assert config.rl.loss in learner.LOSSES
   assert config.rl.prompts % config.rl.mini_batch == 0
-  assert set(options) <= set(compose.weights(config.reward.parts))
+  assert set(options) <= set(compose.weights(config.reward.terms))
   text = importlib.import_module(f"configs.methods.{name}").__doc__
   cited = ("arXiv", "Williams", "teacher", "taught")
   assert any(word in text for word in cited), text
@@ -97,7 +97,7 @@ def test_one_step_of_each_method(name, stepped):
   done = json.loads((stepped / name / "rl" / "DONE.json").read_text())
   assert done["steps"] == 1
   assert np.isfinite(line["policy/loss"])
-  for part in compose.weights(config.reward.parts):
+  for part in compose.weights(config.reward.terms):
     assert f"reward/{part}" in line
   if config.rl.value_coef:
     assert line["policy/value_loss"] >= 0

@@ -34,17 +34,17 @@ def test_what_is_no_sum_is_refused(text):
 
 
 def test_totals_add_up_and_parts_are_kept():
-  total, parts = compose.weighted_sum(PARTS, WEIGHT)
+  total, terms = compose.weighted_sum(PARTS, WEIGHT)
   assert total.dtype == np.float32
   np.testing.assert_allclose(total, [[1.1, -0.1]], rtol=1e-6)
-  assert set(parts) == {"sar", "gain", "verifiable"}
-  np.testing.assert_allclose(parts["gain"], [[1.0, 2.0]])
+  assert set(terms) == {"sar", "gain", "verifiable"}
+  np.testing.assert_allclose(terms["gain"], [[1.0, 2.0]])
 
 
 def test_a_reward_of_weight_zero_is_measured_and_not_paid():
-  total, parts = compose.weighted_sum(PARTS, WEIGHT | {"sar": 0.0})
+  total, terms = compose.weighted_sum(PARTS, WEIGHT | {"sar": 0.0})
   np.testing.assert_array_equal(total, [[1, 0]])
-  assert "sar" in parts
+  assert "sar" in terms
 
 
 def test_rewards_are_found_by_file_name():

@@ -36,7 +36,7 @@ class _Scorer:
     names = [f"{p.id}.{n}" for p in prompts for n in range(2)]
     return score.Scored(
       total_BN=reward,
-      parts={
+      terms={
         "r": reward * 2,
         "right": np.asarray(
           [[0.0, 1.0] if "r" in p.id else [0.0, 0.0] for p in prompts],
@@ -103,7 +103,7 @@ def test_groups_without_spread_are_drawn_anew():
   # Every record follows its group.
   assert got.scored.trunks == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
   assert got.scored.rollouts.texts == got.scored.trunks
-  np.testing.assert_array_equal(got.scored.parts["r"], 2 * got.scored.total_BN)
+  np.testing.assert_array_equal(got.scored.terms["r"], 2 * got.scored.total_BN)
   assert got.scored.prices.trunk_tokens == 20
   assert got.scored.thoughts.step_end.shape == (6, 4)
 

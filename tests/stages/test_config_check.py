@@ -44,11 +44,11 @@ HOSTILE = [
   ("reward.compare", "prev", "did you mean 'previous'"),
   ("reward.match", "words", "did you mean 'word'"),
   ("reward.math_check", "exakt", "did you mean 'exact'"),
-  ("reward.parts", "oprea + verifiable", "did you mean 'opera'"),
-  ("reward.parts", "1.2.3*sar", "no term of a weighted sum"),
-  ("reward.parts", "1e400*opera", "weights are finite"),
-  ("reward.parts", "nan*opera", "no term of a weighted sum"),
-  ("reward.parts", "opera+verifiable", "spaces around the plus"),
+  ("reward.terms", "oprea + verifiable", "did you mean 'opera'"),
+  ("reward.terms", "1.2.3*sar", "no term of a weighted sum"),
+  ("reward.terms", "1e400*opera", "weights are finite"),
+  ("reward.terms", "nan*opera", "no term of a weighted sum"),
+  ("reward.terms", "opera+verifiable", "spaces around the plus"),
   ("synthesis.price", "foo", "'sequence', 'candidate'"),
   ("synthesis.method", "searching", "did you mean 'search'"),
   # Ranges.
@@ -272,7 +272,7 @@ def test_stages_that_lack_their_inputs_are_refused(tmp_path):
 
 
 _DEMANDING = (
-  *("rl.advantage", "rl.reduction", "rl.kl_estimator", "reward.parts"),
+  *("rl.advantage", "rl.reduction", "rl.kl_estimator", "reward.terms"),
 )
 
 
@@ -294,7 +294,7 @@ _DEMANDING = (
     ("reward.compare", opera.COMPARED, {}),
     ("reward.match", ("word", "substring", "any"), {}),
     ("reward.math_check", verifiable.METHODS, {}),
-    ("reward.parts", compose.files("opera_jax.rewards", "Reward"), {}),
+    ("reward.terms", compose.files("opera_jax.rewards", "Reward"), {}),
     ("synthesis.price", search.PRICES, {}),
     ("synthesis.method", cold_start.METHODS, {}),
     ("rl.tasks", (("math",), ("open_ended",), ("open_ended", "math")), {}),
@@ -371,7 +371,7 @@ def test_every_field_has_a_rule():
 def test_one_field_says_how_maths_is_checked_in_every_term():
   reward = _config(
     **{
-      "reward.parts": "verifiable + 0.2*length",
+      "reward.terms": "verifiable + 0.2*length",
       "reward.options": {"length": {"kind": "efficient"}},
       "reward.math_check": "math_verify",
     }

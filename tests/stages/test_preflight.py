@@ -10,14 +10,14 @@ from opera_jax.rewards import endpoint
 @pytest.mark.parametrize(
   "field, value, message",
   [
-    ("reward.parts", "opera + nowhere:f", "'nowhere:f' cannot be imported"),
-    ("reward.parts", "opera + math:sqrt + math:pi", "'math:pi' is float"),
+    ("reward.terms", "opera + nowhere:f", "'nowhere:f' cannot be imported"),
+    ("reward.terms", "opera + math:sqrt + math:pi", "'math:pi' is float"),
     ("synthesis.choose", "nowhere:f", "'nowhere:f' cannot be imported"),
     ("synthesis.choose", "f", "'f' is no path of a function"),
     ("select.rl.judge", "nowhere:f", "'nowhere:f' cannot be imported"),
     ("select.rl.judge", "__main__:f", "%%writefile"),
     (
-      "reward.parts",
+      "reward.terms",
       "judge",
       "no readable answer",
     ),

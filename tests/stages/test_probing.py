@@ -11,7 +11,7 @@ from opera_jax.train import checkpoint
 pytestmark = pytest.mark.slow
 PARTS = {
   "opera": {},
-  "r_self": {"parts": "opera", "mode": "r_self"},
+  "r_self": {"terms": "opera", "mode": "r_self"},
   "verifiable": {"parts": "verifiable"},
   "format": {"parts": "format"},
   "short": {"parts": "length", "options": {"length": {"kind": "o1_pruner"}}},
