@@ -473,7 +473,7 @@ def _terms(
     ]
     settings = {name: reward[name] for name in score.OF_TERMS}
     if ours:
-      score.terms(lambda _: (), **settings | {"parts": " + ".join(ours)})
+      score.build_rewards(lambda _: (), **settings | {"terms": " + ".join(ours)})
   except (ValueError, TypeError) as error:
     yield f"config.reward.terms = {reward['terms']!r}: {error}"
   if "rl" not in stages:
@@ -620,7 +620,7 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
 
 
 def _update(config: Mapping[str, Any]) -> Iterator[str]:
-  """An RL step: sizes that divide, and parts that need each other."""
+  """An RL step: sizes that divide, and fields that need each other."""
   rl = config["rl"]
   pairs = rl["loss"] == "dpo"
   if rl["prompts"] % rl["mini_batch"]:
@@ -734,7 +734,7 @@ def _file(name: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
 
 def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
   """Evaluation and OPERA's own term measure by the reward's settings."""
-  names = compose.weights(config["reward"]["parts"])
+  names = compose.weights(config["reward"]["terms"])
   return "opera" in names or "evaluate" in stages
 
 

@@ -395,7 +395,7 @@ def _shown(
           ),
           "answer": answer_text(run, groups[place][0]),
           "steps": _steps(run, scored, row, groups[place][0]),
-          "parts": {
+          "terms": {
             k: float(scored.terms[k][place, 0])
             for k in ("r_self", "r_ppl", "count", "score")
           },

@@ -80,15 +80,15 @@ def measure(
   opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   maths = [b for b, p in enumerate(prompts) if p.task == "math"]
   told = [b for b in opened if "facts" in prompts[b].columns]
-  parts = scored.parts
+  terms = scored.terms
   out = {
     "tokens": scored.rollouts.lengths().mean(axis=1),
-    "reflections": parts["reflections"].mean(axis=1),
+    "reflections": terms["reflections"].mean(axis=1),
     "finished": np.asarray([np.mean([s.finished for s in g]) for g in groups]),
   }
   if opened:
-    out["r_self"] = parts["r_self"][opened].mean(axis=1)
-    out["score"] = parts["score"][opened].mean(axis=1)
+    out["r_self"] = terms["r_self"][opened].mean(axis=1)
+    out["score"] = terms["score"][opened].mean(axis=1)
     prices = evaluate.thought_prices(
       run,
       params,
@@ -97,7 +97,7 @@ def measure(
     )
     out["logp_thought"] = prices["logp_thought"]
   if maths:
-    out["correct"] = parts["correct"][maths].mean(axis=1)
+    out["correct"] = terms["correct"][maths].mean(axis=1)
     out["math_tokens"] = out["tokens"][maths]
   if told:
     out["facts"] = np.asarray(

@@ -135,7 +135,7 @@ def _thought(shown: Mapping[str, Any]) -> views.ThoughtView:
     reference=shown["reference"],
     steps=[views.StepView(**step) for step in shown["steps"]],
     answer=shown["answer"],
-    terms=shown["parts"],
+    terms=shown["terms"],
     note="" if shown["steps"] else "no closed thought: " + shown["text"],
   )
 
@@ -154,7 +154,7 @@ def _samples(every) -> list[views.SampleView]:
           thought="\n\n".join(s["text"] for s in shown["steps"])
           or shown["text"],
           answer=shown["answer"],
-          terms=shown["parts"],
+          terms=shown["terms"],
         )
         for shown in group
       ],

@@ -28,7 +28,7 @@ class Scored:
   """Rewards of B prompts x N samples, and what they were made of."""
 
   total_BN: np.ndarray
-  parts: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
+  terms: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
   trunks: list[np.ndarray]  # prompt + completion tokens, prompt-major
   prices: structs.Prices  # of the trunks, and of all branches
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
@@ -40,7 +40,7 @@ class Scored:
 
 # Arguments of `terms` that are fields of config.reward.
 OF_TERMS = (
-  *("parts", "options", "timeout", "environment", "alpha", "tau", "mode"),
+  *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
   *("compare", "bridge", "match", "math_check"),
 )
 # What a term is told by fields of config.reward, and by which.
@@ -59,10 +59,10 @@ _OWN = {
 }
 
 
-def terms(
+def build_rewards(
   encode: Callable[[str], Sequence[int]],
   *,
-  parts: str,
+  terms: str,
   options: Mapping[str, Mapping[str, Any]] | None,
   timeout: float,
   environment: Sequence[str],
@@ -78,7 +78,7 @@ def terms(
 
   Args:
     encode: text of ours to token ids.
-    parts: see `Scorer`; and so on.
+    terms: see `Scorer`; and so on.
     options: see `Scorer`.
     timeout: see `Scorer`.
     environment: see `Scorer`.
@@ -94,13 +94,13 @@ def terms(
     ValueError: an unknown reward or setting, a setting of a reward that is no
       term, or one that a field of config.reward has.
   """
-  weights = compose.weights(parts)
+  weights = compose.weights(terms)
   given = {name: dict(value) for name, value in (options or {}).items()}
   for name, settings in given.items():
     if name not in weights:
       raise ValueError(
         f"config.reward.options sets {sorted(settings)} of {name!r}, which is "
-        f"no term of config.reward.terms = {parts!r}. Add it (0*{name} "
+        f"no term of config.reward.terms = {terms!r}. Add it (0*{name} "
         "measures and does not pay), or leave its options out."
       )
     for setting in settings:
@@ -138,7 +138,7 @@ class Scorer:
     pricer: price_lib.Pricer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
-    parts: str = "opera + verifiable",
+    terms: str = "opera + verifiable",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: float = 60.0,
     environment: Sequence[str] = (),
@@ -159,7 +159,7 @@ class Scorer:
     Args:
       pricer: prices trunks and branches at temperature 1.
       tokenizer: of the policy.
-      parts: which rewards, with which weights; see `compose.weights`.
+      terms: which rewards, with which weights; see `compose.weights`.
       options: settings of rewards by name, where their defaults do not do;
         what is an argument here is none of them.
       timeout: seconds that a user's function may take for one step.
@@ -171,7 +171,7 @@ class Scorer:
       keywords: words that make a step reflective.
       match: "word" or "substring"; "any" drops the condition: every step may
         count.
-      separator: what parts steps.
+      separator: what divides steps.
       bridge: text between a partial thought and the reference.
       max_steps: steps told apart in a thought; more are counted in a metric.
       math_check: see `verifiable.correct_many`.
@@ -182,9 +182,9 @@ class Scorer:
     """
     self._pricer, self._tokenizer = pricer, tokenizer
     self._max_steps = max_steps
-    self._weights, self._rewards = terms(
+    self._weights, self._rewards = build_rewards(
       tokenizer.encode_template,
-      terms=parts,
+      terms=terms,
       options=options,
       timeout=timeout,
       environment=environment,
@@ -261,7 +261,7 @@ class Scorer:
       advance: called with the tokens priced as they are done.
 
     Returns:
-      Rewards, parts and prices.
+      Rewards, terms and prices.
 
     Raises:
       ValueError: an empty reference, fewer than two samples for a reward that
@@ -284,7 +284,7 @@ class Scorer:
         params, *rollouts.tokens(), every[len(trunks) :], advance=advance
       )
     answers = _answers(prices, rollouts, asked)
-    total_BN, parts = compose.weighted_sum(
+    total_BN, terms = compose.weighted_sum(
       {
         n: _given(r, rollouts, asked[n], answers[n]) for n, r in rewards.items()
       },
@@ -298,7 +298,7 @@ class Scorer:
       mine = answers["opera"]
       deltas_RJ[opened] = opera.step_deltas(mine.branch_logprob, mine.memo)
     shape = total_BN.shape
-    parts |= {
+    terms |= {
       "reflections": thoughts.reflective.sum(1).reshape(shape),
       "steps": total_R.reshape(shape),
       "closed": thoughts.closed.reshape(shape),
@@ -309,7 +309,7 @@ class Scorer:
     }
     return Scored(
       total_BN,
-      parts,
+      terms,
       trunks,
       dataclasses.replace(
         prices,
@@ -401,7 +401,7 @@ def _given(
   asked: structs.Questions,
   answers: structs.Answers,
 ) -> dict[str, np.ndarray]:
-  """A reward's parts, [B, N] each, the same on every process.
+  """A reward's terms, [B, N] each, the same on every process.
 
   What has been priced is arithmetic, which all processes do alike. A reward
   that priced nothing may ask a judge, a user's function or a clock instead:
@@ -410,7 +410,7 @@ def _given(
   if asked.trunks or asked.branches:
     return reward.rewards(rollouts, answers)
 
-  def parts(share: Sequence[int]) -> list[dict[str, list[float]]]:
+  def terms(share: Sequence[int]) -> list[dict[str, list[float]]]:
     mine = rollouts.of(share)
     rows = [
       b * rollouts.samples + n for b in share for n in range(mine.samples)
@@ -427,7 +427,7 @@ def _given(
       for b in range(len(share))
     ]
 
-  each = exchange.each(range(len(rollouts.prompts)), parts)
+  each = exchange.each(range(len(rollouts.prompts)), terms)
   return {
     name: np.asarray([part[name] for part in each], np.float32)
     for name in each[0]

@@ -338,7 +338,7 @@ def setup(
   # OPERA's terms alone, and of the options those of these terms.
   terms = compose.weights(MEASURED)
   measured = {
-    "parts": MEASURED,
+    "terms": MEASURED,
     "options": {n: o for n, o in reward["options"].items() if n in terms},
   }
   return Run(

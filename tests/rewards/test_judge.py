@@ -44,12 +44,12 @@ def test_rubric_is_the_mean_of_four_grades(server, rollouts):
   )
   case = rollouts([["<think>x</think>good", "<think>good</think>bad"]])
   got = _reward(server, prompt_price=2.0, completion_price=5.0)
-  parts = got.rewards(case, None)
-  np.testing.assert_allclose(parts["total"], [[3.5 / 4, 0.5 / 4]])
-  np.testing.assert_array_equal(parts["structural_integrity"], [[5, 1]])
+  terms = got.rewards(case, None)
+  np.testing.assert_allclose(terms["total"], [[3.5 / 4, 0.5 / 4]])
+  np.testing.assert_array_equal(terms["structural_integrity"], [[5, 1]])
   assert "x</think>" not in server.seen[0]  # the thought is not shown
-  np.testing.assert_allclose(parts["judge_cost"].sum(), 2 * 250e-6, rtol=1e-5)
-  assert parts["judge_failed"].sum() == parts["judge_unreadable"].sum() == 0
+  np.testing.assert_allclose(terms["judge_cost"].sum(), 2 * 250e-6, rtol=1e-5)
+  assert terms["judge_failed"].sum() == terms["judge_unreadable"].sum() == 0
 
 
 def test_a_failed_sample_takes_the_mean_of_its_group(server, rollouts):
@@ -61,25 +61,25 @@ def test_a_failed_sample_takes_the_mean_of_its_group(server, rollouts):
 
   server.say = say
   case = rollouts([["good", "good", "bad", "mute"], ["bad"] * 4])
-  parts = _reward(server, retries=1).rewards(case, None)
-  np.testing.assert_allclose(parts["total"][0], [1, 1, 0, 2 / 3], rtol=1e-6)
-  np.testing.assert_array_equal(parts["total"][1], 0)
+  terms = _reward(server, retries=1).rewards(case, None)
+  np.testing.assert_allclose(terms["total"][0], [1, 1, 0, 2 / 3], rtol=1e-6)
+  np.testing.assert_array_equal(terms["total"][1], 0)
   np.testing.assert_array_equal(
-    parts["judge_failed"], [[0, 0, 0, 1], [0, 0, 0, 0]]
+    terms["judge_failed"], [[0, 0, 0, 1], [0, 0, 0, 0]]
   )
   # Two unreadable replies among eight samples.
-  np.testing.assert_allclose(parts["judge_unreadable"], 2 / 8)
+  np.testing.assert_allclose(terms["judge_unreadable"], 2 / 8)
   # Its advantage over the group is 0; that of the judged is what it was.
-  advantage_N = parts["total"][0] - parts["total"][0].mean()
+  advantage_N = terms["total"][0] - terms["total"][0].mean()
   np.testing.assert_allclose(advantage_N, [1 / 3, 1 / 3, -2 / 3, 0], atol=1e-6)
 
 
 def test_a_failed_group_takes_the_mean_of_all(server, rollouts):
   server.say = _never("mute")
   case = rollouts([["mute", "mute"], ["a", "b"], ["c", "d"]])
-  parts = _reward(server, retries=0, max_failed=0.5).rewards(case, None)
-  np.testing.assert_allclose(parts["total"], 0.75)
-  total, _ = compose.weighted_sum({"judge": parts}, {"judge": 1.0})
+  terms = _reward(server, retries=0, max_failed=0.5).rewards(case, None)
+  np.testing.assert_allclose(terms["total"], 0.75)
+  total, _ = compose.weighted_sum({"judge": terms}, {"judge": 1.0})
   assert np.isfinite(total).all()
 
 

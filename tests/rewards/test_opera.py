@@ -81,10 +81,10 @@ def _slow(thoughts, table, samples, alpha=0.3, tau=2.0):
 def test_rewards_are_the_definition(seed, all_steps):
   thoughts, table = _case(seed)
   logprobs, layout = _priced(thoughts, table, all_steps=all_steps)
-  parts = opera.rewards(logprobs, layout, samples=4)
+  terms = opera.rewards(logprobs, layout, samples=4)
   want = _slow(thoughts, table, 4)
-  assert parts.keys() == want.keys()
-  for name, value in parts.items():
+  assert terms.keys() == want.keys()
+  for name, value in terms.items():
     assert value.dtype == np.float32
     np.testing.assert_allclose(value, want[name], atol=1e-5, err_msg=name)
 
@@ -126,10 +126,10 @@ def test_the_tanh_table():
   )
   table = np.zeros((rows, LENGTH + 1, TOKENS), np.float32)
   table += np.linspace(-3, -1, LENGTH + 1, dtype=np.float32)[None, :, None]
-  parts = opera.rewards(*_priced(thoughts, table), samples=rows)
-  np.testing.assert_array_equal(parts["count"], [[0, 1, 2, 3, 4]])
+  terms = opera.rewards(*_priced(thoughts, table), samples=rows)
+  np.testing.assert_array_equal(terms["count"], [[0, 1, 2, 3, 4]])
   np.testing.assert_allclose(
-    parts["r_self"], [[0, 0.462, 0.762, 0.905, 0.964]], atol=5e-4
+    terms["r_self"], [[0, 0.462, 0.762, 0.905, 0.964]], atol=5e-4
   )
 
 
@@ -137,24 +137,24 @@ def test_no_gain_without_a_rise():
   """Equal prices do not count: the rise is strict."""
   thoughts, table = _case(1)
   flat = np.zeros_like(table) - 1
-  parts = opera.rewards(*_priced(thoughts, flat), samples=4)
-  np.testing.assert_array_equal(parts["count"], 0)
+  terms = opera.rewards(*_priced(thoughts, flat), samples=4)
+  np.testing.assert_array_equal(terms["count"], 0)
 
 
 def test_ties_share_the_lower_rank():
   thoughts, table = _case(2, rows=4)
   table[:, LENGTH] = np.asarray([-1.0, -2.0, -1.0, -3.0])[:, None]
-  parts = opera.rewards(*_priced(thoughts, table), samples=4)
-  np.testing.assert_allclose(parts["r_ppl"], [[2 / 3, 1 / 3, 2 / 3, 0]])
-  parts = opera.rewards(*_priced(thoughts, table), samples=4, mode="one_hot")
-  np.testing.assert_array_equal(parts["r_ppl"], 0)
+  terms = opera.rewards(*_priced(thoughts, table), samples=4)
+  np.testing.assert_allclose(terms["r_ppl"], [[2 / 3, 1 / 3, 2 / 3, 0]])
+  terms = opera.rewards(*_priced(thoughts, table), samples=4, mode="one_hot")
+  np.testing.assert_array_equal(terms["r_ppl"], 0)
 
 
 def test_truncated_samples_have_no_r_self():
   thoughts, table = _case(0)
-  parts = opera.rewards(*_priced(thoughts, table), samples=4)
-  np.testing.assert_array_equal(parts["r_self"][:, 3], 0)
-  assert parts["r_self"][:, :3].any()
+  terms = opera.rewards(*_priced(thoughts, table), samples=4)
+  np.testing.assert_array_equal(terms["r_self"][:, 3], 0)
+  assert terms["r_self"][:, :3].any()
 
 
 def test_the_released_smoothing_cannot_change_a_reward():

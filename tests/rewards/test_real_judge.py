@@ -137,11 +137,11 @@ def test_it_grades(server, rollouts):
   )
   reward.probe([structs.Prompt("a", "open_ended", "Tell.", "Once.")])
   probed = reward.client.cost()
-  parts = reward.rewards(rollouts([["a", "b"], ["c", "d"]]), None)
-  np.testing.assert_allclose(parts["total"], (3.5 - 1) / 4)
+  terms = reward.rewards(rollouts([["a", "b"], ["c", "d"]]), None)
+  np.testing.assert_allclose(terms["total"], (3.5 - 1) / 4)
   for name, grade in GRADES.items():
-    np.testing.assert_array_equal(parts[name], grade)
-  assert not parts["judge_failed"].any()
+    np.testing.assert_array_equal(terms[name], grade)
+  assert not terms["judge_failed"].any()
   # Four tokens a reply, the end among them, as the server counts.
   assert probed == 4 and reward.client.cost() == 5 * 4
 

@@ -520,23 +520,23 @@ def test_only_maths_prompts_are_ever_right(rollouts):
     structs.Prompt("b", "open_ended", "q", "4"),
   ]
   case = rollouts([["4", "5"], ["4", "4"]], tasks)
-  parts = verifiable.Reward().rewards(case, None)
-  np.testing.assert_array_equal(parts["correct"], [[1, 0], [0, 0]])
-  np.testing.assert_array_equal(parts["total"], parts["correct"])
+  terms = verifiable.Reward().rewards(case, None)
+  np.testing.assert_array_equal(terms["correct"], [[1, 0], [0, 0]])
+  np.testing.assert_array_equal(terms["total"], terms["correct"])
   for name in ("cannot_tell", "check_failed", "undecided"):
-    np.testing.assert_array_equal(parts[name], np.zeros((2, 2)))
+    np.testing.assert_array_equal(terms[name], np.zeros((2, 2)))
 
 
 def test_how_a_verdict_was_found_is_a_part(rollouts, odd_library):
   tasks = [structs.Prompt("a", "math", "q", "x+1")]
   case = rollouts([["right", "raise", "empty", "wrong"]], tasks)
   with pytest.warns(RuntimeWarning, match="1 of 4 checks"):
-    parts = verifiable.Reward().rewards(case, None)
-  assert {name: part.tolist() for name, part in parts.items()} == {
+    terms = verifiable.Reward().rewards(case, None)
+  assert {name: part.tolist() for name, part in terms.items()} == {
     "total": [[1, 0, 0, 0]],
     "correct": [[1, 0, 0, 0]],
     "cannot_tell": [[1, 1, 1, 1]],
     "check_failed": [[0, 1, 0, 0]],
     "undecided": [[0, 1, 1, 0]],
   }
-  assert {part.dtype for part in parts.values()} == {np.dtype(np.float32)}
+  assert {part.dtype for part in terms.values()} == {np.dtype(np.float32)}

@@ -376,7 +376,7 @@ def test_one_field_says_how_maths_is_checked_in_every_term():
       "reward.math_check": "math_verify",
     }
   ).reward.to_dict()
-  _, made = score.terms(
+  _, made = score.build_rewards(
     lambda _: (), **{name: reward[name] for name in score.OF_TERMS}
   )
   assert made["verifiable"].method == made["length"].method == "math_verify"

@@ -9,7 +9,7 @@ from opera_jax.losses import kl
 from opera_jax.stages import crediting, score
 
 
-def _scored(parts):
+def _scored(terms):
   tokens = np.arange(2, dtype=np.int32)
   rollouts = structs.Rollouts(
     prompts=[
@@ -25,7 +25,7 @@ def _scored(parts):
     chat_prompt=lambda text: tokens,
   )
   total = np.asarray([[1.2, -0.3], [0.4, 0.6]], np.float32)
-  return score.Scored(total, parts, [], None, None, None, None, 0, rollouts)
+  return score.Scored(total, terms, [], None, None, None, None, 0, rollouts)
 
 
 def test_success_is_correctness_of_maths_and_else_the_reward():

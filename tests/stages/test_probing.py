@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 PARTS = {
   "opera": {},
   "r_self": {"terms": "opera", "mode": "r_self"},
-  "verifiable": {"parts": "verifiable"},
-  "format": {"parts": "format"},
-  "short": {"parts": "length", "options": {"length": {"kind": "o1_pruner"}}},
-  "sar": {"parts": "sar"},
+  "verifiable": {"terms": "verifiable"},
+  "format": {"terms": "format"},
+  "short": {"terms": "length", "options": {"length": {"kind": "o1_pruner"}}},
+  "sar": {"terms": "sar"},
 }
 
 

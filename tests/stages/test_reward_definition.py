@@ -166,9 +166,9 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   count, r_self, r_ppl = _definition(
     world, prompt_ids, groups, references, bridge, match
   )
-  np.testing.assert_array_equal(got.parts["count"], count)
-  np.testing.assert_allclose(got.parts["r_self"], r_self, atol=1e-5)
-  np.testing.assert_allclose(got.parts["r_ppl"], r_ppl, atol=1e-5)
+  np.testing.assert_array_equal(got.terms["count"], count)
+  np.testing.assert_allclose(got.terms["r_self"], r_self, atol=1e-5)
+  np.testing.assert_allclose(got.terms["r_ppl"], r_ppl, atol=1e-5)
   np.testing.assert_allclose(
     got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
   )
@@ -180,10 +180,10 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   # The cases are what they are meant to be.
   assert count.max() >= 1
   assert r_ppl[1, 2] == r_ppl[1, 3]
-  assert not got.parts["closed"][0, 3]
+  assert not got.terms["closed"][0, 3]
   assert count[0, 3] == 0
   assert (
-    got.parts["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
+    got.terms["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
   )
 
 
@@ -208,8 +208,8 @@ def test_maths_rows_get_zero_or_one(world):
   got = score.Scorer(pricer, words).score(params, tasks, ids, samples)
   np.testing.assert_array_equal(got.total_BN[0], [1, 0])
   for part in ("r_self", "r_ppl", "count"):
-    np.testing.assert_array_equal(got.parts[part][0], [0, 0])
-  np.testing.assert_array_equal(got.parts["correct"], [[1, 0], [0, 0]])
+    np.testing.assert_array_equal(got.terms[part][0], [0, 0])
+  np.testing.assert_array_equal(got.terms["correct"], [[1, 0], [0, 0]])
 
 
 def test_empty_reference_and_single_sample_are_refused(world):
