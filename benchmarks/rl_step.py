@@ -178,7 +178,7 @@ def _ours(folder, workload) -> dict:
   config.rl.steps = WARM + w.steps
   config.rl.prompts = config.rl.mini_batch = w.prompts
   config.rl.samples = w.samples
-  config.rl.share = w.samples
+  config.rl.completions_per_row = w.samples
   config.rl.row_buckets = (w.new_tokens,)
   config.rl.learning_rate, config.rl.weight_decay = RATE, DECAY
   config.rl.max_grad_norm, config.rl.kl_coef = CLIP, 0.0

@@ -5,8 +5,8 @@
 The baseline gives every sample a row of its own and keeps all that the forward
 pass made (remat "none"); against it, products and attention alone are kept
 ("dots"), and the samples of a prompt stand behind one copy of it
-(config.rl.share). Same random weights, samples, advantages and AdamW; the
-methods take turns in one process, and the median of each is kept.
+(config.rl.completions_per_row). Same random weights, samples, advantages and
+AdamW; the methods take turns in one process, and the median of each is kept.
 """
 
 import dataclasses

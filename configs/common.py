@@ -217,7 +217,7 @@ def get_config() -> ml_collections.ConfigDict:
     "micro_batches": 1,
     # Samples of a prompt that a row of an update holds behind one copy of it;
     # 1: a row a sample.
-    "share": 1,
+    "completions_per_row": 1,
     # Padded lengths of a row, or of the samples in one that share a prompt.
     "row_buckets": (2048, 4096, 8192, 16_384),
     "learning_rate": 1e-6,  # [P]
@@ -249,7 +249,7 @@ def get_config() -> ml_collections.ConfigDict:
     "value_clip": 0.2,
     "ema": 0.0,  # above 0: a moving mean of the policy, for "sdpo"
     "divergence_coef": 0.0,  # above 0: from the teacher's top tokens
-    "top": 100,  # of them
+    "teacher_top_k": 100,  # of them
     "teacher": "",  # a finished stage's folder; "" takes the SFT model
     "tasks": ("open_ended", "math"),
     "seed": -1,  # of this stage alone; -1 takes the run's

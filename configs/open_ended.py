@@ -94,7 +94,7 @@ def get_config(arg: str = ""):
   config.rl.mini_batch = 4
   config.rl.learning_rate = 1e-4
   config.rl.warmup = 0.1
-  config.rl.share, config.rl.row_buckets = 1, (256, 352, 480)
+  config.rl.completions_per_row, config.rl.row_buckets = 1, (256, 352, 480)
   config.rl.checkpoint_every = 4
 
   config.evaluate.samples = 2

@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
   config.rl.mini_batch = 4
   config.rl.learning_rate = 2e-4
   config.rl.warmup = 0.1
-  config.rl.share = 4
+  config.rl.completions_per_row = 4
   config.rl.row_buckets = (128, 224)
   config.rl.checkpoint_every = 8
 
@@ -85,7 +85,7 @@ def get_config(arg: str = ""):
     config.rl.prompts = 4
     config.rl.samples = 4
     config.rl.mini_batch = 2
-    config.rl.share, config.rl.row_buckets = 1, (224, 288, 320)
+    config.rl.completions_per_row, config.rl.row_buckets = 1, (224, 288, 320)
     config.rl.checkpoint_every = 1
     config.evaluate.thoughts = 2
   elif arg:

@@ -174,7 +174,9 @@ def check(config, ways: int) -> None:
     ValueError: names them.
   """
   rl = config.rl
-  used = 2 if rl.loss == "dpo" else rl.samples // rl.share  # rows of a group
+  used = (
+    2 if rl.loss == "dpo" else rl.samples // rl.completions_per_row
+  )  # rows of a group
   for name, rows in (
     ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),
     ("config.base.batch_size", config.base.batch_size),
@@ -273,7 +275,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     stage.path, "metrics", last_step=None if restored is None else step
   )
   updating = learner.programs(
-    rl.row_buckets, rl.share, run.engine.prompt_lengths()
+    rl.row_buckets, rl.completions_per_row, run.engine.prompt_lengths()
   )
   print(
     f"rl: at most {run.engine.programs()} programs to sample, "
@@ -344,7 +346,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         kl_estimator=rl.kl_estimator,
         importance_cap=rl.importance_cap,
         buckets=rl.row_buckets,
-        share=rl.share,
+        completions_per_row=rl.completions_per_row,
         parts=updates_a_step,
       )
       seconds["time/advantages"] = time.monotonic()

@@ -37,7 +37,9 @@ def build(
     )
   method(config)
   if config.rl.divergence_coef and arg:
-    config.rl.top = {"smoke": 8, "ablation": 16}[arg]  # of a small vocabulary
+    config.rl.teacher_top_k = {"smoke": 8, "ablation": 16}[
+      arg
+    ]  # of a small vocabulary
   return config.lock()
 
 
@@ -53,7 +55,7 @@ def smoke() -> Config:
   config.price.length_buckets = (192, 384)
   config.price.slot_buckets = (8,)
   config.price.branch_buckets = (96,)
-  config.rl.share, config.rl.row_buckets = 1, (192, 384)
+  config.rl.completions_per_row, config.rl.row_buckets = 1, (192, 384)
   return config
 
 
@@ -71,5 +73,5 @@ def ablation() -> Config:
   config.rl.mini_batch = 4
   config.rl.learning_rate = 2e-4
   config.rl.checkpoint_every = 10
-  config.rl.share, config.rl.row_buckets = 1, (192, 256)
+  config.rl.completions_per_row, config.rl.row_buckets = 1, (192, 256)
   return config

@@ -76,13 +76,17 @@ def whole(
 
 
 def shared(
-  sizes: Sequence[int], share: int, trunk: int, buckets: Sequence[int]
+  sizes: Sequence[int],
+  completions_per_row: int,
+  trunk: int,
+  buckets: Sequence[int],
 ) -> Layout:
-  """A row for every `share` completions of a prompt, behind one copy of it.
+  """A row for every `completions_per_row` completions of a prompt, behind one
+  copy of it.
 
   Args:
     sizes: tokens of each completion, prompt-major.
-    share: S, which divides the completions of a prompt.
+    completions_per_row: S, which divides the completions of a prompt.
     trunk: P, padded tokens of a prompt.
     buckets: allowed G, of which the smallest that holds every completion is
       taken.
@@ -92,9 +96,14 @@ def shared(
   """
   size = np.asarray(sizes)
   length = batching.bucket(int(size.max()), buckets)
-  row, slot = np.divmod(np.arange(len(size)), share)
-  shape = (len(size) // share, trunk + share * length)
-  return Layout(row, trunk + slot * length, size, shape, trunk, share)
+  row, slot = np.divmod(np.arange(len(size)), completions_per_row)
+  shape = (
+    len(size) // completions_per_row,
+    trunk + completions_per_row * length,
+  )
+  return Layout(
+    row, trunk + slot * length, size, shape, trunk, completions_per_row
+  )
 
 
 def rows(

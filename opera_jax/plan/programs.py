@@ -116,7 +116,7 @@ def most(
     "sample": sampler.programs(),
     "price": pricer.programs(),
     "update": learner.programs(
-      rl["row_buckets"], rl["share"], sampler.prompt_lengths()
+      rl["row_buckets"], rl["completions_per_row"], sampler.prompt_lengths()
     ),
   }
 
@@ -140,7 +140,7 @@ def _optimizer(section: Section, updates: int) -> Any:
 
 
 class _Run:
-  """The abstract values that the programs of one run share."""
+  """The abstract values that the programs of one run completions_per_row."""
 
   def __init__(self, mesh, config, engine, rollout, price, sft, rl):
     self._mesh, self._config = mesh, config
@@ -192,20 +192,31 @@ class _Run:
         f"{rl['divergence_coef']}. Plan without them: a critic's head and its "
         "rows come on top; or leave 'update' out of --programs."
       )
-    share, longest = rl["share"], max(rl["row_buckets"])
-    B, T = rl["mini_batch"] * rl["samples"] // share, longest
+    completions_per_row, longest = (
+      rl["completions_per_row"],
+      max(rl["row_buckets"]),
+    )
+    B, T = rl["mini_batch"] * rl["samples"] // completions_per_row, longest
     shape, sizes, shared = f"{T:,}", (T,), {}
-    if share > 1:
+    if completions_per_row > 1:
       P = max(self._engine["prompt_buckets"])
-      shape, sizes = f"({P:,} + {share} x {T:,})", (P, share, longest)
-      T, shared = P + share * longest, {"trunk": P, "branches": share}
+      shape, sizes = (
+        f"({P:,} + {completions_per_row} x {T:,})",
+        (P, completions_per_row, longest),
+      )
+      T, shared = (
+        P + completions_per_row * longest,
+        {"trunk": P, "branches": completions_per_row},
+      )
     return Program(
       name="update",
       shape=f"{B} rows x {shape}, {rl['micro_batches']} micro-batches",
       jitted=learn.update,
       arguments=(
         self._values.state(learn.optimizer),
-        self._values.batch("rl.mini_batch x samples / share", B, T, **shared),
+        self._values.batch(
+          "rl.mini_batch x samples / completions_per_row", B, T, **shared
+        ),
       ),
       static={},
       flops=cost.update(self._config, B, *sizes),
@@ -273,7 +284,7 @@ class _Run:
       stop_ids=(0,), **named(sampling.Sampling, self._rollout)
     )
     params = self._values.rollout_params()
-    share = steps / C
+    completions_per_row = steps / C
     # Every step reads the weights, and the caches as far as they are filled.
     read = B * (C * P + S * cost.causal_pairs(C))
     streamed = C * fit.shard_bytes(params) + read * fit.token_bytes(
@@ -290,8 +301,10 @@ class _Run:
         self._values.whole(jax.ShapeDtypeStruct((), jnp.int32)),
       ),
       static={"settings": settings, "steps": steps},
-      flops=cost.Flops(cost.decode(config, B * S, P, C).forward * share),
-      streamed=streamed * share,
+      flops=cost.Flops(
+        cost.decode(config, B * S, P, C).forward * completions_per_row
+      ),
+      streamed=streamed * completions_per_row,
       calls=self._waves() * -(-C // steps),
       beside=self._beside(),
       turn=self._rollout_turns(),

@@ -356,7 +356,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "samples": count(2),
     "mini_batch": count(),
     "micro_batches": count(),
-    "share": count(),
+    "completions_per_row": count(),
     "row_buckets": ascending,
     "learning_rate": number(above=0),
     "warmup": number(0, 1),
@@ -382,7 +382,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "value_clip": number(above=0),
     "ema": number(0, below=1),
     "divergence_coef": number(0),
-    "top": count(),
+    "teacher_top_k": count(),
     "tasks": each(one_of(*prompts.TASKS)),
     "advantage": text(empty=False),
     "advantage_options": table(table(anything)),
@@ -473,7 +473,9 @@ def _terms(
     ]
     settings = {name: reward[name] for name in score.OF_TERMS}
     if ours:
-      score.build_rewards(lambda _: (), **settings | {"terms": " + ".join(ours)})
+      score.build_rewards(
+        lambda _: (), **settings | {"terms": " + ".join(ours)}
+      )
   except (ValueError, TypeError) as error:
     yield f"config.reward.terms = {reward['terms']!r}: {error}"
   if "rl" not in stages:
@@ -604,9 +606,13 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
   if "rl" not in stages:
     return
   rl = config["rl"]
-  need = new if rl["share"] > 1 else longest + new
+  need = new if rl["completions_per_row"] > 1 else longest + new
   if need > max(rl["row_buckets"]):
-    what = "completions" if rl["share"] > 1 else "prompt and completion"
+    what = (
+      "completions"
+      if rl["completions_per_row"] > 1
+      else "prompt and completion"
+    )
     yield (
       f"config.rl.row_buckets holds rows of {max(rl['row_buckets'])} tokens at "
       f"most, and {what} may have {need} (config.max_prompt_tokens = "
@@ -628,19 +634,22 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
       f"A step's {rl['prompts']} prompts do not divide into mini-batches of "
       f"{rl['mini_batch']}; change config.rl.prompts or config.rl.mini_batch"
     )
-  if rl["samples"] % rl["share"]:
+  if rl["samples"] % rl["completions_per_row"]:
     yield (
-      f"config.rl.share is {rl['share']}: a row of an update holds a whole "
-      f"part of a group's {rl['samples']} samples; use a divisor of "
-      "config.rl.samples, 1 gives each sample a row"
+      f"config.rl.completions_per_row is {rl['completions_per_row']}: a row of "
+      f"an update holds a whole part of a group's {rl['samples']} samples; use "
+      "a divisor of config.rl.samples, 1 gives each sample a row"
     )
-  elif pairs and rl["share"] > 1:
+  elif pairs and rl["completions_per_row"] > 1:
     yield (
       "config.rl.loss is 'dpo', which compares two rows of a group, so that "
-      f"config.rl.share = {rl['share']} cannot be; set it to 1"
+      f"config.rl.completions_per_row = {rl['completions_per_row']} cannot be; "
+      "set it to 1"
     )
   else:
-    rows = rl["mini_batch"] * (2 if pairs else rl["samples"] // rl["share"])
+    rows = rl["mini_batch"] * (
+      2 if pairs else rl["samples"] // rl["completions_per_row"]
+    )
     if rows % rl["micro_batches"]:
       yield (
         f"config.rl.mini_batch x rows of a group gives {rows} rows an update, "
@@ -768,7 +777,7 @@ READ: dict[str, Read] = {
   "rl.value_clip": Read(
     0.2, _rl(lambda rl: rl["value_coef"]), "config.rl.value_coef is above 0"
   ),
-  "rl.top": Read(
+  "rl.teacher_top_k": Read(
     100, _rl(lambda rl: rl["divergence_coef"]),
     "config.rl.divergence_coef is above 0",
   ),

@@ -126,7 +126,7 @@ def assign(
   kl_estimator: str,
   importance_cap: float,
   buckets: Sequence[int],
-  share: int,
+  completions_per_row: int,
   parts: int,
 ) -> tuple[structs.Batch, dict[str, float]]:
   """The rows of a step's updates, with every token's advantage.
@@ -144,7 +144,8 @@ def assign(
     kl_estimator: see `losses.kl`.
     importance_cap: see `policy.truncated_weight`; 0 weighs nothing.
     buckets: allowed lengths of rows, or of completions that share a prompt.
-    share: completions of a prompt that one row holds; 1 gives each a row.
+    completions_per_row: completions of a prompt that one row holds; 1 gives
+      each a row.
     parts: mini-batches of the step.
 
   Returns:
@@ -153,9 +154,9 @@ def assign(
   rollouts, trunks = scored.rollouts, scored.trunks
   sizes = [len(s.tokens) for s in rollouts.completions]
   begins = [len(trunk) - size for trunk, size in zip(trunks, sizes)]
-  if share > 1:
+  if completions_per_row > 1:
     longest = max(map(run.engine.bucket, rollouts.prompt_ids))
-    place = rl_data.shared(sizes, share, longest, buckets)
+    place = rl_data.shared(sizes, completions_per_row, longest, buckets)
   else:
     place = rl_data.whole(begins, sizes, buckets)
 

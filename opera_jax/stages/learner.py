@@ -22,7 +22,13 @@ LOSSES = (*policy_loss.NAMES, "dpo")
 # Arguments of `build` that a driver takes from its config by the same name.
 SETTINGS = (
   *("loss", "clip_low", "clip_high", "dual_clip", "kl_estimator"),
-  *("entropy_coef", "value_coef", "value_clip", "divergence_coef", "top"),
+  *(
+    "entropy_coef",
+    "value_coef",
+    "value_clip",
+    "divergence_coef",
+    "teacher_top_k",
+  ),
   *("ema", "beta", "reduction", "constant", "micro_batches"),
 )
 
@@ -69,7 +75,7 @@ def build(
   value_coef: float,
   value_clip: float,
   divergence_coef: float,
-  top: int,
+  teacher_top_k: int,
   ema: float,
   beta: float,
   reduction: str,
@@ -92,7 +98,7 @@ def build(
     value_coef: above 0 adds a critic.
     value_clip: see `losses.value`.
     divergence_coef: above 0 adds the divergence from a teacher's top tokens.
-    top: how many of them.
+    teacher_top_k: how many of them.
     ema: rate of the policy's moving mean; 0 keeps none.
     beta: of DPO.
     reduction: one of `losses.reduce.NAMES`.
@@ -131,7 +137,7 @@ def build(
       constant=constant or None,
       micro_batches=micro_batches,
     )
-  tops = heads.row_top(graphdef, top, temperature=temperature)
+  tops = heads.row_top(graphdef, teacher_top_k, temperature=temperature)
   return Learner(
     optimizer=optimizer,
     update=update,
@@ -146,10 +152,14 @@ def build(
 
 
 def programs(
-  row_buckets: Sequence[int], share: int, prompt_lengths: Sequence[int]
+  row_buckets: Sequence[int],
+  completions_per_row: int,
+  prompt_lengths: Sequence[int],
 ) -> int:
   """How many programs updates can need: one a shape; see `data.rl`."""
-  return len(row_buckets) * (len(prompt_lengths) if share > 1 else 1)
+  return len(row_buckets) * (
+    len(prompt_lengths) if completions_per_row > 1 else 1
+  )
 
 
 def by_parts(

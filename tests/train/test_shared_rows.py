@@ -29,14 +29,15 @@ PROMPTS, SAMPLES = 4, 4
 SETTINGS = {
   "loss": "clipped", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0,
   "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01,
-  "value_coef": 0.0, "value_clip": 0.2, "divergence_coef": 0.0, "top": 3,
+  "value_coef": 0.0, "value_clip": 0.2, "divergence_coef": 0.0, "teacher_top_k": 3,
   "ema": 0.0, "beta": 0.1, "reduction": "sequence_mean", "constant": 0.0,
   "micro_batches": 1, "temperature": 0.9,
 }  # fmt: skip
 
 
-def _batches(share):
-  """The same ragged samples: a row each, and `share` of a prompt in a row."""
+def _batches(completions_per_row):
+  """The same ragged samples: a row each, and `completions_per_row` of a prompt
+  in a row."""
   draw = np.random.default_rng(0)
   prompts = [draw.integers(0, 304, draw.integers(1, 9)) for _ in range(PROMPTS)]
   sizes = draw.integers(1, 15, PROMPTS * SAMPLES)
@@ -50,7 +51,7 @@ def _batches(share):
   begins = [len(t) - n for t, n in zip(trunks, sizes)]
   places = (
     rl_data.whole(begins, sizes, (24,)),
-    rl_data.shared(sizes, share, 12, (16,)),
+    rl_data.shared(sizes, completions_per_row, 12, (16,)),
   )
   return places, [rl_data.rows(place, trunks, *rest) for place in places]
 
@@ -63,10 +64,12 @@ def _own(places, arrays):
   ]
 
 
-@pytest.mark.parametrize("share", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_prices_and_heads(share):
+@pytest.mark.parametrize(
+  "completions_per_row", [2, pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_prices_and_heads(completions_per_row):
   graphdef, params = qwen3.create(CONFIG, 0)
-  places, batches = _batches(share)
+  places, batches = _batches(completions_per_row)
   critic = {
     "kernel": jnp.asarray(np.random.default_rng(1).normal(size=48)),
     "bias": jnp.float32(0.5),
