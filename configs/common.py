@@ -242,7 +242,9 @@ def get_config() -> ml_collections.ConfigDict:
     "importance_cap": 0.0,  # of trainer against sampler; 0 weighs nothing
     "max_delta": 0.1,  # nats between sampler and trainer that end the run,
     "max_delta_steps": 3,  # after so many steps beyond it in a row
-    "draws": 1,  # above 1: groups without spread are drawn anew (DAPO)
+    # Batches of other prompts that a step samples in place of groups whose
+    # rewards are all equal, at most (DAPO); 0 keeps such groups.
+    "max_resamples": 0,
     # The term of reward.terms whose spread decides; "": the weighted sum.
     "filter_reward": "",
     "value_coef": 0.0,  # above 0: a critic, for advantage "gae"

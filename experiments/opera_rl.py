@@ -229,7 +229,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   seed = run.seed if rl.seed < 0 else rl.seed
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
   prompt_ids = run.prompt_ids(prompts)
-  epochs = -(-rl.steps * rl.draws * rl.prompts // max(len(prompts), 1))
+  batches = 1 + rl.max_resamples  # of prompts, at most, a step
+  epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
   order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
   adamw = optimizer.adamw(
@@ -294,13 +295,14 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # Rollout: N samples of each prompt. Reward: one pass over every
       # completion gives its tokens' prices, and those of the reference after
       # each reflective step, after the step before it, and after the whole.
-      drawn = [order[step * rl.draws + at] for at in range(rl.draws)]
+      batch_indices = [order[step * batches + at] for at in range(batches)]
       try:
         got = collect.collect(
           run,
           policy,
           [
-            ([prompts[i] for i in d], [prompt_ids[i] for i in d]) for d in drawn
+            ([prompts[i] for i in batch], [prompt_ids[i] for i in batch])
+            for batch in batch_indices
           ],
           settings,
           jax.random.fold_in(state.key, step),
@@ -308,7 +310,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
           filter_reward=rl.filter_reward,
           advance=lambda _: preemption.leave(),
         )
-      except SystemExit:  # told to stop: this step is drawn again
+      except SystemExit:  # told to stop: this step is sampled again
         if step:
           saves.save(step, state, host_state(ema, sampled))
         raise

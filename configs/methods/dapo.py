@@ -17,7 +17,7 @@ def method(config):
   config.rl.dual_clip = 10.0
   config.rl.kl_coef = 0.0
   config.rl.reduction = "token_mean"
-  config.rl.draws = 10
+  config.rl.max_resamples = 9
   # Overlong shaping would spread a group of wrong answers: accuracy decides.
   config.rl.filter_reward = "verifiable"
 

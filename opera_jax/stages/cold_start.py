@@ -327,7 +327,7 @@ def _fitting(
       rewrite.check(prompt)
   texts = [getattr(settings, name) for name in settings.templates()]
 
-  def lengths(share):
+  def lengths(items):
     return [
       max(
         len(
@@ -337,7 +337,7 @@ def _fitting(
         )
         for text in texts
       )
-      for p in share
+      for p in items
     ]
 
   prompts = run.tasks.synthesis

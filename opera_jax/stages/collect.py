@@ -1,11 +1,11 @@
-"""Samples and rewards of one RL step; groups without spread drawn anew.
+"""Samples and rewards of one RL step; groups of equal rewards replaced.
 
 Dynamic sampling is DAPO's (arXiv 2503.14476): a group whose samples are all
-right or all wrong teaches nothing, so other prompts are drawn in its place, in
-at most as many draws as given. What is still missing then is filled with such
-groups. A named reward decides, and not the sum: a term that shapes it, such as
-a penalty on length, spreads the sum of a group in which every answer is wrong.
-No prompt is taken twice in a step, unless there are too few others.
+right or all wrong teaches nothing, so other prompts are sampled in its place,
+from at most as many batches as given. What is still missing then is filled with
+such groups. A named reward decides, and not the sum: a term that shapes it,
+such as a penalty on length, spreads the sum of a group in which every answer is
+wrong. No prompt is taken twice in a step, unless there are too few others.
 
 Shape key: B prompts, N samples a prompt.
 """
@@ -31,8 +31,8 @@ class Collected:
 
   samples: list[list[structs.Sample]]  # [B][N]
   scored: score_lib.Scored
-  draws: int
-  sampled_tokens: int  # of all draws, dropped groups included
+  batches: int  # sampled, 1 + resamples
+  sampled_tokens: int  # of all batches, dropped groups included
   rollout_seconds: float
   reward_seconds: float
 
@@ -40,14 +40,14 @@ class Collected:
     """What it took, by name."""
     return {
       "rollout/tokens": float(self.sampled_tokens),
-      "rollout/draws": float(self.draws),
+      "rollout/resamples": float(self.batches - 1),
     }
 
 
 def collect(
   run: setup_lib.Run,
   params: Any,
-  draws: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
+  batches: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
   settings: sampling.Sampling,
   key: jax.Array,
   *,
@@ -60,8 +60,8 @@ def collect(
   Args:
     run: engine and scorer.
     params: the policy before this step's update, TRAIN layout.
-    draws: prompts and their tokens, all draws of one size; the first alone
-      is taken as it is.
+    batches: prompts and their tokens, all batches of one size; where there is
+      one alone, all its groups are kept.
     settings: how to sample.
     key: of this step.
     samples: N.
@@ -78,7 +78,7 @@ def collect(
   again: list[tuple[score_lib.Scored, list[int]]] = []
   seen: set[str] = set()
   tokens, spent, wanted, found = 0, [0.0, 0.0], 0, 0
-  for at, (batch, ids) in enumerate(draws):
+  for at, (batch, ids) in enumerate(batches):
     begin = time.monotonic()
     groups = run.engine.sample(
       run.for_rollout(params),
@@ -95,7 +95,7 @@ def collect(
     spent[1] += time.monotonic() - sampled
     tokens += sum(len(s.tokens) for group in groups for s in group)
     wanted = len(batch)
-    if len(draws) == 1:
+    if len(batches) == 1:
       kept, found = [(scored, list(range(wanted)))], wanted
       break
     spread_B = np.asarray(group_lib.has_spread(_decides(scored, filter_reward)))
@@ -117,7 +117,7 @@ def collect(
   return Collected(
     samples=[list(flat[i : i + samples]) for i in range(0, len(flat), samples)],
     scored=joined,
-    draws=at + 1,
+    batches=at + 1,
     sampled_tokens=tokens,
     rollout_seconds=spent[0],
     reward_seconds=spent[1],

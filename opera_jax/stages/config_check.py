@@ -377,7 +377,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "importance_cap": number(0),
     "max_delta": number(0),
     "max_delta_steps": count(),
-    "draws": count(),
+    "max_resamples": count(0),
     "value_coef": number(0),
     "value_clip": number(above=0),
     "ema": number(0, below=1),
@@ -794,7 +794,8 @@ READ: dict[str, Read] = {
     3, _rl(lambda rl: rl["max_delta"]), "config.rl.max_delta is above 0"
   ),
   "rl.filter_reward": Read(
-    "", _rl(lambda rl: rl["draws"] > 1), "config.rl.draws is above 1"
+    "", _rl(lambda rl: rl["max_resamples"]), "config.rl.max_resamples is above "
+    "0"
   ),
   "rollout.loop_tokens": Read(
     0, lambda config, stages: config["rollout"]["loop_period"] > 0,

@@ -153,19 +153,19 @@ def _found(
       for group in drawn
     ]
 
-  def check(share):
+  def check(items):
     right = iter(
       verifiable.correct_many(
-        [text for _, group in share for text in group],
-        [prompt.reference for prompt, group in share for _ in group],
+        [text for _, group in items for text in group],
+        [prompt.reference for prompt, group in items for _ in group],
         method=run.reward["math_check"],
         **run.reward["options"].get("verifiable", {}),
       )
     )
-    return [sum(itertools.islice(right, len(group))) for _, group in share]
+    return [sum(itertools.islice(right, len(group))) for _, group in items]
 
-  def judge(share):
-    said = [prompt for prompt, _ in share], [group[0] for _, group in share]
+  def judge(items):
+    said = [prompt for prompt, _ in items], [group[0] for _, group in items]
     return [float(value) for value in user_judge(run, rules).values(*said)]
 
   def asks(name, prompts, samples, work):

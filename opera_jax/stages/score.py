@@ -221,8 +221,8 @@ class Scorer:
     """
     probes = [r.probe for r in self._rewards.values() if hasattr(r, "probe")]
 
-    def work(share: Sequence[int]) -> list[None]:
-      return [probes[at](prompts) for at in share]
+    def work(indices: Sequence[int]) -> list[None]:
+      return [probes[at](prompts) for at in indices]
 
     if prompts:
       exchange.each(range(len(probes)), work)
@@ -375,7 +375,7 @@ def _answers(
   rollouts: structs.Rollouts,
   asked: Mapping[str, structs.Questions],
 ) -> dict[str, structs.Answers]:
-  """Each reward's share of the prices, in the order it asked."""
+  """Each reward's indices of the prices, in the order it asked."""
   rows = len(rollouts.completions)
   begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
   row_logprob = [prices.trunk_logprob[r][b:] for r, b in enumerate(begins)]
@@ -410,10 +410,10 @@ def _given(
   if asked.trunks or asked.branches:
     return reward.rewards(rollouts, answers)
 
-  def terms(share: Sequence[int]) -> list[dict[str, list[float]]]:
-    mine = rollouts.of(share)
+  def terms(indices: Sequence[int]) -> list[dict[str, list[float]]]:
+    mine = rollouts.of(indices)
     rows = [
-      b * rollouts.samples + n for b in share for n in range(mine.samples)
+      b * rollouts.samples + n for b in indices for n in range(mine.samples)
     ]
     got = reward.rewards(
       mine,
@@ -424,7 +424,7 @@ def _given(
     )
     return [
       {name: part[b].tolist() for name, part in got.items()}
-      for b in range(len(share))
+      for b in range(len(indices))
     ]
 
   each = exchange.each(range(len(rollouts.prompts)), terms)

@@ -138,8 +138,8 @@ class Run:
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
     """The chat prompt of each task, as tokens; each process makes some."""
 
-    def tokens(share):
-      return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in share]
+    def tokens(items):
+      return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in items]
 
     return [np.asarray(t, np.int32) for t in exchange.each(prompts, tokens)]
 

@@ -103,5 +103,5 @@ def test_one_step_of_each_method(name, stepped):
     assert line["policy/value_loss"] >= 0
   if config.rl.divergence_coef:
     assert line["policy/divergence"] > -1e-6  # 0 but for rounding
-  if config.rl.draws > 1:
-    assert 1 <= line["rollout/draws"] <= 10
+  if config.rl.max_resamples:
+    assert 0 <= line["rollout/resamples"] <= 9

@@ -71,14 +71,14 @@ class _Fake:
     return params
 
 
-def _collect(*draws, **settings):
+def _collect(*batches, **settings):
   run = _Fake(_Engine(), _Scorer())
   prompts = [
     (
       [structs.Prompt(i, "math", i, "1") for i in draw.split()],
       [np.zeros(2, np.int32)] * len(draw.split()),
     )
-    for draw in draws
+    for draw in batches
   ]
   return collect.collect(
     run, None, prompts, None, jax.random.key(0), samples=2, **settings
@@ -92,13 +92,13 @@ def _names(got):
 def test_one_draw_is_taken_as_it_is():
   got = _collect("a s1 b")
   assert _names(got) == ["a", "s1", "b"]
-  assert got.draws == 1 and got.sampled_tokens == 18
+  assert got.batches == 1 and got.sampled_tokens == 18
 
 
 def test_groups_without_spread_are_drawn_anew():
   got = _collect("a s1 b", "s2 c s3", "s4 s5 s6")
   assert _names(got) == ["s1", "s2", "s3"]
-  assert got.draws == 2 and got.sampled_tokens == 36
+  assert got.batches == 2 and got.sampled_tokens == 36
   assert (np.ptp(got.scored.total_BN, axis=1) > 0).all()
   # Every record follows its group.
   assert got.scored.trunks == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
@@ -116,21 +116,21 @@ def test_no_more_than_asked_for_is_kept():
 def test_past_the_bound_the_rest_is_filled():
   got = _collect("a s1 b", "c d e")
   assert _names(got) == ["s1", "a", "b"]
-  assert got.draws == 2
+  assert got.batches == 2
   assert len(got.samples) == 3
 
 
-@pytest.mark.parametrize("draws", [["s1 s2"], ["s1 s2", "a b"]])
-def test_a_full_first_draw_ends_it(draws):
-  got = _collect(*draws)
-  assert _names(got) == ["s1", "s2"] and got.draws == 1
+@pytest.mark.parametrize("batches", [["s1 s2"], ["s1 s2", "a b"]])
+def test_a_full_first_draw_ends_it(batches):
+  got = _collect(*batches)
+  assert _names(got) == ["s1", "s2"] and got.batches == 1
 
 
 def test_the_named_reward_decides_and_not_the_shaped_sum():
   """DAPO: overlong shaping spreads a group in which every answer is wrong."""
   assert _names(_collect("s1 s2", "sr3 r4")) == ["s1", "s2"]
   got = _collect("s1 s2", "sr3 r4", filter_reward="right")
-  assert _names(got) == ["sr3", "r4"] and got.draws == 2
+  assert _names(got) == ["sr3", "r4"] and got.batches == 2
   with pytest.raises(ValueError, match="filter_reward is 'wrong'.*'right'"):
     _collect("s1 s2", "s3 s4", filter_reward="wrong")
 

@@ -70,7 +70,7 @@ HOSTILE = [
   ("rl.warmup", 1.5, "at most 1"),
   ("rl.weight_decay", -1.0, "at least 0"),
   ("rl.max_grad_norm", 0.0, "above 0"),
-  ("rl.draws", 0, "at least 1"),
+  ("rl.max_resamples", -1, "at least 0"),
   ("rl.ema", 1.0, "below 1"),
   ("rl.max_delta_steps", 0, "at least 1"),
   ("rl.importance_cap", -1.0, "at least 0"),

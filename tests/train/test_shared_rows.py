@@ -29,7 +29,8 @@ PROMPTS, SAMPLES = 4, 4
 SETTINGS = {
   "loss": "clipped", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0,
   "kl_coef": 0.1, "kl_estimator": "k3", "entropy_coef": 0.01,
-  "value_coef": 0.0, "value_clip": 0.2, "divergence_coef": 0.0, "teacher_top_k": 3,
+  "value_coef": 0.0, "value_clip": 0.2, "divergence_coef": 0.0,
+  "teacher_top_k": 3,
   "ema": 0.0, "beta": 0.1, "reduction": "sequence_mean", "constant": 0.0,
   "micro_batches": 1, "temperature": 0.9,
 }  # fmt: skip
