@@ -100,14 +100,14 @@ def _token_logprob(ceiling, dtype, on_cpu):
     )
     passes = {"forward": {}, "forward + backward": {}}
     for name in _implementations(on_cpu, whole_fits=on_cpu):
-      price = functools.partial(
+      score = functools.partial(
         token_logprob.token_logprob, implementation=name
       )
-      pair = _forward_and_backward(price, (0, 1))
+      pair = _forward_and_backward(score, (0, 1))
       for candidates, function in zip(passes.values(), pair):
         candidates[name] = function
     if on_cpu:
-      passes["forward"]["torch log_softmax"] = _torch_price(*arrays)
+      passes["forward"]["torch log_softmax"] = _torch_score(*arrays)
     nbytes = dtype(0).itemsize * D * (M + V) + 12 * M
     for times, (label, candidates) in zip((1, 3), passes.items()):
       yield from _measure(
@@ -120,18 +120,18 @@ def _token_logprob(ceiling, dtype, on_cpu):
       )
 
 
-def _torch_price(hidden_MD, head_DV, target_M):
+def _torch_score(hidden_MD, head_DV, target_M):
   hidden, head, target = (
     torch.from_numpy(np.array(x)) for x in (hidden_MD, head_DV, target_M)
   )
 
-  def price(*_):
+  def score(*_):
     with torch.no_grad():
       log_p = torch.log_softmax(hidden @ head, -1)
       picked = log_p.gather(1, target[:, None].long())[:, 0]
       return picked.numpy(), -(log_p.exp() * log_p).sum(-1).numpy()
 
-  return price
+  return score
 
 
 def _branch_attention(ceiling, dtype, on_cpu):
@@ -143,7 +143,7 @@ def _branch_attention(ceiling, dtype, on_cpu):
   else:
     pricing = (4, 12, 1024, 16, 8, 128, 4608, 1024)
     decoding = (16, 16, 1, 16, 8, 128, 512, 4096)
-  for label, size in (("pricing", pricing), ("decoding", decoding)):
+  for label, size in (("scoring", pricing), ("decoding", decoding)):
     B, S, G, N, K, H, T, C = size
     arrays = _branches(*size, dtype)
     limit_BS = np.linspace(T // 4, T, S, dtype=np.int32)[None].repeat(B, 0)

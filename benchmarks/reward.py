@@ -1,4 +1,5 @@
-"""The reward's price: the released way, torch, and ours, on the same weights.
+"""What the reward costs: the released way, torch, and ours, on the same
+weights.
 
   python -m benchmarks.reward
 
@@ -14,7 +15,7 @@ Every completion needs log P(y_ref | prefix) after each step's prefix.
 Workloads are the full ones divided by SCALE on a CPU. Each method takes the
 rows a call, of ROWS, that serve it best, and runs in a process of its own, so
 that its peak memory is its own; the parent checks that all give the same
-numbers. Ours also prices the completions' own tokens, which the update needs
+numbers. Ours also scores the completions' own tokens, which the update needs
 as those of the old policy; the others are not asked to. Tokens and FLOPs are
 counted exactly: a floor is the FLOPs at the measured speed of a large matmul.
 """
@@ -159,8 +160,8 @@ def _child(folder, name, method, rows) -> dict:
 
 
 def _block(name, workload, results, speed) -> str:
-  prices = [np.asarray(r["prices"]) for r in results.values()]
-  worst = max(np.nanmax(np.abs(p - prices[-1])) for p in prices)
+  logprobs = [np.asarray(r["scores"]) for r in results.values()]
+  worst = max(np.nanmax(np.abs(p - logprobs[-1])) for p in logprobs)
   ours, baseline = results["ours"], results["separate"]
   rows = []
   for method, result in results.items():
@@ -197,14 +198,14 @@ def _block(name, workload, results, speed) -> str:
   )
 
 
-def _flops(config, spans, priced: int) -> float:
-  """Of a forward pass: (context, tokens) spans, and `priced` tokens' heads."""
+def _flops(config, spans, scored: int) -> float:
+  """Of a forward pass: (context, tokens) spans, and `scored` tokens' heads."""
   D, N, K, H = config.hidden, config.heads, config.kv_heads, config.head_dim
   weights = 2 * D * H * (N + K) + 3 * D * config.intermediate
   tokens = sum(size for _, size in spans)
   pairs = sum(size * seen + size * (size + 1) / 2 for seen, size in spans)
   layer = 2 * weights * tokens + 4 * N * H * pairs
-  return config.layers * layer + 2 * D * config.vocab_size * priced
+  return config.layers * layer + 2 * D * config.vocab_size * scored
 
 
 def _run_one(method: str, folder: str, name: str, size: int) -> None:
@@ -215,12 +216,12 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
   config = model_config(on_cpu)
   trunks, references, ends, reflective = problem(workload, config.vocab_size)
   if method == "ours":
-    call, spans, priced = _ours(
+    call, spans, scored = _ours(
       folder, config, trunks, references, ends, reflective, size
     )
   else:
     rows, places = _rows(trunks, references, ends)
-    spans, priced = [(0, len(r)) for r in rows], len(rows) * references.shape[1]
+    spans, scored = [(0, len(r)) for r in rows], len(rows) * references.shape[1]
     make = _separate if method == "separate" else _torch
     means = make(folder, config, rows, references.shape[1], size)
 
@@ -230,10 +231,10 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
         table[row, slot] = mean
       return table
 
-  prices = call()
+  logprobs = call()
   taken = harness.seconds(lambda: call(), repeats=5)
   # What the reward compares: P_j where steps reflect, and before, and L.
-  keep = np.zeros(prices.shape, bool)
+  keep = np.zeros(logprobs.shape, bool)
   for row, steps in enumerate(reflective):
     keep[row, steps] = keep[row, steps - 1] = True
   keep[:, -1] = True
@@ -241,9 +242,9 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
     "rows": size,
     "seconds": taken.median,
     "tokens": int(sum(tokens for _, tokens in spans)),
-    "flops": _flops(config, spans, priced),
+    "flops": _flops(config, spans, scored),
     "peak_mib": harness.peak_mib(),
-    "prices": np.where(keep, prices, 0.0).tolist(),
+    "scores": np.where(keep, logprobs, 0.0).tolist(),
   }
   (pathlib.Path(folder) / f"{method}.json").write_text(json.dumps(result))
 
@@ -259,7 +260,7 @@ def _rows(trunks, references, ends):
 
 
 def _separate(folder, config, rows, size, at_once):
-  """Rows sorted into buckets of 64 tokens, only what is asked for priced."""
+  """Rows sorted into buckets of 64 tokens, only what is asked for scored."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -347,11 +348,11 @@ def _torch(folder, config, rows, size, at_once):
 
 
 def _ours(folder, config, trunks, references, ends, reflective, at_once):
-  """Trunks with branches, through the pricing engine of the library."""
+  """Trunks with branches, through the scoring engine of the library."""
   import jax
 
   from opera_jax import structs
-  from opera_jax.scoring import price
+  from opera_jax.scoring import logprob_scorer
   from opera_jax.sharding import mesh
 
   graphdef, params = _load(folder, config)
@@ -363,20 +364,20 @@ def _ours(folder, config, trunks, references, ends, reflective, at_once):
       branches.append(structs.Branch(row, fork, reference))
       places.append((row, slot))
   counts = np.bincount([row for row, _ in places])
-  pricer = price.Pricer(
+  logprob_scorer = logprob_scorer.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=mesh.create(devices=jax.devices()[:1]),
     rows=min(at_once, len(trunks)),
-    length_buckets=(trunks.shape[1],),
+    prefix_buckets=(trunks.shape[1],),
     slot_buckets=tuple(range(2, int(counts.max()) + 2, 2)),
-    branch_buckets=(references.shape[1],),
+    continuation_buckets=(references.shape[1],),
   )
 
   def call():
-    prices = pricer.price(params, list(trunks), branches)
+    logprobs = logprob_scorer.score(params, list(trunks), branches)
     table = np.full((len(trunks), len(ends) + 1), np.nan)
-    for (row, slot), logprob in zip(places, prices.branch_logprob):
+    for (row, slot), logprob in zip(places, logprobs.branch_logprob):
       table[row, slot] = logprob.mean()
     return table
 

@@ -8,7 +8,7 @@ A step samples N completions of each of B prompts, rewards them by a toy
 function of their text, and makes one update on all of them: AdamW, clipped
 surrogate, no KL. Ours is the stage itself, `experiments.opera_rl.reinforce`,
 timed by its own metrics; samples share their prompt, in the update too. It
-prices every completion with the policy before the update, for the old
+scores every completion with the policy before the update, for the old
 log-probabilities; tunix, told of one iteration a batch, takes those of the
 update's own forward pass and skips that.
 
@@ -169,10 +169,10 @@ def _ours(folder, workload) -> dict:
   config.engine.rows, config.engine.slots = w.prompts, w.samples
   config.engine.prompt_buckets = (w.prompt_tokens,)
   config.engine.cache_buckets = (w.new_tokens,)
-  config.price.rows = w.prompts
-  config.price.length_buckets = (w.prompt_tokens, longest)
-  config.price.slot_buckets = (w.samples,)
-  config.price.branch_buckets = (w.new_tokens,)
+  config.scoring.batch_size = w.prompts
+  config.scoring.prefix_buckets = (w.prompt_tokens, longest)
+  config.scoring.slot_buckets = (w.samples,)
+  config.scoring.continuation_buckets = (w.new_tokens,)
   config.reward.terms = "benchmarks.peers:toy"
   config.rollout.max_new_tokens = w.new_tokens
   config.rl.steps = WARM + w.steps

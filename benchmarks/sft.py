@@ -225,7 +225,7 @@ def _ours(folder, pairs):
 
   from opera_jax.data import sft
   from opera_jax.models import qwen3, qwen3_params
-  from opera_jax.scoring import price
+  from opera_jax.scoring import logprob_scorer
   from opera_jax.sharding import layout, mesh, rules
   from opera_jax.stages import fit
   from opera_jax.train import optimizer, state, step
@@ -247,7 +247,7 @@ def _ours(folder, pairs):
   )
   batches = [data[i] for i in range(len(data))]
   adamw = optimizer.adamw(RATE, weight_decay=DECAY, max_grad_norm=CLIP)
-  logprob = price.row_logprob(graphdef)
+  logprob = logprob_scorer.row_logprob(graphdef)
   update = step.make_sft_update(logprob, adamw)
   held = [fit.place(state.create(params, adamw, jax.random.key(0)), one)]
   every = sft.build(

@@ -3,10 +3,10 @@
   python -m benchmarks.synthesis
 
   naive  one prompt at a time; every stretch is a new prefill of all before it
-         and a decode of one sample; every candidate is priced by a pass of
+         and a decode of one sample; every candidate is scored by a pass of
          its own over prompt, thought and candidate
   ours   `synthesis.search`: all prompts in flight, one prefill a prompt,
-         candidates fork from the row's trunk, prices come from the sampling
+         candidates fork from the row's trunk, scores come from the sampling
 
 The model is first trained for a minute, so that thoughts have the braking
 words and lengths of its data. Both are given the same random keys, and their
@@ -25,7 +25,7 @@ from opera_jax.models import qwen3
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.synthesis import brake
 from opera_jax.synthesis import search as search_lib
@@ -47,7 +47,7 @@ class Settings:
   brakes: tuple[str, ...] = brake.WORDS
   candidates: int = 4
   budget: int = 20
-  price: str = "sequence"
+  logprob: str = "sequence"
   temperature: float = 0.6
   top_k: int = 20
   top_p: float = 0.95
@@ -69,7 +69,7 @@ def train(words, config, mesh, *, steps, batch_size, row_length):
     pad_id=words.pad_id, packed=True,
   )  # fmt: skip
   adamw = optimizer_lib.adamw(3e-3)
-  update = step_lib.make_sft_update(price_lib.row_logprob(graphdef), adamw)
+  update = step_lib.make_sft_update(scorer_lib.row_logprob(graphdef), adamw)
   state = train_state.create(params, adamw, jax.random.key(0))
   with jax.set_mesh(mesh):
     for index in range(min(steps, len(data))):
@@ -79,7 +79,7 @@ def train(words, config, mesh, *, steps, batch_size, row_length):
 
 def naive(
   engine: engine_lib.Engine,
-  pricer: price_lib.Pricer,
+  logprob_scorer: scorer_lib.LogprobScorer,
   words: tokenizer_lib.Tokenizer,
   params,
   prompt: structs.Prompt,
@@ -119,8 +119,8 @@ def naive(
 
   def perplexity(context, candidate):
     whole = np.concatenate([context, candidate])
-    logprob = pricer.price(params, [whole]).trunk_logprob[0][1:]
-    if settings.price == "candidate":
+    logprob = logprob_scorer.logprob(params, [whole]).trunk_logprob[0][1:]
+    if settings.logprob == "candidate":
       logprob = logprob[-len(candidate) :]
     return float(np.exp(-logprob.mean(dtype=np.float64)))
 
@@ -140,14 +140,14 @@ def naive(
         for c in range(settings.candidates)
       ]
       made = [np.concatenate([trigger, kept]) for kept, _, _ in cuts]
-      prices = [perplexity(so_far, tokens) for tokens in made]
+      logprobs = [perplexity(so_far, tokens) for tokens in made]
       best = min(
         range(len(cuts)),
-        key=lambda c: (cuts[c][2] not in brake.PHASES, prices[c]),
+        key=lambda c: (cuts[c][2] not in brake.PHASES, logprobs[c]),
       )
       candidates = tuple(
-        traces.Candidate(words.decode(tokens), price, len(tokens))
-        for tokens, price in zip(made, prices)
+        traces.Candidate(words.decode(tokens), logprob, len(tokens))
+        for tokens, logprob in zip(made, logprobs)
       )
       rounds.append(traces.Round(words.decode(trigger), best, candidates))
     kept, following, status = cuts[best]
@@ -187,7 +187,7 @@ def check_equal(ours: traces.Trace, theirs: traces.Trace) -> None:
     AssertionError: they differ.
   """
 
-  def without_prices(trace):
+  def without_logprobs(trace):
     rounds = tuple(
       dataclasses.replace(
         one,
@@ -199,7 +199,7 @@ def check_equal(ours: traces.Trace, theirs: traces.Trace) -> None:
     )
     return dataclasses.replace(trace, rounds=rounds)
 
-  assert without_prices(ours) == without_prices(theirs), (ours, theirs)
+  assert without_logprobs(ours) == without_logprobs(theirs), (ours, theirs)
   for mine, other in zip(ours.rounds, theirs.rounds, strict=True):
     np.testing.assert_allclose(
       [c.perplexity for c in mine.candidates],
@@ -245,16 +245,16 @@ def main() -> None:
       cache_buckets=(128,),
       steps=16,
     )
-    pricer = price_lib.Pricer(
+    logprob_scorer = scorer_lib.LogprobScorer(
       graphdef,
       vocab_size=config.vocab_size,
       mesh=one,
-      rows=min(rows, 16),
-      length_buckets=(64, 128, 256, 512),
+      batch_size=min(rows, 16),
+      prefix_buckets=(64, 128, 256, 512),
       slot_buckets=(1,),
-      branch_buckets=(1,),
+      continuation_buckets=(1,),
     )
-    return engine, pricer, words
+    return engine, logprob_scorer, words
 
   searcher = search_lib.Searcher(
     *parts(PROMPTS), **dataclasses.asdict(settings)

@@ -22,7 +22,7 @@ from benchmarks import harness, rl_step
 from opera_jax.data import rl as rl_data
 from opera_jax.models import qwen3
 from opera_jax.plan import cost
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
@@ -77,7 +77,7 @@ def measure(workload: rl_step.Workload) -> list[tuple]:
       rl_step.RATE, weight_decay=rl_step.DECAY, max_grad_norm=rl_step.CLIP
     )
     update = step_lib.make_policy_update(
-      price.row_logprob(graphdef), adamw, kl_coef=0.0
+      logprob_scorer.row_logprob(graphdef), adamw, kl_coef=0.0
     )
     state = train_state.create(params, adamw, jax.random.key(0))
     rows = batch(workload, shared)

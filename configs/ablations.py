@@ -60,7 +60,7 @@ QUESTIONS = (
     "facts",
   ),
   (
-    "What if the thought is closed before y_ref is priced?",
+    "What if the thought is closed before y_ref is scored?",
     "opera, bridge",
     "opera",
     "facts",

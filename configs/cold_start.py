@@ -19,7 +19,7 @@ TINY = "configs/tiny.py"
 ROWS = (
   ("lowest perplexity", "", ""),
   ("plain sampling", "", "--config.synthesis.budget=0"),
-  ("price of the candidate alone", "", "--config.synthesis.price=candidate"),
+  ("score of the candidate alone", "", "--config.synthesis.score=candidate"),
   (
     "no keywords: every step",
     "",
@@ -46,8 +46,8 @@ QUESTIONS = (
     "score",
   ),
   (
-    "And the price of the candidate alone?",
-    "price of the candidate alone",
+    "And the log-probability of the candidate alone?",
+    "score of the candidate alone",
     "lowest perplexity",
     "logp_thought",
   ),

@@ -133,11 +133,11 @@ def get_config() -> ml_collections.ConfigDict:
     "banned_ids": (),  # never drawn
     "logit_bias": (),  # (token id, what is added to its logit) pairs
   }
-  config.price = {
+  config.scoring = {
     "rows": 16,  # trunks a call
-    "length_buckets": (1024, 2048, 4096, 8192, 16_384),
+    "prefix_buckets": (1024, 2048, 4096, 8192, 16_384),
     "slot_buckets": (1, 4, 8, 16, 32),
-    "branch_buckets": (256, 512, 1024, 2048, 4096),
+    "continuation_buckets": (256, 512, 1024, 2048, 4096),
   }
   config.reward = {
     # Weighted rewards by name, as in "verifiable + 0.2*sar": files of
@@ -164,8 +164,8 @@ def get_config() -> ml_collections.ConfigDict:
     "batch": 256,
     "candidates": 4,  # [P]
     "budget": 20,  # [C]; 5: the first five; 0: plain sampling
-    "price": "sequence",  # [P]; or "candidate"
-    "choose": "",  # "module:function", a judge in place of the price
+    "score": "sequence",  # [P]; or "candidate"
+    "choose": "",  # "module:function", a judge in place of the log-probability
     "temperature": 0.6,  # [C]
     "top_k": 20,  # [C]
     "top_p": 0.95,  # [C]
@@ -273,7 +273,7 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
 
   Prompts of 6,144 and responses of 10,240 tokens make rows of 16,384. Compute
   is bf16 and master weights float32. A trunk with more branches than the
-  largest slot bucket is priced in several rows.
+  largest slot bucket is scored in several rows.
 
   Args:
     config: changed.
@@ -290,6 +290,6 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.model.remat = "full"
   config.engine.cache_dtype = "bfloat16"
   config.engine.cache_buckets = (1_280, 2_560, 5_120, 10_240)
-  config.price.slot_buckets = (1, 4, 8)
+  config.scoring.slot_buckets = (1, 4, 8)
   config.sft.packed = True
   config.sft.row_tokens = 16_384

@@ -18,7 +18,7 @@ half-sentences in the right register and gets next to no sum right; the run
 shows that the chain works on real input, not that the method helps.
 `--config=configs/open_ended.py:smoke` is the same in about two minutes.
 
-Cut to fit: prompts of more than 110 words are dropped, and the priced
+Cut to fit: prompts of more than 110 words are dropped, and the scored
 reference is the head of the reference, at most 50 words. The run prints and
 its report states how many.
 """
@@ -70,9 +70,9 @@ def get_config(arg: str = ""):
   config.engine.cache_buckets = (256, 512)
   config.engine.rows = 16
   config.rollout.max_new_tokens = 256
-  config.price.length_buckets = (256, 352, 480)
-  config.price.slot_buckets = (1, 4, 8, 16)
-  config.price.branch_buckets = (64, 96, 128, 160)
+  config.scoring.prefix_buckets = (256, 352, 480)
+  config.scoring.slot_buckets = (1, 4, 8, 16)
+  config.scoring.continuation_buckets = (64, 96, 128, 160)
 
   config.synthesis.batch = 80
   config.synthesis.budget = 4

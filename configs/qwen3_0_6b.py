@@ -22,7 +22,7 @@ def get_config():
   config.mesh.tensor = 2
   config.engine.rows = 2
   config.engine.slots = 8
-  config.price.rows = 2
+  config.scoring.batch_size = 2
   config.sft.micro_batches = 8
   config.rl.micro_batches = 64
   return config.lock()

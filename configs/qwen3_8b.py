@@ -12,7 +12,7 @@ the nearest one; `python -m experiments.plan` says whether it fits.
 from configs import common
 
 # Slice -> mesh (fsdp, tensor), prompts in flight, trunks a call of
-# the pricer, micro-batches of an SFT and of a policy update.
+# the scorer, micro-batches of an SFT and of a policy update.
 SLICES = {
   "v5p_4x4x4": ((16, 4), 64, 16, 1, 4),
   "v5e_8x8": ((8, 8), 16, 8, 2, 16),
@@ -38,7 +38,7 @@ def get_config(arg: str = ""):
   (
     (config.mesh.fsdp, config.mesh.tensor),
     config.engine.rows,
-    config.price.rows,
+    config.scoring.batch_size,
     config.sft.micro_batches,
     config.rl.micro_batches,
   ) = SLICES[slice_name]

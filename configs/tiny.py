@@ -38,9 +38,9 @@ def get_config(arg: str = ""):
   config.engine.cache_buckets = (256,)
   config.engine.rows = 16
   config.rollout.max_new_tokens = 224
-  config.price.length_buckets = (160, 224, 288, 352)
-  config.price.slot_buckets = (1, 4, 8, 16)
-  config.price.branch_buckets = (64, 96)
+  config.scoring.prefix_buckets = (160, 224, 288, 352)
+  config.scoring.slot_buckets = (1, 4, 8, 16)
+  config.scoring.continuation_buckets = (64, 96)
 
   config.synthesis.batch = 96
   config.synthesis.budget = 8

@@ -223,14 +223,14 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
       "traces": done["kept"],
     }
   lines = metrics.read(cell / "rl" / "metrics.jsonl")
-  priced = (
-    "price/trunk_tokens",
-    "price/branch_tokens",
-    "price/advantage_tokens",
+  scored = (
+    "scoring/trunk_tokens",
+    "scoring/branch_tokens",
+    "scoring/advantage_tokens",
   )
   return {
     "sampled_tokens": sum(line["rollout/tokens"] for line in lines),
-    "priced_tokens": sum(line[name] for line in lines for name in priced),
+    "scored_tokens": sum(line[name] for line in lines for name in scored),
     "seconds": sum(line["time/step"] for line in lines),
     "steps": len(lines),
   }
@@ -264,7 +264,7 @@ def probe(run, config, task, every):
       config_of(path, config), [*every, *split(changes)]
     ).reward.to_dict()
     if reward not in [known for known, _ in scorers.values()]:
-      made = score.Scorer(run.pricer, run.tokenizer, **reward)
+      made = score.Scorer(run.logprob_scorer, run.tokenizer, **reward)
       scorers[name] = (reward, made)
   return probing.answers(
     run,

@@ -251,7 +251,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     **{name: rl[name] for name in learner.SETTINGS},
   )
   estimators = crediting.WeightedEstimators(
-    rl.advantage, rl.advantage_options.to_dict(), run.policy_pricer
+    rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
   watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
@@ -280,7 +280,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   )
   print(
     f"rl: at most {run.engine.programs()} programs to sample, "
-    f"{run.pricer.programs()} to price, {updating} to update",
+    f"{run.logprob_scorer.programs()} to score, {updating} to update",
     flush=True,
   )
 
@@ -293,7 +293,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       policy = learn.policy(state.params)
 
       # Rollout: N samples of each prompt. Reward: one pass over every
-      # completion gives its tokens' prices, and those of the reference after
+      # completion gives its tokens' scores, and those of the reference after
       # each reflective step, after the step before it, and after the whole.
       batch_indices = [order[step * batches + at] for at in range(batches)]
       try:
@@ -322,12 +322,12 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/reward"] = seconds["time/rollout"] + got.reward_seconds
 
       # The policy that the updates start from, and the one KL holds it to.
-      old = ref = scored.prices
+      old = ref = scored.logprobs
       tokens = scored.rollouts.tokens()
-      if run.policy_pricer is not run.pricer:
-        old = run.policy_pricer.price_samples(policy, *tokens)
+      if run.policy_logprob_scorer is not run.logprob_scorer:
+        old = run.policy_logprob_scorer.score_completions(policy, *tokens)
       if rl.kl_coef or learn.pairs:
-        ref = run.policy_pricer.price_samples(reference, *tokens)
+        ref = run.policy_logprob_scorer.score_completions(reference, *tokens)
       seconds["time/reference"] = time.monotonic()
 
       # Advantages: how much better than its group, or what its tokens did.

@@ -91,8 +91,8 @@ def policy(
   embedder = embed.Embedder(
     run.graphdef,
     mesh=run.mesh,
-    rows=config.price.rows,
-    length_buckets=config.price.length_buckets,
+    rows=config.scoring.batch_size,
+    length_buckets=config.scoring.prefix_buckets,
   )
   return lambda texts: embedder.embed(params, run.tokenizer.encode_many(texts))
 

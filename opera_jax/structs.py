@@ -57,10 +57,10 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """Tokens to be priced as the continuation of a prefix of a trunk.
+  """Tokens to be scored as the continuation of a prefix of a trunk.
 
   Context is `trunk[:fork]`; `tokens[:skip]` is context too (a bridge such as
-  "</think>"), `tokens[skip:]` is priced.
+  "</think>"), `tokens[skip:]` is scored.
   """
 
   trunk: int  # index into the list of trunks
@@ -70,8 +70,8 @@ class Branch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prices:
-  """Token prices of trunks and branches; float32, natural log."""
+class Logprobs:
+  """Token scores of trunks and branches; float32, natural log."""
 
   trunk_logprob: list[np.ndarray]  # [T_i]; entry 0 of each is 0 (no context)
   trunk_entropy: list[np.ndarray]  # [T_i]
@@ -170,7 +170,7 @@ class Rollouts:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-  """What a reward or an advantage estimator wants priced, besides the rows.
+  """What a reward or an advantage estimator wants scored, besides the rows.
 
   A branch with `trunk < R` forks from that row (prompt + completion); one
   with `trunk = R + i` forks from `trunks[i]`.
@@ -183,7 +183,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """Prices in the order of the `Questions`; float32, natural log."""
+  """Log-probabilities in the order of the `Questions`; float32, natural log."""
 
   row_logprob: Sequence[np.ndarray]  # [R] of [C_r], completion tokens alone
   row_entropy: Sequence[np.ndarray]  # [R] of [C_r]

@@ -52,9 +52,9 @@ def smoke() -> Config:
   config.data.synthesis = 12
   config.rl.steps = 1
   config.rollout.max_new_tokens = 48
-  config.price.length_buckets = (192, 384)
-  config.price.slot_buckets = (8,)
-  config.price.branch_buckets = (96,)
+  config.scoring.prefix_buckets = (192, 384)
+  config.scoring.slot_buckets = (8,)
+  config.scoring.continuation_buckets = (96,)
   config.rl.completions_per_row, config.rl.row_buckets = 1, (192, 384)
   return config
 

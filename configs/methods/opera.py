@@ -1,4 +1,5 @@
-"""OPERA (arXiv 2606.25757): GRPO on the policy's price of the reference.
+"""OPERA (arXiv 2606.25757): GRPO on the policy's log-probability of the
+reference.
 
   python -m experiments.opera_rl --config=configs/methods/opera.py:smoke \
     --workdir=runs/opera

@@ -5,7 +5,7 @@ its own branch's keys c <= offset[b, s] + g:
 
   out = softmax_visible(scale q [trunk_k; branch_k]^T) [trunk_v; branch_v]
 
-Pricing: C == G, offset 0. Decoding (`decode_attention`): G == 1, C the cache's
+Scoring: C == G, offset 0. Decoding (`decode_attention`): G == 1, C the cache's
 length, offset the number of tokens before the current one, S the samples of
 one prompt.
 

@@ -6,7 +6,7 @@
   r_ppl_i = #{k != i : score_k < score_i} / (N - 1)        within a group
 
 (OPERA, arXiv 2606.25757.) Rewards are constants of the update: no gradient
-passes. Shape key: R rows, M tokens of a row, S slots (one priced branch each),
+passes. Shape key: R rows, M tokens of a row, S slots (one scored branch each),
 B prompts, N samples a prompt.
 """
 

@@ -28,11 +28,12 @@ def token_logprob(
   block_tokens: int = 1024,
   block_vocab: int = 8192,
 ) -> tuple[jax.Array, jax.Array]:
-  """Prices `target_M` after `hidden_MD`; differentiable in hidden and head.
+  """Log-probabilities `target_M` after `hidden_MD`; differentiable in hidden
+  and head.
 
   A target outside of [0, V) has log-probability NaN: inside jit nothing can
-  raise, and no such token shall pass for a priced one.
-  Over a mesh, "xla" prices sharded tokens where they lie, in a plain jitted
+  raise, and no such token shall pass for a scored one.
+  Over a mesh, "xla" scores sharded tokens where they lie, in a plain jitted
   program too. A head sharded over its vocabulary, and "pallas_tpu" (which a
   TPU picks) on more than one device, need `jax.shard_map` around the call, with
   its default check_vma=True; name the vocabulary's mesh axis there.

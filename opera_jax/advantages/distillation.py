@@ -34,7 +34,7 @@ class AdvantageEstimator:
     """The log-ratio of each token."""
     gap = [
       (teacher - student).astype(np.float32)
-      for teacher, student in zip(inputs.prices["teacher"], inputs.logprob)
+      for teacher, student in zip(inputs.logprobs["teacher"], inputs.logprob)
     ]
     mean = float(np.concatenate(gap).mean()) if gap else 0.0
     return inputs_lib.Advantages(gap, {"kl": -mean})

@@ -111,6 +111,6 @@ def _checked(reward_BN: jax.Array | np.ndarray) -> jax.Array:
         f"The reward of prompt {prompt}, sample {sample} is "
         f"{float(reward_BN[prompt, sample])}; rewards must be finite. Look "
         "at that sample's log-probabilities and at the reference it was "
-        "priced on."
+        "scored on."
       )
   return jnp.asarray(reward_BN, jnp.float32)

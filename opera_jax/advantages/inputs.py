@@ -29,7 +29,7 @@ MODELS = ("policy", "teacher", "ema")
 
 @dataclasses.dataclass(frozen=True)
 class ScoringRequest:
-  """Every completion priced after a user's turn of its own, by one model.
+  """Every completion scored after a user's turn of its own, by one model.
 
   "policy" is the policy before this step's update, "teacher" the frozen model
   of `config.rl.teacher`, "ema" the moving mean of the policy.
@@ -49,7 +49,7 @@ class ScoringRequest:
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageInputs:
-  """Rewards and prices of a step's samples; host arrays."""
+  """Rewards and log-probabilities of a step's samples; host arrays."""
 
   rollouts: structs.Rollouts
   reward_BN: np.ndarray  # float32
@@ -57,7 +57,7 @@ class AdvantageInputs:
   logprob: Sequence[np.ndarray]  # [R] of float32 [C_r], old policy
   penalty: Sequence[np.ndarray]  # [R] of float32 [C_r], KL taken off rewards
   # By name of a ScoringRequest, [R] of [C_r].
-  prices: Mapping[str, Sequence[np.ndarray]]
+  logprobs: Mapping[str, Sequence[np.ndarray]]
   value: Sequence[np.ndarray] | None = None  # [R] of [C_r], before each token
 
   def returns(self) -> np.ndarray:

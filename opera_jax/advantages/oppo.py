@@ -33,7 +33,7 @@ class AdvantageEstimator:
   """Token advantages from an oracle's log-ratios.
 
   Attributes:
-    oracle: "self", the policy prices with and without the answer; or
+    oracle: "self", the policy scores with and without the answer; or
       "teacher", a frozen model does both.
     belief: "odds" or "probability".
     evidence_clip: bound on |log lambda|, nats.
@@ -90,8 +90,8 @@ class AdvantageEstimator:
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
     """Belief by belief along each completion."""
-    told = inputs.prices["told"]
-    plain = inputs.prices.get("plain", inputs.logprob)
+    told = inputs.logprobs["told"]
+    plain = inputs.logprobs.get("plain", inputs.logprob)
     ratio = [a.astype(np.float64) - b for a, b in zip(told, plain)]
     bound = self.evidence_clip
     clipped = [np.clip(r, -bound, bound) for r in ratio]

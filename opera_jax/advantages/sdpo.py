@@ -80,7 +80,7 @@ class AdvantageEstimator:
     gap = [
       ((teacher - student) * (other >= 0)).astype(np.float32)
       for teacher, student, other in zip(
-        inputs.prices["teacher"], inputs.logprob, shown_R
+        inputs.logprobs["teacher"], inputs.logprob, shown_R
       )
     ]
     return inputs_lib.Advantages(gap, {"taught": float((shown_R >= 0).mean())})

@@ -6,7 +6,7 @@ another prompt's response; its answer is the head of a better-judged response.
 So a small base model learns the form of thinking, badly, and a step that stays
 with the prompt tells something about the answer. Some thoughts break off
 without </think>, and some documents go on, after the turn, with another
-response: places where the reward will ask the model to price a reference.
+response: places where the reward will ask the model to score a reference.
 
 A maths document thinks its worked solution, sometimes checks a sum in it, and
 states the answer.

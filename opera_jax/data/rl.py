@@ -1,4 +1,4 @@
-"""Rows of a policy update from completions, prices and advantages.
+"""Rows of a policy update from completions, scores and advantages.
 
 Shape key: R completions, rows of T tokens; P tokens of a shared prompt, S
 completions that share it, G tokens of each.

@@ -196,7 +196,7 @@ def document(
   """One noisy document.
 
   Some thoughts break off without </think>, and some stories are told again
-  after the turn: so a base model can price a story at both places, as the
+  after the turn: so a base model can score a story at both places, as the
   reward will ask it to.
   """
   facts = prompt.columns["facts"]

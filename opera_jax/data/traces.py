@@ -91,12 +91,12 @@ def to_line(trace: Trace) -> str:
       perplexity that is no finite number.
   """
   for number, round_ in enumerate(trace.rounds):
-    prices = [one.perplexity for one in round_.candidates]
-    if not 0 <= round_.kept < len(prices) or not np.isfinite(prices).all():
+    logprobs = [one.perplexity for one in round_.candidates]
+    if not 0 <= round_.kept < len(logprobs) or not np.isfinite(logprobs).all():
       raise ValueError(
         f"Trace {trace.id!r}, round {number}: kept {round_.kept} of the"
-        f" perplexities {prices}; it must be an index of them, and each must"
-        " be finite. Look for NaN in the prices."
+        f" perplexities {logprobs}; it must be an index of them, and each must"
+        " be finite. Look for NaN in the log-probabilities."
       )
   row = json.dumps(_to_json(trace), ensure_ascii=False, allow_nan=False)
   return row + "\n"

@@ -12,7 +12,7 @@ from opera_jax.evals import bootstrap, seeds, table
 Values = Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]
 COSTS = {
   "sampled_tokens": "tokens sampled",
-  "priced_tokens": "tokens priced",
+  "scored_tokens": "tokens scored",
   "traces": "traces kept",
   "seconds": "seconds",
 }

@@ -35,7 +35,7 @@ def top_k_jensen_shannon(
     raise ValueError(f"alpha lies inside (0, 1), got {alpha}. 0.5 is usual.")
   if logprob_RTK.shape != teacher_RTK.shape:
     raise ValueError(
-      f"Student and teacher price the same tokens, got {logprob_RTK.shape} "
+      f"Student and teacher score the same tokens, got {logprob_RTK.shape} "
       f"and {teacher_RTK.shape}."
     )
   student = _with_rest(logprob_RTK)

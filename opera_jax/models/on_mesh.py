@@ -164,9 +164,9 @@ def token_logprob(
     logprob [B, T] and entropy [B, T], float32, in nats.
   """
 
-  def price(hidden_BTD, head, target_BT, axis_name=None):
+  def logprob(hidden_BTD, head, target_BT, axis_name=None):
     B, T, D = hidden_BTD.shape
-    prices = token_logprob_api.token_logprob(
+    logprobs = token_logprob_api.token_logprob(
       hidden_BTD.reshape(B * T, D),
       head,
       target_BT.reshape(B * T),
@@ -174,17 +174,17 @@ def token_logprob(
       transposed=transposed,
       axis_name=axis_name,
     )
-    return tuple(x.reshape(B, T) for x in prices)
+    return tuple(x.reshape(B, T) for x in logprobs)
 
   if rules.alone():
-    return price(hidden_BTD, head, target_BT)
+    return logprob(hidden_BTD, head, target_BT)
   B, T, _ = hidden_BTD.shape
   rows = PartitionSpec(
     rules.activation_axis("batch", B), rules.activation_axis("length", T)
   )
   vocab = rules.activation_axis("vocab", head.shape[0 if transposed else 1])
   return jax.shard_map(
-    functools.partial(price, axis_name=vocab),
+    functools.partial(logprob, axis_name=vocab),
     in_specs=(
       rows,
       PartitionSpec(vocab, None) if transposed else PartitionSpec(None, vocab),

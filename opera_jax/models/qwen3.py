@@ -1,7 +1,7 @@
 """Qwen3, the dense decoder, in one file (Flax NNX, layers stacked and scanned).
 
 The model maps tokens to final hidden states and never builds logits: the head
-is a matrix that `kernels.token_logprob` (pricing) and the sampler multiply by.
+is a matrix that `kernels.token_logprob` (scoring) and the sampler multiply by.
 How a token sees others is an argument (`opera_jax.models.attention`), so that
 training, trunks with branches, prefill and decode are one set of layers.
 

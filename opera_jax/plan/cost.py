@@ -83,7 +83,7 @@ def update(
   )
 
 
-def price(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
+def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
   """Forward over B trunks with S branches each, forked at their ends."""
   tokens = B * (T + S * G)
   pairs = B * (causal_pairs(T) + S * (G * T + causal_pairs(G)))

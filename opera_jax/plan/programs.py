@@ -20,13 +20,13 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import learner
 from opera_jax.train import optimizer
 from opera_jax.train import step as train_step
 
-NAMES = ("sft", "prefill", "grow", "decode", "price", "reference", "update")
+NAMES = ("sft", "prefill", "grow", "decode", "score", "reference", "update")
 Section = Mapping[str, Any]
 
 
@@ -52,7 +52,7 @@ def build(
   model: Section,
   engine: Section,
   rollout: Section,
-  price: Section,
+  scoring: Section,
   sft: Section,
   rl: Section,
   names: tuple[str, ...] = NAMES,
@@ -64,7 +64,7 @@ def build(
     model: fields of `qwen3.Config`.
     engine: arguments of `rollout.engine.Engine`.
     rollout: how the run samples.
-    price: arguments of `scoring.price.Pricer`.
+    scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
     sft: fields of `stages.supervised.Recipe`.
     rl: how the run updates.
     names: which of NAMES, in any order.
@@ -84,13 +84,13 @@ def build(
       "tokenizer; a plan reads no tokenizer. Set it to the model's rows."
     )
   config = qwen3.Config(**model)
-  run = _Run(mesh, config, engine, rollout, price, sft, rl)
+  run = _Run(mesh, config, engine, rollout, scoring, sft, rl)
   makers: dict[str, Callable[[], Program]] = {
     "sft": run.sft,
     "prefill": run.prefill,
     "grow": run.grow,
     "decode": run.decode,
-    "price": run.price,
+    "score": run.score,
     "reference": run.reference,
     "update": run.update,
   }
@@ -102,19 +102,19 @@ def most(
   *,
   model: Section,
   engine: Section,
-  price: Section,
+  scoring: Section,
   rl: Section,
 ) -> dict[str, int]:
   """How many programs an RL run can compile, as its parts count them."""
   config = qwen3.Config(**model)
   graphdef = qwen3.abstract(config)[0]
-  pricer = price_lib.Pricer(
-    graphdef, vocab_size=config.vocab_size, mesh=mesh, **price
+  logprob_scorer = scorer_lib.LogprobScorer(
+    graphdef, vocab_size=config.vocab_size, mesh=mesh, **scoring
   )
   sampler = engine_lib.Engine(graphdef, config, mesh=mesh, **engine)
   return {
     "sample": sampler.programs(),
-    "price": pricer.programs(),
+    "score": logprob_scorer.programs(),
     "update": learner.programs(
       rl["row_buckets"], rl["completions_per_row"], sampler.prompt_lengths()
     ),
@@ -142,9 +142,9 @@ def _optimizer(section: Section, updates: int) -> Any:
 class _Run:
   """The abstract values that the programs of one run completions_per_row."""
 
-  def __init__(self, mesh, config, engine, rollout, price, sft, rl):
+  def __init__(self, mesh, config, engine, rollout, scoring, sft, rl):
     self._mesh, self._config = mesh, config
-    self._engine, self._rollout, self._price = engine, rollout, price
+    self._engine, self._rollout, self._scoring = engine, rollout, score
     self._sft, self._rl = sft, rl
     self._values = abstract.Values(mesh, config)
     self._graphdef = self._values.graphdef
@@ -155,7 +155,7 @@ class _Run:
     recipe = self._sft
     adamw = _optimizer(recipe, 1)
     update = train_step.make_sft_update(
-      price_lib.row_logprob(self._graphdef),
+      scorer_lib.row_logprob(self._graphdef),
       adamw,
       **named(train_step.make_sft_update, recipe),
     )
@@ -226,24 +226,24 @@ class _Run:
       turn=self._turn_update("rl", B, rl["micro_batches"], "row_buckets"),
     )
 
-  def price(self) -> Program:
+  def score(self) -> Program:
     """The policy's pass: trunks and the most, longest branches."""
     opt_state = self._values.state(self._rl_optimizer()).opt_state
-    return self._pricing(
-      *("price", 1.0),
-      max(self._price["slot_buckets"]),
-      max(self._price["branch_buckets"]),
+    return self._scoring(
+      *("score", 1.0),
+      max(self._scoring["slot_buckets"]),
+      max(self._scoring["continuation_buckets"]),
       1,
       fit.shard_bytes((self._params, opt_state)),
     )
 
   def reference(self) -> Program:
     """Trunks alone, in the smallest shape of branches."""
-    temperature, price = self._rollout["temperature"], self._price
-    return self._pricing(
+    temperature, scoring = self._rollout["temperature"], self._scoring
+    return self._scoring(
       "reference",
       temperature,
-      *(min(price["slot_buckets"]), min(price["branch_buckets"])),
+      *(min(scoring["slot_buckets"]), min(scoring["continuation_buckets"])),
       int(self._rl["kl_coef"] != 0) + int(temperature != 1),
       fit.shard_bytes(self._values.state(self._rl_optimizer())),
     )
@@ -368,33 +368,33 @@ class _Run:
     with jax.set_mesh(self._mesh):
       return slots_lib.whole_blocks(tokens)
 
-  def _pricing(self, name, temperature, S, G, times, beside) -> Program:
-    B, T = self._price["rows"], max(self._price["length_buckets"])
+  def _scoring(self, name, temperature, S, G, times, beside) -> Program:
+    B, T = self._scoring["rows"], max(self._scoring["prefix_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
-    branch = self._values.rows("price.rows", (B, S, G), jnp.int32)
+    branch = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
     return Program(
       name=name,
       shape=f"{B} trunks x {T:,}, {S} branches x {G:,}",
       jitted=jax.jit(
-        price_lib.trunks_and_branches(self._graphdef, temperature=temperature)
+        scorer_lib.trunks_and_branches(self._graphdef, temperature=temperature)
       ),
       arguments=(
         self._params,
-        self._values.rows("price.rows", (B, T), jnp.int32),
-        self._values.rows("price.rows", (B,), jnp.int32),
+        self._values.rows("scoring.batch_size", (B, T), jnp.int32),
+        self._values.rows("scoring.batch_size", (B,), jnp.int32),
         branch,
         branch,
-        self._values.rows("price.rows", (B, S), jnp.int32),
+        self._values.rows("scoring.batch_size", (B, S), jnp.int32),
       ),
       static={},
-      flops=cost.price(self._config, B, T, S, G),
+      flops=cost.score(self._config, B, T, S, G),
       streamed=0.0,
       calls=times * -(-rows // B),
       beside=beside,
       turn=(
-        f"config.price.rows ({B}; a multiple of {self._ways})",
-        f"config.price.slot_buckets (largest {S})",
-        f"config.price.branch_buckets (largest {G})",
+        f"config.scoring.batch_size ({B}; a multiple of {self._ways})",
+        f"config.scoring.slot_buckets (largest {S})",
+        f"config.scoring.continuation_buckets (largest {G})",
         "config.mesh (a larger tensor or sequence axis splits a row)",
       ),
     )

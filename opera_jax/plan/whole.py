@@ -11,7 +11,7 @@ from opera_jax.models import qwen3
 from opera_jax.plan import analyse, fit, hardware, programs
 from opera_jax.sharding import mesh as mesh_lib
 
-SECTIONS = ("model", "engine", "rollout", "price", "sft", "rl")
+SECTIONS = ("model", "engine", "rollout", "scoring", "sft", "rl")
 
 
 def make(
@@ -71,7 +71,7 @@ def make(
     * sections["rollout"]["max_new_tokens"],
     "most_programs": programs.most(
       laid_out,
-      **{part: sections[part] for part in ("model", "engine", "price", "rl")},
+      **{part: sections[part] for part in ("model", "engine", "scoring", "rl")},
     ),
     "step_tokens": rl["prompts"] * rl["samples"] * max(rl["row_buckets"]),
     "step_seconds": sum(parts.values()),

@@ -92,7 +92,7 @@ def colour_scale(thoughts: Sequence[views.ThoughtView]) -> float:
     abs(step.delta)
     for thought in thoughts
     for step in thought.steps
-    if _priced(step)
+    if _scored(step)
   ]
   return max(float(np.quantile(deltas, 0.95)), 0.01) if deltas else 0.01
 
@@ -147,7 +147,7 @@ def _thoughts(thoughts: Sequence[views.ThoughtView]) -> str:
   scale = colour_scale(thoughts)
   shown = "".join(_thought(thought, scale) for thought in thoughts)
   return (
-    "<section><h2>Thoughts, priced step by step</h2>"
+    "<section><h2>Thoughts, scored step by step</h2>"
     "<p>The number beside a step says by how much the step changed the mean "
     "log-probability of the reference answer. A "
     '<span class="badge">reflective</span> step with a rise counts for the '
@@ -177,9 +177,9 @@ def _thought(thought: views.ThoughtView, scale: float) -> str:
 
 def _step(step: views.StepView, scale: float) -> str:
   badge = '<span class="badge">reflective</span>' if step.reflective else ""
-  if not _priced(step):
+  if not _scored(step):
     return (
-      '<li class="step unpriced"><div class="delta">not priced</div>'
+      '<li class="step unscored"><div class="delta">not scored</div>'
       f'<div class="said">{badge}{_text(step.text)}</div></li>'
     )
   strength = min(abs(step.delta) / scale, 1.0)
@@ -266,7 +266,7 @@ def _block(label: str, text: str) -> str:
   )
 
 
-def _priced(step: views.StepView) -> bool:
+def _scored(step: views.StepView) -> bool:
   return step.delta is not None and math.isfinite(step.delta)
 
 

@@ -177,7 +177,7 @@ def chain(captions: Mapping[str, str]) -> str:
   parts.append(_arrow(f"M{update},{below} V{below + 20} H{first} V{below + 2}"))
   parts.append(
     f'<text class="note" x="{(first + update) / 2}" y="{below + 36}">'
-    "every step: sample, price, compare, update</text></svg>"
+    "every step: sample, score, compare, update</text></svg>"
   )
   return "".join(parts)
 

@@ -11,7 +11,7 @@ class StepView:
   """One step of a thought."""
 
   text: str
-  delta: float | None  # P_j - P_{j-1}, nats a token; None or NaN: not priced
+  delta: float | None  # P_j - P_{j-1}, nats a token; None or NaN: not scored
   reflective: bool
 
 

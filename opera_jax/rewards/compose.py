@@ -3,7 +3,7 @@
 A reward is one file of this package with a frozen dataclass `Reward`, whose
 fields are its settings, and two pure methods:
 
-    questions(rollouts) -> structs.Questions      what it wants priced
+    questions(rollouts) -> structs.Questions      what it wants scored
     rewards(rollouts, answers) -> dict            "total" and terms, [B, N]
 
 `config.reward.terms` names rewards and their weights, as in

@@ -17,7 +17,7 @@ class Reward:
   """R_EM of every sample, nats a token, at most 0."""
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """Nothing: the rows are priced anyway."""
+    """Nothing: the rows are scored anyway."""
     return structs.Questions()
 
   def rewards(

@@ -14,7 +14,7 @@ class Reward:
   """1 for a well-formed completion, else 0."""
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """Nothing is priced."""
+    """Nothing is scored."""
     return structs.Questions()
 
   def rewards(

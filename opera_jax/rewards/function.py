@@ -101,7 +101,7 @@ class Reward(_Named):
     _columns(self.path, prompts)
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """Nothing is priced."""
+    """Nothing is scored."""
     return structs.Questions()
 
   def rewards(

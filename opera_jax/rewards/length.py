@@ -40,7 +40,7 @@ class Reward:
       )
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """Nothing is priced."""
+    """Nothing is scored."""
     return structs.Questions()
 
   def rewards(

@@ -1,4 +1,5 @@
-"""OPERA's reward (arXiv 2606.25757): the policy's own price of the reference.
+"""OPERA's reward (arXiv 2606.25757): the policy's own log-probability of the
+reference.
 
 With `lp(a | c)` the mean log-probability per token of `a` after `c`,
 
@@ -9,12 +10,13 @@ With `lp(a | c)` the mean log-probability per token of `a` after `c`,
     R_ppl_i = #{ k != i : L_k < L_i } / (N - 1)
     R     = alpha R_ppl + (1 - alpha) R_self
 
-`queries` declares the branches that need a price, `rewards` turns the prices
-into numbers, `step_deltas` into what each step did; no model in here.
+`queries` declares the branches that need a log-probability, `rewards` turns the
+log-probabilities into numbers, `step_deltas` into what each step did; no model
+in here.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), J
 steps of a thought, S slots of a row (its distinct branches), Q branches in
-all, M priced tokens of a row.
+all, M scored tokens of a row.
 """
 
 import dataclasses
@@ -118,7 +120,7 @@ class Layout:
   row: np.ndarray  # [Q] int32, row of branch q
   slot: np.ndarray  # [Q] int32, slot of branch q in its row
   previous: np.ndarray  # [R, S] int32, slot that slot s must beat to count
-  last: np.ndarray  # [R] int32, slot priced after the whole completion
+  last: np.ndarray  # [R] int32, slot scored after the whole completion
   before: np.ndarray  # [R, J] int32, slot where step j begins
   after: np.ndarray  # [R, J] int32, slot where step j ends
 
@@ -134,7 +136,7 @@ def queries(
   compare: str = "previous",
   trunks: Sequence[int] | None = None,
 ) -> tuple[list[structs.Branch], Layout]:
-  """The branches whose prices the reward needs, each position once.
+  """The branches whose log-probabilities the reward needs, each position once.
 
   A trunk is prompt + completion. A row asks at the ends of its reflective
   steps and of their predecessors (the start of the thought is the first
@@ -148,7 +150,7 @@ def queries(
     completion_length_R: int, tokens of the completion, stop token included.
     reference_ids: int32 arrays, tokens of y_ref for each row, tokenised apart.
     bridge_ids: tokens put between a partial thought and the reference, seen
-      and not priced; never after the whole completion.
+      and not scored; never after the whole completion.
     all_steps: ask at the end of every step, for pictures; the reward is the
       same.
     compare: what a reflective step must beat: "previous", the end of the step
@@ -157,7 +159,8 @@ def queries(
     trunks: index of each row's trunk in the scorer's list; default 0 .. R - 1.
 
   Returns:
-    The branches, and the layout that `rewards` needs to read their prices.
+    The branches, and the layout that `rewards` needs to read their
+    log-probabilities.
 
   Raises:
     ValueError: rows that do not match, an empty reference, a step outside its
@@ -252,10 +255,10 @@ def rewards(
   tau: float = 2.0,
   mode: str = "both",
 ) -> dict[str, np.ndarray]:
-  """Rewards and their parts from the prices of `queries`' branches.
+  """Rewards and their parts from the log-probabilities of `queries`' branches.
 
   Args:
-    branch_logprob: float32, the log-probabilities of each branch's priced
+    branch_logprob: float32, the log-probabilities of each branch's scored
       tokens, in the order of `queries`' branches, nats.
     layout: what `queries` returned.
     samples: N, rows a prompt; rows are prompt-major.
@@ -272,7 +275,7 @@ def rewards(
   Raises:
     ValueError: an unknown mode, alpha outside 0..1, fewer than 2 samples,
       rows that do not divide, a count of branches that is not `queries`', or
-      a price that is not finite.
+      a log-probability that is not finite.
   """
   rows = len(layout.last)
   if mode not in MODES:
@@ -324,7 +327,7 @@ def step_deltas(
 ) -> np.ndarray:
   """`P_j - P_{j-1}` of each step, float32 [R, J], nats a token.
 
-  NaN where the step's ends were not priced: every step is priced with
+  NaN where the step's ends were not scored: every step is scored with
   `all_steps=True`, only reflective ones without.
   """
   mean_RS = np.full(layout.previous.shape, np.nan, np.float32)
@@ -365,10 +368,10 @@ def _bucket(size: int) -> int:
 def _pack(
   branch_logprob: Sequence[np.ndarray], layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
-  """All priced tokens of a row side by side, and the slot of each."""
+  """All scored tokens of a row side by side, and the slot of each."""
   if len(branch_logprob) != len(layout.row):
     raise ValueError(
-      f"Got prices of {len(branch_logprob)} branches, the layout has "
+      f"Got scores of {len(branch_logprob)} branches, the layout has "
       f"{len(layout.row)}. Pass the slice that this reward's queries became."
     )
   rows = len(layout.last)
@@ -376,7 +379,7 @@ def _pack(
   for q, logprob_G in enumerate(branch_logprob):
     if not np.all(np.isfinite(logprob_G)):
       raise ValueError(
-        f"The price of branch {q} (row {layout.row[q]}) holds "
+        f"The log-probability of branch {q} (row {layout.row[q]}) holds "
         f"{logprob_G[~np.isfinite(logprob_G)][0]}; log-probabilities must be "
         "finite. Check the policy's parameters for NaN."
       )

@@ -48,8 +48,8 @@ class Reward:
   ) -> dict[str, np.ndarray]:
     """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
     null = [
-      price[len(price) - len(row) :]
-      for price, row in zip(answers.trunk_logprob, answers.row_logprob)
+      logprob[len(logprob) - len(row) :]
+      for logprob, row in zip(answers.trunk_logprob, answers.row_logprob)
     ]
     reward_R = self_aligned(answers.row_logprob, null, form=self.form)
     gain_R = np.asarray(

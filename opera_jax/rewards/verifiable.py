@@ -58,7 +58,7 @@ class Reward:
     _check_settings(self.method, self.timeout, self.workers)
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """Nothing is priced."""
+    """Nothing is scored."""
     return structs.Questions()
 
   def rewards(

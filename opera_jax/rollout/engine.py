@@ -236,7 +236,7 @@ class Engine:
     *,
     contexts: Sequence[np.ndarray] = (),
     whole_rows: bool = False,
-    priced: bool = False,
+    with_model_logprob: bool = False,
   ) -> parts_lib.Parts:
     """Empty rows of `width` slots each, to be driven in a `with` block.
 
@@ -272,7 +272,7 @@ class Engine:
           cache_buckets=self._cache_buckets,
           steps=steps,
           whole_rows=whole_rows,
-          priced=priced,
+          with_model_logprob=with_model_logprob,
         )
         for part in slots
       ]
@@ -287,7 +287,7 @@ def _worth_a_stop(together: int, live: int) -> int:
   """How many of the live slots must end for new samples to be let in.
 
   Args:
-    together: prompts that are computed at once, for the price of one; 0 if
+    together: prompts that are computed at once, at the cost of one; 0 if
       nothing waits, and only work for half as many is worth a stop.
     live: slots.
   """

@@ -186,7 +186,7 @@ def decode(
   settings: sampling.Sampling,
   steps: int,
   whole_rows: bool = False,
-  priced: bool = False,
+  with_model_logprob: bool = False,
 ) -> tuple[slots_lib.Slots, slots_lib.Drawn]:
   """Draws up to `steps` tokens in every live slot.
 
@@ -204,7 +204,7 @@ def decode(
     settings: how to draw.
     steps: U.
     whole_rows: `free` counts rows of which every slot has ended.
-    priced: also returns log-probabilities at temperature 1.
+    with_model_logprob: also returns log-probabilities at temperature 1.
   """
   model = nnx.merge(graphdef, params)
   head, transposed = model.head_matrix()
@@ -256,7 +256,7 @@ def decode(
       logit_RV, key_R, settings, at.depth.reshape(R)
     )
     new = [token_R, logprob_R]
-    if priced:
+    if with_model_logprob:
       new.append(sampling.logprob(logit_RV, token_R))
     if settings.reshapes():
       new.append(truncated_R)
@@ -269,7 +269,7 @@ def decode(
     return step + 1, at, cache, drawn
 
   truncated = settings.reshapes()
-  dtypes = [jnp.int32] + [jnp.float32] * (1 + priced + truncated)
+  dtypes = [jnp.int32] + [jnp.float32] * (1 + with_model_logprob + truncated)
   nothing = [jnp.zeros((*lead, steps), dtype) for dtype in dtypes]
   _, at, cache, drawn = jax.lax.while_loop(
     cond, body, (jnp.int32(0), at, slots.cache, nothing)
@@ -282,7 +282,7 @@ def decode(
   return slots_lib.laid_out(after), slots_lib.Drawn(
     token=drawn[0],
     logprob=drawn[1],
-    price=drawn[2] if priced else None,
+    model_logprob=drawn[2] if with_model_logprob else None,
     truncated=drawn[-1] if truncated else None,
     count=spread(count, 0),
     live=after.live,
@@ -356,6 +356,6 @@ def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
     "decode": jax.jit(
       functools.partial(decode, graphdef),
       donate_argnums=1,
-      static_argnames=("settings", "steps", "whole_rows", "priced"),
+      static_argnames=("settings", "steps", "whole_rows", "scored"),
     ),
   }

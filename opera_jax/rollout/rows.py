@@ -50,7 +50,7 @@ class Piece:
   slot: int
   tokens: np.ndarray  # [n] int32
   logprob: np.ndarray  # [n] float32, at the sampling temperature
-  price: np.ndarray | None  # [n] float32, at temperature 1, where asked
+  model_logprob: np.ndarray | None  # [n] float32, at temperature 1, where asked
   live: bool  # goes on in the next call
   ended: int  # a key of REASONS
   truncated: np.ndarray | None = None  # [n] float32, as drawn, where truncated
@@ -74,7 +74,7 @@ class Rows:
     cache_buckets: Sequence[int],
     steps: int,
     whole_rows: bool = False,
-    priced: bool = False,
+    with_model_logprob: bool = False,
   ):
     """Takes fresh slots over.
 
@@ -92,7 +92,7 @@ class Rows:
       cache_buckets: lengths of slots' caches, whole blocks, likewise.
       steps: tokens that a slot draws in one call.
       whole_rows: a call of `draw` leaves early for rows rather than slots.
-      priced: pieces come with log-probabilities at temperature 1.
+      with_model_logprob: pieces come with log-probabilities at temperature 1.
     """
     self._programs, self._params, self._slots = programs, params, slots
     self._layers, self._stops, self._mesh = layers, stops, mesh
@@ -103,7 +103,7 @@ class Rows:
       "settings": settings,
       "steps": steps,
       "whole_rows": whole_rows,
-      "priced": priced,
+      "scored": with_model_logprob,
     }
     shape = slots.depth.shape
     self.count, self.width = shape
@@ -234,7 +234,9 @@ class Rows:
         slot=int(slot),
         tokens=drawn.token[own],
         logprob=drawn.logprob[own],
-        price=None if drawn.price is None else drawn.price[own],
+        model_logprob=None
+        if drawn.model_logprob is None
+        else drawn.model_logprob[own],
         truncated=None if drawn.truncated is None else drawn.truncated[own],
         live=bool(drawn.live[place, slot]),
         ended=int(drawn.ended[place, slot]),

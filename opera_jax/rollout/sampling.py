@@ -324,9 +324,9 @@ def _first_to_come(
   """Draws from softmax(logit): of waiting times E_v / p_v the shortest.
 
   The Gumbel trick with one logarithm a token in place of two, the other half
-  being the softmax that a token's price needs anyway. Other ways to draw that
-  need less (a uniform number against running sums) would change a token with
-  the last bit of a logit far more often.
+  being the softmax that a token's log-probability needs anyway. Other ways to
+  draw that need less (a uniform number against running sums) would change a
+  token with the last bit of a logit far more often.
   """
   most_R1 = jnp.max(logit_RV, axis=-1, keepdims=True)
   rate_RV = jnp.exp(logit_RV - most_R1)
@@ -345,7 +345,7 @@ def _argmax(x_RV: jax.Array) -> jax.Array:
   V = x_RV.shape[-1]
   place_RV = jax.lax.broadcasted_iota(jnp.int32, x_RV.shape, 1)
   most_R1 = jnp.max(x_RV, axis=-1, keepdims=True)
-  # NaN equals nothing; the engine refuses its price.
+  # NaN equals nothing; the engine refuses its log-probability.
   return jnp.min(jnp.where(x_RV == most_R1, place_RV, V - 1), axis=-1)
 
 

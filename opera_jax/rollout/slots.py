@@ -46,7 +46,9 @@ class Drawn:
 
   token: jax.Array  # [B, S, U] int32
   logprob: jax.Array  # [B, S, U] float32, at the sampling temperature
-  price: jax.Array | None  # [B, S, U] float32, at temperature 1, where asked
+  model_logprob: (
+    jax.Array | None
+  )  # [B, S, U] float32, at temperature 1, where asked
   truncated: jax.Array | None  # [B, S, U] float32, of the truncated
   # distribution, where there is one
   count: jax.Array  # [B, S] int32

@@ -1,4 +1,5 @@
-"""What some losses ask of the model besides the sampled token's price.
+"""What some losses ask of the model besides the sampled token's
+log-probability.
 
 A critic is a linear head on the policy's last hidden state. A teacher's top
 tokens are found block by block of the vocabulary, so that no
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 
 
 def init_value(hidden: int) -> dict[str, jax.Array]:
@@ -27,7 +28,7 @@ def init_value(hidden: int) -> dict[str, jax.Array]:
 def row_heads(
   graphdef: nnx.GraphDef, *, temperature: float = 1.0
 ) -> Callable[[Any, structs.Batch], tuple[Any, ...]]:
-  """`price.row_logprob` with further heads.
+  """`logprob_scorer.row_logprob` with further heads.
 
   Returns:
     `f(params, batch) -> (logprob_RT, entropy_RT, heads)` where params is
@@ -39,9 +40,9 @@ def row_heads(
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params["policy"])
-    states = price.row_states(model, batch)
+    states = logprob_scorer.row_states(model, batch)
     hidden_RXD, target_RX = states.hidden_RXD, states.said(batch.tokens)
-    logprob_RX, entropy_RX = price.token_prices(
+    logprob_RX, entropy_RX = logprob_scorer.token_logprobs(
       model, hidden_RXD, target_RX, temperature
     )
     critic = params["value"]
@@ -83,7 +84,7 @@ def row_top(
 
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
-    states = price.row_states(model, batch)
+    states = logprob_scorer.row_states(model, batch)
     head, transposed = model.head_matrix()
     rows_VD = (head if transposed else head.T).astype(jnp.float32)
     V = rows_VD.shape[0]

@@ -1,7 +1,7 @@
 """Packs trunks and their branches into few static shapes.
 
 A branch of G tokens enters the model as `[trunk[fork - 1], tokens[:-1]]`: the
-last token of its context is run again, so that every priced token has a
+last token of its context is run again, so that every scored token has a
 hidden state of its own branch before it, and the trunk needs no gather.
 
 Shape key: B rows of a microbatch, T trunk tokens, S branches, G tokens.
@@ -22,7 +22,7 @@ class MicroBatch:
   token_BT: np.ndarray  # int32, right-padded
   length_B: np.ndarray  # int32, 0 for a row that only fills the shape
   input_BSG: np.ndarray  # int32 branch inputs
-  target_BSG: np.ndarray  # int32 tokens to price
+  target_BSG: np.ndarray  # int32 tokens to score
   limit_BS: np.ndarray  # int32 trunk tokens that a branch sees, fork - 1
   trunk_of: list[int]  # trunk index of each real row
   branch_of: list[tuple[int, int, int]]  # (row, slot, branch index)
@@ -42,7 +42,7 @@ def check(
   branches: Sequence[structs.Branch],
   vocab_size: int,
 ) -> None:
-  """Raises on anything that would be priced wrongly in silence.
+  """Raises on anything that would be scored wrongly in silence.
 
   Raises:
     ValueError: an empty trunk or branch, a fork outside its trunk, a skip
@@ -70,7 +70,7 @@ def check(
     if not 0 <= branch.skip < len(branch.tokens):
       raise ValueError(
         f"Branch {i} has {len(branch.tokens)} tokens of which the first "
-        f"{branch.skip} are context; at least one must be priced."
+        f"{branch.skip} are context; at least one must be scored."
       )
     if branch.tokens.min() < 0 or branch.tokens.max() >= vocab_size:
       raise ValueError(
@@ -83,9 +83,9 @@ def pack(
   branches: Sequence[structs.Branch],
   *,
   rows: int,
-  length_buckets: Sequence[int],
+  prefix_buckets: Sequence[int],
   slot_buckets: Sequence[int],
-  branch_buckets: Sequence[int],
+  continuation_buckets: Sequence[int],
 ) -> list[MicroBatch]:
   """Groups trunks of like length and number of branches into microbatches.
 
@@ -94,12 +94,12 @@ def pack(
 
   Args:
     trunks: int32 tokens [T_i] each.
-    branches: what to price after which prefix.
+    branches: what to score after which prefix.
     rows: B, rows of every microbatch.
-    length_buckets: allowed T, ascending.
+    prefix_buckets: allowed T, ascending.
     slot_buckets: allowed S, ascending; a trunk without branches takes the
       smallest.
-    branch_buckets: allowed G, ascending.
+    continuation_buckets: allowed G, ascending.
 
   Returns:
     Microbatches, shapes grouped so that equal shapes follow each other.
@@ -115,9 +115,9 @@ def pack(
       longest = max((len(branches[i].tokens) for i in part), default=1)
       entries.append(
         (
-          bucket(len(trunks[trunk]), length_buckets),
+          bucket(len(trunks[trunk]), prefix_buckets),
           bucket(len(part), slot_buckets),
-          bucket(longest, branch_buckets),
+          bucket(longest, continuation_buckets),
           trunk,
           part,
         )

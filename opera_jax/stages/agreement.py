@@ -1,6 +1,6 @@
 """Stops a run whose sampler and trainer have come apart.
 
-The two price the same tokens by the same weights, so the mean |difference| of
+The two score the same tokens by the same weights, so the mean |difference| of
 their log-probabilities is rounding (0.02 at the most in bfloat16). More, step
 after step, means that the policy learns from samples that are not its own.
 """

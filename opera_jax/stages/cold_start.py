@@ -35,8 +35,10 @@ class Search:
   batch: int  # prompts of a part, which one process makes
   candidates: int
   budget: int
-  price: str
-  choose: str  # "package.module:function" in place of the price, or ""
+  score: str
+  choose: (
+    str  # "package.module:function" in place of the log-probability, or ""
+  )
   temperature: float
   top_k: int
   top_p: float
@@ -271,7 +273,7 @@ def _note(claimed: tuple[int, list[int]] | None) -> list[int]:
 def _searcher(
   run: setup_lib.Run, settings: Search
 ) -> search.Searcher | rewrite.Rewriter:
-  machines = run.engine, run.pricer, run.tokenizer
+  machines = run.engine, run.logprob_scorer, run.tokenizer
   draw = {
     "candidates": settings.candidates,
     "temperature": settings.temperature,
@@ -290,14 +292,15 @@ def _searcher(
     *machines,
     brakes=settings.brakes,
     budget=settings.budget,
-    price=settings.price,
+    score=settings.score,
     choose=user_choice(run, settings),
     **draw,
   )
 
 
 def user_choice(run: setup_lib.Run, settings: Search) -> function.Choice | None:
-  """The user's function that chooses in the price's place, loaded; or None.
+  """The user's function that chooses in the log-probability's place, loaded; or
+  None.
 
   Raises:
     ValueError: it cannot be imported.

@@ -67,7 +67,7 @@ def collect(
     samples: N.
     filter_reward: the reward term whose spread in a group decides whether the
       group is kept; "" is the weighted sum.
-    advance: called with the tokens sampled or priced as they are done; what it
+    advance: called with the tokens sampled or scored as they are done; what it
       raises ends the step, which has changed nothing yet.
 
   Raises:

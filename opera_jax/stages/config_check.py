@@ -276,11 +276,11 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "steps": count(),
     "cache_dtype": one_of(*DTYPES),
   }),
-  "price": ((), {
+  "scoring": ((), {
     "rows": count(),
-    "length_buckets": ascending,
+    "prefix_buckets": ascending,
     "slot_buckets": ascending,
-    "branch_buckets": ascending,
+    "continuation_buckets": ascending,
   }),
   "reward": ((), {
     "timeout": number(above=0),
@@ -302,7 +302,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "batch": count(),
     "candidates": count(),
     "budget": count(0),
-    "price": one_of(*search.PRICES),
+    "score": one_of(*search.SCORES),
     "temperature": number(above=0),
     "top_k": count(0),
     "top_p": number(high=1, above=0),
@@ -813,7 +813,7 @@ READ: dict[str, Read] = {
     "", lambda config, stages: config["synthesis"]["method"] == "search",
     "config.synthesis.method is 'search'",
   ),
-  "synthesis.price": Read(
+  "synthesis.score": Read(
     "sequence",
     lambda config, stages: config["synthesis"]["method"] == "search",
     "config.synthesis.method is 'search'",

@@ -16,7 +16,7 @@ from opera_jax.data import rl as rl_data
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
 from opera_jax.rewards import compose
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.scoring import trunks as trunks_lib
 from opera_jax.stages import learner as learner_lib
 from opera_jax.stages import score as score_lib
@@ -30,8 +30,8 @@ class Outcome:
   """Advantages of a step, and what they took."""
 
   advantages: inputs_lib.Advantages
-  scoring_requests: Mapping[str, inputs_lib.ScoringRequest]  # what was priced
-  tokens: int  # priced for it
+  scoring_requests: Mapping[str, inputs_lib.ScoringRequest]  # what was scored
+  tokens: int  # scored for it
 
 
 class WeightedEstimators:
@@ -41,21 +41,21 @@ class WeightedEstimators:
     self,
     rules: str,
     options: Mapping[str, Mapping[str, Any]],
-    pricer: price_lib.Pricer,
+    logprob_scorer: scorer_lib.LogprobScorer,
   ):
     """Builds the rules.
 
     Args:
       rules: names and weights, as in "grpo + 0.5*oppo".
       options: settings of rules by name, where their defaults do not do.
-      pricer: prices completions at the policy's temperature.
+      scorer: scores completions at the policy's temperature.
 
     Raises:
       ValueError: an unknown rule or setting.
     """
     self._weights = compose.weights(rules)
     self._rules = build(rules, options)
-    self._pricer = pricer
+    self._logprob_scorer = logprob_scorer
 
   def advantages(
     self,
@@ -82,7 +82,7 @@ class WeightedEstimators:
     rollouts, reward_BN = scored.rollouts, scored.total_BN
     by_name, requests, tokens = {}, {}, 0
     for name, rule in self._rules.items():
-      prices = {}
+      logprobs = {}
       for key, request in rule.scoring_requests(rollouts, reward_BN).items():
         if models[request.model] is None:
           raise ValueError(
@@ -90,14 +90,14 @@ class WeightedEstimators:
             f"{request.model!r}, which this run does not have. Set "
             "config.rl.ema above 0."
           )
-        priced = self._pricer.price(
+        scored = self._logprob_scorer.score(
           models[request.model], rollouts.after(request.turns)
         )
-        tokens += priced.trunk_tokens
+        tokens += scored.trunk_tokens
         requests[key] = request
-        prices[key] = [
+        logprobs[key] = [
           row[len(row) - len(s.tokens) :]
-          for row, s in zip(priced.trunk_logprob, rollouts.completions)
+          for row, s in zip(scored.trunk_logprob, rollouts.completions)
         ]
       inputs = inputs_lib.AdvantageInputs(
         rollouts=rollouts,
@@ -105,7 +105,7 @@ class WeightedEstimators:
         success_BN=success(rollouts, scored),
         logprob=old,
         penalty=penalty,
-        prices=prices,
+        logprobs=logprobs,
         value=value,
       )
       by_name[name] = (self._weights[name], rule.advantages(inputs))
@@ -119,8 +119,8 @@ def assign(
   models: Mapping[str, Any],
   params: Any,
   scored: score_lib.Scored,
-  old: structs.Prices,
-  ref: structs.Prices,
+  old: structs.Logprobs,
+  ref: structs.Logprobs,
   *,
   kl_coef: float,
   kl_estimator: str,
@@ -138,7 +138,7 @@ def assign(
     models: see `WeightedEstimators.advantages`.
     params: what the update changes; a critic's are among them.
     scored: the samples.
-    old: prices of their rows under the policy before the update.
+    old: scores of their rows under the policy before the update.
     ref: the same under the reference policy.
     kl_coef: weight of KL taken off the reward.
     kl_estimator: see `losses.kl`.
@@ -201,7 +201,7 @@ def assign(
     extra["returns"] = place.spread(outcome.advantages.returns)
   metrics = {
     **outcome.advantages.metrics,
-    "price/advantage_tokens": outcome.tokens,
+    "scoring/advantage_tokens": outcome.tokens,
   }
   if learn.top is not None:
     top_ids, top_logprob = _teacher_tops(

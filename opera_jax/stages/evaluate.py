@@ -24,7 +24,7 @@ MODELS = ("base", "sft", "rl")
 
 OPEN_ENDED = (
   table.Measure("r_self", "R_self"),
-  table.Measure("r_ppl", "R_ppl among all models' samples, priced by SFT"),
+  table.Measure("r_ppl", "R_ppl among all models' samples, scored by SFT"),
   table.Measure("count", "productive reflections a thought"),
   table.Measure(
     "logp_direct", "log P(y_ref | x), empty thought", unit="nats/token"
@@ -54,7 +54,7 @@ class Settings:
   temperature: float
   top_p: float
   max_new_tokens: int
-  thoughts: int  # completions priced step by step for the report
+  thoughts: int  # completions scored step by step for the report
   resamples: int  # of the bootstrap
 
 
@@ -240,11 +240,11 @@ def _measures(
         for p, group in zip(prompts, groups)
       ]
     )
-  parts |= thought_prices(run, params, prompts, ids, groups, advance)
+  parts |= thought_logprobs(run, params, prompts, ids, groups, advance)
   return {name: np.asarray(v, np.float64) for name, v in parts.items()}
 
 
-def thought_prices(
+def thought_logprobs(
   run: setup_lib.Run,
   params: Any,
   prompts: Sequence[structs.Prompt],
@@ -255,12 +255,12 @@ def thought_prices(
   """What the reference costs after an empty thought, and after the model's own.
 
   Args:
-    run: its pricer.
-    params: the model that prices.
+    run: its scorer.
+    params: the model that scores.
     prompts: B tasks.
     ids: their chat prompts as tokens.
     groups: samples of each, whose thoughts alone are read.
-    advance: called with the tokens priced as they are done.
+    advance: called with the tokens scored as they are done.
 
   Returns:
     "logp_direct" and "logp_thought", nats a token, [B] each; the second is the
@@ -288,8 +288,8 @@ def thought_prices(
         )
       )
       trunks.append(context)
-  prices = run.pricer.price(params, trunks, branches, advance=advance)
-  mean_BX = np.asarray([p.mean() for p in prices.branch_logprob]).reshape(
+  logprobs = run.logprob_scorer.score(params, trunks, branches, advance=advance)
+  mean_BX = np.asarray([p.mean() for p in logprobs.branch_logprob]).reshape(
     len(prompts), -1
   )
   return {
@@ -315,7 +315,7 @@ def _pooled_rank(
   pieces: kept_lib.Pieces,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """R_ppl where the group is every model's samples, priced by one model."""
+  """R_ppl where the group is every model's samples, scored by one model."""
   load = functools.cache(lambda: run.load("sft"))
   chosen = [b for b in range(len(prompts)) if opened[b]]
   out = {model: np.zeros(len(prompts)) for model in MODELS}

@@ -12,7 +12,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
 from opera_jax.losses import policy as policy_loss
-from opera_jax.scoring import heads, price
+from opera_jax.scoring import heads, logprob_scorer
 from opera_jax.sharding import layout
 from opera_jax.stages import setup as setup_lib
 from opera_jax.train import ema as ema_lib
@@ -113,7 +113,7 @@ def build(
   critic = value_coef > 0 or divergence_coef > 0
   if ema:
     optimizer = ema_lib.with_ema(optimizer, ema)
-  view = heads.row_heads if critic else price.row_logprob
+  view = heads.row_heads if critic else logprob_scorer.row_logprob
   logprob_fn = view(graphdef, temperature=temperature)
   if loss == "dpo":
     update = step_lib.make_preference_update(

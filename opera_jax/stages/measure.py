@@ -68,7 +68,7 @@ def measure(
     params: the model that wrote the samples.
     prompts: B tasks.
     groups: N >= 2 samples of each.
-    advance: called with the tokens priced as they are done.
+    advance: called with the tokens scored as they are done.
 
   Returns:
     One number a prompt of its kind: `OPEN_ENDED` over open-ended prompts,
@@ -89,13 +89,13 @@ def measure(
   if opened:
     out["r_self"] = terms["r_self"][opened].mean(axis=1)
     out["score"] = terms["score"][opened].mean(axis=1)
-    prices = evaluate.thought_prices(
+    logprobs = evaluate.thought_logprobs(
       run,
       params,
       *([every[b] for b in opened] for every in (prompts, ids, groups)),
       advance=advance,
     )
-    out["logp_thought"] = prices["logp_thought"]
+    out["logp_thought"] = logprobs["logp_thought"]
   if maths:
     out["correct"] = terms["correct"][maths].mean(axis=1)
     out["math_tokens"] = out["tokens"][maths]

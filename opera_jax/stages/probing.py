@@ -28,7 +28,7 @@ def answers(
   Args:
     run: its tokenizer and keywords.
     scorers: rewards by name.
-    params: the policy that prices.
+    params: the policy that scores.
     prompts: B tasks.
     texts: an honest completion of each, tags kept.
 

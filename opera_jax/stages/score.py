@@ -1,7 +1,7 @@
-"""Completions to rewards: mark the steps, price one pass, weigh and add.
+"""Completions to rewards: mark the steps, score one pass, weigh and add.
 
-All questions of all rewards go into one pricing pass. The trunk pass that
-prices a completion's branches also gives its own tokens' log-probabilities,
+All questions of all rewards go into one scoring pass. The trunk pass that
+scores a completion's branches also gives its own tokens' log-probabilities,
 which the update needs as those of the old policy.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
@@ -17,7 +17,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import batching
 from opera_jax.rewards import compose, opera
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange
 from opera_jax.text import automaton, thought
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -30,9 +30,9 @@ class Scored:
   total_BN: np.ndarray
   terms: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
   trunks: list[np.ndarray]  # prompt + completion tokens, prompt-major
-  prices: structs.Prices  # of the trunks, and of all branches
+  logprobs: structs.Logprobs  # of the trunks, and of all branches
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
-  deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not priced
+  deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not scored
   opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
   separate_tokens: int  # what one row for each prefix of every step would cost
   rollouts: structs.Rollouts
@@ -135,7 +135,7 @@ class Scorer:
 
   def __init__(
     self,
-    pricer: price_lib.Pricer,
+    logprob_scorer: scorer_lib.LogprobScorer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     terms: str = "opera + verifiable",
@@ -157,7 +157,7 @@ class Scorer:
     """Builds the rewards, and the automaton of the reflective states.
 
     Args:
-      pricer: prices trunks and branches at temperature 1.
+      scorer: scores trunks and branches at temperature 1.
       tokenizer: of the policy.
       terms: which rewards, with which weights; see `compose.weights`.
       options: settings of rewards by name, where their defaults do not do;
@@ -180,7 +180,7 @@ class Scorer:
     Raises:
       ValueError: an unknown reward, setting or comparison.
     """
-    self._pricer, self._tokenizer = pricer, tokenizer
+    self._logprob_scorer, self._tokenizer = logprob_scorer, tokenizer
     self._max_steps = max_steps
     self._weights, self._rewards = build_rewards(
       tokenizer.encode_template,
@@ -257,11 +257,11 @@ class Scorer:
       prompts: tasks.
       prompt_ids: their tokens.
       groups: N >= 2 samples of each.
-      all_steps: price the end of every step, for pictures.
-      advance: called with the tokens priced as they are done.
+      all_steps: score the end of every step, for pictures.
+      advance: called with the tokens scored as they are done.
 
     Returns:
-      Rewards, terms and prices.
+      Rewards, terms and log-probabilities.
 
     Raises:
       ValueError: an empty reference, fewer than two samples for a reward that
@@ -278,12 +278,14 @@ class Scorer:
     asked = {n: reward.questions(rollouts) for n, reward in rewards.items()}
     every, branches = _joined(trunks, asked)
     if branches:
-      prices = self._pricer.price(params, every, branches, advance=advance)
+      logprobs = self._logprob_scorer.score(
+        params, every, branches, advance=advance
+      )
     else:
-      prices = self._pricer.price_samples(
+      logprobs = self._logprob_scorer.score_completions(
         params, *rollouts.tokens(), every[len(trunks) :], advance=advance
       )
-    answers = _answers(prices, rollouts, asked)
+    answers = _answers(logprobs, rollouts, asked)
     total_BN, terms = compose.weighted_sum(
       {
         n: _given(r, rollouts, asked[n], answers[n]) for n, r in rewards.items()
@@ -312,9 +314,9 @@ class Scorer:
       terms,
       trunks,
       dataclasses.replace(
-        prices,
-        trunk_logprob=prices.trunk_logprob[: len(trunks)],
-        trunk_entropy=prices.trunk_entropy[: len(trunks)],
+        logprobs,
+        trunk_logprob=logprobs.trunk_logprob[: len(trunks)],
+        trunk_entropy=logprobs.trunk_entropy[: len(trunks)],
       ),
       thoughts,
       deltas_RJ,
@@ -371,15 +373,15 @@ def _joined(trunks, asked: Mapping[str, structs.Questions]):
 
 
 def _answers(
-  prices: structs.Prices,
+  logprobs: structs.Logprobs,
   rollouts: structs.Rollouts,
   asked: Mapping[str, structs.Questions],
 ) -> dict[str, structs.Answers]:
-  """Each reward's indices of the prices, in the order it asked."""
+  """Each reward's indices of the log-probabilities, in the order it asked."""
   rows = len(rollouts.completions)
   begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
-  row_logprob = [prices.trunk_logprob[r][b:] for r, b in enumerate(begins)]
-  row_entropy = [prices.trunk_entropy[r][b:] for r, b in enumerate(begins)]
+  row_logprob = [logprobs.trunk_logprob[r][b:] for r, b in enumerate(begins)]
+  row_entropy = [logprobs.trunk_entropy[r][b:] for r, b in enumerate(begins)]
   trunk, branch, out = rows, 0, {}
   for name, questions in asked.items():
     trunk_end = trunk + len(questions.trunks)
@@ -387,8 +389,8 @@ def _answers(
     out[name] = structs.Answers(
       row_logprob=row_logprob,
       row_entropy=row_entropy,
-      trunk_logprob=prices.trunk_logprob[trunk:trunk_end],
-      branch_logprob=prices.branch_logprob[branch:branch_end],
+      trunk_logprob=logprobs.trunk_logprob[trunk:trunk_end],
+      branch_logprob=logprobs.branch_logprob[branch:branch_end],
       memo=questions.memo,
     )
     trunk, branch = trunk_end, branch_end
@@ -403,8 +405,8 @@ def _given(
 ) -> dict[str, np.ndarray]:
   """A reward's terms, [B, N] each, the same on every process.
 
-  What has been priced is arithmetic, which all processes do alike. A reward
-  that priced nothing may ask a judge, a user's function or a clock instead:
+  What has been scored is arithmetic, which all processes do alike. A reward
+  that scored nothing may ask a judge, a user's function or a clock instead:
   each process asks for its own prompts, and all take its word.
   """
   if asked.trunks or asked.branches:
@@ -437,8 +439,8 @@ def _given(
 def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
   """Some groups of several scorings, as one.
 
-  Prices of branches are left out; the counts of tokens are those of all that
-  was scored.
+  Log-probabilities of branches are left out; the counts of tokens are those of
+  all that was scored.
 
   Args:
     chosen: scorings with the places of their prompts to be kept; a scoring
@@ -483,13 +485,13 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
       for name in distinct[0].terms
     },
     trunks=flat(lambda s: s.trunks),
-    prices=structs.Prices(
-      trunk_logprob=flat(lambda s: s.prices.trunk_logprob),
-      trunk_entropy=flat(lambda s: s.prices.trunk_entropy),
+    logprobs=structs.Logprobs(
+      trunk_logprob=flat(lambda s: s.logprobs.trunk_logprob),
+      trunk_entropy=flat(lambda s: s.logprobs.trunk_entropy),
       branch_logprob=[],
       branch_entropy=[],
-      trunk_tokens=sum(s.prices.trunk_tokens for s in distinct),
-      branch_tokens=sum(s.prices.branch_tokens for s in distinct),
+      trunk_tokens=sum(s.logprobs.trunk_tokens for s in distinct),
+      branch_tokens=sum(s.logprobs.branch_tokens for s in distinct),
     ),
     thoughts=thoughts,
     deltas_RJ=np.concatenate(

@@ -17,7 +17,7 @@ from opera_jax.models import hf_config, qwen3
 from opera_jax.rewards import compose
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import scoring as scorer_lib
 from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import score as score_lib
@@ -38,7 +38,7 @@ SECTIONS = (
   "max_prompt_tokens",
   "max_reference_tokens",
   "engine",
-  "price",
+  "scoring",
   "reward",
   "redo",
 )
@@ -72,17 +72,19 @@ class Run:
   tasks: tasks_lib.Tasks
   dropped: dict[str, int]
   engine: engine_lib.Engine
-  pricer: price_lib.Pricer  # at temperature 1, for rewards
-  policy_pricer: price_lib.Pricer  # at the policy's; the same where equal
+  logprob_scorer: scorer_lib.LogprobScorer  # at temperature 1, for rewards
+  policy_logprob_scorer: (
+    scorer_lib.LogprobScorer
+  )  # at the policy's; the same where equal
   scorer: score_lib.Scorer  # of the run's rewards
   measurer: score_lib.Scorer  # of OPERA's, for evaluation
   settings: dict[str, Any]  # what outcomes depend on; see `stage`
   reward: dict[str, Any]  # and those of stages that reward
   tokenizer_digest: tuple[str, str]  # its place, the SHA-256 of its files
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
-  # The engine and the pricer at temperature 1, made for a mesh.
+  # The engine and the scorer at temperature 1, made for a mesh.
   machines: Callable[
-    [jax.sharding.Mesh], tuple[engine_lib.Engine, price_lib.Pricer]
+    [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
 
   def stage(
@@ -165,8 +167,10 @@ class Run:
       return None
     if own == self.mesh:
       return self
-    engine, pricer = self.machines(own)
-    return dataclasses.replace(self, mesh=own, engine=engine, pricer=pricer)
+    engine, logprob_scorer = self.machines(own)
+    return dataclasses.replace(
+      self, mesh=own, engine=engine, logprob_scorer=logprob_scorer
+    )
 
   def initial(self) -> Any:
     """Random parameters in the TRAIN layout, whole on no device."""
@@ -246,7 +250,7 @@ def setup(
   max_prompt_tokens: int,
   max_reference_tokens: int,
   engine: Mapping[str, Any],
-  price: Mapping[str, Any],
+  scoring: Mapping[str, Any],
   reward: Mapping[str, Any],
   temperature: float,
   checkpoint: str = "",
@@ -266,7 +270,7 @@ def setup(
     max_prompt_tokens: a longer chat prompt is dropped and counted.
     max_reference_tokens: a longer reference is dropped and counted.
     engine: arguments of `rollout.engine.Engine`.
-    price: arguments of `scoring.price.Pricer`.
+    score: arguments of `scoring.logprob_scorer.LogprobScorer`.
     reward: arguments of `score.Scorer`.
     temperature: at which the policy is sampled and updated.
     checkpoint: directory or hub id whose generation_config.json says which
@@ -326,15 +330,15 @@ def setup(
         flush=True,
       )
   reward, automata = _plain(reward), str(workdir / "automata")
-  sizes = {"vocab_size": config.vocab_size, **price}
+  sizes = {"vocab_size": config.vocab_size, **scoring}
 
   def machines(on: jax.sharding.Mesh):
     return (
       engine_lib.Engine(graphdef, config, mesh=on, **engine),
-      price_lib.Pricer(graphdef, mesh=on, **sizes),
+      scorer_lib.LogprobScorer(graphdef, mesh=on, **sizes),
     )
 
-  sampler, pricer = machines(device_mesh)
+  sampler, logprob_scorer = machines(device_mesh)
   # OPERA's terms alone, and of the options those of these terms.
   terms = compose.weights(MEASURED)
   measured = {
@@ -353,19 +357,21 @@ def setup(
     dropped=dropped,
     machines=machines,
     engine=sampler,
-    pricer=pricer,
-    policy_pricer=pricer
+    logprob_scorer=logprob_scorer,
+    policy_logprob_scorer=logprob_scorer
     if temperature == 1
-    else price_lib.Pricer(
+    else scorer_lib.LogprobScorer(
       graphdef, mesh=device_mesh, temperature=temperature, **sizes
     ),
     settings=settings,
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
     reward=reward,
-    scorer=score_lib.Scorer(pricer, words, cache_dir=automata, **reward),
+    scorer=score_lib.Scorer(
+      logprob_scorer, words, cache_dir=automata, **reward
+    ),
     measurer=score_lib.Scorer(
-      pricer, words, cache_dir=automata, **reward | measured
+      logprob_scorer, words, cache_dir=automata, **reward | measured
     ),
   )
 

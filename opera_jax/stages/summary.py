@@ -25,7 +25,7 @@ NAMES = {
 def rl_step(
   scored: score_lib.Scored,
   samples: Sequence[Sequence[structs.Sample]],
-  old: structs.Prices,
+  old: structs.Logprobs,
   ema: float | None,
   updates: Sequence[Mapping[str, Any]],
   clock: Mapping[str, float],
@@ -35,7 +35,8 @@ def rl_step(
   Args:
     scored: rewards of its samples.
     samples: [B][N] completions.
-    old: the trainer's prices of their rows at the sampling temperature.
+    old: the trainer's log-probabilities of their rows at the sampling
+      temperature.
     ema: moving mean of L, nats a token; a metric alone. None before the
       first open-ended prompt.
     updates: metrics of each mini-batch.
@@ -48,8 +49,8 @@ def rl_step(
   length_R = np.asarray([len(s.tokens) for s in flat])
   gap = np.concatenate(
     [
-      np.abs(s.logprob - price[len(price) - len(s.tokens) :])
-      for s, price in zip(flat, old.trunk_logprob)
+      np.abs(s.logprob - logprob[len(logprob) - len(s.tokens) :])
+      for s, logprob in zip(flat, old.trunk_logprob)
     ]
   )
   total_BN = scored.total_BN
@@ -64,9 +65,9 @@ def rl_step(
     "rollout/truncation_gap": np.concatenate(
       [s.behavior_logprob() - s.logprob for s in flat]
     ).mean(),
-    "price/trunk_tokens": scored.prices.trunk_tokens,
-    "price/branch_tokens": scored.prices.branch_tokens,
-    "price/separate_tokens": scored.separate_tokens,
+    "scoring/trunk_tokens": scored.logprobs.trunk_tokens,
+    "scoring/branch_tokens": scored.logprobs.branch_tokens,
+    "scoring/separate_tokens": scored.separate_tokens,
   }
   opened_B = scored.opened_B
   for name, part_BN in scored.terms.items():

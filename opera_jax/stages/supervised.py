@@ -10,7 +10,7 @@ from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
 from opera_jax.models import qwen3, qwen3_params
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import rules
 from opera_jax.stages import fit as fit_lib
 from opera_jax.stages import setup as setup_lib
@@ -172,7 +172,7 @@ def _train(
     moment_dtype=recipe.moment_dtype,
   )
   update = step_lib.make_sft_update(
-    price_lib.row_logprob(run.graphdef),
+    scorer_lib.row_logprob(run.graphdef),
     adamw,
     name=stage.name,
     reduction=recipe.reduction,

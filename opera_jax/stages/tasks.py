@@ -311,7 +311,7 @@ def _shortened(
     out.append(prompt)
   if cut:
     notes.append(
-      f"The priced reference is an excerpt in {cut} open-ended tasks: its "
+      f"The scored reference is an excerpt in {cut} open-ended tasks: its "
       f"head, at most {excerpt_words} words, ended at a sentence if possible."
     )
   return out, notes

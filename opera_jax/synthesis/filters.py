@@ -163,7 +163,9 @@ def verdicts(
     if why[-1] is None:
       kept = [r.candidates[r.kept].perplexity for r in trace.rounds]
       passed.append((float(np.mean(kept)) if kept else np.inf, place))
-  outside = _outliers([price for price, _ in passed], rules.max_deviation)
+  outside = _outliers(
+    [perplexity for perplexity, _ in passed], rules.max_deviation
+  )
   for (_, place), out in zip(passed, outside):
     if out:
       why[place] = "perplexity outlier"
@@ -212,12 +214,12 @@ def _foreign(text: str, known: collections.Counter[str]) -> float:
   )
 
 
-def _outliers(price: Sequence[float], most: float) -> list[bool]:
+def _outliers(perplexity: Sequence[float], most: float) -> list[bool]:
   """Which perplexities lie too far from the median; too few are all near."""
-  log_N = np.log(price)
+  log_N = np.log(perplexity)
   real_N = np.isfinite(log_N)
   if not most or real_N.sum() < _FEWEST:
-    return [False] * len(price)
+    return [False] * len(perplexity)
   middle = np.median(log_N[real_N])
   scale = _NORMAL * np.median(np.abs(log_N[real_N] - middle))
   return (real_N & (np.abs(log_N - middle) > most * scale)).tolist()

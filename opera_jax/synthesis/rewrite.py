@@ -7,7 +7,7 @@ z* = argmin_z PPL(y_ref | x, z). Here, for every prompt:
 2. rewrite: for one step of it after the other, sample k steps in its place, by
    a policy that is shown the thought up to there, and by its own template the
    reference;
-3. price: mean log p(y_ref | x, z') of each whole thought z' after the ORIGINAL
+3. score: mean log p(y_ref | x, z') of each whole thought z' after the ORIGINAL
    prompt, which says nothing of the reference;
 4. keep the best of them if it is above the thought as it stands;
 5. a round takes each step once; stop after a round without gain, or the last;
@@ -29,7 +29,7 @@ from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob as scorer_lib
 from opera_jax.synthesis import brake, templates
 from opera_jax.text import automaton
 from opera_jax.text import thought as thought_lib
@@ -72,7 +72,7 @@ class Rewriter:
   def __init__(
     self,
     engine: engine_lib.Engine,
-    pricer: price_lib.Pricer,
+    logprob_scorer: scorer_lib.LogprobScorer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     candidates: int = 4,
@@ -90,7 +90,7 @@ class Rewriter:
 
     Args:
       engine: samples; its prompt buckets must hold prompt and thought.
-      pricer: prices references.
+      scorer: scores references.
       tokenizer: of the policy.
       candidates: k.
       rounds: most of them.
@@ -113,7 +113,11 @@ class Rewriter:
         f"Rewriting needs at least 1 candidate and 1 round, got candidates="
         f"{candidates}, rounds={rounds}. Change config.synthesis."
       )
-    self._engine, self._pricer, self._tokenizer = engine, pricer, tokenizer
+    self._engine, self._logprob_scorer, self._tokenizer = (
+      engine,
+      logprob_scorer,
+      tokenizer,
+    )
     self._candidates, self._rounds = candidates, rounds
     self._template = templates.load(
       template, ("prompt",), "config.synthesis.template"
@@ -149,7 +153,7 @@ class Rewriter:
   def run(
     self,
     sample_params: Any,
-    price_params: Any,
+    score_params: Any,
     prompts: Sequence[structs.Prompt],
     key: jax.Array,
     *,
@@ -179,14 +183,14 @@ class Rewriter:
     out = []
     for start in range(0, len(drafts), _TOGETHER):
       group = drafts[start : start + _TOGETHER]
-      self._run(sample_params, price_params, group, key, advance)
+      self._run(sample_params, score_params, group, key, advance)
       for one in group:
         out.append(self._trace(one))
         if ended is not None:
           ended(out[-1])
     return out
 
-  def _run(self, sample_params, price_params, drafts, key, advance) -> None:
+  def _run(self, sample_params, score_params, drafts, key, advance) -> None:
     def sample(group, contexts, settings, at, samples=1, stops=None):
       round_index, place = at
       return self._engine.sample(
@@ -205,9 +209,9 @@ class Rewriter:
     for one, (draft,) in zip(drafts, drawn):
       self._begin(one, draft)
     open_ = [one for one in drafts if one.status == "rewrite"]
-    prices = self._prices(price_params, open_, [one.steps for one in open_])
-    for one, price in zip(open_, prices):
-      one.logprob = price
+    logprobs = self._prices(score_params, open_, [one.steps for one in open_])
+    for one, logprob in zip(open_, logprobs):
+      one.logprob = logprob
     active = open_
     for round_index in range(self._rounds):
       before = [one.logprob for one in active]
@@ -221,7 +225,7 @@ class Rewriter:
           self._candidates,
           self._stops,
         )
-        self._keep_best(price_params, group, place, drawn)
+        self._keep_best(score_params, group, place, drawn)
       active = [one for one, old in zip(active, before) if one.logprob > old]
     contexts = [
       np.concatenate([one.head, *one.steps, self._close]) for one in open_
@@ -267,7 +271,7 @@ class Rewriter:
       cuts.append(int(np.searchsorted(ends, at)) + 1)
     return [part for part in np.split(tokens, sorted(set(cuts))) if len(part)]
 
-  def _prices(
+  def _logprobs(
     self,
     params: Any,
     group: Sequence[_Draft],
@@ -287,8 +291,10 @@ class Rewriter:
       )
       for place, (one, trunk) in enumerate(zip(group, trunks))
     ]
-    priced = self._pricer.price(params, trunks, branches).branch_logprob
-    return [float(price.mean(dtype=np.float64)) for price in priced]
+    scored = self._logprob_scorer.logprob(
+      params, trunks, branches
+    ).branch_logprob
+    return [float(logprob.mean(dtype=np.float64)) for logprob in scored]
 
   def _keep_best(self, params, group, place, drawn) -> None:
     """Takes the best rewrite of a step, where one is better than the step."""
@@ -304,10 +310,10 @@ class Rewriter:
     found: dict[int, list[tuple[float, np.ndarray]]] = {
       id(one): [(one.logprob, one.steps[place])] for one in group
     }
-    for one, step, price in zip(
+    for one, step, logprob in zip(
       owners, tried, self._prices(params, owners, thoughts)
     ):
-      found[id(one)].append((price, step))
+      found[id(one)].append((logprob, step))
     for one in group:
       mine = found[id(one)]
       # The first of equals is the step as it stands.
@@ -319,10 +325,10 @@ class Rewriter:
           candidates=tuple(
             traces.Candidate(
               text=self._tokenizer.decode(step),
-              perplexity=float(np.exp(-price)),
+              perplexity=float(np.exp(-logprob)),
               tokens=len(step),
             )
-            for price, step in mine
+            for logprob, step in mine
           ),
         )
       )

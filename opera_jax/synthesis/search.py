@@ -1,4 +1,4 @@
-"""Perplexity-guided trace synthesis: brake, fork, price, keep.
+"""Perplexity-guided trace synthesis: brake, fork, score, keep.
 
 Every prompt has a row of the sampler, which computes it once; then, by itself:
 
@@ -6,7 +6,7 @@ Every prompt has a row of the sampler, which computes it once; then, by itself:
    word is dropped, the word becomes the trigger;
 2. fork: from the trunk's end sample k candidates that open with the trigger and
    run to the next reflection word that opens a sentence, or to </think>;
-3. price: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
+3. score: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
    temperature 1 and untruncated, from what sampling computed anyway;
 4. keep the candidate of lowest perplexity: its keys and values become trunk;
 5. past the budget of reflections the thought runs on to </think>;
@@ -14,8 +14,9 @@ Every prompt has a row of the sampler, which computes it once; then, by itself:
    trunk, or, where a template stood around the prompt, after one more pass.
 
 A row that is through takes the next prompt. The trigger opens the candidate,
-and the price covers exactly what is kept. What a prompt draws is folded from
-(key, round, its id, candidate), so that a trace depends on no other prompt.
+and the log-probability covers exactly what is kept. What a prompt draws is
+folded from (key, round, its id, candidate), so that a trace depends on no other
+prompt.
 """
 
 import collections
@@ -33,12 +34,12 @@ from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling
-from opera_jax.scoring import price as price_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import brake, templates
 from opera_jax.text import tokenizer as tokenizer_lib
 
 BRAKES = brake.WORDS
-PRICES = ("sequence", "candidate")
+SCORES = ("sequence", "candidate")
 # (prompt, thought so far, candidates) -> index of the one to keep.
 Choose = Callable[[str, str, Sequence[str]], int]
 
@@ -76,13 +77,13 @@ class Searcher:
   def __init__(
     self,
     engine: engine_lib.Engine,
-    pricer: price_lib.Pricer,
+    logprob_scorer: scorer_lib.LogprobScorer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     brakes: Sequence[str] = BRAKES,
     candidates: int = 4,
     budget: int = 20,
-    price: str = "sequence",
+    score: str = "sequence",
     choose: Choose | None = None,
     temperature: float = 0.6,
     top_k: int = 20,
@@ -97,14 +98,14 @@ class Searcher:
     Args:
       engine: samples; its rows are the prompts that advance together, each
         with a slot for every candidate.
-      pricer: prices the prompts, once each.
+      scorer: scores the prompts, once each.
       tokenizer: of the policy.
       brakes: reflection words, or ("\\n\\n",) to search at every step; see
         `brake.Brakes`.
       candidates: k.
       budget: reflections searched before the thought runs on unsearched; 0 is
         plain sampling.
-      price: "sequence" (the paper's) or "candidate" (its tokens alone).
+      score: "sequence" (the paper's) or "candidate" (its tokens alone).
       choose: takes (prompt, thought so far, candidates that came to an end) as
         text and returns the index to keep, in place of the perplexities, which
         are recorded all the same. Every process asks it, and must hear the
@@ -118,20 +119,24 @@ class Searcher:
       template: the meta-prompt, with one `{prompt}`; see `templates.load`.
 
     Raises:
-      ValueError: an unknown price, no candidate, a negative budget, a template
+      ValueError: an unknown score, no candidate, a negative budget, a template
         without its placeholder, brakes that cannot be.
     """
-    if price not in PRICES:
-      raise ValueError(f"price must be one of {PRICES}, got {price!r}.")
+    if score not in SCORES:
+      raise ValueError(f"score must be one of {SCORES}, got {score!r}.")
     if candidates < 1:
       raise ValueError(f"candidates must be at least 1, got {candidates}.")
     if budget < 0:
       raise ValueError(
         f"budget must be at least 0, got {budget}. Use 0 for plain sampling."
       )
-    self._engine, self._pricer, self._tokenizer = engine, pricer, tokenizer
+    self._engine, self._logprob_scorer, self._tokenizer = (
+      engine,
+      logprob_scorer,
+      tokenizer,
+    )
     self._candidates, self._budget = candidates, budget
-    self._price, self._choose = price, choose
+    self._score, self._choose = score, choose
     self._brakes = brake.Brakes(brakes, tokenizer)
     self._most = dict.fromkeys(brake.PHASES, max_step_tokens)
     self._most["answer"] = max_answer_tokens
@@ -153,7 +158,7 @@ class Searcher:
   def run(
     self,
     sample_params: Any,
-    price_params: Any,
+    score_params: Any,
     prompts: Sequence[structs.Prompt],
     key: jax.Array,
     *,
@@ -182,8 +187,8 @@ class Searcher:
     searches = self._searches(prompts)
     heads = [search.head for search in searches]
     self._engine.check(heads, self._settings)
-    if self._budget and self._price == "sequence":
-      self._price_heads(price_params, searches)
+    if self._budget and self._score == "sequence":
+      self._price_heads(score_params, searches)
     with self._engine.rows(
       sample_params,
       self._candidates if self._budget else 1,
@@ -191,7 +196,7 @@ class Searcher:
       self._brakes.table,
       contexts=heads,
       whole_rows=True,
-      priced=self._budget > 0,
+      scored=self._budget > 0,
     ) as rows:
       self._drive(rows, searches, key, advance, ended)
     return [self._trace(search) for search in searches]
@@ -267,12 +272,15 @@ class Searcher:
     """Sums of the prompts' own log-probabilities."""
     by_bucket = collections.defaultdict(list)
     for search in searches:
-      by_bucket[self._pricer.bucket(search.head)].append(search)
-    # Shape by shape, so that no prompt's price depends on its neighbours.
+      by_bucket[self._logprob_scorer.bucket(search.head)].append(search)
+    # Shape by shape, so that no prompt's log-probability depends on its
+    # neighbours.
     for _, group in sorted(by_bucket.items()):
-      prices = self._pricer.price(params, [search.head for search in group])
-      for search, logprob_T in zip(group, prices.trunk_logprob):
-        # The first token of the prompt has no context and no price.
+      logprobs = self._logprob_scorer.score(
+        params, [search.head for search in group]
+      )
+      for search, logprob_T in zip(group, logprobs.trunk_logprob):
+        # The first token of the prompt has no context and no log-probability.
         search.logprob = float(logprob_T[1:].sum(dtype=np.float64))
 
   def _width(self, search: _Search) -> int:
@@ -326,9 +334,9 @@ class Searcher:
     kept, trigger, status = self._brakes.cut(sample, phase)
     sums = [0.0, 0.0]
     if self._budget:
-      price_T = np.concatenate([piece.price for piece in pieces])
+      score_T = np.concatenate([piece.score for piece in pieces])
       stop = len(kept) + len(trigger)
-      parts = price_T[: len(kept)], price_T[len(kept) : stop]
+      parts = score_T[: len(kept)], score_T[len(kept) : stop]
       sums = [float(part.sum(dtype=np.float64)) for part in parts]
     return _Stretch(kept, trigger, status, *sums)
 
@@ -338,7 +346,7 @@ class Searcher:
     for stretch in stretches:
       tokens = np.concatenate([search.trigger, stretch.kept])
       total, count = search.trigger_logprob + stretch.logprob, len(tokens)
-      if self._price == "sequence":
+      if self._score == "sequence":
         total += search.logprob
         count += len(search.head) - 1 + len(search.thought)
       candidates.append(

@@ -1,4 +1,4 @@
-"""AdvantageInputs with random prices and ragged completions."""
+"""AdvantageInputs with random log-probabilities and ragged completions."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ def make():
   def build(
     reward_BN, lengths=None, *, success_BN=None, told=None, seed=0, prompts=None
   ):
-    """AdvantageInputs with random prices; ragged completions."""
+    """AdvantageInputs with random log-probabilities; ragged completions."""
     reward_BN = np.asarray(reward_BN, np.float32)
     rng = np.random.default_rng(seed)
     B, N = reward_BN.shape
     lengths = lengths or list(rng.integers(1, 7, B * N))
     tokens = [np.arange(c, dtype=np.int32) for c in lengths]
-    prices = [-rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths]
+    logprobs = [-rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths]
     told = told or [-rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths]
     rollouts = structs.Rollouts(
       prompts=prompts
@@ -29,7 +29,9 @@ def make():
       ],
       samples=N,
       prompt_ids=[np.arange(3, dtype=np.int32)] * B,
-      completions=[structs.Sample(t, p, True) for t, p in zip(tokens, prices)],
+      completions=[
+        structs.Sample(t, p, True) for t, p in zip(tokens, logprobs)
+      ],
       texts=[f"text {r}" for r in range(B * N)],
       thoughts=None,
       encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(
@@ -43,9 +45,9 @@ def make():
       rollouts=rollouts,
       reward_BN=reward_BN,
       success_BN=reward_BN if success_BN is None else success_BN,
-      logprob=prices,
+      logprob=logprobs,
       penalty=[np.zeros(c, np.float32) for c in lengths],
-      prices={"told": told, "teacher": told},
+      logprobs={"told": told, "teacher": told},
     )
 
   return build

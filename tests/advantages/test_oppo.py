@@ -16,7 +16,7 @@ def test_advantages_telescope(make, belief):
   start = np.repeat(np.mean(REWARD, axis=1), 3)
   for row, advantage in enumerate(got.advantage):
     step = np.clip(
-      inputs.prices["told"][row] - inputs.logprob[row], -5, 5
+      inputs.logprobs["told"][row] - inputs.logprob[row], -5, 5
     ).astype(np.float64)
     v = start[row]
     for log_lambda in step:  # ten lines of plain arithmetic

@@ -90,7 +90,7 @@ def test_gae_of_an_empty_response_is_empty():
 def test_distillation_is_teacher_minus_student(make):
   case = make(REWARD)
   got = distillation.AdvantageEstimator().advantages(case)
-  for a, t, s in zip(got.advantage, case.prices["teacher"], case.logprob):
+  for a, t, s in zip(got.advantage, case.logprobs["teacher"], case.logprob):
     np.testing.assert_allclose(a, t - s, rtol=1e-6)
   request = distillation.AdvantageEstimator().scoring_requests(
     case.rollouts, case.reward_BN
@@ -112,7 +112,7 @@ def test_sdpo_shows_the_best_other_success(make):
   got = rule.advantages(case)
   assert not np.concatenate(got.advantage[3:]).any()
   np.testing.assert_allclose(
-    got.advantage[1], case.prices["teacher"][1] - case.logprob[1], rtol=1e-6
+    got.advantage[1], case.logprobs["teacher"][1] - case.logprob[1], rtol=1e-6
   )
   assert got.metrics["taught"] == 0.5
 

@@ -77,7 +77,7 @@ def _run(workdir, grid="ablations"):
 def test_a_small_grid_runs_and_repeats_nothing(tmp_path):
   output = _run(tmp_path)
   text = (tmp_path / "ablation.md").read_text()
-  for word in ("opera", "R_VR + 0.2 R_SA", "reference_echoed", "priced"):
+  for word in ("opera", "R_VR + 0.2 R_SA", "reference_echoed", "scored"):
     assert word in text and word in output
   kept = json.loads((tmp_path / "ablation.json").read_text())
   assert set(kept["values"]["opera"]["0"]) == set(measure.MEASURES)

@@ -15,7 +15,7 @@ from configs import common, tiny
 from experiments import opera_rl
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.sharding import rules, runtime
 from opera_jax.stages import (
   card,
@@ -63,9 +63,9 @@ WHOLE = {
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
   "rollout": _fields(sampling.Sampling)
   - {"stop_ids", "vocab_size"},  # of the tokenizer
-  "price": _keywords(price.Pricer)
+  "score": _keywords(logprob_scorer.LogprobScorer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
-  "reward": _keywords(score.Scorer) - {"pricer", "tokenizer", "cache_dir"},
+  "reward": _keywords(score.Scorer) - {"scorer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
   "select": _fields(filters.Rules) | {"rl"},
   "card": _fields(card.Card),
@@ -122,7 +122,7 @@ def test_configs_are_locked_and_hold_common_fields_only(name):
     ("mesh.tensor", 3, "config.mesh"),
     ("data.kind", "books", "config.data.kind"),
     ("engine.rows", 0, "config.engine.rows"),
-    ("price.rows", 12, "config.price.rows"),
+    ("scoring.batch_size", 12, "config.scoring.batch_size"),
     ("rl.samples", 1, "config.rl.samples"),
     ("rl.mini_batch", 3, "config.rl.mini_batch"),
     ("base.batch_size", 12, "config.base.batch_size"),

@@ -7,7 +7,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.sharding import layout, runtime
 from opera_jax.stages import fit
 from opera_jax.train import optimizer, step
@@ -15,9 +15,9 @@ from opera_jax.train import state as train_state
 
 PROMPTS, SAMPLES = 4, 2
 BUCKETS = {
-  "length_buckets": (16, 32),
+  "prefix_buckets": (16, 32),
   "slot_buckets": (1, 4),
-  "branch_buckets": (8,),
+  "continuation_buckets": (8,),
 }
 ROWS = (16, 32)
 
@@ -38,11 +38,15 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     cache_buckets=(128,),
   )
   earlier = compiled(sampler)  # programs without a model serve every engine
-  pricer = price.Pricer(
-    graphdef, vocab_size=config.vocab_size, mesh=one_device, rows=4, **BUCKETS
+  logprob_scorer = logprob_scorer.LogprobScorer(
+    graphdef,
+    vocab_size=config.vocab_size,
+    mesh=one_device,
+    batch_size=4,
+    **BUCKETS,
   )
   adamw = optimizer.adamw(1e-4)
-  update = step.make_policy_update(price.row_logprob(graphdef), adamw)
+  update = step.make_policy_update(logprob_scorer.row_logprob(graphdef), adamw)
   params = jax.tree.map(lambda x: x + 0, params)  # an update takes its buffers
   state = fit.place(
     train_state.create(params, adamw, jax.random.key(0)), one_device
@@ -71,10 +75,10 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
       for i in range(len(trunks))
       for _ in range(draw.integers(0, 5))
     ]
-    prices = pricer.price(state.params, trunks, branches)
+    logprobs = logprob_scorer.score(state.params, trunks, branches)
     begins = [len(p) for p in prompts for _ in range(SAMPLES)]
     sizes = [len(s.tokens) for group in groups for s in group]
-    own = [row[b:] for row, b in zip(prices.trunk_logprob, begins)]
+    own = [row[b:] for row, b in zip(logprobs.trunk_logprob, begins)]
     batch = rl_data.rows(
       rl_data.whole(begins, sizes, ROWS),
       trunks,
@@ -95,13 +99,13 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
         state, _ = one_step(state, number, longest)
     for size in (4, 20):
       for count in (0, 3):
-        pricer.price(
+        logprob_scorer.score(
           state.params,
           [tokens(size)],
           [structs.Branch(0, 1, tokens(3), 0)] * count,
         )
     before = runtime.compiled()
-    assert before >= pricer.programs() + sampler.programs() + len(ROWS)
+    assert before >= logprob_scorer.programs() + sampler.programs() + len(ROWS)
     for number in range(20):
       longest = int(draw.integers(1, 17))
       lengths.add(longest)
@@ -112,6 +116,6 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     assert runtime.compiled() > before
   assert len(lengths) > 5
   assert np.isfinite(metrics["policy/loss"])
-  assert pricer._run._cache_size() <= pricer.programs()
+  assert logprob_scorer._run._cache_size() <= logprob_scorer.programs()
   assert compiled(sampler) - earlier <= sampler.programs()
   assert update._cache_size() <= len(ROWS)

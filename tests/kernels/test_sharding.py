@@ -23,7 +23,7 @@ def mesh():
   )
 
 
-def _prices(transposed=False):
+def _logprobs(transposed=False):
   rng = np.random.default_rng(0)
   hidden_MD = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
   head_DV = jnp.asarray(rng.normal(size=(8, 40)), jnp.float32)
@@ -31,8 +31,8 @@ def _prices(transposed=False):
   return hidden_MD, head_DV.T if transposed else head_DV, target_M
 
 
-def _loss(price, hidden_MD, head, target_M):
-  logprob_M, entropy_M = price(hidden_MD, head, target_M)
+def _loss(logprob, hidden_MD, head, target_M):
+  logprob_M, entropy_M = logprob(hidden_MD, head, target_M)
   weight_M = jnp.cos(jnp.arange(16.0))
   total = jnp.sum(weight_M * logprob_M) + jnp.sum(weight_M[::-1] * entropy_M)
   return total, (logprob_M, entropy_M)
@@ -44,7 +44,7 @@ def _assert_close(got, want):
 
 
 def _vocabulary_sharded(mesh, implementation, transposed):
-  arrays = _prices(transposed)
+  arrays = _logprobs(transposed)
   settings = {"temperature": 0.7, "transposed": transposed}
   sharded = jax.shard_map(
     functools.partial(
@@ -69,10 +69,10 @@ def _vocabulary_sharded(mesh, implementation, transposed):
   return [
     jax.jit(
       jax.value_and_grad(
-        functools.partial(_loss, price), argnums=(0, 1), has_aux=True
+        functools.partial(_loss, logprob), argnums=(0, 1), has_aux=True
       )
     )(*arrays)
-    for price in (sharded, whole)
+    for logprob in (sharded, whole)
   ]
 
 
@@ -86,16 +86,16 @@ def test_vocabulary_over_a_mesh_axis_in_tpu_kernels(mesh, interpreted):
 
 
 def test_sharded_tokens_are_priced_where_they_lie(mesh):
-  arrays = _prices()
+  arrays = _logprobs()
   shardings = tuple(
     jax.NamedSharding(mesh, spec) for spec in (P("data"), P(), P("data"))
   )
-  price = jax.jit(
+  logprob = jax.jit(
     functools.partial(token_logprob.token_logprob, block_tokens=4)
   )
   placed = jax.device_put(arrays, shardings)
-  _assert_close(price(*placed), price(*arrays))
-  assert "all-gather" not in price.lower(*placed).compile().as_text()
+  _assert_close(logprob(*placed), logprob(*arrays))
+  assert "all-gather" not in logprob.lower(*placed).compile().as_text()
 
 
 def test_rows_and_heads_of_branches_over_the_mesh(mesh):

@@ -1,4 +1,4 @@
-"""Streaming prices equal the definition, torch, and finite differences.
+"""Streaming scores equal the definition, torch, and finite differences.
 
 Shape key: M tokens, D features, V vocabulary.
 """
@@ -193,8 +193,8 @@ def test_forward_stays_under_a_gibibyte_at_qwen_size():
     jax.ShapeDtypeStruct((1024, 151_936), jnp.bfloat16),
     jax.ShapeDtypeStruct((32_768,), jnp.int32),
   )
-  price = functools.partial(api.token_logprob, implementation="xla")
-  memory = jax.jit(price).lower(*arrays).compile().memory_analysis()
+  logprob = functools.partial(api.token_logprob, implementation="xla")
+  memory = jax.jit(logprob).lower(*arrays).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 1 << 30
 
 

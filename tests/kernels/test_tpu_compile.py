@@ -61,7 +61,7 @@ def _gradients(function, arguments):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_token_logprob_compiles_and_holds_no_logits(topology):
   shape, dtype = jax.ShapeDtypeStruct, jnp.bfloat16
-  price = functools.partial(
+  logprob = functools.partial(
     token_logprob.token_logprob,
     temperature=0.7,
     transposed=True,
@@ -69,7 +69,7 @@ def test_token_logprob_compiles_and_holds_no_logits(topology):
   )
   kernels, memory = _compile(
     topology,
-    _gradients(price, (0, 1)),
+    _gradients(logprob, (0, 1)),
     shape((4100, 1024), dtype),
     shape((151936, 1024), dtype),
     shape((4100,), jnp.int32),
@@ -88,7 +88,7 @@ def test_token_logprob_compiles_and_holds_no_logits(topology):
       *(4, 16, 1, 32, 8, 128, 1000, 2048, jnp.bfloat16), marks=pytest.mark.slow
     ),
   ],
-  ids=["pricing", "ragged", "one-query"],
+  ids=["scoring", "ragged", "one-query"],
 )
 def test_branch_attention_compiles(topology, B, S, G, N, K, H, T, C, dtype):
   shapes = [
@@ -185,7 +185,7 @@ def test_kernels_compile_for_four_chips(topology):
     np.array(devices[:4]).reshape(2, 2), ("data", "tensor")
   )
   rows, heads = P("data"), P("data", None, None, "tensor")
-  price = jax.shard_map(
+  logprob = jax.shard_map(
     functools.partial(
       token_logprob.token_logprob,
       axis_name="tensor",
@@ -210,7 +210,7 @@ def test_kernels_compile_for_four_chips(topology):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   half = jnp.bfloat16
-  prices = (
+  logprobs = (
     place((1024, 256), half, rows),
     place((256, 2000), half, P(None, "tensor")),
     place((1024,), jnp.int32, rows),
@@ -222,5 +222,8 @@ def test_kernels_compile_for_four_chips(topology):
     place((4, 4), jnp.int32, rows),
   )
   with jax.default_matmul_precision("default"):
-    for function, count, arrays in ((price, 2, prices), (attend, 5, branches)):
+    for function, count, arrays in (
+      (logprob, 2, logprobs),
+      (attend, 5, branches),
+    ):
       jax.jit(_gradients(function, range(count))).lower(*arrays).compile()

@@ -9,7 +9,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 
 NEW = 40
 
@@ -70,7 +70,9 @@ def test_sampled_tokens_are_priced_alike(
   zeros = np.zeros(tokens.shape, np.float32)
   positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
   batch = structs.Batch(tokens, positions, segments, zeros, zeros, zeros, zeros)
-  logprob_RT, entropy_RT = jax.jit(price.row_logprob(graphdef))(params, batch)
+  logprob_RT, entropy_RT = jax.jit(logprob_scorer.row_logprob(graphdef))(
+    params, batch
+  )
   assert logprob_RT.dtype == entropy_RT.dtype == np.float32
   delta = [
     np.asarray(logprob_RT)[row, len(prompt) : len(prompt) + NEW]

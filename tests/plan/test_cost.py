@@ -39,14 +39,14 @@ def test_attention_counts_the_pairs_that_the_mask_shows():
   pair = 2 * 2 * CONFIG.heads * CONFIG.head_dim * CONFIG.layers
   per_token = cost.layer_flops(CONFIG) + cost.head_flops(CONFIG)
   want = 7 * ((T + S * G) * per_token + seen * pair)
-  assert cost.price(CONFIG, 7, T, S, G).total == want
+  assert cost.score(CONFIG, 7, T, S, G).total == want
 
 
 def test_decoding_costs_what_one_pass_over_its_tokens_costs():
   """Trunk and samples once each, whatever the number of passes."""
   prefill = cost.prefill(CONFIG, 2, 9).total
   decode = cost.decode(CONFIG, 2 * 4, 9, 6).total
-  together = cost.price(CONFIG, 2, 9, 4, 6).total
+  together = cost.score(CONFIG, 2, 9, 4, 6).total
   unread = 2 * 8 * cost.head_flops(CONFIG)  # of the prompts but their ends
   assert prefill + decode == together - unread
 

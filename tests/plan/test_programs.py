@@ -31,9 +31,9 @@ def _config(**changes):
     "rollout.max_new_tokens": 32,
     "engine.prompt_buckets": (64,),
     "engine.cache_dtype": "bfloat16",
-    "price.slot_buckets": (1, 2),
-    "price.branch_buckets": (64, 128),
-    "price.length_buckets": (128,),
+    "scoring.slot_buckets": (1, 2),
+    "scoring.continuation_buckets": (64, 128),
+    "scoring.prefix_buckets": (128,),
     "rl.row_buckets": (128,),
     "sft.row_tokens": 128,
     **changes,
@@ -100,7 +100,7 @@ def test_programs_are_those_of_the_run():
     "prefill": 1,
     "grow": 0,
     "decode": 1,
-    "price": 1,
+    "score": 1,
     "reference": 1,
     "update": 2,
   }
@@ -109,12 +109,12 @@ def test_programs_are_those_of_the_run():
 def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   config = _config()
   mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
-  sections = {n: config[n] for n in ("model", "engine", "price", "rl")}
+  sections = {n: config[n] for n in ("model", "engine", "scoring", "rl")}
   # One prompt length and one cache length, to empty and to assign; one trunk
   # length, two numbers and two lengths of branches.
   assert programs.most(mesh, **sections) == {
     "sample": 4,
-    "price": 4,
+    "score": 4,
     "update": 1,
   }
 
@@ -131,7 +131,7 @@ def test_too_large_says_what_to_turn(nothing_cached):
   small = dataclasses.replace(hardware.CHIPS["v5e"], hbm_bytes=1 << 20)
   cost = analyse.analyse(reference, mesh, small)
   assert not cost.fits
-  assert "config.price.rows (16; a multiple of 2)" in cost.turn[0]
+  assert "config.scoring.batch_size (16; a multiple of 2)" in cost.turn[0]
 
 
 def test_what_the_compiler_refuses_does_not_fit(nothing_cached):
@@ -148,7 +148,7 @@ def test_what_the_compiler_refuses_does_not_fit(nothing_cached):
     ("model.vocab_size", 0, "config.model.vocab_size"),
     ("model.vocab_size", 1023, "config.mesh"),
     ("engine.rows", 3, "config.engine.rows"),
-    ("price.rows", 5, "config.price.rows"),
+    ("scoring.batch_size", 5, "config.scoring.batch_size"),
     ("sft.batch_size", 7, "config.sft.batch_size"),
   ],
 )

@@ -13,7 +13,10 @@ from opera_jax.plan import table, whole
 CONFIG = (
   *("--config=configs/tiny.py:smoke", "--config.model.vocab_size=640"),
   *("--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
-  *("--config.price.length_buckets=(128,)", "--config.price.slot_buckets=(1,)"),
+  *(
+    "--config.scoring.prefix_buckets=(128,)",
+    "--config.scoring.slot_buckets=(1,)",
+  ),
 )
 
 
@@ -88,7 +91,7 @@ def test_what_does_not_fit_is_said_and_has_no_number_it_lacks(saved):
   }
   text = table.text(plan)
   assert "reference does not fit" in text
-  assert "config.price.rows (16; a multiple of 2)" in text
+  assert "config.scoring.batch_size (16; a multiple of 2)" in text
   assert text.count("not available") == 3
 
 

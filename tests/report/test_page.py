@@ -103,8 +103,8 @@ def test_steps_carry_sign_strength_number_and_mark():
     "up",
     "down",
     "up",
-    "unpriced",
-    "unpriced",
+    "unscored",
+    "unscored",
     "flat",
   ]
   strengths = [float(strength) for _, strength, _ in steps if strength]

@@ -38,20 +38,21 @@ def rollouts():
 
 @pytest.fixture
 def answers():
-  """`answers(rollouts, seed)`: random prices of rows and null trunks."""
+  """`answers(rollouts, seed)`: random log-probabilities of rows and null
+  trunks."""
 
   def build(rollouts, questions=None, seed=0):
     rng = np.random.default_rng(seed)
 
-    def price(size):
+    def logprob(size):
       return -rng.uniform(0.05, 2, size).astype(np.float32)
 
-    row = [price(len(s.tokens)) for s in rollouts.completions]
+    row = [logprob(len(s.tokens)) for s in rollouts.completions]
     trunks = questions.trunks if questions else ()
     return structs.Answers(
       row_logprob=row,
       row_entropy=row,
-      trunk_logprob=[price(len(t)) for t in trunks],
+      trunk_logprob=[logprob(len(t)) for t in trunks],
     )
 
   return build

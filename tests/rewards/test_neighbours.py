@@ -13,12 +13,12 @@ def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
   questions = sar.Reward().questions(case)
   assert len(questions.trunks) == 4
   assert bytes(questions.trunks[0].astype(np.uint8)) == b"<>abc"
-  prices = answers(case, questions)
+  logprobs = answers(case, questions)
   for form in sar.FORMS:
-    got = sar.Reward(form).rewards(case, prices)
+    got = sar.Reward(form).rewards(case, logprobs)
     for r in range(4):
-      given = prices.row_logprob[r]
-      bare = prices.trunk_logprob[r][2:]
+      given = logprobs.row_logprob[r]
+      bare = logprobs.trunk_logprob[r][2:]
       ppl_given, ppl = np.exp(-given.mean()), np.exp(-bare.mean())
       want = {
         "ratio": np.clip((ppl - ppl_given) / ppl, -1, 1),
@@ -26,9 +26,9 @@ def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
         "log": np.clip(np.mean(given - bare), -1, 1),
       }[form]
       np.testing.assert_allclose(got["total"].flat[r], want, rtol=1e-4)
-    v = prices.row_logprob[1] - prices.trunk_logprob[1][2:]
+    v = logprobs.row_logprob[1] - logprobs.trunk_logprob[1][2:]
     np.testing.assert_allclose(got["gain"][0, 1], v.mean(), rtol=1e-4)
-  ratio = sar.Reward().rewards(case, prices)
+  ratio = sar.Reward().rewards(case, logprobs)
   np.testing.assert_allclose(
     ratio["total"], np.clip(1 - np.exp(-ratio["gain"]), -1, 1), rtol=1e-4
   )
@@ -43,9 +43,9 @@ def test_sar_of_an_empty_answer_is_zero():
 
 def test_entropy_is_the_mean_log_probability(rollouts, answers):
   case = rollouts([["abc", ""]])
-  prices = answers(case)
-  got = entropy.Reward().rewards(case, prices)["total"]
-  np.testing.assert_allclose(got, [[prices.row_logprob[0].mean(), 0]], 1e-6)
+  logprobs = answers(case)
+  got = entropy.Reward().rewards(case, logprobs)["total"]
+  np.testing.assert_allclose(got, [[logprobs.row_logprob[0].mean(), 0]], 1e-6)
 
 
 def test_o1_pruner():

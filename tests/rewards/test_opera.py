@@ -1,4 +1,5 @@
-"""OPERA's numbers from prices, against a slow reading of the definition."""
+"""OPERA's numbers from log-probabilities, against a slow reading of the
+definition."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ TOKENS = 6
 
 
 def _case(seed, rows=8, steps=6):
-  """Random thoughts, one in four truncated, and a table of prices.
+  """Random thoughts, one in four truncated, and a table of log-probabilities.
 
   Entry [r, p] of the table stands for the log-probabilities of the reference
   after p completion tokens of row r.
@@ -36,7 +37,7 @@ def _case(seed, rows=8, steps=6):
   return thoughts, table.astype(np.float32)
 
 
-def _priced(thoughts, table, **settings):
+def _scored(thoughts, table, **settings):
   rows = len(table)
   branches, layout = opera.queries(
     thoughts,
@@ -49,19 +50,19 @@ def _priced(thoughts, table, **settings):
 
 
 def _slow(thoughts, table, samples, alpha=0.3, tau=2.0):
-  price = table.mean(-1, dtype=np.float64)
+  logprob = table.mean(-1, dtype=np.float64)
   counts = []
   for r in range(len(table)):
     ends = [2, *thoughts.step_end[r, : thoughts.count[r]]]
     counts.append(
       sum(
         bool(thoughts.reflective[r, j - 1])
-        and price[r, ends[j]] > price[r, ends[j - 1]]
+        and logprob[r, ends[j]] > logprob[r, ends[j - 1]]
         for j in range(1, len(ends))
       )
     )
   counts = np.reshape(counts, (-1, samples))
-  last = price[:, LENGTH].reshape(-1, samples)
+  last = logprob[:, LENGTH].reshape(-1, samples)
   rank = np.zeros(last.shape)
   for b, i in np.ndindex(last.shape):
     others = np.delete(last[b], i)
@@ -80,7 +81,7 @@ def _slow(thoughts, table, samples, alpha=0.3, tau=2.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_rewards_are_the_definition(seed, all_steps):
   thoughts, table = _case(seed)
-  logprobs, layout = _priced(thoughts, table, all_steps=all_steps)
+  logprobs, layout = _scored(thoughts, table, all_steps=all_steps)
   terms = opera.rewards(logprobs, layout, samples=4)
   want = _slow(thoughts, table, 4)
   assert terms.keys() == want.keys()
@@ -91,7 +92,7 @@ def test_rewards_are_the_definition(seed, all_steps):
 
 def test_alpha_tau_and_modes():
   thoughts, table = _case(0)
-  logprobs, layout = _priced(thoughts, table)
+  logprobs, layout = _scored(thoughts, table)
 
   def total(**settings):
     return opera.rewards(logprobs, layout, samples=4, **settings)
@@ -126,7 +127,7 @@ def test_the_tanh_table():
   )
   table = np.zeros((rows, LENGTH + 1, TOKENS), np.float32)
   table += np.linspace(-3, -1, LENGTH + 1, dtype=np.float32)[None, :, None]
-  terms = opera.rewards(*_priced(thoughts, table), samples=rows)
+  terms = opera.rewards(*_scored(thoughts, table), samples=rows)
   np.testing.assert_array_equal(terms["count"], [[0, 1, 2, 3, 4]])
   np.testing.assert_allclose(
     terms["r_self"], [[0, 0.462, 0.762, 0.905, 0.964]], atol=5e-4
@@ -134,32 +135,32 @@ def test_the_tanh_table():
 
 
 def test_no_gain_without_a_rise():
-  """Equal prices do not count: the rise is strict."""
+  """Equal log-probabilities do not count: the rise is strict."""
   thoughts, table = _case(1)
   flat = np.zeros_like(table) - 1
-  terms = opera.rewards(*_priced(thoughts, flat), samples=4)
+  terms = opera.rewards(*_scored(thoughts, flat), samples=4)
   np.testing.assert_array_equal(terms["count"], 0)
 
 
 def test_ties_share_the_lower_rank():
   thoughts, table = _case(2, rows=4)
   table[:, LENGTH] = np.asarray([-1.0, -2.0, -1.0, -3.0])[:, None]
-  terms = opera.rewards(*_priced(thoughts, table), samples=4)
+  terms = opera.rewards(*_scored(thoughts, table), samples=4)
   np.testing.assert_allclose(terms["r_ppl"], [[2 / 3, 1 / 3, 2 / 3, 0]])
-  terms = opera.rewards(*_priced(thoughts, table), samples=4, mode="one_hot")
+  terms = opera.rewards(*_scored(thoughts, table), samples=4, mode="one_hot")
   np.testing.assert_array_equal(terms["r_ppl"], 0)
 
 
 def test_truncated_samples_have_no_r_self():
   thoughts, table = _case(0)
-  terms = opera.rewards(*_priced(thoughts, table), samples=4)
+  terms = opera.rewards(*_scored(thoughts, table), samples=4)
   np.testing.assert_array_equal(terms["r_self"][:, 3], 0)
   assert terms["r_self"][:, :3].any()
 
 
 def test_the_released_smoothing_cannot_change_a_reward():
   thoughts, table = _case(3)
-  plain, layout = _priced(thoughts, table)
+  plain, layout = _scored(thoughts, table)
   ema = smoothing.update_ema(-2.0, table.mean(-1)[:, LENGTH])
   assert ema == pytest.approx(-1.8 + 0.1 * table.mean(-1)[:, LENGTH].mean())
   smooth = [smoothing.smoothed(logprob, ema) for logprob in plain]
@@ -172,29 +173,29 @@ def test_the_released_smoothing_cannot_change_a_reward():
 
 def test_step_deltas_are_differences_of_neighbours():
   thoughts, table = _case(1)
-  price = table.mean(-1)
+  logprob = table.mean(-1)
   for all_steps in (False, True):
-    delta = opera.step_deltas(*_priced(thoughts, table, all_steps=all_steps))
+    delta = opera.step_deltas(*_scored(thoughts, table, all_steps=all_steps))
     for r, j in np.ndindex(delta.shape):
       real = j < thoughts.count[r]
       if not real or not (all_steps or thoughts.reflective[r, j]):
         assert np.isnan(delta[r, j])
         continue
       ends = [2, *thoughts.step_end[r]]
-      want = price[r, ends[j + 1]] - price[r, ends[j]]
+      want = logprob[r, ends[j + 1]] - logprob[r, ends[j]]
       np.testing.assert_allclose(delta[r, j], want, atol=1e-6)
 
 
 def test_bad_input_is_refused():
   thoughts, table = _case(0)
-  logprobs, layout = _priced(thoughts, table)
+  logprobs, layout = _scored(thoughts, table)
   with pytest.raises(ValueError, match="at least 2 samples, got 8 rows in"):
     opera.rewards(logprobs, layout, samples=1)
   with pytest.raises(ValueError, match="Unknown reward mode 'best'"):
     opera.rewards(logprobs, layout, samples=4, mode="best")
   with pytest.raises(ValueError, match="0 <= alpha <= 1"):
     opera.rewards(logprobs, layout, samples=4, alpha=1.5)
-  with pytest.raises(ValueError, match="prices of 1 branches"):
+  with pytest.raises(ValueError, match="scores of 1 branches"):
     opera.rewards(logprobs[:1], layout, samples=4)
   logprobs[2] = np.asarray([-1.0, np.nan])
   with pytest.raises(ValueError, match=r"branch 2 \(row .*\) holds nan"):

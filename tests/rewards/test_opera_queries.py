@@ -1,4 +1,4 @@
-"""Which prefixes OPERA prices: exactly those the reward reads."""
+"""Which prefixes OPERA scores: exactly those the reward reads."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def _queries(rows, **settings):
 
 
 def _forks(branches):
-  """Completion positions priced, by trunk, in order."""
+  """Completion positions scored, by trunk, in order."""
   return [
     [branch.fork - 10 for branch in branches if branch.trunk == trunk]
     for trunk in sorted({branch.trunk for branch in branches})
@@ -180,8 +180,8 @@ def test_without_the_keyword_condition_every_step_counts(rollouts):
   every = opera.Reward(every_step=True).questions(case)
   assert [b.fork for b in plain.branches] == [31, 31]
   assert [b.fork for b in every.branches] == [2, 6, 10, 31, 31]
-  price = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
-  answers = structs.Answers([], [], branch_logprob=price, memo=every.memo)
+  logprob = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
+  answers = structs.Answers([], [], branch_logprob=logprob, memo=every.memo)
   got = opera.Reward(every_step=True).rewards(case, answers)
   np.testing.assert_array_equal(got["count"], [[2, 0]])
 

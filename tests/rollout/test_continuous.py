@@ -317,7 +317,7 @@ def test_a_kept_sample_becomes_trunk(
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
-  with sampler.rows(tiny_model[2], 3, settings, None, priced=True) as driven:
+  with sampler.rows(tiny_model[2], 3, settings, None, scored=True) as driven:
     turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
     for chosen, count in (
       ((2, 1), (60, 4)),
@@ -340,10 +340,10 @@ def test_a_kept_sample_becomes_trunk(
       for (row, slot), mine in grown.items():
         sample = rows.joined(mine)
         assert len(sample.tokens) == 60
-        price = np.concatenate([piece.price for piece in mine])
+        score = np.concatenate([piece.score for piece in mine])
         want = slow_logprob(np.concatenate([context[row], sample.tokens]))
         want = want[len(context[row]) - 1 :]
-        np.testing.assert_allclose(price, want, atol=1e-4)
+        np.testing.assert_allclose(score, want, atol=1e-4)
         assert not np.allclose(sample.logprob, want, atol=1e-2)
         if slot == chosen[row]:
           kept.append((row, slot, sample.tokens[: count[row]]))
@@ -377,4 +377,4 @@ def test_decoding_prices_only_when_asked(tiny_model, one_device):
       )
     return sum(f"f32[16,{V}] = exp" in line for line in text.splitlines())
 
-  assert 0 < exponentials() == exponentials(priced=True) - 1
+  assert 0 < exponentials() == exponentials(scored=True) - 1

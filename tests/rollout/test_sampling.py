@@ -49,11 +49,11 @@ def test_min_p_keeps_what_is_likely_enough():
   want = np.where(p >= 0.3 * p.max(), p, 0)
   tokens, logprob = _draw(min_p=0.3)
   _agree(tokens, want / want.sum())
-  # The price is the untruncated one.
+  # The log-probability is the untruncated one.
   np.testing.assert_allclose(logprob, np.log(p)[np.asarray(tokens)], atol=1e-5)
 
 
-def test_bias_and_bans_move_the_draw_and_not_the_price():
+def test_bias_and_bans_move_the_draw_and_not_the_score():
   changed = LOGITS.copy()
   changed[3] += 2.0
   changed[0] = -np.inf
@@ -278,7 +278,7 @@ def test_the_price_as_drawn_is_that_of_the_truncated_distribution(settings):
     assert (drawn > own + 1e-3).all()
 
 
-def test_without_truncation_there_is_one_price():
+def test_without_truncation_there_is_one_score():
   made = sampling.Sampling(max_new_tokens=9, temperature=0.7)
   assert not made.reshapes()
   _, own, drawn = sampling.sample(

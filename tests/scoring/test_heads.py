@@ -8,7 +8,7 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.models import attention
-from opera_jax.scoring import heads, price
+from opera_jax.scoring import heads
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_heads_price_as_the_plain_row_does_and_named_tokens_too(case):
   }
   fn = jax.jit(heads.row_heads(graphdef, temperature=0.7))
   logprob, entropy, got = fn({"policy": params, "value": critic}, batch)
-  plain = jax.jit(price.row_logprob(graphdef, temperature=0.7))
+  plain = jax.jit(logprob.row_logprob(graphdef, temperature=0.7))
   want_logprob, want_entropy = plain(params, batch)
   np.testing.assert_allclose(logprob, want_logprob, atol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=1e-5)

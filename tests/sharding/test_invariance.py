@@ -1,4 +1,4 @@
-"""One device or eight: the same prices, gradients and updates."""
+"""One device or eight: the same scores, gradients and updates."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import fit
@@ -105,7 +105,7 @@ def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
 
 def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
   config = dataclasses.replace(CONFIG, **changes)
-  logprob_fn = price.row_logprob(qwen3.abstract(config)[0])
+  logprob_fn = logprob_scorer.row_logprob(qwen3.abstract(config)[0])
   update = step.make_sft_update(
     logprob_fn, _adamw(), micro_batches=micro_batches
   )
@@ -113,7 +113,7 @@ def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
   rows = layout.rows(mesh)
   with jax.set_mesh(mesh):
     batch = jax.device_put(_batch(0), rows)
-    prices = jax.jit(logprob_fn)(state.params, batch)
+    logprobs = jax.jit(logprob_fn)(state.params, batch)
     state, metrics = update(state, batch)
     # After one update the first moment is (1 - b1) times the gradient.
     grads = {
@@ -125,10 +125,10 @@ def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
   _assert_like_parameters(state)
   layouts = rules.shardings(qwen3.logical_axes(state.params), mesh, rules.TRAIN)
   jax.tree.map(_assert_lies, state.params, layouts)
-  # A segment's first token has no price; what stands there is noise.
+  # A segment's first token has no log-probability; what stands there is noise.
   real_RT = _batch(0).loss_mask > 0
   return Outcome(
-    *(np.asarray(price_RT) * real_RT for price_RT in prices),
+    *(np.asarray(score_RT) * real_RT for score_RT in logprobs),
     grads,
     _by_name(state.params),
     {name: float(value) for name, value in metrics.items()},

@@ -31,7 +31,7 @@ class _Searcher:
   def __init__(self, note, words=20):
     self._note, self._words = note, words
 
-  def run(self, sample_params, price_params, prompts, key, advance, ended):
+  def run(self, sample_params, score_params, prompts, key, advance, ended):
     self._note += [p.id for p in prompts]
     advance(5 * len(prompts))
     for p in reversed(prompts):  # in whatever order
@@ -258,7 +258,7 @@ def test_a_judge_is_named_by_path(monkeypatch):
   values = dict(config.synthesis)
   run = types.SimpleNamespace(
     engine=None,
-    pricer=None,
+    logprob_scorer=None,
     tokenizer=None,
     reward={"timeout": 7.0, "environment": ("MY_KEY",)},
   )

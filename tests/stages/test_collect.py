@@ -44,7 +44,7 @@ class _Scorer:
         ),
       },
       trunks=names,
-      prices=structs.Prices(names, names, [], [], 10, 1),
+      logprobs=structs.Logprobs(names, names, [], [], 10, 1),
       thoughts=thoughts,
       deltas_RJ=np.zeros((rows, 4)),
       opened_B=np.ones(len(prompts), bool),
@@ -104,7 +104,7 @@ def test_groups_without_spread_are_drawn_anew():
   assert got.scored.trunks == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
   assert got.scored.rollouts.texts == got.scored.trunks
   np.testing.assert_array_equal(got.scored.terms["r"], 2 * got.scored.total_BN)
-  assert got.scored.prices.trunk_tokens == 20
+  assert got.scored.logprobs.trunk_tokens == 20
   assert got.scored.thoughts.step_end.shape == (6, 4)
 
 

@@ -49,7 +49,7 @@ HOSTILE = [
   ("reward.terms", "1e400*opera", "weights are finite"),
   ("reward.terms", "nan*opera", "no term of a weighted sum"),
   ("reward.terms", "opera+verifiable", "spaces around the plus"),
-  ("synthesis.price", "foo", "'sequence', 'candidate'"),
+  ("synthesis.score", "foo", "'sequence', 'candidate'"),
   ("synthesis.method", "searching", "did you mean 'search'"),
   # Ranges.
   ("rl.clip_low", 0.0, "above 0"),
@@ -125,8 +125,8 @@ HOSTILE = [
   ("engine.steps", 0, "at least 1"),
   ("engine.prompt_buckets", (128, 64), "ascending"),
   ("engine.prompt_buckets", (), "at least one"),
-  ("price.length_buckets", (0, 64), "from 1 on"),
-  ("price.rows", 0, "at least 1"),
+  ("scoring.prefix_buckets", (0, 64), "from 1 on"),
+  ("scoring.batch_size", 0, "at least 1"),
   ("mesh.tensor", 0, "-1 for what is left"),
   ("mesh.data", -1, "one axis at most"),
   ("max_prompt_tokens", 0, "at least 1"),
@@ -222,8 +222,8 @@ TOGETHER = [
   ),
   ({"checkpoint": "x", "data.documents": 0}, "config.tokenizer.path is empty"),
   (
-    {"synthesis.method": "rewrite", "synthesis.price": "candidate"},
-    "config.synthesis.price",
+    {"synthesis.method": "rewrite", "synthesis.score": "candidate"},
+    "config.synthesis.score",
   ),
 ]
 
@@ -248,7 +248,7 @@ def test_what_is_redone_is_not_there_any_more(tmp_path):
 
 
 def test_all_faults_come_in_one_error():
-  changes = {"rl.loss": "clip", "synthesis.price": "foo", "reward.tau": 0.0}
+  changes = {"rl.loss": "clip", "synthesis.score": "foo", "reward.tau": 0.0}
   with pytest.raises(config_check.ConfigError, match="has 3 faults") as error:
     _check(_config(**changes))
   assert all(f"config.{field} is" in str(error.value) for field in changes)
@@ -295,7 +295,7 @@ _DEMANDING = (
     ("reward.match", ("word", "substring", "any"), {}),
     ("reward.math_check", verifiable.METHODS, {}),
     ("reward.terms", compose.files("opera_jax.rewards", "Reward"), {}),
-    ("synthesis.price", search.PRICES, {}),
+    ("synthesis.score", search.SCORES, {}),
     ("synthesis.method", cold_start.METHODS, {}),
     ("rl.tasks", (("math",), ("open_ended",), ("open_ended", "math")), {}),
     ("model.dtype", config_check.DTYPES, {}),

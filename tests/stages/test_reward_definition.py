@@ -7,7 +7,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.stages import score
 from opera_jax.text import thought
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -61,16 +61,16 @@ def world(one_device):
   )
   graphdef, params = qwen3.create(config, 0)
   params = jax.tree.map(lambda x: x * 2.0, params)
-  pricer = price.Pricer(
+  logprob_scorer = logprob_scorer.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
-    rows=4,
-    length_buckets=(96, 192),
+    batch_size=4,
+    prefix_buckets=(96, 192),
     slot_buckets=(2, 8),
-    branch_buckets=(64,),
+    continuation_buckets=(64,),
   )
-  return words, graphdef, params, pricer
+  return words, graphdef, params, logprob_scorer
 
 
 def _tokens(words, text):
@@ -126,13 +126,13 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
       count = 0
       before = opened[0] + 1 if len(opened) else 0
       for step in steps:
-        prices = [
+        logprobs = [
           mean_logprob(
             np.concatenate([prompt, tokens[:end], bridge_ids]), reference
           )
           for end in (before, step.end)
         ]
-        if step.reflective and prices[1] > prices[0]:
+        if step.reflective and logprobs[1] > logprobs[0]:
           count += 1
         before = step.end
       counts.append(count)
@@ -149,7 +149,7 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
   "bridge, match", [("", "word"), ("\n</think>\n\n", "substring")]
 )
 def test_reward_equals_the_slow_definition(world, bridge, match):
-  words, _, params, pricer = world
+  words, _, params, logprob_scorer = world
   tasks = storyworld.prompts(len(GROUPS), 3)
   prompt_ids = [words.chat_prompt(t.prompt) for t in tasks]
   groups = [[_tokens(words, text) for text in group] for group in GROUPS]
@@ -160,7 +160,7 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
     ]
     for group in groups
   ]
-  scorer = score.Scorer(pricer, words, bridge=bridge, match=match)
+  scorer = score.Scorer(logprob_scorer, words, bridge=bridge, match=match)
   got = scorer.score(params, tasks, prompt_ids, samples)
   references = [words.encode(t.reference) for t in tasks]
   count, r_self, r_ppl = _definition(
@@ -172,11 +172,11 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   np.testing.assert_allclose(
     got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
   )
-  # Priced: less than one row for each prefix of every step would cost.
-  priced = got.prices.trunk_tokens + got.prices.branch_tokens
+  # Scored: less than one row for each prefix of every step would cost.
+  scored = got.logprobs.trunk_tokens + got.logprobs.branch_tokens
   steps = int(got.thoughts.count.sum()) + int((got.thoughts.count > 0).sum())
   assert got.separate_tokens > steps * len(references[0])
-  assert priced < got.separate_tokens
+  assert scored < got.separate_tokens
   # The cases are what they are meant to be.
   assert count.max() >= 1
   assert r_ppl[1, 2] == r_ppl[1, 3]
@@ -188,7 +188,7 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
 
 
 def test_maths_rows_get_zero_or_one(world):
-  words, _, params, pricer = world
+  words, _, params, logprob_scorer = world
   tasks = [
     structs.Prompt("m", "math", "What is 2 + 2?", "4"),
     *storyworld.prompts(1, 3),
@@ -205,7 +205,7 @@ def test_maths_rows_get_zero_or_one(world):
     for _ in tasks
   ]
   ids = [words.chat_prompt(t.prompt) for t in tasks]
-  got = score.Scorer(pricer, words).score(params, tasks, ids, samples)
+  got = score.Scorer(logprob_scorer, words).score(params, tasks, ids, samples)
   np.testing.assert_array_equal(got.total_BN[0], [1, 0])
   for part in ("r_self", "r_ppl", "count"):
     np.testing.assert_array_equal(got.terms[part][0], [0, 0])
@@ -213,8 +213,8 @@ def test_maths_rows_get_zero_or_one(world):
 
 
 def test_empty_reference_and_single_sample_are_refused(world):
-  words, _, params, pricer = world
-  scorer = score.Scorer(pricer, words)
+  words, _, params, logprob_scorer = world
+  scorer = score.Scorer(logprob_scorer, words)
   task = structs.Prompt("a", "open_ended", "Tell.", "")
   sample = structs.Sample(
     _tokens(words, GROUPS[0][0]), np.zeros(3, np.float32), True

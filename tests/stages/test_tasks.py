@@ -332,14 +332,16 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
     "reflections": np.asarray([[1, 1], [0, 0]]),
   }
   sample = structs.Sample(np.zeros(2, np.int32), np.zeros(2), True)
-  prices = structs.Prices([np.zeros(3)] * 4, [np.zeros(3)] * 4, [], [], 12, 0)
+  logprobs = structs.Logprobs(
+    [np.zeros(3)] * 4, [np.zeros(3)] * 4, [], [], 12, 0
+  )
 
   def metrics(opened, ema):
     scored = score.Scored(
       np.asarray([[0.2, 0.4], [1.0, 0.0]]),
       parts,
       [],
-      prices,
+      logprobs,
       None,
       None,
       np.asarray(opened),
@@ -347,11 +349,13 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       rollouts=None,
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
-    return summary.rl_step(scored, [[sample] * 2] * 2, prices, ema, [{}], clock)
+    return summary.rl_step(
+      scored, [[sample] * 2] * 2, logprobs, ema, [{}], clock
+    )
 
   both = metrics([True, False], -3.0)
   assert both["time/reward_share"] == 1.0
-  assert both["price/separate_tokens"] == 20
+  assert both["scoring/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
   shares = [both[f"reward/{name}"] for name in summary.MATHS[2:]]
   assert shares == [0.5, 1.0, 0.0]

@@ -121,8 +121,8 @@ def test_a_share_of_one_rules_nothing_out():
 def test_outliers_lie_far_from_the_median_either_way():
   rng = np.random.default_rng(0)
   near = np.exp(0.7 + 0.1 * rng.normal(size=40))
-  price = [1.001, *near, 90.0]
-  made = [_trace(str(i), perplexity=p) for i, p in enumerate(price)]
+  score = [1.001, *near, 90.0]
+  made = [_trace(str(i), perplexity=p) for i, p in enumerate(score)]
   why, counts = filters.verdicts(made, filters.Rules(max_deviation=5.0))
   assert why == ["perplexity outlier", *[None] * 40, "perplexity outlier"]
   assert counts == {"kept": 40, "perplexity outlier": 2}

@@ -1,6 +1,6 @@
 """REER takes a rewrite only if it makes the reference likelier.
 
-What is drawn is scripted, so that every rewrite is known; prices come from a
+What is drawn is scripted, so that every rewrite is known; scores come from a
 real model, and are computed here once more by the definition.
 """
 
@@ -10,7 +10,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.synthesis import rewrite
 
 PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "The key was old.")
@@ -69,33 +69,35 @@ def machine(words, one_device):
   )  # fmt: skip
   graphdef, params = qwen3.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)
-  pricer = price.Pricer(
+  logprob_scorer = logprob_scorer.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
-    rows=4,
-    length_buckets=(192,),
+    batch_size=4,
+    prefix_buckets=(192,),
     slot_buckets=(1,),
-    branch_buckets=(32,),
+    continuation_buckets=(32,),
   )
-  return params, pricer
+  return params, logprob_scorer
 
 
 def _run(words, machine, engine, prompt=PROMPT, **settings):
-  params, pricer = machine
-  rewriter = rewrite.Rewriter(engine, pricer, words, **settings)
+  params, logprob_scorer = machine
+  rewriter = rewrite.Rewriter(engine, logprob_scorer, words, **settings)
   (trace,) = rewriter.run(None, params, [prompt], jax.random.key(0))
   return trace
 
 
 def _perplexity(words, machine, thought):
   """PPL(y_ref | x, z) in one row, by the definition."""
-  params, pricer = machine
+  params, logprob_scorer = machine
   row = words.encode_template(f"{HEAD}<think>\n{thought}</think>")
   reference = words.encode(PROMPT.reference)
   row = np.concatenate([row, words.encode("\n\n"), reference])
-  priced = pricer.price(params, [row]).trunk_logprob[0][-len(reference) :]
-  return float(np.exp(-priced.mean()))
+  scored = logprob_scorer.score(params, [row]).trunk_logprob[0][
+    -len(reference) :
+  ]
+  return float(np.exp(-scored.mean()))
 
 
 def test_every_step_is_replayed_by_the_definition(words, machine):

@@ -1,6 +1,6 @@
-"""The search brakes, prices what it keeps, and repeats no fault of the release.
+"""The search brakes, scores what it keeps, and repeats no fault of the release.
 
-What a slot draws is scripted, so that every candidate is known; prices come
+What a slot draws is scripted, so that every candidate is known; scores come
 from a real model. `test_search_sampled` samples.
 """
 
@@ -14,7 +14,7 @@ from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.rollout import parts, slots
 from opera_jax.rollout import rows as rows_lib
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.synthesis import search
 from opera_jax.text import automaton
 
@@ -35,7 +35,7 @@ ANSWER = "\n\nThe end.<|im_end|>"
 class ScriptedEngine:
   """Hands out given texts instead of sampling; remembers what it was asked.
 
-  It is its own rows. What is drawn is priced by a real model in one pass over
+  It is its own rows. What is drawn is scored by a real model in one pass over
   the row's context and the text.
   """
 
@@ -45,7 +45,7 @@ class ScriptedEngine:
     return self.words.vocab_size
 
   def __init__(self, words, machine, **script):
-    self.words, (self.params, self.pricer) = words, machine
+    self.words, (self.params, self.logprob_scorer) = words, machine
     script = {"opening": OPENING, "rounds": ROUNDS, "answer": ANSWER} | script
     self.script = [[script["opening"]], *script["rounds"]]
     self.answer = [script["answer"]]
@@ -58,10 +58,10 @@ class ScriptedEngine:
     return 1
 
   def rows(
-    self, params, width, settings, stops, *, contexts, whole_rows, priced
+    self, params, width, settings, stops, *, contexts, whole_rows, scored
   ):
     self.width, self.stops = width, stops
-    assert whole_rows and priced == (width > 1)
+    assert whole_rows and scored == (width > 1)
     return parts.Parts([self])
 
   def begin(self, contexts):
@@ -99,7 +99,7 @@ class ScriptedEngine:
   def _piece(self, slot, text):
     tokens = self.drawn[slot]
     whole = [np.concatenate([self.context, tokens])]
-    own = self.pricer.price(self.params, whole).trunk_logprob[0]
+    own = self.logprob_scorer.score(self.params, whole).trunk_logprob[0]
     fork = self.forks[slot]
     state, events = np.int32(fork.state), []
     for token in tokens:
@@ -113,7 +113,7 @@ class ScriptedEngine:
       assert not any(events), (text, events)
     return rows_lib.Piece(
       row=0, slot=slot, tokens=tokens, logprob=tokens * np.float32(np.nan),
-      price=own[len(self.context) :], live=False,
+      score=own[len(self.context) :], live=False,
       ended=0 if text.endswith("~") else slots.STOPPED,
     )  # fmt: skip
 
@@ -126,21 +126,21 @@ def machine(words, one_device):
   )  # fmt: skip
   graphdef, params = qwen3.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)
-  pricer = price.Pricer(
+  logprob_scorer = logprob_scorer.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
-    rows=1,
-    length_buckets=(192,),
+    batch_size=1,
+    prefix_buckets=(192,),
     slot_buckets=(1,),
-    branch_buckets=(32,),
+    continuation_buckets=(32,),
   )
-  return params, pricer
+  return params, logprob_scorer
 
 
 def _run(words, machine, engine, **settings):
-  params, pricer = machine
-  searcher = search.Searcher(engine, pricer, words, **settings)
+  params, logprob_scorer = machine
+  searcher = search.Searcher(engine, logprob_scorer, words, **settings)
   (trace,) = searcher.run(None, params, [PROMPT], jax.random.key(0))
   return trace
 
@@ -169,8 +169,8 @@ def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
 
 @pytest.mark.parametrize("kind", ["sequence", "candidate"])
 def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
-  params, pricer = machine
-  trace = _run(words, machine, ScriptedEngine(words, machine), price=kind)
+  params, logprob_scorer = machine
+  trace = _run(words, machine, ScriptedEngine(words, machine), score=kind)
   head = words.encode_template(
     "<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
     "<think>\nThe scene is the old mill.\n\n"
@@ -180,7 +180,7 @@ def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
     tokens = np.concatenate(
       [words.encode("Wait"), words.encode(candidate.text.removeprefix("Wait"))]
     )
-    whole = pricer.price(params, [np.concatenate([head, tokens])])
+    whole = logprob_scorer.score(params, [np.concatenate([head, tokens])])
     logprob = whole.trunk_logprob[0][1:]
     if kind == "candidate":
       logprob = logprob[-len(tokens) :]
@@ -236,7 +236,7 @@ def test_whole_candidates_go_before_broken_ones(words, machine):
 @pytest.mark.parametrize(
   "settings, message",
   [
-    ({"price": "cheap"}, "price must be one of"),
+    ({"score": "cheap"}, "score must be one of"),
     ({"candidates": 0}, "at least 1"),
     ({"budget": -1}, "at least 0"),
     ({"brakes": ("Wait", "\n\n")}, "not both"),
@@ -271,7 +271,7 @@ def test_separators_brake_at_every_step(words, machine):
   assert trace.status == "complete"
 
 
-def test_a_judge_chooses_in_place_of_the_price(words, machine):
+def test_a_judge_chooses_in_place_of_the_score(words, machine):
   asked = []
 
   def last(prompt, thought, candidates):

@@ -9,7 +9,7 @@ from benchmarks import synthesis
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.rollout import engine as engine_lib
-from opera_jax.scoring import price
+from opera_jax.scoring import logprob_scorer
 from opera_jax.synthesis import search
 
 
@@ -22,16 +22,16 @@ def _engine(teller, device, **changes):
   return engine_lib.Engine(graphdef, config, mesh=device, **values | changes)
 
 
-def _pricer(teller, device, rows=4):
+def _logprob_scorer(teller, device, rows=4):
   config, graphdef, _ = teller
-  return price.Pricer(
+  return logprob_scorer.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=device,
-    rows=rows,
-    length_buckets=(64, 128, 512),
+    batch_size=rows,
+    prefix_buckets=(64, 128, 512),
     slot_buckets=(1,),
-    branch_buckets=(1,),
+    continuation_buckets=(1,),
   )
 
 
@@ -46,7 +46,7 @@ def _prompts(count):
 def _search(teller, words, device, prompts, settings, **changes):
   searcher = search.Searcher(
     _engine(teller, device, **changes),
-    _pricer(teller, device),
+    _logprob_scorer(teller, device),
     words,
     **dataclasses.asdict(settings),
   )
@@ -70,7 +70,7 @@ def usual(teller, words, one_device):
   "changes",
   [
     {},
-    {"price": "candidate", "template": "Think, and doubt. {prompt}"},
+    {"score": "candidate", "template": "Think, and doubt. {prompt}"},
     pytest.param(
       {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
       marks=pytest.mark.slow,
@@ -79,7 +79,7 @@ def usual(teller, words, one_device):
   ],
 )
 def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
-  """A prefill for every stretch and a pass for every price: the same."""
+  """A prefill for every stretch and a pass for every score: the same."""
   settings = dataclasses.replace(BRAKE_OFTEN, **changes)
   prompts = _prompts(4)
   ours = _search(teller, words, one_device, prompts, settings)
@@ -87,7 +87,7 @@ def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
   rounds = 0
   for prompt, trace in zip(prompts, ours, strict=True):
     theirs, _ = synthesis.naive(
-      alone, _pricer(teller, one_device, 1), words, teller[2], prompt,
+      alone, _logprob_scorer(teller, one_device, 1), words, teller[2], prompt,
       jax.random.key(5), settings,
     )  # fmt: skip
     synthesis.check_equal(trace, theirs)
@@ -104,7 +104,7 @@ def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
   prompts = _prompts(10)
   few = [prompts[i] for i in order]
   got = _search(teller, words, one_device, few, BRAKE_OFTEN)
-  assert got == [usual[i] for i in order]  # every bit, prices too
+  assert got == [usual[i] for i in order]  # every bit, scores too
   got = _search(teller, words, one_device, few, BRAKE_OFTEN, rows=2, steps=5)
   for index, trace in zip(order, got, strict=True):
     synthesis.check_equal(trace, usual[index])
@@ -123,7 +123,7 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
   for template, times in (("{prompt}", 1), ("Think. {prompt}", 2)):
     searcher = search.Searcher(
       engine,
-      _pricer(teller, one_device),
+      _logprob_scorer(teller, one_device),
       words,
       **dataclasses.asdict(dataclasses.replace(BRAKE_OFTEN, template=template)),
     )

@@ -9,7 +9,7 @@ import pytest
 
 from opera_jax.data import rl as rl_data
 from opera_jax.models import qwen3
-from opera_jax.scoring import heads, price
+from opera_jax.scoring import heads, logprob_scorer
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import fit, learner
@@ -160,7 +160,8 @@ def test_gradients_over_a_mesh(one_device, shape):
 
 
 def test_a_sample_sees_its_prompt_and_itself():
-  """Gradients say who is read: of one token's price, by embedding row."""
+  """Gradients say who is read: of one token's log-probability, by embedding
+  row."""
   prompt, samples = [1, 2], [[10, 11, 12], [20, 21, 22]]
   trunks = [np.asarray(prompt + own, np.int32) for own in samples]
   zeros = [np.zeros(3, np.float32)] * 2
@@ -169,7 +170,7 @@ def test_a_sample_sees_its_prompt_and_itself():
   # Untied, so that only what is read shows.
   untied = dataclasses.replace(CONFIG, tied=False)
   graphdef, params = qwen3.create(untied, 0)
-  fn = price.row_logprob(graphdef)
+  fn = logprob_scorer.row_logprob(graphdef)
 
   def second_of_second(params):
     return place.cut(fn(params, batch)[0])[1][1]

@@ -20,7 +20,7 @@ from opera_jax.scoring import trunks as trunks_lib
 from opera_jax.sharding import layout
 
 
-def token_prices(
+def token_logprobs(
   model: qwen3.Qwen3,
   hidden_BTD: jax.Array,
   target_BT: jax.Array,
@@ -107,7 +107,7 @@ def row_logprob(
   def fn(params, batch: structs.Batch):
     model = nnx.merge(graphdef, params)
     states = row_states(model, batch)
-    logprob_RX, entropy_RX = token_prices(
+    logprob_RX, entropy_RX = token_logprobs(
       model, states.hidden_RXD, states.said(batch.tokens), temperature
     )
     return states.placed(logprob_RX), states.placed(entropy_RX)
@@ -156,7 +156,7 @@ def trunks_and_branches(
     target_BX = jnp.concatenate(
       [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
     )
-    logprob_BX, entropy_BX = token_prices(
+    logprob_BX, entropy_BX = token_logprobs(
       model, hidden_BXD, target_BX, temperature
     )
     return (
@@ -169,8 +169,9 @@ def trunks_and_branches(
   return fn
 
 
-class Pricer:
-  """Prices trunks and branches: one pass over each trunk and its branches."""
+class LogprobScorer:
+  """Log-probabilities trunks and branches: one pass over each trunk and its
+  branches."""
 
   def __init__(
     self,
@@ -179,9 +180,9 @@ class Pricer:
     vocab_size: int,
     mesh: jax.sharding.Mesh,
     rows: int = 16,
-    length_buckets: Sequence[int] = (128, 256, 512, 1024),
+    prefix_buckets: Sequence[int] = (128, 256, 512, 1024),
     slot_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    branch_buckets: Sequence[int] = (32, 64, 128, 256, 512),
+    continuation_buckets: Sequence[int] = (32, 64, 128, 256, 512),
     temperature: float = 1.0,
   ):
     """Compiles nothing yet; one program a shape is compiled on first use.
@@ -191,9 +192,9 @@ class Pricer:
       vocab_size: rows of the head; ids at or above it are refused.
       mesh: rows are split over its data axes.
       rows: trunks a call; a multiple of the mesh's data axes.
-      length_buckets: allowed padded trunk lengths.
+      prefix_buckets: allowed padded trunk lengths.
       slot_buckets: allowed numbers of branches a trunk.
-      branch_buckets: allowed padded branch lengths.
+      continuation_buckets: allowed padded branch lengths.
       temperature: divides the logits.
 
     Raises:
@@ -202,38 +203,38 @@ class Pricer:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows < 1 or rows % ways:
       raise ValueError(
-        f"A call prices {rows} rows over {ways} data shards, which does not "
-        "divide. Make config.price.rows a multiple."
+        f"A call scores {rows} rows over {ways} data shards, which does not "
+        "divide. Make config.scoring.batch_size a multiple."
       )
     self._vocab_size = vocab_size
     self._mesh = mesh
     self._pack = {
       "rows": rows,
-      "length_buckets": tuple(length_buckets),
+      "prefix_buckets": tuple(prefix_buckets),
       "slot_buckets": tuple(slot_buckets),
-      "branch_buckets": tuple(branch_buckets),
+      "continuation_buckets": tuple(continuation_buckets),
     }
 
     self._run = jax.jit(trunks_and_branches(graphdef, temperature=temperature))
 
   def programs(self) -> int:
-    """How many programs pricing can need: one a shape."""
-    names = ("length_buckets", "slot_buckets", "branch_buckets")
+    """How many programs scoring can need: one a shape."""
+    names = ("prefix_buckets", "slot_buckets", "continuation_buckets")
     return math.prod(len(self._pack[name]) for name in names)
 
   def bucket(self, trunk: np.ndarray) -> int:
-    """The length that a trunk is padded to where it is priced alone."""
-    return trunks_lib.bucket(len(trunk), self._pack["length_buckets"])
+    """The length that a trunk is padded to where it is scored alone."""
+    return trunks_lib.bucket(len(trunk), self._pack["prefix_buckets"])
 
-  def price(
+  def score(
     self,
     params: Any,
     trunks: Sequence[np.ndarray],
     branches: Sequence[structs.Branch] = (),
     *,
     advance: Callable[[int], None] | None = None,
-  ) -> structs.Prices:
-    """Prices every token of every trunk and branch.
+  ) -> structs.Logprobs:
+    """Log-probabilities every token of every trunk and branch.
 
     Args:
       params: the policy's parameters.
@@ -242,10 +243,10 @@ class Pricer:
       advance: called with the tokens done after each microbatch.
 
     Returns:
-      Prices in the order given.
+      Log-probabilities in the order given.
 
     Raises:
-      ValueError: see `trunks.check`; a price that is not finite.
+      ValueError: see `trunks.check`; a log-probability that is not finite.
     """
     trunks_lib.check(trunks, branches, self._vocab_size)
     # Equal work is done once: it costs nothing twice, and two samples that
@@ -257,17 +258,17 @@ class Pricer:
     branch_place, own_branches = _distinct(
       moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
     )
-    priced = self._run_all(params, own_trunks, own_branches, advance)
-    for name, prices in zip(("trunk", "trunk", "branch", "branch"), priced):
-      for index, price in enumerate(prices):
-        if not np.isfinite(price).all():
+    scored = self._run_all(params, own_trunks, own_branches, advance)
+    for name, logprobs in zip(("trunk", "trunk", "branch", "branch"), scored):
+      for index, score in enumerate(logprobs):
+        if not np.isfinite(score).all():
           raise FloatingPointError(
             f"The log-probability of {name} {index} is not finite. The "
             "parameters have diverged; lower the learning rate or resume "
             "from an earlier checkpoint."
           )
-    trunk_logprob, trunk_entropy, branch_logprob, branch_entropy = priced
-    return structs.Prices(
+    trunk_logprob, trunk_entropy, branch_logprob, branch_entropy = scored
+    return structs.Logprobs(
       trunk_logprob=[trunk_logprob[i] for i in trunk_place],
       trunk_entropy=[trunk_entropy[i] for i in trunk_place],
       branch_logprob=[branch_logprob[i] for i in branch_place],
@@ -276,7 +277,7 @@ class Pricer:
       branch_tokens=sum(len(b.tokens) for b in own_branches),
     )
 
-  def price_samples(
+  def score_completions(
     self,
     params: Any,
     prompts: Sequence[np.ndarray],
@@ -284,8 +285,9 @@ class Pricer:
     trunks: Sequence[np.ndarray] = (),
     *,
     advance: Callable[[int], None] | None = None,
-  ) -> structs.Prices:
-    """Prices completions from which nothing forks, and further trunks.
+  ) -> structs.Logprobs:
+    """Log-probabilities completions from which nothing forks, and further
+    trunks.
 
     Where the buckets hold them, the completions of a prompt are branches of
     it, so that it is computed once; else each is a trunk of its own.
@@ -295,24 +297,24 @@ class Pricer:
       prompts: int32 tokens of each prompt.
       completions: int32 tokens, prompt-major, equally many a prompt.
       trunks: further ones.
-      advance: see `price`.
+      advance: see `score`.
 
     Returns:
-      What `price` gives of prompt + completion, one a completion, and of
+      What `score` gives of prompt + completion, one a completion, and of
       `trunks` behind them.
 
     Raises:
-      ValueError: see `price`.
+      ValueError: see `score`.
     """
     samples = len(completions) // len(prompts)
     owned = [(i // samples, tokens) for i, tokens in enumerate(completions)]
     if (
-      max(map(len, completions)) > self._pack["branch_buckets"][-1]
+      max(map(len, completions)) > self._pack["continuation_buckets"][-1]
       or samples > self._pack["slot_buckets"][-1]
     ):
       rows = [np.concatenate([prompts[b], tokens]) for b, tokens in owned]
-      return self.price(params, [*rows, *trunks], advance=advance)
-    prices = self.price(
+      return self.score(params, [*rows, *trunks], advance=advance)
+    logprobs = self.score(
       params,
       [*prompts, *trunks],
       [structs.Branch(b, len(prompts[b]), tokens) for b, tokens in owned],
@@ -327,15 +329,16 @@ class Pricer:
       return own + of_trunks[len(prompts) :]
 
     return dataclasses.replace(
-      prices,
-      trunk_logprob=whole(prices.trunk_logprob, prices.branch_logprob),
-      trunk_entropy=whole(prices.trunk_entropy, prices.branch_entropy),
+      logprobs,
+      trunk_logprob=whole(logprobs.trunk_logprob, logprobs.branch_logprob),
+      trunk_entropy=whole(logprobs.trunk_entropy, logprobs.branch_entropy),
       branch_logprob=[],
       branch_entropy=[],
     )
 
   def _run_all(self, params, trunks, branches, advance):
-    """Prices distinct trunks and branches, one microbatch in flight."""
+    """Log-probabilities distinct trunks and branches, one microbatch in
+    flight."""
     trunk_logprob = [None] * len(trunks)
     trunk_entropy = [None] * len(trunks)
     branch_logprob = [None] * len(branches)

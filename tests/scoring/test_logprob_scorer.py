@@ -6,14 +6,14 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import price, trunks
+from opera_jax.scoring import logprob, trunks
 from opera_jax.sharding import layout, mesh, rules
 
 BUCKETS = {
   "rows": 8,
-  "length_buckets": (16, 32),
+  "prefix_buckets": (16, 32),
   "slot_buckets": (1, 4),
-  "branch_buckets": (8, 16),
+  "continuation_buckets": (8, 16),
 }
 
 
@@ -43,27 +43,27 @@ def _problem(seed=0, vocab=300):
 def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
   config, graphdef, params = tiny_model
   rows, branches = _problem()
-  pricer = price.Pricer(
+  logprob_scorer = logprob.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
   )
-  prices = pricer.price(params, rows, branches)
-  for row, got in zip(rows, prices.trunk_logprob):
+  logprobs = logprob_scorer.logprob(params, rows, branches)
+  for row, got in zip(rows, logprobs.trunk_logprob):
     assert got[0] == 0
     np.testing.assert_allclose(got[1:], slow_logprob(row), atol=1e-5)
-  for branch, got in zip(branches, prices.branch_logprob):
+  for branch, got in zip(branches, logprobs.branch_logprob):
     prefix = rows[branch.trunk][: branch.fork]
     whole = slow_logprob(np.concatenate([prefix, branch.tokens]))
     want = whole[branch.fork - 1 + branch.skip :]
     np.testing.assert_allclose(got, want, atol=1e-5)
-  assert prices.trunk_tokens == sum(map(len, rows))
+  assert logprobs.trunk_tokens == sum(map(len, rows))
   # Entropies of branches are those of the same tokens as rows of their own,
   # whose entropies are held to torch's in tests/models/test_parity.py.
-  whole = pricer.price(
+  whole = logprob_scorer.logprob(
     params,
     [np.concatenate([rows[b.trunk][: b.fork], b.tokens]) for b in branches],
   )
   for branch, got, want in zip(
-    branches, prices.branch_entropy, whole.trunk_entropy
+    branches, logprobs.branch_entropy, whole.trunk_entropy
   ):
     np.testing.assert_allclose(
       got, want[branch.fork + branch.skip :], atol=1e-5
@@ -81,7 +81,7 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
     {"fsdp": 2, "sequence": 2, "tensor": 2},
   ],
 )
-def test_mesh_does_not_change_prices(one_device, shape):
+def test_mesh_does_not_change_logprobs(one_device, shape):
   config = qwen3.Config(
     vocab_size=304,
     hidden=48,
@@ -94,12 +94,14 @@ def test_mesh_does_not_change_prices(one_device, shape):
   graphdef, params = qwen3.create(config, 0)
   rows, branches = _problem(1, vocab=304)
   made = {"vocab_size": config.vocab_size, **BUCKETS}
-  want = price.Pricer(graphdef, mesh=one_device, **made).price(
+  want = logprob.LogprobScorer(graphdef, mesh=one_device, **made).logprob(
     params, rows, branches
   )
   many = mesh.create(shape)
   sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
-  got = price.Pricer(graphdef, mesh=many, **made).price(sharded, rows, branches)
+  got = logprob.LogprobScorer(graphdef, mesh=many, **made).logprob(
+    sharded, rows, branches
+  )
   for a, b in zip(want.branch_logprob, got.branch_logprob):
     np.testing.assert_allclose(a, b, atol=1e-5)
   for a, b in zip(want.branch_entropy, got.branch_entropy):
@@ -116,9 +118,9 @@ def test_packing_loses_nothing_and_bounds_shapes():
   )
   assert {t for b in batches for t in b.trunk_of} == set(range(len(rows)))
   for batch in batches:
-    assert batch.token_BT.shape[1] in BUCKETS["length_buckets"]
+    assert batch.token_BT.shape[1] in BUCKETS["prefix_buckets"]
     assert batch.input_BSG.shape[1] in BUCKETS["slot_buckets"]
-    assert batch.input_BSG.shape[2] in BUCKETS["branch_buckets"]
+    assert batch.input_BSG.shape[2] in BUCKETS["continuation_buckets"]
 
 
 @pytest.mark.parametrize(
@@ -148,18 +150,18 @@ def test_bad_trunks_are_refused():
 def test_diverged_parameters_are_named(tiny_model, one_device):
   config, graphdef, params = tiny_model
   broken = jax.tree.map(lambda x: x * np.nan, params)
-  pricer = price.Pricer(
+  logprob_scorer = logprob.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
   )
   with pytest.raises(FloatingPointError, match="not finite"):
-    pricer.price(broken, [np.array([1, 2])])
+    logprob_scorer.logprob(broken, [np.array([1, 2])])
 
 
 def test_rows_must_divide_the_mesh(tiny_model):
   config, graphdef, _ = tiny_model
-  with pytest.raises(ValueError, match="config.price.rows"):
-    price.Pricer(
-      graphdef, vocab_size=config.vocab_size, mesh=mesh.create(), rows=6
+  with pytest.raises(ValueError, match="config.scoring.batch_size"):
+    logprob.LogprobScorer(
+      graphdef, vocab_size=config.vocab_size, mesh=mesh.create(), batch_size=6
     )
 
 
@@ -174,20 +176,20 @@ def test_samples_are_priced_as_their_rows_are(tiny_model, one_device, fits):
   prompts = [tokens(n) for n in (3, 9)]
   completions = [tokens(n) for n in (1, 7, 7, 4, 2, 7)]
   other = [tokens(5)]
-  pricer = price.Pricer(
+  logprob_scorer = logprob.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
-    rows=2,
-    length_buckets=(16,),
+    batch_size=2,
+    prefix_buckets=(16,),
     slot_buckets=(4,),
-    branch_buckets=(8,) if fits else (6,),
+    continuation_buckets=(8,) if fits else (6,),
   )
-  got = pricer.price_samples(params, prompts, completions, other)
+  got = logprob_scorer.score_completions(params, prompts, completions, other)
   rows = [
     np.concatenate([prompts[i // 3], c]) for i, c in enumerate(completions)
   ]
-  want = pricer.price(params, rows + other)
+  want = logprob_scorer.logprob(params, rows + other)
   assert not got.branch_logprob
   # A prompt is run once, where its samples are branches of it.
   assert got.trunk_tokens == (3 + 9 + 5 if fits else want.trunk_tokens)
