@@ -136,14 +136,14 @@ def _torch_score(hidden_MD, head_DV, target_M):
 
 def _branch_attention(ceiling, dtype, on_cpu):
   if on_cpu:
-    pricing, decoding = (
+    scoring, decoding = (
       (32, 8, 96, 4, 2, 32, 256, 96),
       (16, 8, 1, 4, 2, 32, 96, 192),
     )
   else:
-    pricing = (4, 12, 1024, 16, 8, 128, 4608, 1024)
+    scoring = (4, 12, 1024, 16, 8, 128, 4608, 1024)
     decoding = (16, 16, 1, 16, 8, 128, 512, 4096)
-  for label, size in (("scoring", pricing), ("decoding", decoding)):
+  for label, size in (("scoring", scoring), ("decoding", decoding)):
     B, S, G, N, K, H, T, C = size
     arrays = _branches(*size, dtype)
     limit_BS = np.linspace(T // 4, T, S, dtype=np.int32)[None].repeat(B, 0)

@@ -352,7 +352,7 @@ def _ours(folder, config, trunks, references, ends, reflective, at_once):
   import jax
 
   from opera_jax import structs
-  from opera_jax.scoring import logprob_scorer
+  from opera_jax.scoring import logprob_scorer as scorer_lib
   from opera_jax.sharding import mesh
 
   graphdef, params = _load(folder, config)
@@ -364,18 +364,18 @@ def _ours(folder, config, trunks, references, ends, reflective, at_once):
       branches.append(structs.Branch(row, fork, reference))
       places.append((row, slot))
   counts = np.bincount([row for row, _ in places])
-  logprob_scorer = logprob_scorer.LogprobScorer(
+  scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=mesh.create(devices=jax.devices()[:1]),
-    rows=min(at_once, len(trunks)),
+    batch_size=min(at_once, len(trunks)),
     prefix_buckets=(trunks.shape[1],),
     slot_buckets=tuple(range(2, int(counts.max()) + 2, 2)),
     continuation_buckets=(references.shape[1],),
   )
 
   def call():
-    logprobs = logprob_scorer.score(params, list(trunks), branches)
+    logprobs = scorer.score(params, list(trunks), branches)
     table = np.full((len(trunks), len(ends) + 1), np.nan)
     for (row, slot), logprob in zip(places, logprobs.branch_logprob):
       table[row, slot] = logprob.mean()

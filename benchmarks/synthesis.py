@@ -25,7 +25,7 @@ from opera_jax.models import qwen3
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling
-from opera_jax.scoring import logprob as scorer_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.synthesis import brake
 from opera_jax.synthesis import search as search_lib
@@ -119,7 +119,7 @@ def naive(
 
   def perplexity(context, candidate):
     whole = np.concatenate([context, candidate])
-    logprob = logprob_scorer.logprob(params, [whole]).trunk_logprob[0][1:]
+    logprob = logprob_scorer.score(params, [whole]).trunk_logprob[0][1:]
     if settings.logprob == "candidate":
       logprob = logprob[-len(candidate) :]
     return float(np.exp(-logprob.mean(dtype=np.float64)))

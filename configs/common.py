@@ -134,7 +134,7 @@ def get_config() -> ml_collections.ConfigDict:
     "logit_bias": (),  # (token id, what is added to its logit) pairs
   }
   config.scoring = {
-    "rows": 16,  # trunks a call
+    "batch_size": 16,  # prefixes a call
     "prefix_buckets": (1024, 2048, 4096, 8192, 16_384),
     "slot_buckets": (1, 4, 8, 16, 32),
     "continuation_buckets": (256, 512, 1024, 2048, 4096),

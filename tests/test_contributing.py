@@ -34,11 +34,11 @@ def test_the_examples_are_there():
     "opera_jax/rewards/brevity.py",
     "opera_jax/advantages/first_half.py",
   ]
-  assert set(FLAGS) == {"reward.parts", "rl.advantage"}
+  assert set(FLAGS) == {"reward.terms", "rl.advantage"}
 
 
 def test_one_file_and_one_line_are_enough(added):
-  weights = compose.weights(FLAGS["reward.parts"])
+  weights = compose.weights(FLAGS["reward.terms"])
   rewards = {n: compose.build(n, {}, 1.0) for n in weights}
   tokens = [np.arange(n, dtype=np.int32) for n in (4, 3)]
   samples = [structs.Sample(t, -0.5 * np.ones(len(t)), True) for t in tokens]

@@ -144,7 +144,7 @@ class _Run:
 
   def __init__(self, mesh, config, engine, rollout, scoring, sft, rl):
     self._mesh, self._config = mesh, config
-    self._engine, self._rollout, self._scoring = engine, rollout, score
+    self._engine, self._rollout, self._scoring = engine, rollout, scoring
     self._sft, self._rl = sft, rl
     self._values = abstract.Values(mesh, config)
     self._graphdef = self._values.graphdef
@@ -369,7 +369,7 @@ class _Run:
       return slots_lib.whole_blocks(tokens)
 
   def _scoring(self, name, temperature, S, G, times, beside) -> Program:
-    B, T = self._scoring["rows"], max(self._scoring["prefix_buckets"])
+    B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
     branch = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
     return Program(

@@ -356,6 +356,6 @@ def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
     "decode": jax.jit(
       functools.partial(decode, graphdef),
       donate_argnums=1,
-      static_argnames=("settings", "steps", "whole_rows", "scored"),
+      static_argnames=("settings", "steps", "whole_rows", "with_model_logprob"),
     ),
   }

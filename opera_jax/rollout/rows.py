@@ -103,7 +103,7 @@ class Rows:
       "settings": settings,
       "steps": steps,
       "whole_rows": whole_rows,
-      "scored": with_model_logprob,
+      "with_model_logprob": with_model_logprob,
     }
     shape = slots.depth.shape
     self.count, self.width = shape

@@ -179,7 +179,7 @@ class LogprobScorer:
     *,
     vocab_size: int,
     mesh: jax.sharding.Mesh,
-    rows: int = 16,
+    batch_size: int = 16,
     prefix_buckets: Sequence[int] = (128, 256, 512, 1024),
     slot_buckets: Sequence[int] = (1, 2, 4, 8, 16, 32),
     continuation_buckets: Sequence[int] = (32, 64, 128, 256, 512),
@@ -191,7 +191,7 @@ class LogprobScorer:
       graphdef: of the model; parameters come with every call.
       vocab_size: rows of the head; ids at or above it are refused.
       mesh: rows are split over its data axes.
-      rows: trunks a call; a multiple of the mesh's data axes.
+      batch_size: trunks a call; a multiple of the mesh's data axes.
       prefix_buckets: allowed padded trunk lengths.
       slot_buckets: allowed numbers of branches a trunk.
       continuation_buckets: allowed padded branch lengths.
@@ -201,15 +201,15 @@ class LogprobScorer:
       ValueError: rows do not divide over the mesh.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows < 1 or rows % ways:
+    if batch_size < 1 or batch_size % ways:
       raise ValueError(
-        f"A call scores {rows} rows over {ways} data shards, which does not "
-        "divide. Make config.scoring.batch_size a multiple."
+        f"A call scores {batch_size} prefixes over {ways} data shards, which "
+        "does not divide. Make config.scoring.batch_size a multiple."
       )
     self._vocab_size = vocab_size
     self._mesh = mesh
     self._pack = {
-      "rows": rows,
+      "batch_size": batch_size,
       "prefix_buckets": tuple(prefix_buckets),
       "slot_buckets": tuple(slot_buckets),
       "continuation_buckets": tuple(continuation_buckets),

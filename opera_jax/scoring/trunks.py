@@ -82,7 +82,7 @@ def pack(
   trunks: Sequence[np.ndarray],
   branches: Sequence[structs.Branch],
   *,
-  rows: int,
+  batch_size: int,
   prefix_buckets: Sequence[int],
   slot_buckets: Sequence[int],
   continuation_buckets: Sequence[int],
@@ -95,7 +95,7 @@ def pack(
   Args:
     trunks: int32 tokens [T_i] each.
     branches: what to score after which prefix.
-    rows: B, rows of every microbatch.
+    batch_size: B, rows of every microbatch.
     prefix_buckets: allowed T, ascending.
     slot_buckets: allowed S, ascending; a trunk without branches takes the
       smallest.
@@ -124,20 +124,20 @@ def pack(
       )
   entries.sort(key=lambda e: (e[2], e[1], e[0], e[3]))
   batches = []
-  for start in range(0, len(entries), rows):
-    group = entries[start : start + rows]
+  for start in range(0, len(entries), batch_size):
+    group = entries[start : start + batch_size]
     shape = tuple(max(e[i] for e in group) for i in range(3))
-    batches.append(_fill(group, shape, trunks, branches, rows))
+    batches.append(_fill(group, shape, trunks, branches, batch_size))
   return batches
 
 
-def _fill(group, shape, trunks, branches, rows) -> MicroBatch:
+def _fill(group, shape, trunks, branches, batch_size) -> MicroBatch:
   T, S, G = shape
-  token_BT = np.zeros((rows, T), np.int32)
-  length_B = np.zeros(rows, np.int32)
-  input_BSG = np.zeros((rows, S, G), np.int32)
-  target_BSG = np.zeros((rows, S, G), np.int32)
-  limit_BS = np.zeros((rows, S), np.int32)
+  token_BT = np.zeros((batch_size, T), np.int32)
+  length_B = np.zeros(batch_size, np.int32)
+  input_BSG = np.zeros((batch_size, S, G), np.int32)
+  target_BSG = np.zeros((batch_size, S, G), np.int32)
+  limit_BS = np.zeros((batch_size, S), np.int32)
   trunk_of, branch_of = [], []
   for row, (_, _, _, trunk, part) in enumerate(group):
     tokens = trunks[trunk]

@@ -277,7 +277,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "cache_dtype": one_of(*DTYPES),
   }),
   "scoring": ((), {
-    "rows": count(),
+    "batch_size": count(),
     "prefix_buckets": ascending,
     "slot_buckets": ascending,
     "continuation_buckets": ascending,

@@ -90,14 +90,14 @@ class WeightedEstimators:
             f"{request.model!r}, which this run does not have. Set "
             "config.rl.ema above 0."
           )
-        scored = self._logprob_scorer.score(
+        got = self._logprob_scorer.score(
           models[request.model], rollouts.after(request.turns)
         )
-        tokens += scored.trunk_tokens
+        tokens += got.trunk_tokens
         requests[key] = request
         logprobs[key] = [
           row[len(row) - len(s.tokens) :]
-          for row, s in zip(scored.trunk_logprob, rollouts.completions)
+          for row, s in zip(got.trunk_logprob, rollouts.completions)
         ]
       inputs = inputs_lib.AdvantageInputs(
         rollouts=rollouts,

@@ -17,7 +17,7 @@ from opera_jax.models import hf_config, qwen3
 from opera_jax.rewards import compose
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.scoring import scoring as scorer_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import score as score_lib

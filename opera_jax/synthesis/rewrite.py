@@ -29,7 +29,7 @@ from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
-from opera_jax.scoring import logprob as scorer_lib
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import brake, templates
 from opera_jax.text import automaton
 from opera_jax.text import thought as thought_lib
@@ -164,7 +164,7 @@ class Rewriter:
 
     Args:
       sample_params: the policy in the ROLLOUT layout.
-      price_params: the policy in the TRAIN layout.
+      score_params: the policy in the TRAIN layout.
       prompts: tasks with references.
       key: random key.
       advance: called with the tokens sampled as they come.
@@ -209,7 +209,7 @@ class Rewriter:
     for one, (draft,) in zip(drafts, drawn):
       self._begin(one, draft)
     open_ = [one for one in drafts if one.status == "rewrite"]
-    logprobs = self._prices(score_params, open_, [one.steps for one in open_])
+    logprobs = self._logprobs(score_params, open_, [one.steps for one in open_])
     for one, logprob in zip(open_, logprobs):
       one.logprob = logprob
     active = open_
@@ -291,9 +291,7 @@ class Rewriter:
       )
       for place, (one, trunk) in enumerate(zip(group, trunks))
     ]
-    scored = self._logprob_scorer.logprob(
-      params, trunks, branches
-    ).branch_logprob
+    scored = self._logprob_scorer.score(params, trunks, branches).branch_logprob
     return [float(logprob.mean(dtype=np.float64)) for logprob in scored]
 
   def _keep_best(self, params, group, place, drawn) -> None:
@@ -311,7 +309,7 @@ class Rewriter:
       id(one): [(one.logprob, one.steps[place])] for one in group
     }
     for one, step, logprob in zip(
-      owners, tried, self._prices(params, owners, thoughts)
+      owners, tried, self._logprobs(params, owners, thoughts)
     ):
       found[id(one)].append((logprob, step))
     for one in group:

@@ -169,7 +169,7 @@ class Searcher:
 
     Args:
       sample_params: the policy in the ROLLOUT layout.
-      price_params: the policy in the TRAIN layout.
+      score_params: the policy in the TRAIN layout.
       prompts: tasks.
       key: random key.
       advance: called with the tokens sampled as they come.
@@ -188,7 +188,7 @@ class Searcher:
     heads = [search.head for search in searches]
     self._engine.check(heads, self._settings)
     if self._budget and self._score == "sequence":
-      self._price_heads(score_params, searches)
+      self._score_heads(score_params, searches)
     with self._engine.rows(
       sample_params,
       self._candidates if self._budget else 1,
@@ -196,7 +196,7 @@ class Searcher:
       self._brakes.table,
       contexts=heads,
       whole_rows=True,
-      scored=self._budget > 0,
+      with_model_logprob=self._budget > 0,
     ) as rows:
       self._drive(rows, searches, key, advance, ended)
     return [self._trace(search) for search in searches]
@@ -268,7 +268,7 @@ class Searcher:
     opened = self._tokenizer.encode_template("<think>\n")
     return np.concatenate([self._tokenizer.chat_prompt(text), opened])
 
-  def _price_heads(self, params, searches) -> None:
+  def _score_heads(self, params, searches) -> None:
     """Sums of the prompts' own log-probabilities."""
     by_bucket = collections.defaultdict(list)
     for search in searches:
@@ -334,7 +334,7 @@ class Searcher:
     kept, trigger, status = self._brakes.cut(sample, phase)
     sums = [0.0, 0.0]
     if self._budget:
-      score_T = np.concatenate([piece.score for piece in pieces])
+      score_T = np.concatenate([piece.model_logprob for piece in pieces])
       stop = len(kept) + len(trigger)
       parts = score_T[: len(kept)], score_T[len(kept) : stop]
       sums = [float(part.sum(dtype=np.float64)) for part in parts]

@@ -65,7 +65,8 @@ WHOLE = {
   - {"stop_ids", "vocab_size"},  # of the tokenizer
   "score": _keywords(logprob_scorer.LogprobScorer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
-  "reward": _keywords(score.Scorer) - {"scorer", "tokenizer", "cache_dir"},
+  "reward": _keywords(score.Scorer)
+  - {"logprob_scorer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
   "select": _fields(filters.Rules) | {"rl"},
   "card": _fields(card.Card),

@@ -7,7 +7,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import layout, runtime
 from opera_jax.stages import fit
 from opera_jax.train import optimizer, step
@@ -38,7 +38,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     cache_buckets=(128,),
   )
   earlier = compiled(sampler)  # programs without a model serve every engine
-  logprob_scorer = logprob_scorer.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
@@ -46,7 +46,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     **BUCKETS,
   )
   adamw = optimizer.adamw(1e-4)
-  update = step.make_policy_update(logprob_scorer.row_logprob(graphdef), adamw)
+  update = step.make_policy_update(scorer_lib.row_logprob(graphdef), adamw)
   params = jax.tree.map(lambda x: x + 0, params)  # an update takes its buffers
   state = fit.place(
     train_state.create(params, adamw, jax.random.key(0)), one_device

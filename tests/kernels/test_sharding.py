@@ -85,7 +85,7 @@ def test_vocabulary_over_a_mesh_axis_in_tpu_kernels(mesh, interpreted):
   _assert_close(*_vocabulary_sharded(mesh, "pallas_tpu", False))
 
 
-def test_sharded_tokens_are_priced_where_they_lie(mesh):
+def test_sharded_tokens_are_scored_where_they_lie(mesh):
   arrays = _logprobs()
   shardings = tuple(
     jax.NamedSharding(mesh, spec) for spec in (P("data"), P(), P("data"))

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     max_prompt_tokens=config.max_prompt_tokens,
     max_reference_tokens=config.max_reference_tokens,
     engine=config.engine,
-    score=config.scoring,
+    scoring=config.scoring,
     reward=config.reward,
     temperature=config.rollout.temperature,
   )

@@ -26,7 +26,7 @@ NEW = 40
     ),
   ],
 )
-def test_sampled_tokens_are_priced_alike(
+def test_sampled_tokens_are_scored_alike(
   tiny_model, one_device, compute, stored, cache, most
 ):
   config, _, params = tiny_model

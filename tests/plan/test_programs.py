@@ -119,7 +119,7 @@ def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   }
 
 
-def test_at_another_temperature_the_policy_is_priced_again():
+def test_at_another_temperature_the_policy_is_scored_again():
   _, [reference] = _programs(
     _config(**{"rollout.temperature": 0.7}), ("reference",)
   )

@@ -92,7 +92,7 @@ def test_a_thought_cut_off_is_read_as_none_whatever_its_slots_hold():
   assert _forks(branches) == [[50]]
 
 
-def test_all_steps_prices_every_step_once_and_keeps_the_comparisons():
+def test_all_steps_scores_every_step_once_and_keeps_the_comparisons():
   rows = [(1, [5, 9, 20, 30], [0, 0, 1, 0]), (2, [6], [0])]
   branches, layout = _queries(rows, all_steps=True)
   assert _forks(branches) == [[1, 5, 9, 20, 30, 50], [2, 6, 50]]

@@ -353,7 +353,7 @@ def test_a_kept_sample_becomes_trunk(
     assert max(map(len, context)) > 128
 
 
-def test_decoding_prices_only_when_asked(tiny_model, one_device):
+def test_decoding_scores_only_when_asked(tiny_model, one_device):
   """Not asked for, a second pass over the logits is not compiled."""
   made, params, state = _state(tiny_model, 128)
   settings = sampling.Sampling(max_new_tokens=8, temperature=0.7)

@@ -98,7 +98,7 @@ def test_cold_is_greedy(temperature):
   assert set(np.asarray(tokens)) == {0}
 
 
-def test_greedy_price_is_at_temperature_one():
+def test_greedy_logprob_is_at_temperature_one():
   _, logprob = _draw(draws=2, temperature=0.0)
   np.testing.assert_allclose(logprob, np.log(_softmax(LOGITS))[0], atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_ids_that_no_token_has_are_unused(small):
     {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
   ],
 )
-def test_the_price_as_drawn_is_that_of_the_truncated_distribution(settings):
+def test_the_logprob_as_drawn_is_that_of_the_truncated_distribution(settings):
   """Its probabilities sum to 1 over what can be drawn, by frequencies too."""
   made = sampling.Sampling(max_new_tokens=9, **settings)
   assert made.reshapes()

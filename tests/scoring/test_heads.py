@@ -9,6 +9,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.models import attention
 from opera_jax.scoring import heads
+from opera_jax.scoring import logprob_scorer as scorer_lib
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_top_tokens_are_those_of_the_whole_table(case, block):
   np.testing.assert_allclose(logprob[:, 1:], want[:, :-1], 1e-5, 1e-5)
 
 
-def test_heads_price_as_the_plain_row_does_and_named_tokens_too(case):
+def test_heads_logprob_as_the_plain_row_does_and_named_tokens_too(case):
   graphdef, params, batch, hidden, table = case
   rng = np.random.default_rng(1)
   ids = rng.integers(0, table.shape[-1], (*batch.tokens.shape, 3))
@@ -58,7 +59,7 @@ def test_heads_price_as_the_plain_row_does_and_named_tokens_too(case):
   }
   fn = jax.jit(heads.row_heads(graphdef, temperature=0.7))
   logprob, entropy, got = fn({"policy": params, "value": critic}, batch)
-  plain = jax.jit(logprob.row_logprob(graphdef, temperature=0.7))
+  plain = jax.jit(scorer_lib.row_logprob(graphdef, temperature=0.7))
   want_logprob, want_entropy = plain(params, batch)
   np.testing.assert_allclose(logprob, want_logprob, atol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=1e-5)

@@ -6,11 +6,12 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import logprob, trunks
+from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import trunks
 from opera_jax.sharding import layout, mesh, rules
 
 BUCKETS = {
-  "rows": 8,
+  "batch_size": 8,
   "prefix_buckets": (16, 32),
   "slot_buckets": (1, 4),
   "continuation_buckets": (8, 16),
@@ -43,10 +44,10 @@ def _problem(seed=0, vocab=300):
 def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
   config, graphdef, params = tiny_model
   rows, branches = _problem()
-  logprob_scorer = logprob.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
   )
-  logprobs = logprob_scorer.logprob(params, rows, branches)
+  logprobs = logprob_scorer.score(params, rows, branches)
   for row, got in zip(rows, logprobs.trunk_logprob):
     assert got[0] == 0
     np.testing.assert_allclose(got[1:], slow_logprob(row), atol=1e-5)
@@ -58,7 +59,7 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
   assert logprobs.trunk_tokens == sum(map(len, rows))
   # Entropies of branches are those of the same tokens as rows of their own,
   # whose entropies are held to torch's in tests/models/test_parity.py.
-  whole = logprob_scorer.logprob(
+  whole = logprob_scorer.score(
     params,
     [np.concatenate([rows[b.trunk][: b.fork], b.tokens]) for b in branches],
   )
@@ -94,12 +95,12 @@ def test_mesh_does_not_change_logprobs(one_device, shape):
   graphdef, params = qwen3.create(config, 0)
   rows, branches = _problem(1, vocab=304)
   made = {"vocab_size": config.vocab_size, **BUCKETS}
-  want = logprob.LogprobScorer(graphdef, mesh=one_device, **made).logprob(
+  want = scorer_lib.LogprobScorer(graphdef, mesh=one_device, **made).score(
     params, rows, branches
   )
   many = mesh.create(shape)
   sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
-  got = logprob.LogprobScorer(graphdef, mesh=many, **made).logprob(
+  got = scorer_lib.LogprobScorer(graphdef, mesh=many, **made).score(
     sharded, rows, branches
   )
   for a, b in zip(want.branch_logprob, got.branch_logprob):
@@ -150,23 +151,23 @@ def test_bad_trunks_are_refused():
 def test_diverged_parameters_are_named(tiny_model, one_device):
   config, graphdef, params = tiny_model
   broken = jax.tree.map(lambda x: x * np.nan, params)
-  logprob_scorer = logprob.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
   )
   with pytest.raises(FloatingPointError, match="not finite"):
-    logprob_scorer.logprob(broken, [np.array([1, 2])])
+    logprob_scorer.score(broken, [np.array([1, 2])])
 
 
 def test_rows_must_divide_the_mesh(tiny_model):
   config, graphdef, _ = tiny_model
   with pytest.raises(ValueError, match="config.scoring.batch_size"):
-    logprob.LogprobScorer(
+    scorer_lib.LogprobScorer(
       graphdef, vocab_size=config.vocab_size, mesh=mesh.create(), batch_size=6
     )
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_samples_are_priced_as_their_rows_are(tiny_model, one_device, fits):
+def test_samples_are_scored_as_their_rows_are(tiny_model, one_device, fits):
   config, graphdef, params = tiny_model
   draw = np.random.default_rng(5)
 
@@ -176,7 +177,7 @@ def test_samples_are_priced_as_their_rows_are(tiny_model, one_device, fits):
   prompts = [tokens(n) for n in (3, 9)]
   completions = [tokens(n) for n in (1, 7, 7, 4, 2, 7)]
   other = [tokens(5)]
-  logprob_scorer = logprob.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,
@@ -189,7 +190,7 @@ def test_samples_are_priced_as_their_rows_are(tiny_model, one_device, fits):
   rows = [
     np.concatenate([prompts[i // 3], c]) for i, c in enumerate(completions)
   ]
-  want = logprob_scorer.logprob(params, rows + other)
+  want = logprob_scorer.score(params, rows + other)
   assert not got.branch_logprob
   # A prompt is run once, where its samples are branches of it.
   assert got.trunk_tokens == (3 + 9 + 5 if fits else want.trunk_tokens)

@@ -7,7 +7,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.stages import score
 from opera_jax.text import thought
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -61,7 +61,7 @@ def world(one_device):
   )
   graphdef, params = qwen3.create(config, 0)
   params = jax.tree.map(lambda x: x * 2.0, params)
-  logprob_scorer = logprob_scorer.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,

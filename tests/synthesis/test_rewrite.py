@@ -10,7 +10,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import rewrite
 
 PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "The key was old.")
@@ -69,7 +69,7 @@ def machine(words, one_device):
   )  # fmt: skip
   graphdef, params = qwen3.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)
-  logprob_scorer = logprob_scorer.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,

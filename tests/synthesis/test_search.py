@@ -14,7 +14,7 @@ from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.rollout import parts, slots
 from opera_jax.rollout import rows as rows_lib
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import search
 from opera_jax.text import automaton
 
@@ -58,10 +58,18 @@ class ScriptedEngine:
     return 1
 
   def rows(
-    self, params, width, settings, stops, *, contexts, whole_rows, scored
+    self,
+    params,
+    width,
+    settings,
+    stops,
+    *,
+    contexts,
+    whole_rows,
+    with_model_logprob,
   ):
     self.width, self.stops = width, stops
-    assert whole_rows and scored == (width > 1)
+    assert whole_rows and with_model_logprob == (width > 1)
     return parts.Parts([self])
 
   def begin(self, contexts):
@@ -113,7 +121,7 @@ class ScriptedEngine:
       assert not any(events), (text, events)
     return rows_lib.Piece(
       row=0, slot=slot, tokens=tokens, logprob=tokens * np.float32(np.nan),
-      score=own[len(self.context) :], live=False,
+      model_logprob=own[len(self.context) :], live=False,
       ended=0 if text.endswith("~") else slots.STOPPED,
     )  # fmt: skip
 
@@ -126,7 +134,7 @@ def machine(words, one_device):
   )  # fmt: skip
   graphdef, params = qwen3.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)
-  logprob_scorer = logprob_scorer.LogprobScorer(
+  logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=one_device,

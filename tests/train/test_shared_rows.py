@@ -68,7 +68,7 @@ def _own(places, arrays):
 @pytest.mark.parametrize(
   "completions_per_row", [2, pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_prices_and_heads(completions_per_row):
+def test_scores_and_heads(completions_per_row):
   graphdef, params = qwen3.create(CONFIG, 0)
   places, batches = _batches(completions_per_row)
   critic = {
