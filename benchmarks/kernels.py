@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from kernels.branch_attention import api as branch_attention
 from kernels.perplexity_reward import api as perplexity_reward
+from kernels.shared_prefix_attention import api as shared_prefix_attention
 from kernels.token_logprob import api as token_logprob
 
 NAMES = ("reference", "xla", "pallas_tpu")
@@ -30,7 +30,7 @@ def main() -> None:
   ceiling = harness.ceilings(dtype)
   rows = [
     *_token_logprob(ceiling, dtype, on_cpu),
-    *_branch_attention(ceiling, dtype, on_cpu),
+    *_shared_prefix_attention(ceiling, dtype, on_cpu),
     *_perplexity_reward(ceiling, on_cpu),
   ]
   header = (
@@ -134,7 +134,7 @@ def _torch_score(hidden_MD, head_DV, target_M):
   return score
 
 
-def _branch_attention(ceiling, dtype, on_cpu):
+def _shared_prefix_attention(ceiling, dtype, on_cpu):
   if on_cpu:
     scoring, decoding = (
       (32, 8, 96, 4, 2, 32, 256, 96),
@@ -145,7 +145,7 @@ def _branch_attention(ceiling, dtype, on_cpu):
     decoding = (16, 16, 1, 16, 8, 128, 512, 4096)
   for label, size in (("scoring", scoring), ("decoding", decoding)):
     B, S, G, N, K, H, T, C = size
-    arrays = _branches(*size, dtype)
+    arrays = _continuations(*size, dtype)
     limit_BS = np.linspace(T // 4, T, S, dtype=np.int32)[None].repeat(B, 0)
     offset_BS = np.full((B, S), 0 if G > 1 else C // 2 - 1, np.int32)
     keys = limit_BS[..., None] + offset_BS[..., None] + np.arange(1, G + 1)
@@ -157,7 +157,7 @@ def _branch_attention(ceiling, dtype, on_cpu):
     candidates, both = {}, {}
     for name in _implementations(on_cpu, whole_fits=on_cpu):
       attend = functools.partial(
-        branch_attention.branch_attention,
+        shared_prefix_attention.shared_prefix_attention,
         limit_BS=jnp.asarray(limit_BS),
         offset_BS=jnp.asarray(offset_BS),
         scale=H**-0.5,
@@ -165,14 +165,14 @@ def _branch_attention(ceiling, dtype, on_cpu):
       )
       candidates[name], both[name] = _forward_and_backward(attend, range(5))
     if on_cpu:
-      candidates["torch, a row a branch"] = _torch_attend(
+      candidates["torch, a row a continuation"] = _torch_attend(
         arrays, limit_BS, offset_BS
       )
     shape = f"{label} B={B} S={S} G={G} N={N} K={K} H={H} T={T} C={C}"
     flops = 4 * pairs * N * H
     yield from _measure(
       ceiling,
-      ("branch_attention", shape, "forward"),
+      ("shared_prefix_attention", shape, "forward"),
       candidates,
       arrays,
       flops,
@@ -181,7 +181,7 @@ def _branch_attention(ceiling, dtype, on_cpu):
     if G > 1:
       yield from _measure(
         ceiling,
-        ("branch_attention", shape, "forward + backward"),
+        ("shared_prefix_attention", shape, "forward + backward"),
         both,
         arrays,
         3 * flops,
@@ -189,19 +189,20 @@ def _branch_attention(ceiling, dtype, on_cpu):
       )
 
 
-def _branches(B, S, G, N, K, H, T, C, dtype):
+def _continuations(B, S, G, N, K, H, T, C, dtype):
   shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, C, K, H)] * 2]
   keys = jax.random.split(jax.random.key(0), 5)
   return [jax.random.normal(k, x, dtype) for k, x in zip(keys, shapes)]
 
 
 def _torch_attend(arrays, limit_BS, offset_BS):
-  """Fused attention over [trunk; branch], copied to one padded row a branch."""
-  q, trunk_k, trunk_v, branch_k, branch_v = (
+  """Fused attention over [prefix; continuation], copied to one padded row a
+  continuation."""
+  q, prefix_k, prefix_v, continuation_k, continuation_v = (
     torch.from_numpy(np.array(x)) for x in arrays
   )
   B, S, G, N, H = q.shape
-  T, C = trunk_k.shape[1], branch_k.shape[2]
+  T, C = prefix_k.shape[1], continuation_k.shape[2]
   seen = torch.arange(T)[None, None] < torch.from_numpy(limit_BS)[..., None]
   own = (
     torch.arange(C)[None, None, None]
@@ -211,9 +212,9 @@ def _torch_attend(arrays, limit_BS, offset_BS):
   mask = torch.cat([seen[:, :, None].expand(B, S, G, T), own], -1)
   mask = mask.reshape(B * S, 1, G, T + C)
 
-  def keys(trunk, branch):
+  def keys(prefix, continuation):
     whole = torch.cat(
-      [trunk[:, None].expand(B, S, *trunk.shape[1:]), branch], 2
+      [prefix[:, None].expand(B, S, *prefix.shape[1:]), continuation], 2
     )
     return whole.reshape(B * S, T + C, -1, H).transpose(1, 2)
 
@@ -221,8 +222,8 @@ def _torch_attend(arrays, limit_BS, offset_BS):
     with torch.no_grad():
       out = torch.nn.functional.scaled_dot_product_attention(
         q.reshape(B * S, G, N, H).transpose(1, 2),
-        keys(trunk_k, branch_k),
-        keys(trunk_v, branch_v),
+        keys(prefix_k, continuation_k),
+        keys(prefix_v, continuation_v),
         mask,
         enable_gqa=True,
       )

@@ -9,8 +9,8 @@ Every completion needs log P(y_ref | prefix) after each step's prefix.
             into length buckets, head on the reference's tokens only, jitted:
             the released code's work, as fast as plain JAX allows
   torch     the same rows padded to their batch's longest, transformers' Qwen3
-  ours      one pass over each completion, with the reference as branches at
-            the reflective steps, their predecessors, and the end
+  ours      one pass over each completion, with the reference as continuations
+            at the reflective steps, their predecessors, and the end
 
 Workloads are the full ones divided by SCALE on a CPU. Each method takes the
 rows a call, of ROWS, that serve it best, and runs in a process of its own, so
@@ -74,8 +74,8 @@ def scaled(workload: Workload, scale: int) -> Workload:
 def problem(workload: Workload, vocab: int):
   """Random tokens, and the steps that reflect; the same for every method."""
   rng = np.random.default_rng(0)
-  trunk = workload.prompt + workload.thought + workload.answer
-  trunks = rng.integers(0, vocab, (COMPLETIONS, trunk)).astype(np.int32)
+  prefix = workload.prompt + workload.thought + workload.answer
+  prefixes = rng.integers(0, vocab, (COMPLETIONS, prefix)).astype(np.int32)
   references = rng.integers(0, vocab, (COMPLETIONS, workload.reference))
   ends = workload.prompt + (
     np.arange(workload.steps + 1) * workload.thought // workload.steps
@@ -89,7 +89,7 @@ def problem(workload: Workload, vocab: int):
     )
     for _ in range(COMPLETIONS)
   ]
-  return trunks, references.astype(np.int32), ends, reflective
+  return prefixes, references.astype(np.int32), ends, reflective
 
 
 def main(_) -> None:
@@ -214,13 +214,13 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
   on_cpu = jax.default_backend() == "cpu"
   workload = scaled(FULL[name], 8 if on_cpu else 1)
   config = model_config(on_cpu)
-  trunks, references, ends, reflective = problem(workload, config.vocab_size)
+  prefixes, references, ends, reflective = problem(workload, config.vocab_size)
   if method == "ours":
     call, spans, scored = _ours(
-      folder, config, trunks, references, ends, reflective, size
+      folder, config, prefixes, references, ends, reflective, size
     )
   else:
-    rows, places = _rows(trunks, references, ends)
+    rows, places = _rows(prefixes, references, ends)
     spans, scored = [(0, len(r)) for r in rows], len(rows) * references.shape[1]
     make = _separate if method == "separate" else _torch
     means = make(folder, config, rows, references.shape[1], size)
@@ -249,12 +249,12 @@ def _run_one(method: str, folder: str, name: str, size: int) -> None:
   (pathlib.Path(folder) / f"{method}.json").write_text(json.dumps(result))
 
 
-def _rows(trunks, references, ends):
+def _rows(prefixes, references, ends):
   """One row for each prefix of each completion, and one for the whole."""
   rows, places = [], []
-  for row, (trunk, reference) in enumerate(zip(trunks, references)):
-    for slot, end in enumerate([*ends, len(trunk)]):
-      rows.append(np.concatenate([trunk[:end], reference]))
+  for row, (prefix, reference) in enumerate(zip(prefixes, references)):
+    for slot, end in enumerate([*ends, len(prefix)]):
+      rows.append(np.concatenate([prefix[:end], reference]))
       places.append((row, slot))
   return rows, places
 
@@ -347,8 +347,8 @@ def _torch(folder, config, rows, size, at_once):
   return means
 
 
-def _ours(folder, config, trunks, references, ends, reflective, at_once):
-  """Trunks with branches, through the scoring engine of the library."""
+def _ours(folder, config, prefixes, references, ends, reflective, at_once):
+  """Prefixes with continuations, through the scoring engine of the library."""
   import jax
 
   from opera_jax import structs
@@ -356,33 +356,33 @@ def _ours(folder, config, trunks, references, ends, reflective, at_once):
   from opera_jax.sharding import mesh
 
   graphdef, params = _load(folder, config)
-  branches, places = [], []
-  for row, (trunk, reference) in enumerate(zip(trunks, references)):
+  continuations, places = [], []
+  for row, (prefix, reference) in enumerate(zip(prefixes, references)):
     slots = sorted({s for j in reflective[row] for s in (j - 1, j)})
     for slot in [*slots, len(ends)]:
-      fork = len(trunk) if slot == len(ends) else int(ends[slot])
-      branches.append(structs.Branch(row, fork, reference))
+      fork = len(prefix) if slot == len(ends) else int(ends[slot])
+      continuations.append(structs.Continuation(row, fork, reference))
       places.append((row, slot))
   counts = np.bincount([row for row, _ in places])
   scorer = scorer_lib.LogprobScorer(
     graphdef,
     vocab_size=config.vocab_size,
     mesh=mesh.create(devices=jax.devices()[:1]),
-    batch_size=min(at_once, len(trunks)),
-    prefix_buckets=(trunks.shape[1],),
+    batch_size=min(at_once, len(prefixes)),
+    prefix_buckets=(prefixes.shape[1],),
     slot_buckets=tuple(range(2, int(counts.max()) + 2, 2)),
     continuation_buckets=(references.shape[1],),
   )
 
   def call():
-    logprobs = scorer.score(params, list(trunks), branches)
-    table = np.full((len(trunks), len(ends) + 1), np.nan)
-    for (row, slot), logprob in zip(places, logprobs.branch_logprob):
+    logprobs = scorer.score(params, list(prefixes), continuations)
+    table = np.full((len(prefixes), len(ends) + 1), np.nan)
+    for (row, slot), logprob in zip(places, logprobs.continuation_logprob):
       table[row, slot] = logprob.mean()
     return table
 
-  spans = [(0, len(trunk)) for trunk in trunks]
-  spans += [(b.fork, len(b.tokens)) for b in branches]
+  spans = [(0, len(prefix)) for prefix in prefixes]
+  spans += [(b.fork, len(b.tokens)) for b in continuations]
   return call, spans, sum(size for _, size in spans)
 
 

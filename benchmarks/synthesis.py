@@ -6,7 +6,7 @@
          and a decode of one sample; every candidate is scored by a pass of
          its own over prompt, thought and candidate
   ours   `synthesis.search`: all prompts in flight, one prefill a prompt,
-         candidates fork from the row's trunk, scores come from the sampling
+         candidates fork from the row's prefix, scores come from the sampling
 
 The model is first trained for a minute, so that thoughts have the braking
 words and lengths of its data. Both are given the same random keys, and their
@@ -119,7 +119,7 @@ def naive(
 
   def perplexity(context, candidate):
     whole = np.concatenate([context, candidate])
-    logprob = logprob_scorer.score(params, [whole]).trunk_logprob[0][1:]
+    logprob = logprob_scorer.score(params, [whole]).prefix_logprob[0][1:]
     if settings.logprob == "candidate":
       logprob = logprob[-len(candidate) :]
     return float(np.exp(-logprob.mean(dtype=np.float64)))
@@ -128,7 +128,7 @@ def naive(
   head = np.concatenate([words.chat_prompt(head), opened])
   thought, trigger, status = brakes.cut(sample(head, "brake", 0), "brake")
   rounds, answer = [], opened[:0]
-  while status == "branch" and len(thought) <= settings.max_thought_tokens:
+  while status == "candidate" and len(thought) <= settings.max_thought_tokens:
     so_far = np.concatenate([head, thought])
     context = np.concatenate([so_far, trigger])
     if len(rounds) == settings.budget:
@@ -136,7 +136,9 @@ def naive(
       cuts, best = [brakes.cut(one, "rest")], 0
     else:
       cuts = [
-        brakes.cut(sample(context, "branch", len(rounds) + 1, c), "branch")
+        brakes.cut(
+          sample(context, "candidate", len(rounds) + 1, c), "candidate"
+        )
         for c in range(settings.candidates)
       ]
       made = [np.concatenate([trigger, kept]) for kept, _, _ in cuts]

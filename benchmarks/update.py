@@ -40,7 +40,7 @@ def batch(workload: rl_step.Workload, shared: bool):
   w, draw = workload, np.random.default_rng(0)
   vocab, count = rl_step.model_config().vocab_size, w.prompts * w.samples
   prompts = draw.integers(0, vocab, (w.prompts, w.prompt_tokens))
-  trunks = [
+  prefixes = [
     np.concatenate([prompt, draw.integers(0, vocab, w.new_tokens)])
     for prompt in prompts
     for _ in range(w.samples)
@@ -53,7 +53,7 @@ def batch(workload: rl_step.Workload, shared: bool):
   else:
     longest = w.prompt_tokens + w.new_tokens
     place = rl_data.whole([w.prompt_tokens] * count, sizes, (longest,))
-  return jax.device_put(rl_data.rows(place, trunks, values, old, old))
+  return jax.device_put(rl_data.rows(place, prefixes, values, old, old))
 
 
 def flops(config: qwen3.Config, workload: rl_step.Workload, shared: bool):

@@ -272,7 +272,7 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   """What the published Qwen3 models share at the paper's lengths, in place.
 
   Prompts of 6,144 and responses of 10,240 tokens make rows of 16,384. Compute
-  is bf16 and master weights float32. A trunk with more branches than the
+  is bf16 and master weights float32. A prefix with more continuations than the
   largest slot bucket is scored in several rows.
 
   Args:

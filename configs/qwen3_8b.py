@@ -11,7 +11,7 @@ the nearest one; `python -m experiments.plan` says whether it fits.
 
 from configs import common
 
-# Slice -> mesh (fsdp, tensor), prompts in flight, trunks a call of
+# Slice -> mesh (fsdp, tensor), prompts in flight, prefixes a call of
 # the scorer, micro-batches of an SFT and of a policy update.
 SLICES = {
   "v5p_4x4x4": ((16, 4), 64, 16, 1, 4),

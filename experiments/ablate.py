@@ -224,8 +224,8 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
     }
   lines = metrics.read(cell / "rl" / "metrics.jsonl")
   scored = (
-    "scoring/trunk_tokens",
-    "scoring/branch_tokens",
+    "scoring/prefix_tokens",
+    "scoring/continuation_tokens",
     "scoring/advantage_tokens",
   )
   return {

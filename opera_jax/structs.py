@@ -1,7 +1,7 @@
 """What crosses a stage: frozen records, shape and dtype beside every field.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows, T tokens of a row,
-S branches of a row, G tokens of a branch, J steps of a thought.
+S continuations of a row, G tokens of a continuation, J steps of a thought.
 Ragged things live on the host as numpy; what is padded lives on the device.
 """
 
@@ -56,29 +56,29 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Branch:
-  """Tokens to be scored as the continuation of a prefix of a trunk.
+class Continuation:
+  """Tokens to be scored as the continuation of a prefix of a prefix.
 
-  Context is `trunk[:fork]`; `tokens[:skip]` is context too (a bridge such as
+  Context is `prefix[:fork]`; `tokens[:skip]` is context too (a bridge such as
   "</think>"), `tokens[skip:]` is scored.
   """
 
-  trunk: int  # index into the list of trunks
-  fork: int  # number of trunk tokens seen, 1 <= fork <= len(trunk)
+  prefix: int  # index into the list of prefixes
+  fork: int  # number of prefix tokens seen, 1 <= fork <= len(prefix)
   tokens: np.ndarray  # [G] int32
   skip: int = 0  # 0 <= skip < G
 
 
 @dataclasses.dataclass(frozen=True)
 class Logprobs:
-  """Token scores of trunks and branches; float32, natural log."""
+  """Token scores of prefixes and continuations; float32, natural log."""
 
-  trunk_logprob: list[np.ndarray]  # [T_i]; entry 0 of each is 0 (no context)
-  trunk_entropy: list[np.ndarray]  # [T_i]
-  branch_logprob: list[np.ndarray]  # [G_b - skip_b]
-  branch_entropy: list[np.ndarray]  # [G_b - skip_b]
-  trunk_tokens: int  # tokens pushed through the model as trunk
-  branch_tokens: int  # tokens pushed through the model as branches
+  prefix_logprob: list[np.ndarray]  # [T_i]; entry 0 of each is 0 (no context)
+  prefix_entropy: list[np.ndarray]  # [T_i]
+  continuation_logprob: list[np.ndarray]  # [G_b - skip_b]
+  continuation_entropy: list[np.ndarray]  # [G_b - skip_b]
+  prefix_tokens: int  # tokens pushed through the model as prefix
+  continuation_tokens: int  # tokens pushed through the model as continuations
 
 
 @struct.dataclass
@@ -101,7 +101,7 @@ class Thoughts:
 class Batch:
   """Rows of an RL or SFT update, right-padded; a row is prompt + completion.
 
-  Where `branches` is not 0, a row is a prompt of `trunk` places, padding
+  Where `continuations` is not 0, a row is a prompt of `prefix` places, padding
   included, and then so many completions of equal places each, which all go on
   from the end of the prompt and do not see one another; segment 1 is the
   prompt, each completion has its own.
@@ -117,8 +117,8 @@ class Batch:
   # What only some losses read, [R, T, ...] by name: "value" and "returns" of
   # a critic, "top_ids" and "top_logprob" of a teacher.
   extra: dict[str, jax.Array] = struct.field(default_factory=dict)
-  trunk: int = struct.field(pytree_node=False, default=0)
-  branches: int = struct.field(pytree_node=False, default=0)
+  prefix: int = struct.field(pytree_node=False, default=0)
+  continuations: int = struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Rollouts:
     return length_R.reshape(len(self.prompts), self.samples)
 
   def after(self, turns: Sequence[str]) -> list[np.ndarray]:
-    """Each completion as a trunk after another user's turn, one a row."""
+    """Each completion as a prefix after another user's turn, one a row."""
     return [
       np.concatenate([self.chat_prompt(turn), sample.tokens])
       for turn, sample in zip(turns, self.completions, strict=True)
@@ -172,12 +172,12 @@ class Rollouts:
 class Questions:
   """What a reward or an advantage estimator wants scored, besides the rows.
 
-  A branch with `trunk < R` forks from that row (prompt + completion); one
-  with `trunk = R + i` forks from `trunks[i]`.
+  A continuation with `prefix < R` forks from that row (prompt + completion);
+  one with `prefix = R + i` forks from `prefixes[i]`.
   """
 
-  trunks: Sequence[np.ndarray] = ()
-  branches: Sequence[Branch] = ()
+  prefixes: Sequence[np.ndarray] = ()
+  continuations: Sequence[Continuation] = ()
   memo: Any = None  # comes back with the answers
 
 
@@ -187,6 +187,6 @@ class Answers:
 
   row_logprob: Sequence[np.ndarray]  # [R] of [C_r], completion tokens alone
   row_entropy: Sequence[np.ndarray]  # [R] of [C_r]
-  trunk_logprob: Sequence[np.ndarray] = ()
-  branch_logprob: Sequence[np.ndarray] = ()
+  prefix_logprob: Sequence[np.ndarray] = ()
+  continuation_logprob: Sequence[np.ndarray] = ()
   memo: Any = None

@@ -6,8 +6,8 @@
   r_ppl_i = #{k != i : score_k < score_i} / (N - 1)        within a group
 
 (OPERA, arXiv 2606.25757.) Rewards are constants of the update: no gradient
-passes. Shape key: R rows, M tokens of a row, S slots (one scored branch each),
-B prompts, N samples a prompt.
+passes. Shape key: R rows, M tokens of a row, S slots (one scored continuation
+each), B prompts, N samples a prompt.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class PerplexityReward(NamedTuple):
 
 def perplexity_reward(
   logprob_RM: jax.Array,
-  branch_RM: jax.Array,
+  continuation_RM: jax.Array,
   previous_RS: jax.Array,
   *,
   tau: float = 2.0,
@@ -45,8 +45,9 @@ def perplexity_reward(
 
   Args:
     logprob_RM: [R, M] floating, log-probability of each token; read as
-      float32, ignored where `branch_RM` is -1.
-    branch_RM: [R, M] integer, the slot that a token belongs to, -1 for none.
+      float32, ignored where `continuation_RM` is -1.
+    continuation_RM: [R, M] integer, the slot that a token belongs to, -1 for
+      none.
     previous_RS: [R, S] integer, the slot that slot s is compared with, -1
       where s is no reflective state.
     tau: how many gains make tanh(1), above 0.
@@ -60,12 +61,12 @@ def perplexity_reward(
       less, an unknown implementation.
     NotImplementedError: where "pallas_tpu" is named and does not apply.
   """
-  _check(logprob_RM, branch_RM, previous_RS, tau)
+  _check(logprob_RM, continuation_RM, previous_RS, tau)
   module = _choose(implementation, previous_RS.shape[1])
   logprob_RM = jax.lax.stop_gradient(logprob_RM.astype(jnp.float32))
   return PerplexityReward(
     *module.perplexity_reward(
-      logprob_RM, branch_RM, previous_RS, tau=float(tau)
+      logprob_RM, continuation_RM, previous_RS, tau=float(tau)
     )
   )
 
@@ -115,11 +116,11 @@ def _choose(implementation, slots):
   return modules.get(implementation, xla)
 
 
-def _check(logprob_RM, branch_RM, previous_RS, tau):
-  if logprob_RM.ndim != 2 or branch_RM.shape != logprob_RM.shape:
+def _check(logprob_RM, continuation_RM, previous_RS, tau):
+  if logprob_RM.ndim != 2 or continuation_RM.shape != logprob_RM.shape:
     raise ValueError(
       "Each token [R, M] has one log-probability and one slot, got "
-      f"{logprob_RM.shape} and {branch_RM.shape}. Pad with slot -1."
+      f"{logprob_RM.shape} and {continuation_RM.shape}. Pad with slot -1."
     )
   if previous_RS.ndim != 2 or previous_RS.shape[0] != logprob_RM.shape[0]:
     raise ValueError(
@@ -131,7 +132,7 @@ def _check(logprob_RM, branch_RM, previous_RS, tau):
       f"Log-probabilities must be floating, got {logprob_RM.dtype}. Swap the "
       "arguments or convert to float32."
     )
-  for name, x in (("branch", branch_RM), ("previous", previous_RS)):
+  for name, x in (("continuation", continuation_RM), ("previous", previous_RS)):
     if not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(
         f"Slots are integers, got {name} of {x.dtype}. Convert to int32."

@@ -32,7 +32,7 @@ def unsupported(slots: int) -> str | None:
 
 def perplexity_reward(
   logprob_RM: jax.Array,
-  branch_RM: jax.Array,
+  continuation_RM: jax.Array,
   previous_RS: jax.Array,
   *,
   tau: float,
@@ -45,10 +45,10 @@ def perplexity_reward(
   (R, M), S = logprob_RM.shape, previous_RS.shape[1]
   _require(S)
   r, m = min(R, BLOCK_ROWS), min(M, BLOCK_TOKENS)
-  branch_RM, previous_RS = (
-    x.astype(jnp.int32) for x in (branch_RM, previous_RS)
+  continuation_RM, previous_RS = (
+    x.astype(jnp.int32) for x in (continuation_RM, previous_RS)
   )
-  operands = (logprob_RM, branch_RM, previous_RS)
+  operands = (logprob_RM, continuation_RM, previous_RS)
   token_spec = pl.BlockSpec((r, m), lambda i, j: (i, j))
   slot_spec = pl.BlockSpec((r, S), lambda i, j: (i, 0))
   row_spec = pl.BlockSpec((r, 1), lambda i, j: (i, 0))
@@ -94,7 +94,7 @@ def group_rank(score_BN: jax.Array) -> jax.Array:
 
 def _reward_kernel(
   logprob_ref,
-  branch_ref,
+  continuation_ref,
   previous_ref,
   mean_ref,
   gain_ref,
@@ -115,13 +115,13 @@ def _reward_kernel(
     total_ref[...] = jnp.zeros_like(total_ref)
     size_ref[...] = jnp.zeros_like(size_ref)
 
-  token_rm = jax.lax.broadcasted_iota(jnp.int32, branch_ref.shape, 1)
-  left = M - block * branch_ref.shape[1]
-  branch_rm = jnp.where(token_rm < left, branch_ref[...], -1)
+  token_rm = jax.lax.broadcasted_iota(jnp.int32, continuation_ref.shape, 1)
+  left = M - block * continuation_ref.shape[1]
+  continuation_rm = jnp.where(token_rm < left, continuation_ref[...], -1)
   logprob_rm = logprob_ref[...]
 
   def add(slot, _):
-    mine_rm = branch_rm == slot
+    mine_rm = continuation_rm == slot
     total_r1 = _sum(jnp.where(mine_rm, logprob_rm, 0.0))
     size_r1 = _sum(jnp.where(mine_rm, 1.0, 0.0))
     total_ref[...] += jnp.where(lane_rS == slot, total_r1, 0.0)

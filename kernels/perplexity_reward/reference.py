@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 def perplexity_reward(
   logprob_RM: jax.Array,
-  branch_RM: jax.Array,
+  continuation_RM: jax.Array,
   previous_RS: jax.Array,
   *,
   tau: float,
@@ -18,7 +18,7 @@ def perplexity_reward(
   S = previous_RS.shape[1]
   means, filled = [], []
   for slot in range(S):
-    mine_RM = branch_RM == slot
+    mine_RM = continuation_RM == slot
     size_R = jnp.sum(mine_RM, axis=1)
     total_R = jnp.sum(jnp.where(mine_RM, logprob_RM, 0.0), axis=1)
     means.append(total_R / jnp.maximum(size_R, 1))

@@ -16,7 +16,7 @@ from kernels.perplexity_reward import reference
 
 def perplexity_reward(
   logprob_RM: jax.Array,
-  branch_RM: jax.Array,
+  continuation_RM: jax.Array,
   previous_RS: jax.Array,
   *,
   tau: float,
@@ -25,8 +25,8 @@ def perplexity_reward(
   S = previous_RS.shape[1]
   slot_S = jnp.arange(S)
   add_up = _scatter if target.platform() == "cpu" else _reduce
-  total_RS = add_up(logprob_RM, branch_RM, S)
-  size_RS = add_up(jnp.ones_like(logprob_RM), branch_RM, S)
+  total_RS = add_up(logprob_RM, continuation_RM, S)
+  size_RS = add_up(jnp.ones_like(logprob_RM), continuation_RM, S)
   mean_RS = total_RS / jnp.maximum(size_RS, 1.0)
   # An empty slot carries NaN, which no comparison takes for a gain.
   known_RS = jnp.where(size_RS > 0, mean_RS, jnp.nan)
@@ -46,17 +46,17 @@ def group_rank(score_BN: jax.Array) -> jax.Array:
   return reference.group_rank(score_BN)
 
 
-def _scatter(x_RM, branch_RM, S):
+def _scatter(x_RM, continuation_RM, S):
   """Sums by slot, [R, S]; 32 short sums each keep the rounding small."""
   R, M = x_RM.shape
   row_R1, lane_1M = jnp.arange(R)[:, None], jnp.arange(M)[None] % 32
-  slot_RM = jnp.where(branch_RM < 0, S, branch_RM)
+  slot_RM = jnp.where(continuation_RM < 0, S, continuation_RM)
   lanes_RLS = jnp.zeros((R, 32, S), jnp.float32)
   lanes_RLS = lanes_RLS.at[row_R1, lane_1M, slot_RM].add(x_RM, mode="drop")
   return jnp.sum(lanes_RLS, axis=1)
 
 
-def _reduce(x_RM, branch_RM, S):
+def _reduce(x_RM, continuation_RM, S):
   """Sums by slot, [R, S], as one fused reduction."""
-  mine_RSM = branch_RM[:, None, :] == jnp.arange(S)[None, :, None]
+  mine_RSM = continuation_RM[:, None, :] == jnp.arange(S)[None, :, None]
   return jnp.sum(jnp.where(mine_RSM, x_RM[:, None, :], 0.0), axis=-1)

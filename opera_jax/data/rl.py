@@ -23,16 +23,16 @@ class Layout:
     begin: [R] the place of its first token there.
     size: [R] its tokens.
     shape: rows, and tokens of a row.
-    trunk: P, or 0 where every row is one prompt and its completion.
-    branches: S, or 0.
+    prefix: P, or 0 where every row is one prompt and its completion.
+    continuations: S, or 0.
   """
 
   row: np.ndarray
   begin: np.ndarray
   size: np.ndarray
   shape: tuple[int, int]
-  trunk: int = 0
-  branches: int = 0
+  prefix: int = 0
+  continuations: int = 0
 
   def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:
     """Values of completion tokens put at their places, 0 elsewhere.
@@ -78,7 +78,7 @@ def whole(
 def shared(
   sizes: Sequence[int],
   completions_per_row: int,
-  trunk: int,
+  prefix: int,
   buckets: Sequence[int],
 ) -> Layout:
   """A row for every `completions_per_row` completions of a prompt, behind one
@@ -87,7 +87,7 @@ def shared(
   Args:
     sizes: tokens of each completion, prompt-major.
     completions_per_row: S, which divides the completions of a prompt.
-    trunk: P, padded tokens of a prompt.
+    prefix: P, padded tokens of a prompt.
     buckets: allowed G, of which the smallest that holds every completion is
       taken.
 
@@ -99,16 +99,16 @@ def shared(
   row, slot = np.divmod(np.arange(len(size)), completions_per_row)
   shape = (
     len(size) // completions_per_row,
-    trunk + completions_per_row * length,
+    prefix + completions_per_row * length,
   )
   return Layout(
-    row, trunk + slot * length, size, shape, trunk, completions_per_row
+    row, prefix + slot * length, size, shape, prefix, completions_per_row
   )
 
 
 def rows(
   layout: Layout,
-  trunks: Sequence[np.ndarray],
+  prefixes: Sequence[np.ndarray],
   advantages: Sequence[np.ndarray],
   old_logprob: Sequence[np.ndarray],
   ref_logprob: Sequence[np.ndarray],
@@ -117,7 +117,7 @@ def rows(
 
   Args:
     layout: of the completions.
-    trunks: int32, prompt + completion.
+    prefixes: int32, prompt + completion.
     advantages: float32 [size] of each, one a completion token.
     old_logprob: float32 [size] of each under the policy that the updates start
       from.
@@ -129,17 +129,20 @@ def rows(
   tokens = np.zeros(layout.shape, np.int32)
   segments = np.zeros(layout.shape, np.int32)
   positions = np.zeros(layout.shape, np.int32)
-  if not layout.branches:
+  if not layout.continuations:
     positions[:] = np.arange(layout.shape[1])
   for r, (row, begin, size) in enumerate(
     zip(layout.row, layout.begin, layout.size)
   ):
-    prompt = len(trunks[r]) - size
-    tokens[row, :prompt] = trunks[r][:prompt]
-    tokens[row, begin : begin + size] = trunks[r][prompt:]
+    prompt = len(prefixes[r]) - size
+    tokens[row, :prompt] = prefixes[r][:prompt]
+    tokens[row, begin : begin + size] = prefixes[r][prompt:]
     segments[row, :prompt] = 1
-    if layout.branches:
-      P, G = layout.trunk, (layout.shape[1] - layout.trunk) // layout.branches
+    if layout.continuations:
+      P, G = (
+        layout.prefix,
+        (layout.shape[1] - layout.prefix) // layout.continuations,
+      )
       positions[row, :P] = np.arange(P)
       positions[row, begin : begin + G] = prompt + np.arange(G)
       segments[row, begin : begin + size] = 2 + (begin - P) // G
@@ -153,8 +156,8 @@ def rows(
     advantage=layout.spread(advantages),
     old_logprob=layout.spread(old_logprob),
     ref_logprob=layout.spread(ref_logprob),
-    trunk=layout.trunk,
-    branches=layout.branches,
+    prefix=layout.prefix,
+    continuations=layout.continuations,
   )
 
 

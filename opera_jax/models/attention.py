@@ -2,8 +2,8 @@
 
 Each function here returns `attend(cache, layer, q, k, v) -> (out, cache)`.
 
-Shape key: B rows, T trunk tokens, S branches a row, G tokens a branch,
-N query heads, K key/value heads, H head dimension.
+Shape key: B rows, T prefix tokens, S continuations a row, G tokens a
+continuation, N query heads, K key/value heads, H head dimension.
 """
 
 import jax
@@ -36,37 +36,37 @@ def causal(
   return attend
 
 
-def trunk_and_branches(
-  trunk_segment_BT: jax.Array,
+def prefix_and_continuations(
+  prefix_segment_BT: jax.Array,
   limit_BS: jax.Array,
-  branch_tokens: int,
+  continuation_tokens: int,
   *,
   implementation: str | None = None,
 ):
-  """A trunk of T tokens followed, on the token axis, by S branches of G.
+  """A prefix of T tokens followed, on the token axis, by S continuations of G.
 
-  The trunk is causal, and each row of it one segment, then padding; branch s
-  of row b sees trunk positions below `limit[b, s]` and its own tokens
-  causally. Nothing sees a branch but itself.
+  The prefix is causal, and each row of it one segment, then padding;
+  continuation s of row b sees prefix positions below `limit[b, s]` and its own
+  tokens causally. Nothing sees a continuation but itself.
   """
-  B, T = trunk_segment_BT.shape
-  S, G = limit_BS.shape[1], branch_tokens
-  trunk = causal(
-    trunk_segment_BT, right_padded=True, implementation=implementation
+  B, T = prefix_segment_BT.shape
+  S, G = limit_BS.shape[1], continuation_tokens
+  prefix = causal(
+    prefix_segment_BT, right_padded=True, implementation=implementation
   )
 
   def attend(cache, layer, q, k, v):
-    out_BTNH, cache = trunk(cache, layer, q[:, :T], k[:, :T], v[:, :T])
+    out_BTNH, cache = prefix(cache, layer, q[:, :T], k[:, :T], v[:, :T])
 
-    def branches(x):
+    def continuations(x):
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
 
-    out_BSGNH = on_mesh.branch_attention(
-      branches(q),
+    out_BSGNH = on_mesh.shared_prefix_attention(
+      continuations(q),
       k[:, :T],
       v[:, :T],
-      branches(k),
-      branches(v),
+      continuations(k),
+      continuations(v),
       limit_BS,
       scale=q.shape[-1] ** -0.5,
     )
@@ -77,14 +77,14 @@ def trunk_and_branches(
 
 
 def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
-  """Causal attention that also fills `kv_cache.Trunk` layer by layer.
+  """Causal attention that also fills `kv_cache.PrefixCache` layer by layer.
 
   Each row is one segment, then padding.
   """
   inner = causal(segment_BT, right_padded=True, implementation=implementation)
 
   def attend(cache, layer, q, k, v):
-    cache = kv_cache.Trunk(
+    cache = kv_cache.PrefixCache(
       k=cache.k.at[layer].set(jnp.swapaxes(k, 1, 2).astype(cache.k.dtype)),
       v=cache.v.at[layer].set(jnp.swapaxes(v, 1, 2).astype(cache.v.dtype)),
     )
@@ -94,7 +94,7 @@ def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
 
 
 def decode(
-  trunk: kv_cache.Trunk,
+  prefix: kv_cache.PrefixCache,
   limit_B: jax.Array,
   depth_BS: jax.Array,
   live_BS: jax.Array,
@@ -104,7 +104,7 @@ def decode(
 
   Queries come as [B, S, N, H] (the token axis holds the samples). The new
   key of a live sample is written into its own cache at `depth`, then the
-  sample sees its row's trunk below `limit` and its own keys up to there. Where
+  sample sees its row's prefix below `limit` and its own keys up to there. Where
   the caches' layers are apart, `layer` must be an int. With `lanes`, queries,
   depths and who is live come by lane, [M, 1, ...], and so does what is given.
   """
@@ -115,7 +115,7 @@ def decode(
       q, k, v = (lanes.spread(x) for x in (q, k, v))
       depth = lanes.spread(depth, cache.capacity)
     apart = isinstance(cache.k, tuple)
-    halves = [trunk.k, trunk.v, cache.k, cache.v]
+    halves = [prefix.k, prefix.v, cache.k, cache.v]
     if apart:
       halves = [half[layer] for half in halves]
     dtype = halves[0].dtype

@@ -4,7 +4,7 @@ Heads lead the tokens, so that attention multiplies what lies together. Layers
 are stacked, to be scanned; on a CPU they are a tuple, since a layer cut out of
 a stack there is a copy of it, which costs more than attending to it.
 
-Shape key: L layers, B rows, T trunk length, S samples a row, C sample
+Shape key: L layers, B rows, T prefix length, S samples a row, C sample
 capacity, K key/value heads, H head dimension.
 """
 
@@ -18,7 +18,7 @@ Layers = jax.Array | tuple[jax.Array, ...]
 
 
 @struct.dataclass
-class Trunk:
+class PrefixCache:
   """Prompts, computed once and shared by their samples."""
 
   k: Layers  # [L, B, K, T, H], or L of [B, K, T, H]
@@ -43,12 +43,12 @@ class Samples:
     return jax.tree.leaves(self.k)[0].shape[-2]
 
 
-def empty_trunk(
+def empty_prefix(
   layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype
-) -> Trunk:
-  """A zeroed trunk cache, its layers stacked."""
+) -> PrefixCache:
+  """A zeroed prefix cache, its layers stacked."""
   shape = (layers, rows, kv_heads, length, head_dim)
-  return Trunk(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+  return PrefixCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
 def empty_samples(
@@ -66,5 +66,5 @@ def empty_samples(
 
 
 def apart(cache: Any) -> Any:
-  """A Trunk or Samples whose layers are a tuple in place of a stack."""
+  """A Prefix or Samples whose layers are a tuple in place of a stack."""
   return type(cache)(k=tuple(cache.k), v=tuple(cache.v))

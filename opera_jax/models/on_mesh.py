@@ -6,9 +6,9 @@ is a `jax.shard_map`: rows over the batch axes, heads and vocabulary over the
 tensor axis. What an axis does not divide stays whole on it. Without a mesh, or
 on one device, the kernel is called as it is.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, H head features, T trunk tokens, C branch keys, D hidden, V
-vocabulary.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, H head features, T prefix tokens, C continuation keys, D
+hidden, V vocabulary.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels.branch_attention import api as branch_attention_api
+from kernels.shared_prefix_attention import api as shared_prefix_attention_api
 from kernels.token_logprob import api as token_logprob_api
 from opera_jax.sharding import rules
 
@@ -26,39 +26,41 @@ from opera_jax.sharding import rules
 DECODE_BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   *,
   scale: float,
 ) -> jax.Array:
-  """`kernels.branch_attention` over the mesh in force, without offsets.
+  """`kernels.shared_prefix_attention` over the mesh in force, without offsets.
 
   Args, returns and errors are the kernel's.
   """
-  attend = functools.partial(branch_attention_api.branch_attention, scale=scale)
+  attend = functools.partial(
+    shared_prefix_attention_api.shared_prefix_attention, scale=scale
+  )
   arrays = (
     q_BSGNH,
-    trunk_k_BTKH,
-    trunk_v_BTKH,
-    branch_k_BSCKH,
-    branch_v_BSCKH,
+    prefix_k_BTKH,
+    prefix_v_BTKH,
+    continuation_k_BSCKH,
+    continuation_v_BSCKH,
     limit_BS,
   )
   if rules.alone():
     return attend(*arrays)
   batch = rules.activation_axis("batch", q_BSGNH.shape[0])
-  heads = rules.activation_axis("heads", trunk_k_BTKH.shape[2])
+  heads = rules.activation_axis("heads", prefix_k_BTKH.shape[2])
   query = PartitionSpec(batch, None, None, heads)
-  trunk = PartitionSpec(batch, None, heads)
+  prefix = PartitionSpec(batch, None, heads)
   row = PartitionSpec(batch)
   return jax.shard_map(
     attend,
-    in_specs=(query, trunk, trunk, query, query, row),
+    in_specs=(query, prefix, prefix, query, query, row),
     out_specs=query,
   )(*arrays)
 
@@ -67,8 +69,8 @@ def decode_attention(
   q_BSNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
-  trunk_k_LBKTH: jax.Array,
-  trunk_v_LBKTH: jax.Array,
+  prefix_k_LBKTH: jax.Array,
+  prefix_v_LBKTH: jax.Array,
   cache_k_LBSKCH: jax.Array,
   cache_v_LBSKCH: jax.Array,
   limit_B: jax.Array,
@@ -85,11 +87,11 @@ def decode_attention(
     q_BSNH: queries of the new tokens.
     k_BSKH: their keys, of the cache's dtype.
     v_BSKH: their values.
-    trunk_k_LBKTH: keys of the rows' prompts, all layers.
-    trunk_v_LBKTH: values.
+    prefix_k_LBKTH: keys of the rows' prompts, all layers.
+    prefix_v_LBKTH: values.
     cache_k_LBSKCH: keys of the samples' own tokens.
     cache_v_LBSKCH: values.
-    limit_B: int32, trunk tokens that a row's samples see.
+    limit_B: int32, prefix tokens that a row's samples see.
     depth_BS: int32, the place of the new token in its cache; C or more writes
       nothing, and what the sample then gives has no meaning.
     layer: int32 scalar; None where the caches are one layer's, without L.
@@ -99,17 +101,17 @@ def decode_attention(
     out [B, S, N, H], and the two caches.
   """
 
-  def run(q, k, v, trunk_k, trunk_v, cache_k, cache_v, limit, depth, *layer):
+  def run(q, k, v, prefix_k, prefix_v, cache_k, cache_v, limit, depth, *layer):
     B, S = depth.shape
     b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
     place = (*layer, b, s, slice(None), depth)
     cache_k = cache_k.at[place].set(k, mode="drop")
     cache_v = cache_v.at[place].set(v, mode="drop")
     live = depth < cache_k.shape[-2]
-    out = branch_attention_api.decode_attention(
+    out = shared_prefix_attention_api.decode_attention(
       q,
-      trunk_k,
-      trunk_v,
+      prefix_k,
+      prefix_v,
       cache_k,
       cache_v,
       jnp.where(live, limit[:, None], 0),
@@ -120,7 +122,7 @@ def decode_attention(
     return out, cache_k, cache_v
 
   arrays = (
-    *(q_BSNH, k_BSKH, v_BSKH, trunk_k_LBKTH, trunk_v_LBKTH),
+    *(q_BSNH, k_BSKH, v_BSKH, prefix_k_LBKTH, prefix_v_LBKTH),
     *(cache_k_LBSKCH, cache_v_LBSKCH, limit_B, depth_BS),
     *(() if layer is None else (layer,)),
   )
@@ -130,13 +132,13 @@ def decode_attention(
   heads = rules.activation_axis("heads", k_BSKH.shape[2])
   new = PartitionSpec(batch, None, heads)
   stack = () if layer is None else (None,)
-  trunk = PartitionSpec(*stack, batch, heads)
+  prefix = PartitionSpec(*stack, batch, heads)
   cache = PartitionSpec(*stack, batch, None, heads)
   row = PartitionSpec(batch)
   return jax.shard_map(
     run,
     in_specs=(
-      *(new, new, new, trunk, trunk, cache, cache, row, row),
+      *(new, new, new, prefix, prefix, cache, cache, row, row),
       *([PartitionSpec()] * len(stack)),
     ),
     out_specs=(new, cache, cache),

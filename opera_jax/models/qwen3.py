@@ -3,7 +3,7 @@
 The model maps tokens to final hidden states and never builds logits: the head
 is a matrix that `kernels.token_logprob` (scoring) and the sampler multiply by.
 How a token sees others is an argument (`opera_jax.models.attention`), so that
-training, trunks with branches, prefill and decode are one set of layers.
+training, prefixes with continuations, prefill and decode are one set of layers.
 
 Shape key: B rows, T tokens, D hidden, N query heads, K key/value heads,
 H head dimension, F feed-forward, V vocabulary, L layers.

@@ -138,8 +138,8 @@ def _chunks(segment_bT):
 def _switch(chosen, windows, run, *operands):
   if len(windows) == 1:
     return run(windows[0], *operands)
-  branches = [lambda *x, w=window: run(w, *x) for window in windows]
-  return jax.lax.switch(chosen, branches, *operands)
+  continuations = [lambda *x, w=window: run(w, *x) for window in windows]
+  return jax.lax.switch(chosen, continuations, *operands)
 
 
 def _bias(segment_bT, start, end, window):

@@ -46,7 +46,7 @@ class Values:
     return self._laid_out(shapes, rules.ROLLOUT)
 
   def slots(
-    self, rows: int, slots: int, trunk: int, capacity: int, dtype: str
+    self, rows: int, slots: int, prefix: int, capacity: int, dtype: str
   ) -> slots_lib.Slots:
     """The engine's slots; see `slots.empty`."""
     self.rows("engine.rows", (rows,), jnp.int32)
@@ -54,7 +54,7 @@ class Values:
       shapes = jax.eval_shape(
         functools.partial(
           slots_lib.empty,
-          *(self._config, rows, slots, trunk, capacity),
+          *(self._config, rows, slots, prefix, capacity),
           recent=0,
           dtype=dtype,
         )
@@ -94,7 +94,7 @@ class Values:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
 
   def batch(
-    self, name: str, B: int, T: int, trunk: int = 0, branches: int = 0
+    self, name: str, B: int, T: int, prefix: int = 0, continuations: int = 0
   ) -> structs.Batch:
     """B rows of T tokens; see `rows` for the name, `Batch` for the others."""
     whole, real = (
@@ -108,8 +108,8 @@ class Values:
       advantage=real,
       old_logprob=real,
       ref_logprob=real,
-      trunk=trunk,
-      branches=branches,
+      prefix=prefix,
+      continuations=continuations,
     )
 
   def state(

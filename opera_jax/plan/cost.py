@@ -4,7 +4,7 @@ A multiplication and its addition are 2 FLOPs; only matrix products count, and
 of attention only the pairs that the mask lets through. The compiler's own
 count takes a scanned layer once, so it is not used.
 
-Shape key: B rows, T tokens, S branches, G tokens of a branch.
+Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def update(
 
 
 def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
-  """Forward over B trunks with S branches each, forked at their ends."""
+  """Forward over B prefixes with S continuations each, forked at their ends."""
   tokens = B * (T + S * G)
   pairs = B * (causal_pairs(T) + S * (G * T + causal_pairs(G)))
   return Flops(
@@ -102,9 +102,9 @@ def prefill(config: qwen3.Config, B: int, T: int) -> Flops:
   )
 
 
-def decode(config: qwen3.Config, rows: int, trunk: int, steps: int) -> Flops:
-  """`steps` tokens of each of `rows` samples after trunks of `trunk`."""
-  pairs = rows * (steps * trunk + causal_pairs(steps))
+def decode(config: qwen3.Config, rows: int, prefix: int, steps: int) -> Flops:
+  """`steps` tokens of each of `rows` samples after prefixes of `prefix`."""
+  pairs = rows * (steps * prefix + causal_pairs(steps))
   return Flops(
     rows * steps * (layer_flops(config) + head_flops(config))
     + attention_flops(config, pairs)

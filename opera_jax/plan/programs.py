@@ -3,7 +3,8 @@
 They are the functions that the run itself calls, at the largest shapes that
 its config allows; nothing is allocated, so the devices may be absent.
 
-Shape key: B rows, T tokens, P prompt tokens, S branches, G tokens of a branch.
+Shape key: B rows, T tokens, P prompt tokens, S continuations, G tokens of a
+continuation.
 """
 
 import dataclasses
@@ -206,7 +207,7 @@ class _Run:
       )
       T, shared = (
         P + completions_per_row * longest,
-        {"trunk": P, "branches": completions_per_row},
+        {"prefix": P, "continuations": completions_per_row},
       )
     return Program(
       name="update",
@@ -227,7 +228,7 @@ class _Run:
     )
 
   def score(self) -> Program:
-    """The policy's pass: trunks and the most, longest branches."""
+    """The policy's pass: prefixes and the most, longest continuations."""
     opt_state = self._values.state(self._rl_optimizer()).opt_state
     return self._scoring(
       *("score", 1.0),
@@ -238,7 +239,7 @@ class _Run:
     )
 
   def reference(self) -> Program:
-    """Trunks alone, in the smallest shape of branches."""
+    """Prefixes alone, in the smallest shape of continuations."""
     temperature, scoring = self._rollout["temperature"], self._scoring
     return self._scoring(
       "reference",
@@ -260,7 +261,7 @@ class _Run:
       jitted=programs_lib.programs(self._graphdef)["admit"],
       arguments=(
         self._values.rollout_params(),
-        slots.trunk,
+        slots.prefix,
         slots.limit,
         self._values.rows("config.mesh", (R, P), jnp.int32),
         self._values.rows("config.mesh", (R,), jnp.int32),
@@ -371,19 +372,21 @@ class _Run:
   def _scoring(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
-    branch = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
+    continuation = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
     return Program(
       name=name,
-      shape=f"{B} trunks x {T:,}, {S} branches x {G:,}",
+      shape=f"{B} prefixes x {T:,}, {S} continuations x {G:,}",
       jitted=jax.jit(
-        scorer_lib.trunks_and_branches(self._graphdef, temperature=temperature)
+        scorer_lib.prefixes_and_continuations(
+          self._graphdef, temperature=temperature
+        )
       ),
       arguments=(
         self._params,
         self._values.rows("scoring.batch_size", (B, T), jnp.int32),
         self._values.rows("scoring.batch_size", (B,), jnp.int32),
-        branch,
-        branch,
+        continuation,
+        continuation,
         self._values.rows("scoring.batch_size", (B, S), jnp.int32),
       ),
       static={},

@@ -10,13 +10,13 @@ With `lp(a | c)` the mean log-probability per token of `a` after `c`,
     R_ppl_i = #{ k != i : L_k < L_i } / (N - 1)
     R     = alpha R_ppl + (1 - alpha) R_self
 
-`queries` declares the branches that need a log-probability, `rewards` turns the
-log-probabilities into numbers, `step_deltas` into what each step did; no model
-in here.
+`queries` declares the continuations that need a log-probability, `rewards`
+turns the log-probabilities into numbers, `step_deltas` into what each step did;
+no model in here.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), J
-steps of a thought, S slots of a row (its distinct branches), Q branches in
-all, M scored tokens of a row.
+steps of a thought, S slots of a row (its distinct continuations), Q
+continuations in all, M scored tokens of a row.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Reward:
   all_steps: bool = False
 
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """The branches of open-ended rows; the memo is their `Layout`."""
+    """The continuations of open-ended rows; the memo is their `Layout`."""
     rows = _open_ended(rollouts)
     if not rows:
       return structs.Questions()
@@ -68,7 +68,7 @@ class Reward:
         reflective=steps[None] < thoughts.count[:, None]
       )
     owners = [rollouts.owner(r) for r in rows]
-    branches, layout = queries(
+    continuations, layout = queries(
       thoughts,
       np.asarray([len(rollouts.prompt_ids[b]) for b in owners]),
       np.asarray([len(rollouts.completions[r].tokens) for r in rows]),
@@ -76,9 +76,9 @@ class Reward:
       bridge_ids=self.bridge_ids,
       all_steps=self.all_steps,
       compare=self.compare,
-      trunks=rows,
+      prefixes=rows,
     )
-    return structs.Questions(branches=branches, memo=layout)
+    return structs.Questions(continuations=continuations, memo=layout)
 
   def rewards(
     self, rollouts: structs.Rollouts, answers: structs.Answers
@@ -89,7 +89,7 @@ class Reward:
     if not rows:
       return {"total": np.zeros(shape, np.float32)}
     parts = rewards(
-      answers.branch_logprob,
+      answers.continuation_logprob,
       answers.memo,
       samples=rollouts.samples,
       alpha=self.alpha,
@@ -115,10 +115,10 @@ def _open_ended(rollouts: structs.Rollouts) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which branch answers which question; host arrays, -1 is "none"."""
+  """Which continuation answers which question; host arrays, -1 is "none"."""
 
-  row: np.ndarray  # [Q] int32, row of branch q
-  slot: np.ndarray  # [Q] int32, slot of branch q in its row
+  row: np.ndarray  # [Q] int32, row of continuation q
+  slot: np.ndarray  # [Q] int32, slot of continuation q in its row
   previous: np.ndarray  # [R, S] int32, slot that slot s must beat to count
   last: np.ndarray  # [R] int32, slot scored after the whole completion
   before: np.ndarray  # [R, J] int32, slot where step j begins
@@ -134,11 +134,12 @@ def queries(
   bridge_ids: Sequence[int] = (),
   all_steps: bool = False,
   compare: str = "previous",
-  trunks: Sequence[int] | None = None,
-) -> tuple[list[structs.Branch], Layout]:
-  """The branches whose log-probabilities the reward needs, each position once.
+  prefixes: Sequence[int] | None = None,
+) -> tuple[list[structs.Continuation], Layout]:
+  """The continuations whose log-probabilities the reward needs, each position
+  once.
 
-  A trunk is prompt + completion. A row asks at the ends of its reflective
+  A prefix is prompt + completion. A row asks at the ends of its reflective
   steps and of their predecessors (the start of the thought is the first
   step's), and once after the whole completion: thought, answer, and the
   end-of-turn token where one was sampled. A row without a closed thought asks
@@ -156,10 +157,11 @@ def queries(
     compare: what a reflective step must beat: "previous", the end of the step
       before it, whatever it holds (the paper); "reflective", the end of the
       last reflective step; "start", the thought's start.
-    trunks: index of each row's trunk in the scorer's list; default 0 .. R - 1.
+    prefixes: index of each row's prefix in the scorer's list; default 0 .. R -
+      1.
 
   Returns:
-    The branches, and the layout that `rewards` needs to read their
+    The continuations, and the layout that `rewards` needs to read their
     log-probabilities.
 
   Raises:
@@ -170,12 +172,12 @@ def queries(
     raise ValueError(f"Unknown comparison {compare!r}. Use one of {COMPARED}.")
   thoughts = jax.tree.map(np.asarray, thoughts)  # one fetch, not one an entry
   rows = len(prompt_length_R)
-  trunks = range(rows) if trunks is None else trunks
+  prefixes = range(rows) if prefixes is None else prefixes
   lengths = {
     "thoughts": len(thoughts.count),
     "completion_length_R": len(completion_length_R),
     "reference_ids": len(reference_ids),
-    "trunks": len(trunks),
+    "prefixes": len(prefixes),
   }
   for name, length in lengths.items():
     if length != rows:
@@ -187,7 +189,7 @@ def queries(
   before_RJ = np.full((rows, steps), _NONE, np.int32)
   after_RJ = np.full((rows, steps), _NONE, np.int32)
   last_R = np.zeros(rows, np.int32)
-  branches: list[structs.Branch] = []
+  continuations: list[structs.Continuation] = []
   row_of, slot_of = [], []
   previous: list[list[int]] = []
   for r in range(rows):
@@ -213,18 +215,18 @@ def queries(
       if reflective_J[j]:
         base["reflective"] = end
     for position in slots:
-      branches.append(
-        structs.Branch(
-          trunk=int(trunks[r]),
+      continuations.append(
+        structs.Continuation(
+          prefix=int(prefixes[r]),
           fork=int(prompt_length_R[r]) + position,
           tokens=bridged,
           skip=len(bridge_ids),
         )
       )
     last_R[r] = len(slots)
-    branches.append(
-      structs.Branch(
-        trunk=int(trunks[r]),
+    continuations.append(
+      structs.Continuation(
+        prefix=int(prefixes[r]),
         fork=int(prompt_length_R[r]) + int(completion_length_R[r]),
         tokens=reference,
       )
@@ -236,7 +238,7 @@ def queries(
   previous_RS = np.full((rows, slots_max), _NONE, np.int32)
   for r, compared_S in enumerate(previous):
     previous_RS[r, : len(compared_S)] = compared_S
-  return branches, Layout(
+  return continuations, Layout(
     row=np.asarray(row_of, np.int32),
     slot=np.asarray(slot_of, np.int32),
     previous=previous_RS,
@@ -247,7 +249,7 @@ def queries(
 
 
 def rewards(
-  branch_logprob: Sequence[np.ndarray],
+  continuation_logprob: Sequence[np.ndarray],
   layout: Layout,
   *,
   samples: int,
@@ -255,11 +257,12 @@ def rewards(
   tau: float = 2.0,
   mode: str = "both",
 ) -> dict[str, np.ndarray]:
-  """Rewards and their parts from the log-probabilities of `queries`' branches.
+  """Rewards and their parts from the log-probabilities of `queries`'
+  continuations.
 
   Args:
-    branch_logprob: float32, the log-probabilities of each branch's scored
-      tokens, in the order of `queries`' branches, nats.
+    continuation_logprob: float32, the log-probabilities of each continuation's
+      scored tokens, in the order of `queries`' continuations, nats.
     layout: what `queries` returned.
     samples: N, rows a prompt; rows are prompt-major.
     alpha: weight of R_ppl.
@@ -274,8 +277,8 @@ def rewards(
 
   Raises:
     ValueError: an unknown mode, alpha outside 0..1, fewer than 2 samples,
-      rows that do not divide, a count of branches that is not `queries`', or
-      a log-probability that is not finite.
+      rows that do not divide, a count of continuations that is not `queries`',
+      or a log-probability that is not finite.
   """
   rows = len(layout.last)
   if mode not in MODES:
@@ -290,11 +293,11 @@ def rewards(
       f"of {samples}. Raise config.rl.samples, and give every prompt "
       "all of its samples."
     )
-  logprob_RM, branch_RM = _pack(branch_logprob, layout)
+  logprob_RM, continuation_RM = _pack(continuation_logprob, layout)
   # How many prompts are open-ended differs from step to step: few shapes.
   mean_RS, _, count_R, self_R = perplexity_reward.perplexity_reward(
     _more_rows(logprob_RM, 0.0),
-    _more_rows(branch_RM, _NONE),
+    _more_rows(continuation_RM, _NONE),
     _more_rows(layout.previous, _NONE),
     tau=tau,
   )
@@ -323,7 +326,7 @@ def rewards(
 
 
 def step_deltas(
-  branch_logprob: Sequence[np.ndarray], layout: Layout
+  continuation_logprob: Sequence[np.ndarray], layout: Layout
 ) -> np.ndarray:
   """`P_j - P_{j-1}` of each step, float32 [R, J], nats a token.
 
@@ -331,7 +334,7 @@ def step_deltas(
   `all_steps=True`, only reflective ones without.
   """
   mean_RS = np.full(layout.previous.shape, np.nan, np.float32)
-  for q, logprob_G in enumerate(branch_logprob):
+  for q, logprob_G in enumerate(continuation_logprob):
     mean_RS[layout.row[q], layout.slot[q]] = np.mean(logprob_G)
   row_R1 = np.arange(len(layout.last))[:, None]
   delta_RJ = mean_RS[row_R1, layout.after] - mean_RS[row_R1, layout.before]
@@ -366,31 +369,32 @@ def _bucket(size: int) -> int:
 
 
 def _pack(
-  branch_logprob: Sequence[np.ndarray], layout: Layout
+  continuation_logprob: Sequence[np.ndarray], layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
   """All scored tokens of a row side by side, and the slot of each."""
-  if len(branch_logprob) != len(layout.row):
+  if len(continuation_logprob) != len(layout.row):
     raise ValueError(
-      f"Got scores of {len(branch_logprob)} branches, the layout has "
-      f"{len(layout.row)}. Pass the slice that this reward's queries became."
+      f"Got scores of {len(continuation_logprob)} continuations, the layout "
+      f"has {len(layout.row)}. Pass the slice that this reward's queries "
+      "became."
     )
   rows = len(layout.last)
   used_R = np.zeros(rows, np.int64)
-  for q, logprob_G in enumerate(branch_logprob):
+  for q, logprob_G in enumerate(continuation_logprob):
     if not np.all(np.isfinite(logprob_G)):
       raise ValueError(
-        f"The log-probability of branch {q} (row {layout.row[q]}) holds "
+        f"The log-probability of continuation {q} (row {layout.row[q]}) holds "
         f"{logprob_G[~np.isfinite(logprob_G)][0]}; log-probabilities must be "
         "finite. Check the policy's parameters for NaN."
       )
     used_R[layout.row[q]] += len(logprob_G)
   width = _bucket(int(used_R.max(initial=1)))
   logprob_RM = np.zeros((rows, width), np.float32)
-  branch_RM = np.full((rows, width), _NONE, np.int32)
+  continuation_RM = np.full((rows, width), _NONE, np.int32)
   used_R[:] = 0
-  for q, logprob_G in enumerate(branch_logprob):
+  for q, logprob_G in enumerate(continuation_logprob):
     r, begin = layout.row[q], used_R[layout.row[q]]
     logprob_RM[r, begin : begin + len(logprob_G)] = logprob_G
-    branch_RM[r, begin : begin + len(logprob_G)] = layout.slot[q]
+    continuation_RM[r, begin : begin + len(logprob_G)] = layout.slot[q]
     used_R[r] += len(logprob_G)
-  return logprob_RM, branch_RM
+  return logprob_RM, continuation_RM

@@ -40,7 +40,7 @@ class Reward:
   def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
     """Every completion after the null prompt."""
     return structs.Questions(
-      trunks=rollouts.after([""] * len(rollouts.completions))
+      prefixes=rollouts.after([""] * len(rollouts.completions))
     )
 
   def rewards(
@@ -49,7 +49,7 @@ class Reward:
     """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
     null = [
       logprob[len(logprob) - len(row) :]
-      for logprob, row in zip(answers.trunk_logprob, answers.row_logprob)
+      for logprob, row in zip(answers.prefix_logprob, answers.row_logprob)
     ]
     reward_R = self_aligned(answers.row_logprob, null, form=self.form)
     gain_R = np.asarray(

@@ -28,7 +28,7 @@ from opera_jax.rollout import rows as rows_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import schedule as schedule_lib
 from opera_jax.rollout import slots as slots_lib
-from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.scoring import packing as packing_lib
 from opera_jax.text import automaton
 
 OnTokens = Callable[[int, int, np.ndarray], None]
@@ -82,7 +82,7 @@ class Engine:
     self._rows, self._slots, self._steps = rows, slots, steps
     self._prompt_buckets = tuple(prompt_buckets)
     with jax.set_mesh(mesh):
-      self._trunk_buckets, self._cache_buckets = (
+      self._prefix_buckets, self._cache_buckets = (
         tuple(sorted({slots_lib.whole_blocks(x) for x in buckets}))
         for buckets in (prompt_buckets, cache_buckets)
       )
@@ -209,7 +209,7 @@ class Engine:
 
   def programs(self) -> int:
     """How many programs one setting of sampling can need."""
-    trunks, caches = self._trunk_buckets, len(self._cache_buckets)
+    prefixes, caches = self._prefix_buckets, len(self._cache_buckets)
     with jax.set_mesh(self._mesh):
       rows = self._rows // parts_lib.count(self._rows, self._slots)
       sizes, lanes = [rows], 1
@@ -217,15 +217,15 @@ class Engine:
       if rows_lib.packs():
         sizes = rows_lib.row_counts(rows)
         lanes = sum(len(rows_lib.lane_counts(n, self._slots)) for n in sizes)
-    # A prefill a bucket and a trunk that holds it; trunks and caches grow from
-    # any size to any larger one.
-    prefill = sum(T >= P for P in self._prompt_buckets for T in trunks)
-    grow = math.comb(len(trunks), 2) + math.comb(caches, 2)
-    # Empty, one for each trunk to begin with; on a CPU, weights by layer;
+    # A prefill a bucket and a prefix that holds it; prefixes and caches grow
+    # from any size to any larger one.
+    prefill = sum(T >= P for P in self._prompt_buckets for T in prefixes)
+    grow = math.comb(len(prefixes), 2) + math.comb(caches, 2)
+    # Empty, one for each prefix to begin with; on a CPU, weights by layer;
     # assign.
-    rest = len(trunks) + apart + len(sizes) * (prefill + grow + 1)
-    fewer = math.comb(len(sizes), 2) * len(trunks) * caches
-    return rest + fewer + lanes * len(trunks) * caches
+    rest = len(prefixes) + apart + len(sizes) * (prefill + grow + 1)
+    fewer = math.comb(len(sizes), 2) * len(prefixes) * caches
+    return rest + fewer + lanes * len(prefixes) * caches
 
   def rows(
     self,
@@ -255,8 +255,8 @@ class Engine:
           self._config,
           self._rows // parts,
           width,
-          trunks_lib.bucket(longest, self._trunk_buckets),
-          trunks_lib.bucket(steps, self._cache_buckets),
+          packing_lib.bucket(longest, self._prefix_buckets),
+          packing_lib.bucket(steps, self._cache_buckets),
           recent=settings.loop_tokens if settings.loop_period else 0,
           dtype=self._dtype,
         )
@@ -268,7 +268,7 @@ class Engine:
           *(self._programs, params, layers, part, settings, stops),
           mesh=self._mesh,
           prompt_buckets=self._prompt_buckets,
-          trunk_buckets=self._trunk_buckets,
+          prefix_buckets=self._prefix_buckets,
           cache_buckets=self._cache_buckets,
           steps=steps,
           whole_rows=whole_rows,
@@ -280,7 +280,7 @@ class Engine:
 
   def bucket(self, prompt: np.ndarray) -> int:
     """The length that a prompt is padded to."""
-    return trunks_lib.bucket(len(prompt), self._prompt_buckets)
+    return packing_lib.bucket(len(prompt), self._prompt_buckets)
 
 
 def _worth_a_stop(together: int, live: int) -> int:

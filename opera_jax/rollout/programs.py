@@ -4,7 +4,7 @@ Every program takes the slots' buffers for itself and gives them back changed.
 All take and give whole arrays, so that on a mesh each process calls them with
 the same host arrays.
 
-Shape key: L layers, B rows, S slots a row, T trunk capacity, C slot capacity,
+Shape key: L layers, B rows, S slots a row, T prefix capacity, C slot capacity,
 R prompts of one admission, P their padded length, U steps of one call, W recent
 tokens, D hidden, V vocabulary, M lanes.
 """
@@ -33,18 +33,18 @@ TOGETHER = {"cpu": 256, "gpu": 512, "tpu": 512}
 def admit(
   graphdef: nnx.GraphDef,
   params: Any,
-  trunk: kv_cache.Trunk,
+  prefix: kv_cache.PrefixCache,
   limit_B: jax.Array,
   token_RP: jax.Array,
   length_R: jax.Array,
   row_R: jax.Array,
-) -> tuple[kv_cache.Trunk, jax.Array]:
+) -> tuple[kv_cache.PrefixCache, jax.Array]:
   """Computes prompts and puts them into rows whose slots are all free.
 
   Args:
     graphdef: of the model.
     params: parameters.
-    trunk: of the slots, to be changed.
+    prefix: of the slots, to be changed.
     limit_B: of the slots, to be changed.
     token_RP: int32 prompts, right-padded, P <= T.
     length_R: int32, at least 1.
@@ -61,24 +61,24 @@ def admit(
       (position_P[None] < length_R[:, None]).astype(jnp.int32),
       implementation=config.attention or None,
     ),
-    kv_cache.empty_trunk(
+    kv_cache.empty_prefix(
       config.layers,
       R,
       P,
       config.kv_heads,
       config.head_dim,
-      jax.tree.leaves(trunk.k)[0].dtype,
+      jax.tree.leaves(prefix.k)[0].dtype,
     ),
   )
-  if isinstance(trunk.k, tuple):
+  if isinstance(prefix.k, tuple):
     piece = kv_cache.apart(piece)
-  trunk = jax.tree.map(
+  prefix = jax.tree.map(
     lambda whole, part: whole.at[..., row_R, :, :P, :].set(part, mode="drop"),
-    trunk,
+    prefix,
     piece,
   )
   limit_B = limit_B.at[row_R].set(length_R - 1, mode="drop")
-  return slots_lib.laid_out_trunk(trunk), rules.constrain(limit_B, ("batch",))
+  return slots_lib.laid_out_prefix(prefix), rules.constrain(limit_B, ("batch",))
 
 
 def assign(
@@ -92,7 +92,7 @@ def assign(
   """Begins a sample in each slot of `fresh`; the others go on.
 
   Args:
-    slots: to be changed; trunk and cache may be None.
+    slots: to be changed; prefix and cache may be None.
     fresh_BS: bool.
     token_BS: int32, the last token of the slot's context.
     budget_BS: int32, tokens that may be drawn.
@@ -120,7 +120,7 @@ def assign(
 def keep(
   slots: slots_lib.Slots, slot_B: jax.Array, count_B: jax.Array, tokens: int
 ) -> slots_lib.Slots:
-  """Makes the first tokens of a slot part of its row's trunk.
+  """Makes the first tokens of a slot part of its row's prefix.
 
   Args:
     slots: to be changed.
@@ -131,22 +131,22 @@ def keep(
   """
   B = slot_B.shape[0]
   n = jnp.arange(tokens, dtype=jnp.int32)[None]
-  T = slots.trunk.length
+  T = slots.prefix.length
   # Key j of a slot is that of its context's last token, then of its own.
   place_Bn = jnp.where(n < count_B[:, None], slots.limit[:, None] + n, T)
   row_B1 = jnp.arange(B)[:, None]
 
-  def move(trunk, cache):
+  def move(prefix, cache):
     part_LBKnH = cache[..., jnp.arange(B), slot_B, :, :tokens, :]
     part_BnLKH = jnp.moveaxis(part_LBKnH, (-4, -2), (0, 1))
-    return trunk.at[..., row_B1, :, place_Bn, :].set(part_BnLKH, mode="drop")
+    return prefix.at[..., row_B1, :, place_Bn, :].set(part_BnLKH, mode="drop")
 
-  trunk = kv_cache.Trunk(
-    k=jax.tree.map(move, slots.trunk.k, slots.cache.k),
-    v=jax.tree.map(move, slots.trunk.v, slots.cache.v),
+  prefix = kv_cache.PrefixCache(
+    k=jax.tree.map(move, slots.prefix.k, slots.cache.k),
+    v=jax.tree.map(move, slots.prefix.v, slots.cache.v),
   )
   return slots_lib.laid_out(
-    slots.replace(trunk=trunk, limit=slots.limit + count_B)
+    slots.replace(prefix=prefix, limit=slots.limit + count_B)
   )
 
 
@@ -162,11 +162,11 @@ def grow(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
   return slots_lib.laid_out(slots.replace(cache=cache))
 
 
-def grow_trunk(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
-  """Lengthens every row's trunk to `capacity` tokens."""
-  more = capacity - slots.trunk.length
-  trunk = jax.tree.map(lambda x: _padded(x, more), slots.trunk)
-  return slots_lib.laid_out(slots.replace(trunk=trunk))
+def grow_prefix(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
+  """Lengthens every row's prefix to `capacity` tokens."""
+  more = capacity - slots.prefix.length
+  prefix = jax.tree.map(lambda x: _padded(x, more), slots.prefix)
+  return slots_lib.laid_out(slots.replace(prefix=prefix))
 
 
 def _padded(x: jax.Array, more: int) -> jax.Array:
@@ -212,7 +212,7 @@ def decode(
   # An untied head lies the other way, and would be turned at every step.
   multiply = products.few if transposed else jnp.tensordot
   B, S = slots.token.shape
-  trunk, whole = slots.trunk, slots.replace(trunk=None, cache=None)
+  prefix, whole = slots.prefix, slots.replace(prefix=None, cache=None)
   lanes, at = (
     None,
     whole.replace(limit=jnp.broadcast_to(slots.limit[:, None], (B, S))),
@@ -241,7 +241,7 @@ def decode(
     hidden, cache = model(
       at.token,
       at.limit + at.depth,
-      attention.decode(trunk, slots.limit, at.depth, at.live, lanes),
+      attention.decode(prefix, slots.limit, at.depth, at.live, lanes),
       cache,
       layers,
     )
@@ -277,7 +277,7 @@ def decode(
   count = jnp.where(start.live, at.depth - start.depth, 0)
   # A row's limit is no slot's own, and nothing here changes it.
   own = jax.tree.map(spread, at.replace(limit=None), whole.replace(limit=None))
-  after = own.replace(trunk=trunk, cache=cache, limit=slots.limit)
+  after = own.replace(prefix=prefix, cache=cache, limit=slots.limit)
   drawn = [spread(x, 0) for x in drawn]
   return slots_lib.laid_out(after), slots_lib.Drawn(
     token=drawn[0],
@@ -352,7 +352,7 @@ def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
     "keep": jax.jit(keep, donate_argnums=0, static_argnames="tokens"),
     "gather": jax.jit(gather),
     "grow": jax.jit(grow, static_argnames="capacity"),
-    "grow_trunk": jax.jit(grow_trunk, static_argnames="capacity"),
+    "grow_prefix": jax.jit(grow_prefix, static_argnames="capacity"),
     "decode": jax.jit(
       functools.partial(decode, graphdef),
       donate_argnums=1,

@@ -1,6 +1,6 @@
 """Rows of slots as the host drives them: begin, fork, draw, keep.
 
-A row begins with a context, which is computed once (its trunk). Samples fork
+A row begins with a context, which is computed once (its prefix). Samples fork
 from the end of the context, each in a slot; what one of them drew can be kept,
 and then is context too, without running anything again. Whoever drives the
 rows says what sits where; every process of a run says the same.
@@ -21,7 +21,7 @@ from opera_jax import structs
 from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import slots as slots_lib
-from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.scoring import packing as packing_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.text import automaton
 
@@ -70,7 +70,7 @@ class Rows:
     *,
     mesh: jax.sharding.Mesh,
     prompt_buckets: Sequence[int],
-    trunk_buckets: Sequence[int],
+    prefix_buckets: Sequence[int],
     cache_buckets: Sequence[int],
     steps: int,
     whole_rows: bool = False,
@@ -88,7 +88,7 @@ class Rows:
       mesh: over which the slots lie.
       prompt_buckets: allowed padded lengths of contexts, ascending; past the
         last, its multiples.
-      trunk_buckets: lengths of rows' trunks, whole blocks, likewise.
+      prefix_buckets: lengths of rows' prefixes, whole blocks, likewise.
       cache_buckets: lengths of slots' caches, whole blocks, likewise.
       steps: tokens that a slot draws in one call.
       whole_rows: a call of `draw` leaves early for rows rather than slots.
@@ -97,7 +97,7 @@ class Rows:
     self._programs, self._params, self._slots = programs, params, slots
     self._layers, self._stops, self._mesh = layers, stops, mesh
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
-    self._trunk_buckets = trunk_buckets
+    self._prefix_buckets = prefix_buckets
     self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
     self._static = {
       "settings": settings,
@@ -128,7 +128,7 @@ class Rows:
     """
     by_bucket: dict[int, list[tuple[int, np.ndarray]]] = {}
     for row, name, tokens in contexts:
-      P = trunks_lib.bucket(len(tokens), self._prompt_buckets)
+      P = packing_lib.bucket(len(tokens), self._prompt_buckets)
       by_bucket.setdefault(P, []).append((row, tokens))
       self._length[row], self._last[row] = len(tokens), tokens[-1]
       self._name[row] = name
@@ -186,10 +186,10 @@ class Rows:
     slots = self._slots
     rest = self._call(
       "assign",
-      slots.replace(trunk=None, cache=None),
+      slots.replace(prefix=None, cache=None),
       *(fresh_BS, token_BS, budget_BS, self._everywhere(key_BS), state_BS),
     )
-    self._slots = rest.replace(trunk=slots.trunk, cache=slots.cache)
+    self._slots = rest.replace(prefix=slots.prefix, cache=slots.cache)
 
   def draw(self, free: int) -> list[Piece]:
     """Draws some tokens in every live slot.
@@ -209,10 +209,10 @@ class Rows:
       slots = self._slots
       longer = self._call(
         "grow",
-        slots.replace(trunk=None),
-        capacity=trunks_lib.bucket(need, self._cache_buckets),
+        slots.replace(prefix=None),
+        capacity=packing_lib.bucket(need, self._cache_buckets),
       )
-      self._slots = longer.replace(trunk=slots.trunk)
+      self._slots = longer.replace(prefix=slots.prefix)
     self._slots, drawn = self._call(
       "decode",
       self._params,
@@ -272,7 +272,7 @@ class Rows:
       self._last[row] = tokens[-1]
     slot_B, count_B = slot_B[self._order], count_B[self._order]
     self._make_room(int(self._length.max()) - 1)
-    most = trunks_lib.bucket(int(count_B.max()), self._cache_buckets)
+    most = packing_lib.bucket(int(count_B.max()), self._cache_buckets)
     self._slots = self._call(
       "keep", self._slots, *self._everywhere((slot_B, count_B)), tokens=most
     )
@@ -289,15 +289,15 @@ class Rows:
       token_RP[place, : len(tokens)] = tokens
       length_R[place], row_R[place] = len(tokens), self._place[row]
     arrays = layout.to_devices((token_RP, length_R), layout.rows(self._mesh))
-    trunk, limit = self._call(
+    prefix, limit = self._call(
       "admit",
       self._params,
-      self._slots.trunk,
+      self._slots.prefix,
       self._slots.limit,
       *arrays,
       self._everywhere(row_R),
     )
-    self._slots = self._slots.replace(trunk=trunk, limit=limit)
+    self._slots = self._slots.replace(prefix=prefix, limit=limit)
 
   def _lanes(self) -> np.ndarray | None:
     """The slots to compute, a few sizes for all numbers of live ones.
@@ -317,13 +317,13 @@ class Rows:
     return lanes
 
   def _make_room(self, tokens: int) -> None:
-    """Lengthens the trunks where they do not hold so many tokens."""
-    if tokens > self._slots.trunk.length:
+    """Lengthens the prefixes where they do not hold so many tokens."""
+    if tokens > self._slots.prefix.length:
       slots = self._slots
       longer = self._call(
-        "grow_trunk",
+        "grow_prefix",
         slots.replace(cache=None),
-        capacity=trunks_lib.bucket(tokens, self._trunk_buckets),
+        capacity=packing_lib.bucket(tokens, self._prefix_buckets),
       )
       self._slots = longer.replace(cache=slots.cache)
 

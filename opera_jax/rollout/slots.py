@@ -1,11 +1,11 @@
 """What the device holds while it samples: rows of slots.
 
-A row holds one prompt's keys and values (the trunk); its S slots hold samples
+A row holds one prompt's keys and values (the prefix); its S slots hold samples
 of that prompt. A slot feeds the last token of its context again as its own
-first token, so that a sample can begin wherever a trunk ends, and a kept
-sample can become more trunk without running anything twice.
+first token, so that a sample can begin wherever a prefix ends, and a kept
+sample can become more prefix without running anything twice.
 
-Shape key: L layers, B rows, S slots a row, T trunk capacity, C slot capacity,
+Shape key: L layers, B rows, S slots a row, T prefix capacity, C slot capacity,
 U steps of one call, W recent tokens, K key-value heads, H head dimension.
 """
 
@@ -19,7 +19,7 @@ from opera_jax.models import kv_cache, on_mesh, qwen3
 from opera_jax.sharding import rules
 
 STOPPED, LOOPED = 1, 2
-TRUNK = ("batch", "heads", None, None)  # and layers before them, if stacked
+PREFIX = ("batch", "heads", None, None)  # and layers before them, if stacked
 CACHE = ("batch", None, "heads", None, None)
 
 
@@ -27,9 +27,9 @@ CACHE = ("batch", None, "heads", None, None)
 class Slots:
   """What every row and slot is at."""
 
-  trunk: kv_cache.Trunk  # [L, B, K, T, H] in all
+  prefix: kv_cache.PrefixCache  # [L, B, K, T, H] in all
   cache: kv_cache.Samples  # [L, B, S, K, C, H] in all
-  limit: jax.Array  # [B] int32, trunk tokens seen by the slots of a row
+  limit: jax.Array  # [B] int32, prefix tokens seen by the slots of a row
   token: jax.Array  # [B, S] int32, the token to feed next
   depth: jax.Array  # [B, S] int32, own tokens fed, which is tokens drawn
   budget: jax.Array  # [B, S] int32, tokens that may be drawn in all
@@ -60,7 +60,7 @@ def empty(
   config: qwen3.Config,
   rows: int,
   slots: int,
-  trunk_capacity: int,
+  prefix_capacity: int,
   capacity: int,
   *,
   recent: int,
@@ -73,12 +73,12 @@ def empty(
   def zeros():
     return jnp.zeros(shape, jnp.int32)
 
-  trunk = kv_cache.empty_trunk(config.layers, rows, trunk_capacity, *sizes)
+  prefix = kv_cache.empty_prefix(config.layers, rows, prefix_capacity, *sizes)
   cache = kv_cache.empty_samples(config.layers, rows, slots, capacity, *sizes)
   if layers_apart():
-    trunk, cache = kv_cache.apart(trunk), kv_cache.apart(cache)
+    prefix, cache = kv_cache.apart(prefix), kv_cache.apart(cache)
   slots = Slots(
-    trunk=trunk,
+    prefix=prefix,
     cache=cache,
     limit=jnp.zeros(rows, jnp.int32),
     token=zeros(),
@@ -128,10 +128,10 @@ def _by_axes(function, slots: Slots) -> Slots:
   """`function(leaf, logical axes)` of every leaf."""
   rest = jax.tree.map(
     lambda x: function(x, ("batch",) + (None,) * (x.ndim - 1)),
-    slots.replace(trunk=None, cache=None),
+    slots.replace(prefix=None, cache=None),
   )
   return rest.replace(
-    trunk=_of_layers(function, slots.trunk, TRUNK),
+    prefix=_of_layers(function, slots.prefix, PREFIX),
     cache=_of_layers(function, slots.cache, CACHE),
   )
 
@@ -143,9 +143,9 @@ def _of_layers(function, cache, axes):
   )
 
 
-def laid_out_trunk(trunk: kv_cache.Trunk) -> kv_cache.Trunk:
-  """Pins the trunk over the mesh in force."""
-  return _of_layers(rules.constrain, trunk, TRUNK)
+def laid_out_prefix(prefix: kv_cache.PrefixCache) -> kv_cache.PrefixCache:
+  """Pins the prefix over the mesh in force."""
+  return _of_layers(rules.constrain, prefix, PREFIX)
 
 
 def whole_blocks(tokens: int) -> int:

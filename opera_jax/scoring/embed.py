@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from opera_jax.models import attention, qwen3
-from opera_jax.scoring import trunks
+from opera_jax.scoring import packing
 from opera_jax.sharding import layout
 
 
@@ -71,7 +71,7 @@ class Embedder:
     order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
     for start in range(0, len(order), self._rows):
       group = order[start : start + self._rows]
-      size = trunks.bucket(len(cut[group[-1]]), self._buckets)
+      size = packing.bucket(len(cut[group[-1]]), self._buckets)
       token_BT = np.zeros((self._rows, size), np.int32)
       length_B = np.zeros(self._rows, np.int32)
       for row, place in enumerate(group):

@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies: of rows, and of trunks with branches.
+"""Log-probabilities and entropies: of rows, and of prefixes with continuations.
 
-Shape key: R or B rows, T tokens of a row, S branches, G tokens of a branch,
-D hidden.
+Shape key: R or B rows, T tokens of a row, S continuations, G tokens of a
+continuation, D hidden.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.models import attention, on_mesh, qwen3
-from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.scoring import packing as packing_lib
 from opera_jax.sharding import layout
 
 
@@ -51,35 +51,35 @@ class RowStates:
   """
 
   hidden_RXD: jax.Array
-  trunk: int  # leading places without a state, where completions share them
+  prefix: int  # leading places without a state, where completions share them
 
   def said(self, x_RT: jax.Array) -> jax.Array:
     """[R, X, ...]: of what stands at every token, that after each state."""
-    if self.trunk:
-      return x_RT[:, self.trunk :]
+    if self.prefix:
+      return x_RT[:, self.prefix :]
     return jnp.roll(x_RT, -1, axis=1)
 
   def placed(self, x_RX: jax.Array) -> jax.Array:
     """[R, T, ...]: what a state gives, at the token it says; 0 at others."""
-    if self.trunk:
+    if self.prefix:
       rest = ((0, 0),) * (x_RX.ndim - 2)
-      return jnp.pad(x_RX, ((0, 0), (self.trunk, 0), *rest))
+      return jnp.pad(x_RX, ((0, 0), (self.prefix, 0), *rest))
     return shifted(x_RX)
 
 
 def row_states(model: qwen3.Qwen3, batch: structs.Batch) -> RowStates:
   """Runs an update's rows; a prompt that completions share is run once."""
   implementation = model.config.attention or None
-  if not batch.branches:
+  if not batch.continuations:
     attend = attention.causal(batch.segments, implementation=implementation)
     hidden_RTD, _ = model(batch.tokens, batch.positions, attend)
     return RowStates(hidden_RTD, 0)
-  P, S = batch.trunk, batch.branches
+  P, S = batch.prefix, batch.continuations
   R, T = batch.tokens.shape
   G = (T - P) // S
   segment_RP = (batch.segments[:, :P] == 1).astype(jnp.int32)
   limit_RS = batch.positions[:, P::G]  # a completion begins behind its prompt
-  attend = attention.trunk_and_branches(
+  attend = attention.prefix_and_continuations(
     segment_RP, limit_RS, G, implementation=implementation
   )
   hidden_RTD, _ = model(batch.tokens, batch.positions, attend)
@@ -115,16 +115,18 @@ def row_logprob(
   return fn
 
 
-def trunks_and_branches(
+def prefixes_and_continuations(
   graphdef: nnx.GraphDef, *, temperature: float = 1.0
 ) -> Callable[..., tuple[jax.Array, ...]]:
-  """The reward's view of the model: one pass over trunks and their branches.
+  """The reward's view of the model: one pass over prefixes and their
+  continuations.
 
   Returns:
     `f(params, token_BT, length_B, input_BSG, target_BSG, limit_BS)`, the
-    arrays of a `trunks.MicroBatch`, to be jitted. It gives log-probability
-    and entropy of the trunk's tokens [B, T] (entry t for token t after those
-    before it, entry 0 is 0) and of the branches' targets [B, S, G], float32.
+    arrays of a `packing.MicroBatch`, to be jitted. It gives log-probability
+    and entropy of the prefix's tokens [B, T] (entry t for token t after those
+    before it, entry 0 is 0) and of the continuations' targets [B, S, G],
+    float32.
   """
 
   def fn(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
@@ -146,7 +148,7 @@ def trunks_and_branches(
         ],
         axis=1,
       ),
-      attention.trunk_and_branches(
+      attention.prefix_and_continuations(
         segment_BT,
         limit_BS,
         G,
@@ -170,8 +172,8 @@ def trunks_and_branches(
 
 
 class LogprobScorer:
-  """Log-probabilities trunks and branches: one pass over each trunk and its
-  branches."""
+  """Log-probabilities prefixes and continuations: one pass over each prefix and
+  its continuations."""
 
   def __init__(
     self,
@@ -191,10 +193,10 @@ class LogprobScorer:
       graphdef: of the model; parameters come with every call.
       vocab_size: rows of the head; ids at or above it are refused.
       mesh: rows are split over its data axes.
-      batch_size: trunks a call; a multiple of the mesh's data axes.
-      prefix_buckets: allowed padded trunk lengths.
-      slot_buckets: allowed numbers of branches a trunk.
-      continuation_buckets: allowed padded branch lengths.
+      batch_size: prefixes a call; a multiple of the mesh's data axes.
+      prefix_buckets: allowed padded prefix lengths.
+      slot_buckets: allowed numbers of continuations a prefix.
+      continuation_buckets: allowed padded continuation lengths.
       temperature: divides the logits.
 
     Raises:
@@ -215,51 +217,58 @@ class LogprobScorer:
       "continuation_buckets": tuple(continuation_buckets),
     }
 
-    self._run = jax.jit(trunks_and_branches(graphdef, temperature=temperature))
+    self._run = jax.jit(
+      prefixes_and_continuations(graphdef, temperature=temperature)
+    )
 
   def programs(self) -> int:
     """How many programs scoring can need: one a shape."""
     names = ("prefix_buckets", "slot_buckets", "continuation_buckets")
     return math.prod(len(self._pack[name]) for name in names)
 
-  def bucket(self, trunk: np.ndarray) -> int:
-    """The length that a trunk is padded to where it is scored alone."""
-    return trunks_lib.bucket(len(trunk), self._pack["prefix_buckets"])
+  def bucket(self, prefix: np.ndarray) -> int:
+    """The length that a prefix is padded to where it is scored alone."""
+    return packing_lib.bucket(len(prefix), self._pack["prefix_buckets"])
 
   def score(
     self,
     params: Any,
-    trunks: Sequence[np.ndarray],
-    branches: Sequence[structs.Branch] = (),
+    prefixes: Sequence[np.ndarray],
+    continuations: Sequence[structs.Continuation] = (),
     *,
     advance: Callable[[int], None] | None = None,
   ) -> structs.Logprobs:
-    """Log-probabilities every token of every trunk and branch.
+    """Log-probabilities every token of every prefix and continuation.
 
     Args:
       params: the policy's parameters.
-      trunks: int32 tokens [T_i] each, T_i >= 1.
-      branches: continuations of prefixes of trunks.
+      prefixes: int32 tokens [T_i] each, T_i >= 1.
+      continuations: continuations of prefixes of prefixes.
       advance: called with the tokens done after each microbatch.
 
     Returns:
       Log-probabilities in the order given.
 
     Raises:
-      ValueError: see `trunks.check`; a log-probability that is not finite.
+      ValueError: see `packing.check`; a log-probability that is not finite.
     """
-    trunks_lib.check(trunks, branches, self._vocab_size)
+    packing_lib.check(prefixes, continuations, self._vocab_size)
     # Equal work is done once: it costs nothing twice, and two samples that
     # are the same tokens get the same bits, so that they tie.
-    trunk_place, own_trunks = _distinct(trunks, [t.tobytes() for t in trunks])
-    moved = [
-      dataclasses.replace(b, trunk=trunk_place[b.trunk]) for b in branches
-    ]
-    branch_place, own_branches = _distinct(
-      moved, [(b.trunk, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
+    prefix_place, own_prefixes = _distinct(
+      prefixes, [t.tobytes() for t in prefixes]
     )
-    scored = self._run_all(params, own_trunks, own_branches, advance)
-    for name, logprobs in zip(("trunk", "trunk", "branch", "branch"), scored):
+    moved = [
+      dataclasses.replace(b, prefix=prefix_place[b.prefix])
+      for b in continuations
+    ]
+    continuation_place, own_continuations = _distinct(
+      moved, [(b.prefix, b.fork, b.tokens.tobytes(), b.skip) for b in moved]
+    )
+    scored = self._run_all(params, own_prefixes, own_continuations, advance)
+    for name, logprobs in zip(
+      ("prefix", "prefix", "continuation", "continuation"), scored
+    ):
       for index, score in enumerate(logprobs):
         if not np.isfinite(score).all():
           raise FloatingPointError(
@@ -267,14 +276,23 @@ class LogprobScorer:
             "parameters have diverged; lower the learning rate or resume "
             "from an earlier checkpoint."
           )
-    trunk_logprob, trunk_entropy, branch_logprob, branch_entropy = scored
+    (
+      prefix_logprob,
+      prefix_entropy,
+      continuation_logprob,
+      continuation_entropy,
+    ) = scored
     return structs.Logprobs(
-      trunk_logprob=[trunk_logprob[i] for i in trunk_place],
-      trunk_entropy=[trunk_entropy[i] for i in trunk_place],
-      branch_logprob=[branch_logprob[i] for i in branch_place],
-      branch_entropy=[branch_entropy[i] for i in branch_place],
-      trunk_tokens=sum(len(t) for t in own_trunks),
-      branch_tokens=sum(len(b.tokens) for b in own_branches),
+      prefix_logprob=[prefix_logprob[i] for i in prefix_place],
+      prefix_entropy=[prefix_entropy[i] for i in prefix_place],
+      continuation_logprob=[
+        continuation_logprob[i] for i in continuation_place
+      ],
+      continuation_entropy=[
+        continuation_entropy[i] for i in continuation_place
+      ],
+      prefix_tokens=sum(len(t) for t in own_prefixes),
+      continuation_tokens=sum(len(b.tokens) for b in own_continuations),
     )
 
   def score_completions(
@@ -282,26 +300,26 @@ class LogprobScorer:
     params: Any,
     prompts: Sequence[np.ndarray],
     completions: Sequence[np.ndarray],
-    trunks: Sequence[np.ndarray] = (),
+    prefixes: Sequence[np.ndarray] = (),
     *,
     advance: Callable[[int], None] | None = None,
   ) -> structs.Logprobs:
     """Log-probabilities completions from which nothing forks, and further
-    trunks.
+    prefixes.
 
-    Where the buckets hold them, the completions of a prompt are branches of
-    it, so that it is computed once; else each is a trunk of its own.
+    Where the buckets hold them, the completions of a prompt are continuations
+    of it, so that it is computed once; else each is a prefix of its own.
 
     Args:
       params: the policy's parameters.
       prompts: int32 tokens of each prompt.
       completions: int32 tokens, prompt-major, equally many a prompt.
-      trunks: further ones.
+      prefixes: further ones.
       advance: see `score`.
 
     Returns:
       What `score` gives of prompt + completion, one a completion, and of
-      `trunks` behind them.
+      `prefixes` behind them.
 
     Raises:
       ValueError: see `score`.
@@ -313,54 +331,58 @@ class LogprobScorer:
       or samples > self._pack["slot_buckets"][-1]
     ):
       rows = [np.concatenate([prompts[b], tokens]) for b, tokens in owned]
-      return self.score(params, [*rows, *trunks], advance=advance)
+      return self.score(params, [*rows, *prefixes], advance=advance)
     logprobs = self.score(
       params,
-      [*prompts, *trunks],
-      [structs.Branch(b, len(prompts[b]), tokens) for b, tokens in owned],
+      [*prompts, *prefixes],
+      [structs.Continuation(b, len(prompts[b]), tokens) for b, tokens in owned],
       advance=advance,
     )
 
-    def whole(of_trunks, of_branches):
+    def whole(of_prefixes, of_continuations):
       own = [
-        np.concatenate([of_trunks[b], branch])
-        for (b, _), branch in zip(owned, of_branches)
+        np.concatenate([of_prefixes[b], continuation])
+        for (b, _), continuation in zip(owned, of_continuations)
       ]
-      return own + of_trunks[len(prompts) :]
+      return own + of_prefixes[len(prompts) :]
 
     return dataclasses.replace(
       logprobs,
-      trunk_logprob=whole(logprobs.trunk_logprob, logprobs.branch_logprob),
-      trunk_entropy=whole(logprobs.trunk_entropy, logprobs.branch_entropy),
-      branch_logprob=[],
-      branch_entropy=[],
+      prefix_logprob=whole(
+        logprobs.prefix_logprob, logprobs.continuation_logprob
+      ),
+      prefix_entropy=whole(
+        logprobs.prefix_entropy, logprobs.continuation_entropy
+      ),
+      continuation_logprob=[],
+      continuation_entropy=[],
     )
 
-  def _run_all(self, params, trunks, branches, advance):
-    """Log-probabilities distinct trunks and branches, one microbatch in
+  def _run_all(self, params, prefixes, continuations, advance):
+    """Log-probabilities distinct prefixes and continuations, one microbatch in
     flight."""
-    trunk_logprob = [None] * len(trunks)
-    trunk_entropy = [None] * len(trunks)
-    branch_logprob = [None] * len(branches)
-    branch_entropy = [None] * len(branches)
+    prefix_logprob = [None] * len(prefixes)
+    prefix_entropy = [None] * len(prefixes)
+    continuation_logprob = [None] * len(continuations)
+    continuation_entropy = [None] * len(continuations)
     sharding = layout.rows(self._mesh)
 
     def finish(batch, results):
       logprob_BT, entropy_BT, logprob_BSG, entropy_BSG = layout.to_host(results)
-      for row, trunk in enumerate(batch.trunk_of):
-        size = len(trunks[trunk])
-        trunk_logprob[trunk] = logprob_BT[row, :size]
-        trunk_entropy[trunk] = entropy_BT[row, :size]
-      for row, slot, index in batch.branch_of:
-        own = slice(branches[index].skip, len(branches[index].tokens))
-        branch_logprob[index] = logprob_BSG[row, slot, own]
-        branch_entropy[index] = entropy_BSG[row, slot, own]
+      for row, prefix in enumerate(batch.prefix_of):
+        size = len(prefixes[prefix])
+        prefix_logprob[prefix] = logprob_BT[row, :size]
+        prefix_entropy[prefix] = entropy_BT[row, :size]
+      for row, slot, index in batch.continuation_of:
+        own = slice(continuations[index].skip, len(continuations[index].tokens))
+        continuation_logprob[index] = logprob_BSG[row, slot, own]
+        continuation_entropy[index] = entropy_BSG[row, slot, own]
       if advance is not None:
         advance(int(batch.length_B.sum()))
 
     waiting = None
     with jax.set_mesh(self._mesh):
-      for batch in trunks_lib.pack(trunks, branches, **self._pack):
+      for batch in packing_lib.pack(prefixes, continuations, **self._pack):
         arrays = layout.to_devices(
           (
             batch.token_BT,
@@ -377,7 +399,12 @@ class LogprobScorer:
         waiting = (batch, results)
     if waiting is not None:
       finish(*waiting)
-    return trunk_logprob, trunk_entropy, branch_logprob, branch_entropy
+    return (
+      prefix_logprob,
+      prefix_entropy,
+      continuation_logprob,
+      continuation_entropy,
+    )
 
 
 def _distinct(items: Sequence[Any], keys: Sequence[Any]):

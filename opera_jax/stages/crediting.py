@@ -17,7 +17,7 @@ from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
 from opera_jax.rewards import compose
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.scoring import trunks as trunks_lib
+from opera_jax.scoring import packing as packing_lib
 from opera_jax.stages import learner as learner_lib
 from opera_jax.stages import score as score_lib
 from opera_jax.stages import setup as setup_lib
@@ -93,11 +93,11 @@ class WeightedEstimators:
         got = self._logprob_scorer.score(
           models[request.model], rollouts.after(request.turns)
         )
-        tokens += got.trunk_tokens
+        tokens += got.prefix_tokens
         requests[key] = request
         logprobs[key] = [
           row[len(row) - len(s.tokens) :]
-          for row, s in zip(got.trunk_logprob, rollouts.completions)
+          for row, s in zip(got.prefix_logprob, rollouts.completions)
         ]
       inputs = inputs_lib.AdvantageInputs(
         rollouts=rollouts,
@@ -151,9 +151,9 @@ def assign(
   Returns:
     The host batch, and metrics.
   """
-  rollouts, trunks = scored.rollouts, scored.trunks
+  rollouts, prefixes = scored.rollouts, scored.prefixes
   sizes = [len(s.tokens) for s in rollouts.completions]
-  begins = [len(trunk) - size for trunk, size in zip(trunks, sizes)]
+  begins = [len(prefix) - size for prefix, size in zip(prefixes, sizes)]
   if completions_per_row > 1:
     longest = max(map(run.engine.bucket, rollouts.prompt_ids))
     place = rl_data.shared(sizes, completions_per_row, longest, buckets)
@@ -163,10 +163,10 @@ def assign(
   def own(rows):
     return [row[begin:] for row, begin in zip(rows, begins)]
 
-  old_logprob, ref_logprob = own(old.trunk_logprob), own(ref.trunk_logprob)
+  old_logprob, ref_logprob = own(old.prefix_logprob), own(ref.prefix_logprob)
   rows = rl_data.rows(
     place,
-    trunks,
+    prefixes,
     [np.zeros(size, np.float32) for size in sizes],
     old_logprob,
     ref_logprob,
@@ -224,22 +224,22 @@ def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
       "Add "
       '"0*sdpo" or "0*distillation" to config.rl.advantage.'
     )
-  trunks = rollouts.after(request.turns)
-  longest = max(map(len, trunks))
-  zeros = [np.zeros(len(trunk), np.float32) for trunk in trunks]
+  prefixes = rollouts.after(request.turns)
+  longest = max(map(len, prefixes))
+  zeros = [np.zeros(len(prefix), np.float32) for prefix in prefixes]
   place = rl_data.whole(
-    [0] * len(trunks),
-    list(map(len, trunks)),
-    (trunks_lib.bucket(longest, buckets),),
+    [0] * len(prefixes),
+    list(map(len, prefixes)),
+    (packing_lib.bucket(longest, buckets),),
   )
-  batch = rl_data.rows(place, trunks, zeros, zeros, zeros)
+  batch = rl_data.rows(place, prefixes, zeros, zeros, zeros)
   tops = learner_lib.by_parts(
     run, learn.top, models[request.model], batch, parts
   )
   return tuple(
     [
-      row[len(trunk) - len(s.tokens) : len(trunk)]
-      for row, trunk, s in zip(top, trunks, rollouts.completions)
+      row[len(prefix) - len(s.tokens) : len(prefix)]
+      for row, prefix, s in zip(top, prefixes, rollouts.completions)
     ]
     for top in tops
   )

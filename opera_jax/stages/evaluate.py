@@ -268,7 +268,7 @@ def thought_logprobs(
   """
   empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
   gap = run.tokenizer.encode("\n\n")
-  trunks, branches = [], []
+  prefixes, continuations = [], []
   for i, group, prompt in zip(ids, groups, prompts):
     reference = run.tokenizer.encode(prompt.reference)
     for context, tokens, skip in [
@@ -282,16 +282,18 @@ def thought_logprobs(
         for s in group
       ),
     ]:
-      branches.append(
-        structs.Branch(
-          trunk=len(trunks), fork=len(context), tokens=tokens, skip=skip
+      continuations.append(
+        structs.Continuation(
+          prefix=len(prefixes), fork=len(context), tokens=tokens, skip=skip
         )
       )
-      trunks.append(context)
-  logprobs = run.logprob_scorer.score(params, trunks, branches, advance=advance)
-  mean_BX = np.asarray([p.mean() for p in logprobs.branch_logprob]).reshape(
-    len(prompts), -1
+      prefixes.append(context)
+  logprobs = run.logprob_scorer.score(
+    params, prefixes, continuations, advance=advance
   )
+  mean_BX = np.asarray(
+    [p.mean() for p in logprobs.continuation_logprob]
+  ).reshape(len(prompts), -1)
   return {
     "logp_direct": mean_BX[:, 0],
     "logp_thought": mean_BX[:, 1:].mean(axis=1),

@@ -1,8 +1,8 @@
 """Completions to rewards: mark the steps, score one pass, weigh and add.
 
-All questions of all rewards go into one scoring pass. The trunk pass that
-scores a completion's branches also gives its own tokens' log-probabilities,
-which the update needs as those of the old policy.
+All questions of all rewards go into one scoring pass. The prefix pass that
+scores a completion's continuations also gives its own tokens'
+log-probabilities, which the update needs as those of the old policy.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
 """
@@ -29,8 +29,8 @@ class Scored:
 
   total_BN: np.ndarray
   terms: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
-  trunks: list[np.ndarray]  # prompt + completion tokens, prompt-major
-  logprobs: structs.Logprobs  # of the trunks, and of all branches
+  prefixes: list[np.ndarray]  # prompt + completion tokens, prompt-major
+  logprobs: structs.Logprobs  # of the prefixes, and of all continuations
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
   deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not scored
   opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
@@ -157,7 +157,7 @@ class Scorer:
     """Builds the rewards, and the automaton of the reflective states.
 
     Args:
-      scorer: scores trunks and branches at temperature 1.
+      scorer: scores prefixes and continuations at temperature 1.
       tokenizer: of the policy.
       terms: which rewards, with which weights; see `compose.weights`.
       options: settings of rewards by name, where their defaults do not do;
@@ -268,7 +268,7 @@ class Scorer:
         ranks, a reward that is not finite.
     """
     rollouts, total_R = self._rollouts(prompts, prompt_ids, groups)
-    trunks = [
+    prefixes = [
       np.concatenate([prompt_ids[rollouts.owner(r)], s.tokens])
       for r, s in enumerate(rollouts.completions)
     ]
@@ -276,14 +276,14 @@ class Scorer:
     if all_steps and "opera" in rewards:
       rewards["opera"] = dataclasses.replace(rewards["opera"], all_steps=True)
     asked = {n: reward.questions(rollouts) for n, reward in rewards.items()}
-    every, branches = _joined(trunks, asked)
-    if branches:
+    every, continuations = _joined(prefixes, asked)
+    if continuations:
       logprobs = self._logprob_scorer.score(
-        params, every, branches, advance=advance
+        params, every, continuations, advance=advance
       )
     else:
       logprobs = self._logprob_scorer.score_completions(
-        params, *rollouts.tokens(), every[len(trunks) :], advance=advance
+        params, *rollouts.tokens(), every[len(prefixes) :], advance=advance
       )
     answers = _answers(logprobs, rollouts, asked)
     total_BN, terms = compose.weighted_sum(
@@ -298,7 +298,9 @@ class Scorer:
     opened = np.flatnonzero(np.repeat(opened_B, rollouts.samples))
     if "opera" in rewards and opened.size:
       mine = answers["opera"]
-      deltas_RJ[opened] = opera.step_deltas(mine.branch_logprob, mine.memo)
+      deltas_RJ[opened] = opera.step_deltas(
+        mine.continuation_logprob, mine.memo
+      )
     shape = total_BN.shape
     terms |= {
       "reflections": thoughts.reflective.sum(1).reshape(shape),
@@ -312,16 +314,16 @@ class Scorer:
     return Scored(
       total_BN,
       terms,
-      trunks,
+      prefixes,
       dataclasses.replace(
         logprobs,
-        trunk_logprob=logprobs.trunk_logprob[: len(trunks)],
-        trunk_entropy=logprobs.trunk_entropy[: len(trunks)],
+        prefix_logprob=logprobs.prefix_logprob[: len(prefixes)],
+        prefix_entropy=logprobs.prefix_entropy[: len(prefixes)],
       ),
       thoughts,
       deltas_RJ,
       opened_B,
-      self._separate_tokens(rollouts, trunks, opened),
+      self._separate_tokens(rollouts, prefixes, opened),
       rollouts,
     )
 
@@ -341,14 +343,14 @@ class Scorer:
       chat_prompt=words.chat_prompt,
     ), total_R
 
-  def _separate_tokens(self, rollouts, trunks, rows) -> int:
+  def _separate_tokens(self, rollouts, prefixes, rows) -> int:
     """Tokens of the released code's way: a row for P_0, every P_j, and L."""
     total, thoughts = 0, rollouts.thoughts
     for r in rows:
       owner = rollouts.owner(r)
       reference = len(rollouts.encode(rollouts.prompts[owner].reference))
       count = int(thoughts.count[r])
-      ends = [len(trunks[r])]
+      ends = [len(prefixes[r])]
       if count:
         prompt = len(rollouts.prompt_ids[owner])
         ends += [prompt + int(thoughts.start[r])]
@@ -357,19 +359,19 @@ class Scorer:
     return total
 
 
-def _joined(trunks, asked: Mapping[str, structs.Questions]):
-  """All rewards' trunks behind the rows, and all their branches."""
-  every, branches = list(trunks), []
+def _joined(prefixes, asked: Mapping[str, structs.Questions]):
+  """All rewards' prefixes behind the rows, and all their continuations."""
+  every, continuations = list(prefixes), []
   for questions in asked.values():
-    shift = len(every) - len(trunks)
-    branches += [
+    shift = len(every) - len(prefixes)
+    continuations += [
       b
-      if b.trunk < len(trunks)
-      else dataclasses.replace(b, trunk=b.trunk + shift)
-      for b in questions.branches
+      if b.prefix < len(prefixes)
+      else dataclasses.replace(b, prefix=b.prefix + shift)
+      for b in questions.continuations
     ]
-    every += questions.trunks
-  return every, branches
+    every += questions.prefixes
+  return every, continuations
 
 
 def _answers(
@@ -380,20 +382,22 @@ def _answers(
   """Each reward's indices of the log-probabilities, in the order it asked."""
   rows = len(rollouts.completions)
   begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
-  row_logprob = [logprobs.trunk_logprob[r][b:] for r, b in enumerate(begins)]
-  row_entropy = [logprobs.trunk_entropy[r][b:] for r, b in enumerate(begins)]
-  trunk, branch, out = rows, 0, {}
+  row_logprob = [logprobs.prefix_logprob[r][b:] for r, b in enumerate(begins)]
+  row_entropy = [logprobs.prefix_entropy[r][b:] for r, b in enumerate(begins)]
+  prefix, continuation, out = rows, 0, {}
   for name, questions in asked.items():
-    trunk_end = trunk + len(questions.trunks)
-    branch_end = branch + len(questions.branches)
+    prefix_end = prefix + len(questions.prefixes)
+    continuation_end = continuation + len(questions.continuations)
     out[name] = structs.Answers(
       row_logprob=row_logprob,
       row_entropy=row_entropy,
-      trunk_logprob=logprobs.trunk_logprob[trunk:trunk_end],
-      branch_logprob=logprobs.branch_logprob[branch:branch_end],
+      prefix_logprob=logprobs.prefix_logprob[prefix:prefix_end],
+      continuation_logprob=logprobs.continuation_logprob[
+        continuation:continuation_end
+      ],
       memo=questions.memo,
     )
-    trunk, branch = trunk_end, branch_end
+    prefix, continuation = prefix_end, continuation_end
   return out
 
 
@@ -409,7 +413,7 @@ def _given(
   that scored nothing may ask a judge, a user's function or a clock instead:
   each process asks for its own prompts, and all take its word.
   """
-  if asked.trunks or asked.branches:
+  if asked.prefixes or asked.continuations:
     return reward.rewards(rollouts, answers)
 
   def terms(indices: Sequence[int]) -> list[dict[str, list[float]]]:
@@ -439,8 +443,8 @@ def _given(
 def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
   """Some groups of several scorings, as one.
 
-  Log-probabilities of branches are left out; the counts of tokens are those of
-  all that was scored.
+  Log-probabilities of continuations are left out; the counts of tokens are
+  those of all that was scored.
 
   Args:
     chosen: scorings with the places of their prompts to be kept; a scoring
@@ -484,14 +488,14 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
       name: prompts(lambda s, name=name: s.terms[name])
       for name in distinct[0].terms
     },
-    trunks=flat(lambda s: s.trunks),
+    prefixes=flat(lambda s: s.prefixes),
     logprobs=structs.Logprobs(
-      trunk_logprob=flat(lambda s: s.logprobs.trunk_logprob),
-      trunk_entropy=flat(lambda s: s.logprobs.trunk_entropy),
-      branch_logprob=[],
-      branch_entropy=[],
-      trunk_tokens=sum(s.logprobs.trunk_tokens for s in distinct),
-      branch_tokens=sum(s.logprobs.branch_tokens for s in distinct),
+      prefix_logprob=flat(lambda s: s.logprobs.prefix_logprob),
+      prefix_entropy=flat(lambda s: s.logprobs.prefix_entropy),
+      continuation_logprob=[],
+      continuation_entropy=[],
+      prefix_tokens=sum(s.logprobs.prefix_tokens for s in distinct),
+      continuation_tokens=sum(s.logprobs.continuation_tokens for s in distinct),
     ),
     thoughts=thoughts,
     deltas_RJ=np.concatenate(

@@ -50,7 +50,7 @@ def rl_step(
   gap = np.concatenate(
     [
       np.abs(s.logprob - logprob[len(logprob) - len(s.tokens) :])
-      for s, logprob in zip(flat, old.trunk_logprob)
+      for s, logprob in zip(flat, old.prefix_logprob)
     ]
   )
   total_BN = scored.total_BN
@@ -65,8 +65,8 @@ def rl_step(
     "rollout/truncation_gap": np.concatenate(
       [s.behavior_logprob() - s.logprob for s in flat]
     ).mean(),
-    "scoring/trunk_tokens": scored.logprobs.trunk_tokens,
-    "scoring/branch_tokens": scored.logprobs.branch_tokens,
+    "scoring/prefix_tokens": scored.logprobs.prefix_tokens,
+    "scoring/continuation_tokens": scored.logprobs.continuation_tokens,
     "scoring/separate_tokens": scored.separate_tokens,
   }
   opened_B = scored.opened_B

@@ -17,7 +17,7 @@ from opera_jax.text import tokenizer as tokenizer_lib
 WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
 # What a prompt is at: the thought up to its first brake, the candidates of a
 # round, the thought after the last round, the answer.
-PHASES = ("brake", "branch", "rest", "answer")
+PHASES = ("brake", "candidate", "rest", "answer")
 TOO_LONG = "thought too long"
 TURN_ENDED = "turn ended inside the thought"
 
@@ -58,7 +58,7 @@ class Brakes:
       heads = tuple(
         lead + word for word in self._brakes for lead in ("\n", ". ")
       )
-    self._stops = {"brake": self._brakes, "branch": heads}
+    self._stops = {"brake": self._brakes, "candidate": heads}
     tables = {
       phase: automaton.compile_stops(
         strings, tokenizer.vocab_bytes, right_boundary=self._words
@@ -88,7 +88,7 @@ class Brakes:
 
     Returns:
       The tokens that stay, those of the trigger after them, and what comes
-      next: "branch", "answer", or how the thought broke off.
+      next: "candidate", "answer", or how the thought broke off.
     """
     tokens = sample.tokens
     none = tokens[:0]
@@ -104,10 +104,10 @@ class Brakes:
     if not found:
       return tokens, none, TURN_ENDED
     if not self._words:
-      return tokens[: found.token_after], none, "branch"
+      return tokens[: found.token_after], none, "candidate"
     # The stop string may open with "\n" or ". "; those stay behind.
     string = stops[found.string]
     word = next(w for w in self._brakes if string.endswith(w))
     _, ends = automaton.spell(tokens, vocab)
     first = int(np.searchsorted(ends, found.stop - len(word.encode()), "right"))
-    return tokens[:first], tokens[first : found.token_after], "branch"
+    return tokens[:first], tokens[first : found.token_after], "candidate"

@@ -278,20 +278,22 @@ class Rewriter:
     thoughts: Sequence[Sequence[np.ndarray]],
   ) -> list[float]:
     """Mean log p of each one's reference after the thought, nats a token."""
-    trunks = [
+    prefixes = [
       np.concatenate([one.head, *steps, self._close])
       for one, steps in zip(group, thoughts)
     ]
-    branches = [
-      structs.Branch(
-        trunk=place,
-        fork=len(trunk),
+    continuations = [
+      structs.Continuation(
+        prefix=place,
+        fork=len(prefix),
         tokens=np.concatenate([self._gap, one.reference]),
         skip=len(self._gap),
       )
-      for place, (one, trunk) in enumerate(zip(group, trunks))
+      for place, (one, prefix) in enumerate(zip(group, prefixes))
     ]
-    scored = self._logprob_scorer.score(params, trunks, branches).branch_logprob
+    scored = self._logprob_scorer.score(
+      params, prefixes, continuations
+    ).continuation_logprob
     return [float(logprob.mean(dtype=np.float64)) for logprob in scored]
 
   def _keep_best(self, params, group, place, drawn) -> None:

@@ -4,14 +4,14 @@ Every prompt has a row of the sampler, which computes it once; then, by itself:
 
 1. brake: sample the thought until a reflection word appears; what follows the
    word is dropped, the word becomes the trigger;
-2. fork: from the trunk's end sample k candidates that open with the trigger and
-   run to the next reflection word that opens a sentence, or to </think>;
+2. fork: from the prefix's end sample k candidates that open with the trigger
+   and run to the next reflection word that opens a sentence, or to </think>;
 3. score: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
    temperature 1 and untruncated, from what sampling computed anyway;
-4. keep the candidate of lowest perplexity: its keys and values become trunk;
+4. keep the candidate of lowest perplexity: its keys and values become prefix;
 5. past the budget of reflections the thought runs on to </think>;
 6. sample the answer from the ORIGINAL prompt and the thought: from the same
-   trunk, or, where a template stood around the prompt, after one more pass.
+   prefix, or, where a template stood around the prompt, after one more pass.
 
 A row that is through takes the next prompt. The trigger opens the candidate,
 and the log-probability covers exactly what is kept. What a prompt draws is
@@ -279,18 +279,18 @@ class Searcher:
       logprobs = self._logprob_scorer.score(
         params, [search.head for search in group]
       )
-      for search, logprob_T in zip(group, logprobs.trunk_logprob):
+      for search, logprob_T in zip(group, logprobs.prefix_logprob):
         # The first token of the prompt has no context and no log-probability.
         search.logprob = float(logprob_T[1:].sum(dtype=np.float64))
 
   def _width(self, search: _Search) -> int:
-    return self._candidates if search.status == "branch" else 1
+    return self._candidates if search.status == "candidate" else 1
 
   def _forks(self, row: int, search: _Search, keys) -> list[rows_lib.Fork]:
     phase = search.status
     number = {
       "brake": 0,
-      "branch": len(search.rounds) + 1,
+      "candidate": len(search.rounds) + 1,
       "rest": self._budget + 1,
       "answer": self._budget + 2,
     }[phase]
@@ -316,7 +316,7 @@ class Searcher:
       return 0, sample.tokens
     stretches = [self._stretch(search.status, pieces) for pieces in drawn]
     best = 0
-    if search.status == "branch":
+    if search.status == "candidate":
       best = self._keep_best(search, stretches)
     one = stretches[best]
     search.thought = np.concatenate([search.thought, search.trigger, one.kept])
@@ -325,7 +325,7 @@ class Searcher:
     search.status = one.status
     if len(search.thought) > self._max_thought_tokens:
       search.status = brake.TOO_LONG
-    elif one.status == "branch" and len(search.rounds) >= self._budget:
+    elif one.status == "candidate" and len(search.rounds) >= self._budget:
       search.status = "rest"
     return best, np.concatenate([one.kept, one.trigger])
 

@@ -154,8 +154,8 @@ def test_what_the_oracle_is_asked(make):
   )
   assert requests["plain"].turns[0] == "q0"
   assert {request.model for request in requests.values()} == {"teacher"}
-  trunk = inputs.rollouts.after(requests["plain"].turns)[0]
-  np.testing.assert_array_equal(trunk[:4], np.frombuffer(b"<q0>", np.uint8))
+  prefix = inputs.rollouts.after(requests["plain"].turns)[0]
+  np.testing.assert_array_equal(prefix[:4], np.frombuffer(b"<q0>", np.uint8))
 
 
 @pytest.mark.parametrize(

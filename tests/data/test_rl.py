@@ -8,13 +8,13 @@ from opera_jax.data import rl
 
 def _rows(advantages, begins=(2, 3, 2, 1)):
   sizes = [len(a) for a in advantages]
-  trunks = [
+  prefixes = [
     np.arange(b + s, dtype=np.int32) + 10 * r
     for r, (b, s) in enumerate(zip(begins, sizes))
   ]
   half = [np.full(size, -0.5, np.float32) for size in sizes]
   place = rl.whole(begins, sizes, (8,))
-  return rl.rows(place, trunks, advantages, half, half)
+  return rl.rows(place, prefixes, advantages, half, half)
 
 
 def _advantages(*values):
@@ -40,15 +40,15 @@ def test_spread_takes_further_axes():
 
 def test_samples_share_a_prompt():
   """Two prompts of 2 and 3 tokens, two samples each, in rows of two."""
-  trunks = [
+  prefixes = [
     np.asarray(row, np.int32)
     for row in ([1, 2, 3], [1, 2, 4, 5], [6, 7, 8, 9], [6, 7, 8, 10, 11, 12])
   ]
   sizes = [1, 2, 1, 3]
   place = rl.shared(sizes, 2, 4, (3, 8))
   advantages = [np.full(n, n, np.float32) for n in sizes]
-  batch = rl.rows(place, trunks, advantages, advantages, advantages)
-  assert (batch.trunk, batch.branches) == (4, 2)
+  batch = rl.rows(place, prefixes, advantages, advantages, advantages)
+  assert (batch.prefix, batch.continuations) == (4, 2)
   np.testing.assert_array_equal(
     batch.tokens,
     [[1, 2, 0, 0, 3, 0, 0, 4, 5, 0], [6, 7, 8, 0, 9, 0, 0, 10, 11, 12]],

@@ -65,23 +65,23 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
       jax.random.fold_in(state.key, number),
       samples=SAMPLES,
     )
-    trunks = [
+    prefixes = [
       np.concatenate([p, s.tokens]) for p, g in zip(prompts, groups) for s in g
     ]
-    branches = [
-      structs.Branch(
-        trunk=i, fork=1, tokens=tokens(draw.integers(1, 9)), skip=0
+    continuations = [
+      structs.Continuation(
+        prefix=i, fork=1, tokens=tokens(draw.integers(1, 9)), skip=0
       )
-      for i in range(len(trunks))
+      for i in range(len(prefixes))
       for _ in range(draw.integers(0, 5))
     ]
-    logprobs = logprob_scorer.score(state.params, trunks, branches)
+    logprobs = logprob_scorer.score(state.params, prefixes, continuations)
     begins = [len(p) for p in prompts for _ in range(SAMPLES)]
     sizes = [len(s.tokens) for group in groups for s in group]
-    own = [row[b:] for row, b in zip(logprobs.trunk_logprob, begins)]
+    own = [row[b:] for row, b in zip(logprobs.prefix_logprob, begins)]
     batch = rl_data.rows(
       rl_data.whole(begins, sizes, ROWS),
-      trunks,
+      prefixes,
       [np.full(size, draw.normal(), np.float32) for size in sizes],
       own,
       own,
@@ -93,7 +93,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
   runtime.count_compiled()
   lengths = set()
   with jax.set_mesh(one_device):
-    # Every shape there is: prompts of 8 and 16, with and without branches.
+    # Every shape there is: prompts of 8 and 16, with and without continuations.
     for longest in (1, 8, 16):
       for number in range(3):
         state, _ = one_step(state, number, longest)
@@ -102,7 +102,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
         logprob_scorer.score(
           state.params,
           [tokens(size)],
-          [structs.Branch(0, 1, tokens(3), 0)] * count,
+          [structs.Continuation(0, 1, tokens(3), 0)] * count,
         )
     before = runtime.compiled()
     assert before >= logprob_scorer.programs() + sampler.programs() + len(ROWS)

@@ -20,19 +20,19 @@ IMPLEMENTATIONS = ["reference", "xla"]
 def _inputs(R=5, M=37, S=7):
   rng = np.random.default_rng(0)
   logprob_RM = -rng.exponential(size=(R, M)).astype(np.float32)
-  branch_RM = rng.integers(-1, S - 1, size=(R, M)).astype(np.int32)
-  branch_RM[0] = -1
+  continuation_RM = rng.integers(-1, S - 1, size=(R, M)).astype(np.int32)
+  continuation_RM[0] = -1
   previous_RS = rng.integers(-1, S + 1, size=(R, S)).astype(np.int32)
-  return logprob_RM, branch_RM, previous_RS
+  return logprob_RM, continuation_RM, previous_RS
 
 
-def _by_hand(logprob_RM, branch_RM, previous_RS, tau):
+def _by_hand(logprob_RM, continuation_RM, previous_RS, tau):
   """The definition in Python floats, one token at a time."""
   R, S = previous_RS.shape
   mean_RS, gain_RS, count_R = np.zeros((R, S)), np.zeros((R, S)), np.zeros(R)
   for r in range(R):
     slots = [
-      [float(x) for x, b in zip(logprob_RM[r], branch_RM[r]) if b == s]
+      [float(x) for x, b in zip(logprob_RM[r], continuation_RM[r]) if b == s]
       for s in range(S)
     ]
     mean_RS[r] = [math.fsum(x) / len(x) if x else 0.0 for x in slots]
@@ -58,21 +58,21 @@ def test_reward_is_the_definition_token_by_token(implementation):
 
 
 def test_both_ways_to_add_up_agree():
-  logprob_RM, branch_RM, _ = map(jnp.asarray, _inputs(M=301))
+  logprob_RM, continuation_RM, _ = map(jnp.asarray, _inputs(M=301))
   np.testing.assert_allclose(
-    xla._scatter(logprob_RM, branch_RM, 5),
-    xla._reduce(logprob_RM, branch_RM, 5),
+    xla._scatter(logprob_RM, continuation_RM, 5),
+    xla._reduce(logprob_RM, continuation_RM, 5),
     rtol=1e-6,
   )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_equal_or_empty_predecessor_is_no_gain(implementation):
-  branch_RM = jnp.asarray([[0, 0, 1, 1, 2, 3, -1, -1]])
+  continuation_RM = jnp.asarray([[0, 0, 1, 1, 2, 3, -1, -1]])
   logprob_RM = jnp.asarray([[-1, -3, -2, -2, -1, -1.5, 9.0, 9.0]])
   previous_RS = jnp.asarray([[-1, 0, 1, 4, 2]])
   got = api.perplexity_reward(
-    logprob_RM, branch_RM, previous_RS, implementation=implementation
+    logprob_RM, continuation_RM, previous_RS, implementation=implementation
   )
   np.testing.assert_allclose(got.mean_RS, [[-2, -2, -1, -1.5, 0]])
   np.testing.assert_allclose(got.gain_RS, [[0, 0, 1, 0, 0]])
@@ -118,10 +118,10 @@ def test_tpu_kernels_equal_the_definition(interpreted, monkeypatch):
 
 
 def test_no_gradient_passes():
-  logprob_RM, branch_RM, previous_RS = _inputs()
+  logprob_RM, continuation_RM, previous_RS = _inputs()
 
   def total(logprob_RM):
-    reward = api.perplexity_reward(logprob_RM, branch_RM, previous_RS)
+    reward = api.perplexity_reward(logprob_RM, continuation_RM, previous_RS)
     ranks = api.group_rank(reward.mean_RS)
     return jnp.sum(reward.mean_RS) + jnp.sum(reward.r_self_R) + jnp.sum(ranks)
 
@@ -132,14 +132,14 @@ def test_no_gradient_passes():
   "change,message",
   [
     ({"tau": 0.0}, "above 0, got 0.0"),
-    ({"branch_RM": jnp.zeros((5, 37))}, "branch of float32"),
-    ({"branch_RM": jnp.zeros((5, 36), jnp.int32)}, r"\(5, 36\)"),
+    ({"continuation_RM": jnp.zeros((5, 37))}, "continuation of float32"),
+    ({"continuation_RM": jnp.zeros((5, 36), jnp.int32)}, r"\(5, 36\)"),
     ({"previous_RS": jnp.zeros((4, 7), jnp.int32)}, r"5 rows, got \(4, 7\)"),
     ({"implementation": "numpy"}, "got 'numpy'"),
   ],
 )
 def test_bad_input_names_the_value(change, message):
-  names = ("logprob_RM", "branch_RM", "previous_RS")
+  names = ("logprob_RM", "continuation_RM", "previous_RS")
   given = dict(zip(names, map(jnp.asarray, _inputs())))
   with pytest.raises(ValueError, match=message):
     api.perplexity_reward(**(given | change))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels.branch_attention import api as branch_attention
 from kernels.perplexity_reward import api as perplexity_reward
+from kernels.shared_prefix_attention import api as shared_prefix_attention
 from kernels.token_logprob import api as token_logprob
 
 
@@ -104,14 +104,14 @@ def test_rows_and_heads_of_branches_over_the_mesh(mesh):
   shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, G, K, H)] * 2]
   arrays = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in shapes]
   limit_BS = jnp.asarray(rng.integers(T + 1, size=(B, S)), jnp.int32)
-  branch_spec = P("data", None, None, "tensor")
-  trunk_spec = P("data", None, "tensor")
-  specs = [branch_spec, *[trunk_spec] * 2, *[branch_spec] * 2]
+  continuation_spec = P("data", None, None, "tensor")
+  prefix_spec = P("data", None, "tensor")
+  specs = [continuation_spec, *[prefix_spec] * 2, *[continuation_spec] * 2]
   attend = functools.partial(
-    branch_attention.branch_attention, scale=0.3, block_keys=4
+    shared_prefix_attention.shared_prefix_attention, scale=0.3, block_keys=4
   )
   mapped = jax.shard_map(
-    attend, mesh=mesh, in_specs=(*specs, P("data")), out_specs=branch_spec
+    attend, mesh=mesh, in_specs=(*specs, P("data")), out_specs=continuation_spec
   )
 
   def run(attend, arrays, limit_BS):
@@ -130,7 +130,7 @@ def test_rows_and_heads_of_branches_over_the_mesh(mesh):
 def test_rows_of_rewards_over_the_mesh(mesh):
   rng = np.random.default_rng(0)
   logprob_RM = -rng.exponential(size=(8, 21)).astype(np.float32)
-  branch_RM = rng.integers(-1, 4, size=(8, 21)).astype(np.int32)
+  continuation_RM = rng.integers(-1, 4, size=(8, 21)).astype(np.int32)
   previous_RS = rng.integers(-1, 4, size=(8, 4)).astype(np.int32)
 
   @jax.jit
@@ -139,7 +139,7 @@ def test_rows_of_rewards_over_the_mesh(mesh):
     return result, perplexity_reward.group_rank(result.mean_RS)
 
   sharding = jax.NamedSharding(mesh, P(("data", "tensor")))
-  placed = jax.device_put((logprob_RM, branch_RM, previous_RS), sharding)
-  got, want = reward(*placed), reward(logprob_RM, branch_RM, previous_RS)
+  placed = jax.device_put((logprob_RM, continuation_RM, previous_RS), sharding)
+  got, want = reward(*placed), reward(logprob_RM, continuation_RM, previous_RS)
   assert got[0].mean_RS.sharding.is_equivalent_to(sharding, 2)
   _assert_close(got, want)

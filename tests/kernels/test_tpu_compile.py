@@ -14,8 +14,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from kernels.branch_attention import api as branch_attention
 from kernels.perplexity_reward import api as perplexity_reward
+from kernels.shared_prefix_attention import api as shared_prefix_attention
 from kernels.token_logprob import api as token_logprob
 
 # Compiling needs no chip, so two processes may load libtpu at once.
@@ -90,7 +90,9 @@ def test_token_logprob_compiles_and_holds_no_logits(topology):
   ],
   ids=["scoring", "ragged", "one-query"],
 )
-def test_branch_attention_compiles(topology, B, S, G, N, K, H, T, C, dtype):
+def test_shared_prefix_attention_compiles(
+  topology, B, S, G, N, K, H, T, C, dtype
+):
   shapes = [
     (B, S, G, N, H),
     *[(B, T, K, H)] * 2,
@@ -99,7 +101,9 @@ def test_branch_attention_compiles(topology, B, S, G, N, K, H, T, C, dtype):
   arrays = [jax.ShapeDtypeStruct(x, dtype) for x in shapes]
   bounds = [jax.ShapeDtypeStruct((B, S), jnp.int32)] * 2
   attend = functools.partial(
-    branch_attention.branch_attention, scale=0.1, implementation="pallas_tpu"
+    shared_prefix_attention.shared_prefix_attention,
+    scale=0.1,
+    implementation="pallas_tpu",
   )
   kernels, _ = _compile(
     topology, _gradients(attend, range(5)), *arrays, *bounds
@@ -109,10 +113,10 @@ def test_branch_attention_compiles(topology, B, S, G, N, K, H, T, C, dtype):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_decoding_copies_no_cache(topology):
-  """Neither the trunk nor a layer of it, nor the samples' own tokens."""
+  """Neither the prefix nor a layer of it, nor the samples' own tokens."""
   L, B, S, N, K, H, T, C = 3, 4, 16, 32, 8, 128, 4096, 4096
 
-  def decode(q_BSNH, trunk_k, trunk_v, steps):
+  def decode(q_BSNH, prefix_k, prefix_v, steps):
     cache = jnp.zeros((L, B, S, K, C, H), jnp.bfloat16)
     limit_BS = jnp.full((B, S), T)
 
@@ -125,10 +129,10 @@ def test_decoding_copies_no_cache(topology):
           )
           for x in caches
         ]
-        out_BSNH = branch_attention.decode_attention(
+        out_BSNH = shared_prefix_attention.decode_attention(
           q_BSNH,
-          trunk_k,
-          trunk_v,
+          prefix_k,
+          prefix_v,
           *caches,
           limit_BS,
           jnp.full_like(limit_BS, i),
@@ -157,9 +161,9 @@ def test_decoding_copies_no_cache(topology):
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_perplexity_reward_compiles(topology):
-  def reward(logprob_RM, branch_RM, previous_RS):
+  def reward(logprob_RM, continuation_RM, previous_RS):
     result = perplexity_reward.perplexity_reward(
-      logprob_RM, branch_RM, previous_RS, implementation="pallas_tpu"
+      logprob_RM, continuation_RM, previous_RS, implementation="pallas_tpu"
     )
     return result, perplexity_reward.group_rank(
       result.mean_RS, implementation="pallas_tpu"
@@ -195,13 +199,15 @@ def test_kernels_compile_for_four_chips(topology):
     in_specs=(rows, P(None, "tensor"), rows),
     out_specs=rows,
   )
-  trunk = P("data", None, "tensor")
+  prefix = P("data", None, "tensor")
   attend = jax.shard_map(
     functools.partial(
-      branch_attention.branch_attention, scale=0.1, implementation="pallas_tpu"
+      shared_prefix_attention.shared_prefix_attention,
+      scale=0.1,
+      implementation="pallas_tpu",
     ),
     mesh=mesh,
-    in_specs=(heads, trunk, trunk, heads, heads, rows),
+    in_specs=(heads, prefix, prefix, heads, heads, rows),
     out_specs=heads,
   )
 
@@ -215,15 +221,15 @@ def test_kernels_compile_for_four_chips(topology):
     place((256, 2000), half, P(None, "tensor")),
     place((1024,), jnp.int32, rows),
   )
-  branches = (
+  continuations = (
     place((4, 4, 32, 8, 128), half, heads),
-    *[place((4, 96, 4, 128), half, trunk)] * 2,
+    *[place((4, 96, 4, 128), half, prefix)] * 2,
     *[place((4, 4, 32, 4, 128), half, heads)] * 2,
     place((4, 4), jnp.int32, rows),
   )
   with jax.default_matmul_precision("default"):
     for function, count, arrays in (
       (logprob, 2, logprobs),
-      (attend, 5, branches),
+      (attend, 5, continuations),
     ):
       jax.jit(_gradients(function, range(count))).lower(*arrays).compile()

@@ -43,13 +43,13 @@ def _compile(mesh, function, *shapes):
     jax.config.update(name, before)
 
 
-def test_branch_attention_splits_rows_and_heads(tpu_mesh):
+def test_shared_prefix_attention_splits_rows_and_heads(tpu_mesh):
   bf16 = jnp.bfloat16
   text, compiled = _compile(
     tpu_mesh,
     jax.grad(
       lambda *arrays: jnp.sum(
-        on_mesh.branch_attention(*arrays, scale=1.0).astype(jnp.float32)
+        on_mesh.shared_prefix_attention(*arrays, scale=1.0).astype(jnp.float32)
       ),
       argnums=(0, 1, 3),
     ),
@@ -98,7 +98,9 @@ def test_a_mesh_changes_no_value_and_no_gradient(one_device, shape):
   target = rng.integers(0, 40, (8, S * 3)).astype(np.int32)
 
   def loss(q, k, v, own_k, own_v, head):
-    out = on_mesh.branch_attention(q, k, v, own_k, own_v, limit, scale=0.5)
+    out = on_mesh.shared_prefix_attention(
+      q, k, v, own_k, own_v, limit, scale=0.5
+    )
     logprob, entropy = on_mesh.token_logprob(
       out.mean(3).reshape(8, S * 3, 4),
       head,

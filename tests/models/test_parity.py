@@ -242,18 +242,18 @@ def test_keys_and_values_of_every_layer(pair):
       jnp.asarray(tokens),
       jnp.arange(P)[None],
       attention.prefill(jnp.asarray(segments)),
-      kv_cache.empty_trunk(
+      kv_cache.empty_prefix(
         config.layers, 1, P, config.kv_heads, config.head_dim, "float32"
       ),
     )[1]
 
-  trunk = fill(pair.params)
+  prefix = fill(pair.params)
   with torch.no_grad():
     cache = pair.torch(
       torch.from_numpy(sequence).long()[None], use_cache=True
     ).past_key_values
   for layer, theirs in enumerate(cache.layers):
-    for ours, value in ((trunk.k, theirs.keys), (trunk.v, theirs.values)):
+    for ours, value in ((prefix.k, theirs.keys), (prefix.v, theirs.values)):
       np.testing.assert_allclose(
         ours[layer, 0, :, :size],
         value[0].numpy(),

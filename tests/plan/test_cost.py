@@ -43,7 +43,7 @@ def test_attention_counts_the_pairs_that_the_mask_shows():
 
 
 def test_decoding_costs_what_one_pass_over_its_tokens_costs():
-  """Trunk and samples once each, whatever the number of passes."""
+  """Prefix and samples once each, whatever the number of passes."""
   prefill = cost.prefill(CONFIG, 2, 9).total
   decode = cost.decode(CONFIG, 2 * 4, 9, 6).total
   together = cost.score(CONFIG, 2, 9, 4, 6).total

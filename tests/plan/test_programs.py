@@ -110,8 +110,8 @@ def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   config = _config()
   mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
   sections = {n: config[n] for n in ("model", "engine", "scoring", "rl")}
-  # One prompt length and one cache length, to empty and to assign; one trunk
-  # length, two numbers and two lengths of branches.
+  # One prompt length and one cache length, to empty and to assign; one prefix
+  # length, two numbers and two lengths of continuations.
   assert programs.most(mesh, **sections) == {
     "sample": 4,
     "score": 4,

@@ -39,7 +39,7 @@ def rollouts():
 @pytest.fixture
 def answers():
   """`answers(rollouts, seed)`: random log-probabilities of rows and null
-  trunks."""
+  prefixes."""
 
   def build(rollouts, questions=None, seed=0):
     rng = np.random.default_rng(seed)
@@ -48,11 +48,11 @@ def answers():
       return -rng.uniform(0.05, 2, size).astype(np.float32)
 
     row = [logprob(len(s.tokens)) for s in rollouts.completions]
-    trunks = questions.trunks if questions else ()
+    prefixes = questions.prefixes if questions else ()
     return structs.Answers(
       row_logprob=row,
       row_entropy=row,
-      trunk_logprob=[logprob(len(t)) for t in trunks],
+      prefix_logprob=[logprob(len(t)) for t in prefixes],
     )
 
   return build

@@ -11,14 +11,14 @@ THINK = "<think>\nWait.\n</think>\n\n"
 def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
   case = rollouts([["abc", "defgh"], ["i", "jk"]])
   questions = sar.Reward().questions(case)
-  assert len(questions.trunks) == 4
-  assert bytes(questions.trunks[0].astype(np.uint8)) == b"<>abc"
+  assert len(questions.prefixes) == 4
+  assert bytes(questions.prefixes[0].astype(np.uint8)) == b"<>abc"
   logprobs = answers(case, questions)
   for form in sar.FORMS:
     got = sar.Reward(form).rewards(case, logprobs)
     for r in range(4):
       given = logprobs.row_logprob[r]
-      bare = logprobs.trunk_logprob[r][2:]
+      bare = logprobs.prefix_logprob[r][2:]
       ppl_given, ppl = np.exp(-given.mean()), np.exp(-bare.mean())
       want = {
         "ratio": np.clip((ppl - ppl_given) / ppl, -1, 1),
@@ -26,7 +26,7 @@ def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
         "log": np.clip(np.mean(given - bare), -1, 1),
       }[form]
       np.testing.assert_allclose(got["total"].flat[r], want, rtol=1e-4)
-    v = logprobs.row_logprob[1] - logprobs.trunk_logprob[1][2:]
+    v = logprobs.row_logprob[1] - logprobs.prefix_logprob[1][2:]
     np.testing.assert_allclose(got["gain"][0, 1], v.mean(), rtol=1e-4)
   ratio = sar.Reward().rewards(case, logprobs)
   np.testing.assert_allclose(

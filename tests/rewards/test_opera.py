@@ -39,14 +39,14 @@ def _case(seed, rows=8, steps=6):
 
 def _scored(thoughts, table, **settings):
   rows = len(table)
-  branches, layout = opera.queries(
+  continuations, layout = opera.queries(
     thoughts,
     np.full(rows, 5),
     np.full(rows, LENGTH),
     [np.arange(TOKENS)] * rows,
     **settings,
   )
-  return [table[b.trunk, b.fork - 5] for b in branches], layout
+  return [table[b.prefix, b.fork - 5] for b in continuations], layout
 
 
 def _slow(thoughts, table, samples, alpha=0.3, tau=2.0):
@@ -195,8 +195,8 @@ def test_bad_input_is_refused():
     opera.rewards(logprobs, layout, samples=4, mode="best")
   with pytest.raises(ValueError, match="0 <= alpha <= 1"):
     opera.rewards(logprobs, layout, samples=4, alpha=1.5)
-  with pytest.raises(ValueError, match="scores of 1 branches"):
+  with pytest.raises(ValueError, match="scores of 1 continuations"):
     opera.rewards(logprobs[:1], layout, samples=4)
   logprobs[2] = np.asarray([-1.0, np.nan])
-  with pytest.raises(ValueError, match=r"branch 2 \(row .*\) holds nan"):
+  with pytest.raises(ValueError, match=r"continuation 2 \(row .*\) holds nan"):
     opera.rewards(logprobs, layout, samples=4)

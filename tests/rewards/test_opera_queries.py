@@ -44,11 +44,17 @@ def _queries(rows, **settings):
   )
 
 
-def _forks(branches):
-  """Completion positions scored, by trunk, in order."""
+def _forks(continuations):
+  """Completion positions scored, by prefix, in order."""
   return [
-    [branch.fork - 10 for branch in branches if branch.trunk == trunk]
-    for trunk in sorted({branch.trunk for branch in branches})
+    [
+      continuation.fork - 10
+      for continuation in continuations
+      if continuation.prefix == prefix
+    ]
+    for prefix in sorted(
+      {continuation.prefix for continuation in continuations}
+    )
   ]
 
 
@@ -76,26 +82,26 @@ def _forks(branches):
   ],
 )
 def test_forks_are_reflective_ends_their_predecessors_and_the_end(row, forks):
-  branches, _ = _queries([row])
-  assert _forks(branches) == [forks]
-  for branch in branches:
-    np.testing.assert_array_equal(branch.tokens, REFERENCE)
-    assert branch.skip == 0
+  continuations, _ = _queries([row])
+  assert _forks(continuations) == [forks]
+  for continuation in continuations:
+    np.testing.assert_array_equal(continuation.tokens, REFERENCE)
+    assert continuation.skip == 0
 
 
 def test_a_thought_cut_off_is_read_as_none_whatever_its_slots_hold():
   thoughts = _thoughts([(1, [5, 9], [1, 1])])
   thoughts = thoughts.replace(closed=np.asarray([False]))
-  branches, _ = opera.queries(
+  continuations, _ = opera.queries(
     thoughts, np.asarray([10]), np.asarray([50]), [REFERENCE]
   )
-  assert _forks(branches) == [[50]]
+  assert _forks(continuations) == [[50]]
 
 
 def test_all_steps_scores_every_step_once_and_keeps_the_comparisons():
   rows = [(1, [5, 9, 20, 30], [0, 0, 1, 0]), (2, [6], [0])]
-  branches, layout = _queries(rows, all_steps=True)
-  assert _forks(branches) == [[1, 5, 9, 20, 30, 50], [2, 6, 50]]
+  continuations, layout = _queries(rows, all_steps=True)
+  assert _forks(continuations) == [[1, 5, 9, 20, 30, 50], [2, 6, 50]]
   assert (layout.previous >= 0).sum() == 1
   assert layout.previous[0, 3] == 2
   np.testing.assert_array_equal(layout.before[0], [0, 1, 2, 3, -1])
@@ -104,10 +110,10 @@ def test_all_steps_scores_every_step_once_and_keeps_the_comparisons():
 
 def test_layout_reads_back_the_positions():
   rows = [(1, [5, 9, 20], [1, 0, 1]), None, (3, [4, 8], [0, 1])]
-  branches, layout = _queries(rows)
+  continuations, layout = _queries(rows)
   position = {
-    (row, slot): branch.fork - 10
-    for row, slot, branch in zip(layout.row, layout.slot, branches)
+    (row, slot): continuation.fork - 10
+    for row, slot, continuation in zip(layout.row, layout.slot, continuations)
   }
   compared = {
     (row, position[row, slot], position[row, layout.previous[row, slot]])
@@ -118,9 +124,9 @@ def test_layout_reads_back_the_positions():
 
 
 def test_the_bridge_is_context_of_partial_thoughts_alone():
-  branches, _ = _queries([(1, [5], [1])], bridge_ids=(3, 4))
-  assert [branch.skip for branch in branches] == [2, 2, 0]
-  assert [list(branch.tokens) for branch in branches] == [
+  continuations, _ = _queries([(1, [5], [1])], bridge_ids=(3, 4))
+  assert [continuation.skip for continuation in continuations] == [2, 2, 0]
+  assert [list(continuation.tokens) for continuation in continuations] == [
     [3, 4, 7, 8, 9],
     [3, 4, 7, 8, 9],
     [7, 8, 9],
@@ -128,8 +134,8 @@ def test_the_bridge_is_context_of_partial_thoughts_alone():
 
 
 def test_rows_name_the_trunks_they_are_given():
-  branches, _ = _queries([None, None], trunks=[4, 2])
-  assert [branch.trunk for branch in branches] == [4, 2]
+  continuations, _ = _queries([None, None], prefixes=[4, 2])
+  assert [continuation.prefix for continuation in continuations] == [4, 2]
 
 
 def test_bad_input_is_refused():
@@ -155,8 +161,8 @@ def test_bad_input_is_refused():
 )
 def test_what_a_reflective_step_must_beat(compare, beaten):
   row = (1, [5, 9, 20, 30], [1, 0, 1, 1])
-  branches, layout = _queries([row], compare=compare)
-  position = [b.fork - 10 for b in branches]
+  continuations, layout = _queries([row], compare=compare)
+  position = [b.fork - 10 for b in continuations]
   got = [
     (position[before], position[slot])
     for slot, before in enumerate(layout.previous[0])
@@ -178,10 +184,12 @@ def test_without_the_keyword_condition_every_step_counts(rollouts):
   )
   plain = opera.Reward().questions(case)
   every = opera.Reward(every_step=True).questions(case)
-  assert [b.fork for b in plain.branches] == [31, 31]
-  assert [b.fork for b in every.branches] == [2, 6, 10, 31, 31]
+  assert [b.fork for b in plain.continuations] == [31, 31]
+  assert [b.fork for b in every.continuations] == [2, 6, 10, 31, 31]
   logprob = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
-  answers = structs.Answers([], [], branch_logprob=logprob, memo=every.memo)
+  answers = structs.Answers(
+    [], [], continuation_logprob=logprob, memo=every.memo
+  )
   got = opera.Reward(every_step=True).rewards(case, answers)
   np.testing.assert_array_equal(got["count"], [[2, 0]])
 
@@ -189,6 +197,6 @@ def test_without_the_keyword_condition_every_step_counts(rollouts):
 def test_maths_prompts_ask_nothing_and_get_zero(rollouts):
   case = rollouts([["4", "5"]])
   asked = opera.Reward().questions(case)
-  assert not asked.branches
+  assert not asked.continuations
   got = opera.Reward().rewards(case, structs.Answers([], []))
   np.testing.assert_array_equal(got["total"], [[0, 0]])

@@ -308,10 +308,10 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2])
-def test_a_kept_sample_becomes_trunk(
+def test_a_kept_sample_becomes_prefix(
   tiny_model, one_device, slow_logprob, monkeypatch, cut
 ):
-  """Kept tokens are context: twice over, past what the trunk first held."""
+  """Kept tokens are context: twice over, past what the prefix first held."""
   monkeypatch.setattr(parts, "count", lambda *_: cut)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)

@@ -1,4 +1,4 @@
-"""Trunks with branches cost what separate rows cost, on any mesh."""
+"""Prefixes with continuations cost what separate rows cost, on any mesh."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.scoring import trunks
+from opera_jax.scoring import packing
 from opera_jax.sharding import layout, mesh, rules
 
 BUCKETS = {
@@ -22,52 +22,55 @@ def _problem(seed=0, vocab=300):
   rng = np.random.default_rng(seed)
   draw = lambda n: rng.integers(0, vocab, n).astype(np.int32)  # noqa: E731
   rows = [draw(n) for n in (5, 12, 30, 16, 1, 24)]
-  branches = []
+  continuations = []
   for _ in range(23):
-    trunk = int(rng.integers(len(rows)))
+    prefix = int(rng.integers(len(rows)))
     size = int(rng.integers(1, 13))
-    branches.append(
-      structs.Branch(
-        trunk=trunk,
-        fork=int(rng.integers(1, len(rows[trunk]) + 1)),
+    continuations.append(
+      structs.Continuation(
+        prefix=prefix,
+        fork=int(rng.integers(1, len(rows[prefix]) + 1)),
         tokens=draw(size),
         skip=int(rng.integers(0, size)),
       )
     )
-  # Seven more on one trunk: more than the largest slot bucket holds.
-  branches += [
-    structs.Branch(trunk=2, fork=f, tokens=draw(4)) for f in range(1, 8)
+  # Seven more on one prefix: more than the largest slot bucket holds.
+  continuations += [
+    structs.Continuation(prefix=2, fork=f, tokens=draw(4)) for f in range(1, 8)
   ]
-  return rows, branches
+  return rows, continuations
 
 
 def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
   config, graphdef, params = tiny_model
-  rows, branches = _problem()
+  rows, continuations = _problem()
   logprob_scorer = scorer_lib.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=one_device, **BUCKETS
   )
-  logprobs = logprob_scorer.score(params, rows, branches)
-  for row, got in zip(rows, logprobs.trunk_logprob):
+  logprobs = logprob_scorer.score(params, rows, continuations)
+  for row, got in zip(rows, logprobs.prefix_logprob):
     assert got[0] == 0
     np.testing.assert_allclose(got[1:], slow_logprob(row), atol=1e-5)
-  for branch, got in zip(branches, logprobs.branch_logprob):
-    prefix = rows[branch.trunk][: branch.fork]
-    whole = slow_logprob(np.concatenate([prefix, branch.tokens]))
-    want = whole[branch.fork - 1 + branch.skip :]
+  for continuation, got in zip(continuations, logprobs.continuation_logprob):
+    prefix = rows[continuation.prefix][: continuation.fork]
+    whole = slow_logprob(np.concatenate([prefix, continuation.tokens]))
+    want = whole[continuation.fork - 1 + continuation.skip :]
     np.testing.assert_allclose(got, want, atol=1e-5)
-  assert logprobs.trunk_tokens == sum(map(len, rows))
-  # Entropies of branches are those of the same tokens as rows of their own,
-  # whose entropies are held to torch's in tests/models/test_parity.py.
+  assert logprobs.prefix_tokens == sum(map(len, rows))
+  # Entropies of continuations are those of the same tokens as rows of their
+  # own, whose entropies are held to torch's in tests/models/test_parity.py.
   whole = logprob_scorer.score(
     params,
-    [np.concatenate([rows[b.trunk][: b.fork], b.tokens]) for b in branches],
+    [
+      np.concatenate([rows[b.prefix][: b.fork], b.tokens])
+      for b in continuations
+    ],
   )
-  for branch, got, want in zip(
-    branches, logprobs.branch_entropy, whole.trunk_entropy
+  for continuation, got, want in zip(
+    continuations, logprobs.continuation_entropy, whole.prefix_entropy
   ):
     np.testing.assert_allclose(
-      got, want[branch.fork + branch.skip :], atol=1e-5
+      got, want[continuation.fork + continuation.skip :], atol=1e-5
     )
 
 
@@ -93,31 +96,31 @@ def test_mesh_does_not_change_logprobs(one_device, shape):
     intermediate=80,
   )
   graphdef, params = qwen3.create(config, 0)
-  rows, branches = _problem(1, vocab=304)
+  rows, continuations = _problem(1, vocab=304)
   made = {"vocab_size": config.vocab_size, **BUCKETS}
   want = scorer_lib.LogprobScorer(graphdef, mesh=one_device, **made).score(
-    params, rows, branches
+    params, rows, continuations
   )
   many = mesh.create(shape)
   sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
   got = scorer_lib.LogprobScorer(graphdef, mesh=many, **made).score(
-    sharded, rows, branches
+    sharded, rows, continuations
   )
-  for a, b in zip(want.branch_logprob, got.branch_logprob):
+  for a, b in zip(want.continuation_logprob, got.continuation_logprob):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  for a, b in zip(want.branch_entropy, got.branch_entropy):
+  for a, b in zip(want.continuation_entropy, got.continuation_entropy):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  for a, b in zip(want.trunk_logprob, got.trunk_logprob):
+  for a, b in zip(want.prefix_logprob, got.prefix_logprob):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_packing_loses_nothing_and_bounds_shapes():
-  rows, branches = _problem(2)
-  batches = trunks.pack(rows, branches, **BUCKETS)
-  assert sorted(i for b in batches for _, _, i in b.branch_of) == list(
-    range(len(branches))
+  rows, continuations = _problem(2)
+  batches = packing.pack(rows, continuations, **BUCKETS)
+  assert sorted(i for b in batches for _, _, i in b.continuation_of) == list(
+    range(len(continuations))
   )
-  assert {t for b in batches for t in b.trunk_of} == set(range(len(rows)))
+  assert {t for b in batches for t in b.prefix_of} == set(range(len(rows)))
   for batch in batches:
     assert batch.token_BT.shape[1] in BUCKETS["prefix_buckets"]
     assert batch.input_BSG.shape[1] in BUCKETS["slot_buckets"]
@@ -125,27 +128,27 @@ def test_packing_loses_nothing_and_bounds_shapes():
 
 
 @pytest.mark.parametrize(
-  "branch, message",
+  "continuation, message",
   [
-    (structs.Branch(0, 0, np.array([1])), "forks at 0"),
-    (structs.Branch(0, 4, np.array([1])), "forks at 4"),
-    (structs.Branch(0, 1, np.array([], np.int32)), "at least one must"),
-    (structs.Branch(0, 1, np.array([5]), skip=1), "at least one must"),
-    (structs.Branch(1, 1, np.array([5])), "names trunk 1 of 1"),
-    (structs.Branch(0, 1, np.array([300])), "outside \\[0, 300\\)"),
-    (structs.Branch(0, 1, np.array([-1])), "outside \\[0, 300\\)"),
+    (structs.Continuation(0, 0, np.array([1])), "forks at 0"),
+    (structs.Continuation(0, 4, np.array([1])), "forks at 4"),
+    (structs.Continuation(0, 1, np.array([], np.int32)), "at least one must"),
+    (structs.Continuation(0, 1, np.array([5]), skip=1), "at least one must"),
+    (structs.Continuation(1, 1, np.array([5])), "names prefix 1 of 1"),
+    (structs.Continuation(0, 1, np.array([300])), "outside \\[0, 300\\)"),
+    (structs.Continuation(0, 1, np.array([-1])), "outside \\[0, 300\\)"),
   ],
 )
-def test_bad_branches_are_refused(branch, message):
+def test_bad_branches_are_refused(continuation, message):
   with pytest.raises(ValueError, match=message):
-    trunks.check([np.array([1, 2, 3])], [branch], 300)
+    packing.check([np.array([1, 2, 3])], [continuation], 300)
 
 
 def test_bad_trunks_are_refused():
   with pytest.raises(ValueError, match="no tokens"):
-    trunks.check([np.array([], np.int32)], [], 300)
+    packing.check([np.array([], np.int32)], [], 300)
   with pytest.raises(ValueError, match="tokenizer and model"):
-    trunks.check([np.array([300])], [], 300)
+    packing.check([np.array([300])], [], 300)
 
 
 def test_diverged_parameters_are_named(tiny_model, one_device):
@@ -191,9 +194,9 @@ def test_samples_are_scored_as_their_rows_are(tiny_model, one_device, fits):
     np.concatenate([prompts[i // 3], c]) for i, c in enumerate(completions)
   ]
   want = logprob_scorer.score(params, rows + other)
-  assert not got.branch_logprob
-  # A prompt is run once, where its samples are branches of it.
-  assert got.trunk_tokens == (3 + 9 + 5 if fits else want.trunk_tokens)
-  for name in ("trunk_logprob", "trunk_entropy"):
+  assert not got.continuation_logprob
+  # A prompt is run once, where its samples are continuations of it.
+  assert got.prefix_tokens == (3 + 9 + 5 if fits else want.prefix_tokens)
+  for name in ("prefix_logprob", "prefix_entropy"):
     for one, row in zip(getattr(got, name), getattr(want, name), strict=True):
       np.testing.assert_allclose(one, row, rtol=1e-5, atol=1e-5)

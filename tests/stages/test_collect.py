@@ -43,7 +43,7 @@ class _Scorer:
           np.float32,
         ),
       },
-      trunks=names,
+      prefixes=names,
       logprobs=structs.Logprobs(names, names, [], [], 10, 1),
       thoughts=thoughts,
       deltas_RJ=np.zeros((rows, 4)),
@@ -101,10 +101,10 @@ def test_groups_without_spread_are_drawn_anew():
   assert got.batches == 2 and got.sampled_tokens == 36
   assert (np.ptp(got.scored.total_BN, axis=1) > 0).all()
   # Every record follows its group.
-  assert got.scored.trunks == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
-  assert got.scored.rollouts.texts == got.scored.trunks
+  assert got.scored.prefixes == ["s1.0", "s1.1", "s2.0", "s2.1", "s3.0", "s3.1"]
+  assert got.scored.rollouts.texts == got.scored.prefixes
   np.testing.assert_array_equal(got.scored.terms["r"], 2 * got.scored.total_BN)
-  assert got.scored.logprobs.trunk_tokens == 20
+  assert got.scored.logprobs.prefix_tokens == 20
   assert got.scored.thoughts.step_end.shape == (6, 4)
 
 

@@ -173,7 +173,7 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
     got.total_BN, 0.3 * r_ppl + 0.7 * r_self, atol=1e-5
   )
   # Scored: less than one row for each prefix of every step would cost.
-  scored = got.logprobs.trunk_tokens + got.logprobs.branch_tokens
+  scored = got.logprobs.prefix_tokens + got.logprobs.continuation_tokens
   steps = int(got.thoughts.count.sum()) + int((got.thoughts.count > 0).sum())
   assert got.separate_tokens > steps * len(references[0])
   assert scored < got.separate_tokens

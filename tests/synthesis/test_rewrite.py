@@ -94,7 +94,7 @@ def _perplexity(words, machine, thought):
   row = words.encode_template(f"{HEAD}<think>\n{thought}</think>")
   reference = words.encode(PROMPT.reference)
   row = np.concatenate([row, words.encode("\n\n"), reference])
-  scored = logprob_scorer.score(params, [row]).trunk_logprob[0][
+  scored = logprob_scorer.score(params, [row]).prefix_logprob[0][
     -len(reference) :
   ]
   return float(np.exp(-scored.mean()))

@@ -107,7 +107,7 @@ class ScriptedEngine:
   def _piece(self, slot, text):
     tokens = self.drawn[slot]
     whole = [np.concatenate([self.context, tokens])]
-    own = self.logprob_scorer.score(self.params, whole).trunk_logprob[0]
+    own = self.logprob_scorer.score(self.params, whole).prefix_logprob[0]
     fork = self.forks[slot]
     state, events = np.int32(fork.state), []
     for token in tokens:
@@ -189,7 +189,7 @@ def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
       [words.encode("Wait"), words.encode(candidate.text.removeprefix("Wait"))]
     )
     whole = logprob_scorer.score(params, [np.concatenate([head, tokens])])
-    logprob = whole.trunk_logprob[0][1:]
+    logprob = whole.prefix_logprob[0][1:]
     if kind == "candidate":
       logprob = logprob[-len(tokens) :]
     assert candidate.tokens == len(tokens)

@@ -42,19 +42,19 @@ def _batches(completions_per_row):
   draw = np.random.default_rng(0)
   prompts = [draw.integers(0, 304, draw.integers(1, 9)) for _ in range(PROMPTS)]
   sizes = draw.integers(1, 15, PROMPTS * SAMPLES)
-  trunks = [
+  prefixes = [
     np.concatenate([prompts[i // SAMPLES], draw.integers(0, 304, n)])
     for i, n in enumerate(sizes)
   ]
   rest = [
     [draw.normal(-3, 1, n).astype(np.float32) for n in sizes] for _ in range(3)
   ]
-  begins = [len(t) - n for t, n in zip(trunks, sizes)]
+  begins = [len(t) - n for t, n in zip(prefixes, sizes)]
   places = (
     rl_data.whole(begins, sizes, (24,)),
     rl_data.shared(sizes, completions_per_row, 12, (16,)),
   )
-  return places, [rl_data.rows(place, trunks, *rest) for place in places]
+  return places, [rl_data.rows(place, prefixes, *rest) for place in places]
 
 
 def _own(places, arrays):
@@ -163,10 +163,10 @@ def test_a_sample_sees_its_prompt_and_itself():
   """Gradients say who is read: of one token's log-probability, by embedding
   row."""
   prompt, samples = [1, 2], [[10, 11, 12], [20, 21, 22]]
-  trunks = [np.asarray(prompt + own, np.int32) for own in samples]
+  prefixes = [np.asarray(prompt + own, np.int32) for own in samples]
   zeros = [np.zeros(3, np.float32)] * 2
   place = rl_data.shared([3, 3], 2, 4, (3,))
-  batch = rl_data.rows(place, trunks, zeros, zeros, zeros)
+  batch = rl_data.rows(place, prefixes, zeros, zeros, zeros)
   # Untied, so that only what is read shows.
   untied = dataclasses.replace(CONFIG, tied=False)
   graphdef, params = qwen3.create(untied, 0)

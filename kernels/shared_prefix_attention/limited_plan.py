@@ -1,6 +1,6 @@
-"""Blocks, grids and index maps of the kernels in `prefix`.
+"""Blocks, grids and index maps of the kernels in `limited_attention`.
 
-Shape key: as in `prefix`.
+Shape key: as in `limited_attention`.
 """
 
 import jax.numpy as jnp

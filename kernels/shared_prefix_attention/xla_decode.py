@@ -1,17 +1,17 @@
-"""Attention of one new token a branch, over caches as they lie.
+"""Attention of one new token a continuation, over caches as they lie.
 
 What costs time here is reading the caches. One layer's caches are multiplied
 where they lie, whole: on a CPU a block cut out of them would be a copy, which
 costs more than to attend to keys that nobody sees. Out of stacked layers,
-blocks are cut as far as some branch sees, by online softmax; an accelerator
-fuses the cut with the product.
+blocks are cut as far as some continuation sees, by online softmax; an
+accelerator fuses the cut with the product.
 
-Either way a branch's numbers come from blocks of fixed size, added in order,
-so that they do not change with the caches' lengths.
+Either way a continuation's numbers come from blocks of fixed size, added in
+order, so that they do not change with the caches' lengths.
 
-Shape key: L layers, B rows, S branches, N query heads, K key-value heads, R =
-N / K query heads a key-value head, H head features, T trunk length, C branch
-length, n blocks, x keys of one block, Q queries that share keys.
+Shape key: L layers, B rows, S continuations, N query heads, K key-value heads,
+R = N / K query heads a key-value head, H head features, T prefix length, C
+continuation length, n blocks, x keys of one block, Q queries that share keys.
 """
 
 import functools
@@ -28,10 +28,10 @@ FEW = 4  # queries up to which a CPU takes them one by one
 
 def decode_attention(
   q_BSNH: jax.Array,
-  trunk_k: jax.Array,
-  trunk_v: jax.Array,
-  branch_k: jax.Array,
-  branch_v: jax.Array,
+  prefix_k: jax.Array,
+  prefix_v: jax.Array,
+  continuation_k: jax.Array,
+  continuation_v: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array | None,
@@ -41,12 +41,12 @@ def decode_attention(
 ) -> jax.Array:
   """Computes `api.decode_attention`, which states the shapes."""
   B, S, N, H = q_BSNH.shape
-  K = trunk_k.shape[-3]
+  K = prefix_k.shape[-3]
   R = N // K
   q_BSKRH = q_BSNH.reshape(B, S, K, R, H)
-  own = (branch_k, branch_v, (offset_BS + 1)[:, :, None, None])
+  own = (continuation_k, continuation_v, (offset_BS + 1)[:, :, None, None])
   limit_BQ = jnp.repeat(limit_BS, R, axis=1)
-  trunk = (trunk_k, trunk_v, limit_BQ[:, None])
+  prefix = (prefix_k, prefix_v, limit_BQ[:, None])
 
   def together(x):  # the queries of a row, [B, K, S * R, ...]
     return jnp.swapaxes(x, 1, 2).reshape(B, K, S * R, *x.shape[4:])
@@ -54,7 +54,7 @@ def decode_attention(
   visit = _whole if layer is None else functools.partial(_blocks, layer)
   total = visit(q_BSKRH, *own, None, scale, block_keys)
   _, l, o = visit(
-    together(q_BSKRH), *trunk, [together(x) for x in total], scale, block_keys
+    together(q_BSKRH), *prefix, [together(x) for x in total], scale, block_keys
   )
   out_BKSRH = (o / l[..., None]).astype(q_BSNH.dtype).reshape(B, K, S, R, H)
   return jnp.swapaxes(out_BKSRH, 1, 2).reshape(B, S, N, H)

@@ -1,23 +1,25 @@
-"""Attention of branches over the trunk they fork from, and over themselves.
+"""Attention of continuations over the prefix they fork from, and over
+themselves.
 
-Query g of branch s of row b sees the trunk's positions t < limit[b, s] and
-its own branch's keys c <= offset[b, s] + g:
+Query g of continuation s of row b sees the prefix's positions t < limit[b, s]
+and its own continuation's keys c <= offset[b, s] + g:
 
-  out = softmax_visible(scale q [trunk_k; branch_k]^T) [trunk_v; branch_v]
+  out = softmax_visible(scale q [prefix_k; continuation_k]^T) [prefix_v;
+  continuation_v]
 
 Scoring: C == G, offset 0. Decoding (`decode_attention`): G == 1, C the cache's
 length, offset the number of tokens before the current one, S the samples of
 one prompt.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, H head features, T trunk length, C branch length.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, H head features, T prefix length, C continuation length.
 """
 
 import jax
 import jax.numpy as jnp
 
 from kernels import target
-from kernels.branch_attention import (
+from kernels.shared_prefix_attention import (
   pallas_tpu,
   reference,
   xla,
@@ -28,12 +30,12 @@ from kernels.branch_attention import (
 IMPLEMENTATIONS = ("reference", "xla", "xla_rows", "pallas_tpu")
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array | None = None,
   *,
@@ -46,20 +48,20 @@ def branch_attention(
 
   Softmax and sums are float32 whatever the inputs. Query head n reads
   key-value head n // (N / K). A limit beyond T counts as T and one of 0 or
-  less leaves the branch alone with itself; an offset below 0 counts as 0, so
-  every query sees at least one key.
+  less leaves the continuation alone with itself; an offset below 0 counts as 0,
+  so every query sees at least one key.
 
   Args:
     q_BSGNH: [B, S, G, N, H] floating.
-    trunk_k_BTKH: [B, T, K, H] floating.
-    trunk_v_BTKH: like the trunk's keys.
-    branch_k_BSCKH: [B, S, C, K, H] floating.
-    branch_v_BSCKH: like the branches' keys.
-    limit_BS: [B, S] integer, how much of the trunk a branch sees.
+    prefix_k_BTKH: [B, T, K, H] floating.
+    prefix_v_BTKH: like the prefix's keys.
+    continuation_k_BSCKH: [B, S, C, K, H] floating.
+    continuation_v_BSCKH: like the continuations' keys.
+    limit_BS: [B, S] integer, how much of the prefix a continuation sees.
     offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
     scale: what multiplies q.k, usually H ** -0.5.
-    implementation: "reference", "xla" (streams), "xla_rows" (one branch after
-      the other, for a CPU) or "pallas_tpu"; None picks.
+    implementation: "reference", "xla" (streams), "xla_rows" (one continuation
+      after the other, for a CPU) or "pallas_tpu"; None picks.
     block_keys: keys of one block of "xla"; None is 256.
     block_scores: scores of one row of the batch that "xla" holds at once,
       over all heads; more queries than that go chunk by chunk. None is what
@@ -75,10 +77,10 @@ def branch_attention(
   """
   arrays = (
     q_BSGNH,
-    trunk_k_BTKH,
-    trunk_v_BTKH,
-    branch_k_BSCKH,
-    branch_v_BSCKH,
+    prefix_k_BTKH,
+    prefix_v_BTKH,
+    continuation_k_BSCKH,
+    continuation_v_BSCKH,
   )
   _check(*arrays)
   given_BS = None if offset_BS is None else jnp.maximum(offset_BS, 0)
@@ -93,14 +95,16 @@ def branch_attention(
   implementation = _pick(implementation, arrays, cpu="xla_rows")
   bounds = (limit_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
-    return reference.branch_attention(*arrays, *bounds, scale=scale)
+    return reference.shared_prefix_attention(*arrays, *bounds, scale=scale)
   if implementation == "xla_rows":
-    return xla_rows.branch_attention(
+    return xla_rows.shared_prefix_attention(
       *arrays, limit_BS, given_BS, scale=float(scale)
     )
   if implementation == "pallas_tpu":
-    return pallas_tpu.branch_attention(*arrays, *bounds, scale=float(scale))
-  return xla.branch_attention(
+    return pallas_tpu.shared_prefix_attention(
+      *arrays, *bounds, scale=float(scale)
+    )
+  return xla.shared_prefix_attention(
     *arrays,
     *bounds,
     scale=float(scale),
@@ -111,10 +115,10 @@ def branch_attention(
 
 def decode_attention(
   q_BSNH: jax.Array,
-  trunk_k_LBKTH: jax.Array,
-  trunk_v_LBKTH: jax.Array,
-  branch_k_LBSKCH: jax.Array,
-  branch_v_LBSKCH: jax.Array,
+  prefix_k_LBKTH: jax.Array,
+  prefix_v_LBKTH: jax.Array,
+  continuation_k_LBSKCH: jax.Array,
+  continuation_v_LBSKCH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array | None = None,
@@ -123,18 +127,19 @@ def decode_attention(
   implementation: str | None = None,
   block_keys: int | None = None,
 ) -> jax.Array:
-  """`branch_attention` of one query a branch, in one layer of caches.
+  """`shared_prefix_attention` of one query a continuation, in one layer of
+  caches.
 
   The caches hold heads before tokens, and all layers, of which one is read
   where it lies, or one layer, without the axis L. Without gradients.
 
   Args:
     q_BSNH: [B, S, N, H] floating.
-    trunk_k_LBKTH: [L, B, K, T, H] floating.
-    trunk_v_LBKTH: like the trunk's keys.
-    branch_k_LBSKCH: [L, B, S, K, C, H] floating.
-    branch_v_LBSKCH: like the branches' keys.
-    limit_BS: [B, S] integer, how much of the trunk a branch sees.
+    prefix_k_LBKTH: [L, B, K, T, H] floating.
+    prefix_v_LBKTH: like the prefix's keys.
+    continuation_k_LBSKCH: [L, B, S, K, C, H] floating.
+    continuation_v_LBSKCH: like the continuations' keys.
+    limit_BS: [B, S] integer, how much of the prefix a continuation sees.
     offset_BS: [B, S] integer, own keys before the query's.
     layer: int scalar in [0, L), or None where the caches are of one layer.
     scale: what multiplies q.k, usually H ** -0.5.
@@ -145,9 +150,14 @@ def decode_attention(
     [B, S, N, H], of q's dtype.
 
   Raises:
-    ValueError: as `branch_attention`.
+    ValueError: as `shared_prefix_attention`.
   """
-  caches = (trunk_k_LBKTH, trunk_v_LBKTH, branch_k_LBSKCH, branch_v_LBSKCH)
+  caches = (
+    prefix_k_LBKTH,
+    prefix_v_LBKTH,
+    continuation_k_LBSKCH,
+    continuation_v_LBSKCH,
+  )
   one = caches
   if layer is not None:
     one = [jax.eval_shape(lambda x: x[0], x) for x in caches]
@@ -164,7 +174,7 @@ def decode_attention(
   if implementation == "reference":
     own = [x if layer is None else x[layer] for x in caches]
     own = [x.swapaxes(-3, -2) for x in own]
-    return reference.branch_attention(
+    return reference.shared_prefix_attention(
       q_BSNH[:, :, None], *own, *bounds, scale=scale
     )[:, :, 0]
   arrays = (q_BSNH, *caches, *bounds, layer)
@@ -186,7 +196,7 @@ def _pick(implementation, arrays, cpu):
     return cpu if platform == "cpu" else "xla"
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-      f"Branch attention has the implementations {IMPLEMENTATIONS}, got "
+      f"Continuation attention has the implementations {IMPLEMENTATIONS}, got "
       f"{implementation!r}. Name one of them, or None."
     )
   return implementation
@@ -206,33 +216,40 @@ def _check_blocks(**sizes):
       )
 
 
-def _check(q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH):
-  ranks = (q_BSGNH.ndim, trunk_k_BTKH.ndim, branch_k_BSCKH.ndim)
+def _check(
+  q_BSGNH,
+  prefix_k_BTKH,
+  prefix_v_BTKH,
+  continuation_k_BSCKH,
+  continuation_v_BSCKH,
+):
+  ranks = (q_BSGNH.ndim, prefix_k_BTKH.ndim, continuation_k_BSCKH.ndim)
   if ranks != (5, 4, 5):
     raise ValueError(
-      "Branch attention takes q [B, S, G, N, H], trunk [B, T, K, H] and "
-      f"branch [B, S, C, K, H], got {q_BSGNH.shape}, {trunk_k_BTKH.shape} and "
-      f"{branch_k_BSCKH.shape}. Add the missing axes with size 1."
+      "Continuation attention takes q [B, S, G, N, H], prefix [B, T, K, H] and "
+      f"continuation [B, S, C, K, H], got {q_BSGNH.shape}, "
+      f"{prefix_k_BTKH.shape} and {continuation_k_BSCKH.shape}. Add the "
+      "missing axes with size 1."
     )
   B, S, G, N, H = q_BSGNH.shape
-  T, K = trunk_k_BTKH.shape[1:3]
-  C = branch_k_BSCKH.shape[2]
+  T, K = prefix_k_BTKH.shape[1:3]
+  C = continuation_k_BSCKH.shape[2]
   if min(B, S, G, N, H, T, K, C) < 1:
     raise ValueError(
-      f"Every axis needs at least 1 entry, got q {q_BSGNH.shape}, trunk "
-      f"{trunk_k_BTKH.shape}, branch {branch_k_BSCKH.shape}. Pad an empty "
-      "trunk to 1 position and set its limit to 0."
+      f"Every axis needs at least 1 entry, got q {q_BSGNH.shape}, prefix "
+      f"{prefix_k_BTKH.shape}, continuation {continuation_k_BSCKH.shape}. Pad "
+      "an empty prefix to 1 position and set its limit to 0."
     )
   for name, x, shape in (
-    ("Trunk keys", trunk_k_BTKH, (B, T, K, H)),
-    ("Trunk values", trunk_v_BTKH, (B, T, K, H)),
-    ("Branch keys", branch_k_BSCKH, (B, S, C, K, H)),
-    ("Branch values", branch_v_BSCKH, (B, S, C, K, H)),
+    ("Prefix keys", prefix_k_BTKH, (B, T, K, H)),
+    ("Prefix values", prefix_v_BTKH, (B, T, K, H)),
+    ("Continuation keys", continuation_k_BSCKH, (B, S, C, K, H)),
+    ("Continuation values", continuation_v_BSCKH, (B, S, C, K, H)),
   ):
     if x.shape != shape:
       raise ValueError(
         f"{name} have shape {x.shape} where the other arrays ask for {shape}. "
-        "Rows, branches, heads and features must agree."
+        "Rows, continuations, heads and features must agree."
       )
   if N % K:
     raise ValueError(
@@ -241,8 +258,8 @@ def _check(q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH):
     )
   if G > C:
     raise ValueError(
-      f"Each query has a key of its own in the branch, got {G} queries and "
-      f"{C} keys. Lengthen the branch's cache."
+      f"Each query has a key of its own in the continuation, got {G} queries "
+      f"and {C} keys. Lengthen the continuation's cache."
     )
 
 
@@ -250,6 +267,6 @@ def _check_bounds(q_BSGNH, limit_BS, offset_BS):
   for name, x in (("limit", limit_BS), ("offset", offset_BS)):
     if x.shape != q_BSGNH.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(
-        f"The {name} is one integer a branch, {q_BSGNH.shape[:2]}, got "
+        f"The {name} is one integer a continuation, {q_BSGNH.shape[:2]}, got "
         f"{x.dtype} {x.shape}. Broadcast it to [B, S] as int32."
       )

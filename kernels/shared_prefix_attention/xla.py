@@ -1,13 +1,14 @@
-"""Branch attention by online softmax over blocks of keys.
+"""Continuation attention by online softmax over blocks of keys.
 
-All branches of a row meet a block of the trunk in one matmul; blocks beyond
-the furthest limit are not visited. The backward pass forms each block of
+All continuations of a row meet a block of the prefix in one matmul; blocks
+beyond the furthest limit are not visited. The backward pass forms each block of
 probabilities again from the saved logsumexp. Where a row's queries would give
-too many scores at once, branches (and then their queries) go chunk by chunk.
+too many scores at once, continuations (and then their queries) go chunk by
+chunk.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, R = N / K query heads a key-value head, Q = G * R, H head
-features, T trunk length, C branch length, x keys of one block.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, R = N / K query heads a key-value head, Q = G * R, H head
+features, T prefix length, C continuation length, x keys of one block.
 """
 
 import functools
@@ -18,16 +19,16 @@ import jax.numpy as jnp
 from kernels import manual_axes
 
 MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
-TRUNK = "bxkh"  # axes of the trunk's keys and values
+PREFIX = "bxkh"  # axes of the prefix's keys and values
 BRANCH = "bsxkh"
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   *,
@@ -35,17 +36,18 @@ def branch_attention(
   block_keys: int,
   block_scores: int,
 ) -> jax.Array:
-  """Streams `api.branch_attention`; `block_scores` scores of a row at once."""
+  """Streams `api.shared_prefix_attention`; `block_scores` scores of a row at
+  once."""
   B, S, G, N, H = q_BSGNH.shape
-  T, K, _ = trunk_k_BTKH.shape[-3:]
-  C = branch_k_BSCKH.shape[-3]
+  T, K, _ = prefix_k_BTKH.shape[-3:]
+  C = continuation_k_BSCKH.shape[-3]
   block_keys = min(block_keys, max(T, C))
   chunk = _chunk(S, G, max(1, block_scores // (N * block_keys)))
   pad = -G % chunk[1]
   q_BSGNH = jnp.pad(q_BSGNH, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
   arrays = (
     q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
-    *(trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH),
+    *(prefix_k_BTKH, prefix_v_BTKH, continuation_k_BSCKH, continuation_v_BSCKH),
     *(limit_BS, offset_BS),
   )
   out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
@@ -79,7 +81,7 @@ def _forward_rule(settings, q_BSGKRH, *keys):
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     limit = own[2][..., None]
     total = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
-    total = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
+    total = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
@@ -133,9 +135,9 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
     d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
     total = (d_q, *d_keys[:2])
     limit = own[2][..., None]
-    d_q, *d_trunk = _visit(step, total, TRUNK, *keys[:2], limit, block_keys)
+    d_q, *d_prefix = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)
     d_own = [_put(x, d, part, chunk) for x, d in zip(d_keys[2:], d_own)]
-    return (*d_trunk, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)
+    return (*d_prefix, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)
 
   d_keys = tuple(zeros(x.shape) for x in keys[:4])
   parts = _parts(q_BSGKRH, chunk)
@@ -207,26 +209,28 @@ def _einsum(equation, x, y):
 
 
 def _own_keys_seen(offset_BS, part, queries, repeats):
-  """How many keys of its own branch each row of scores sees, [B, S, Q]."""
+  """How many keys of its own continuation each row of scores sees, [B, S,
+  Q]."""
   query = part[1] + jnp.arange(queries * repeats) // repeats
   return offset_BS[..., None] + query[None, None] + 1
 
 
 def _chunk(S, G, rows):
-  """(branches, queries) of one chunk: at most `rows` queries, S first."""
+  """(continuations, queries) of one chunk: at most `rows` queries, S first."""
   if rows < G:
     return 1, -(-G // -(-G // rows))
   return max(s for s in range(1, S + 1) if S % s == 0 and s * G <= rows), G
 
 
 def _parts(q_BSGKRH, chunk):
-  """First branch and first query of every chunk."""
+  """First continuation and first query of every chunk."""
   S, G = q_BSGKRH.shape[1:3]
   return [(s, g) for s in range(0, S, chunk[0]) for g in range(0, G, chunk[1])]
 
 
 def _take(x, part, chunk):
-  """Cuts a chunk out of axis 1 (branches) and, if sized, axis 2 (queries)."""
+  """Cuts a chunk out of axis 1 (continuations) and, if sized, axis 2
+  (queries)."""
   for axis, (start, size) in enumerate(zip(part, chunk), 1):
     if size != x.shape[axis]:
       x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)

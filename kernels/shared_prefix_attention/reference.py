@@ -1,34 +1,35 @@
-"""Branch attention as defined: every score at once, softmax over one row.
+"""Continuation attention as defined: every score at once, softmax over one row.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, H head features, T trunk length, C branch length.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, H head features, T prefix length, C continuation length.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   *,
   scale: float,
 ) -> jax.Array:
-  """softmax(scale q [trunk; branch].k, where visible) [trunk; branch].v."""
+  """softmax(scale q [prefix; continuation].k, where visible) [prefix;
+  continuation].v."""
   B, S, G, N, _ = q_BSGNH.shape
-  T, K = trunk_k_BTKH.shape[1:3]
-  C = branch_k_BSCKH.shape[2]
+  T, K = prefix_k_BTKH.shape[1:3]
+  C = continuation_k_BSCKH.shape[2]
 
-  def keys(trunk_BTKH, branch_BSCKH):
-    trunk_BSTKH = jnp.broadcast_to(
-      trunk_BTKH[:, None], (B, S, *trunk_BTKH.shape[1:])
+  def keys(prefix_BTKH, continuation_BSCKH):
+    prefix_BSTKH = jnp.broadcast_to(
+      prefix_BTKH[:, None], (B, S, *prefix_BTKH.shape[1:])
     )
-    both = jnp.concatenate([trunk_BSTKH, branch_BSCKH], axis=2)
+    both = jnp.concatenate([prefix_BSTKH, continuation_BSCKH], axis=2)
     return jnp.repeat(both, N // K, axis=3)
 
   last_BSG1 = offset_BS[:, :, None, None] + jnp.arange(G)[None, None, :, None]
@@ -45,13 +46,13 @@ def branch_attention(
   score_BSNGX = scale * jnp.einsum(
     "bsgnh,bsxnh->bsngx",
     q_BSGNH,
-    keys(trunk_k_BTKH, branch_k_BSCKH),
+    keys(prefix_k_BTKH, continuation_k_BSCKH),
     preferred_element_type=jnp.float32,
   )
   score_BSNGX = jnp.where(visible_BSGX[:, :, None], score_BSNGX, -jnp.inf)
   out_BSGNH = jnp.einsum(
     "bsngx,bsxnh->bsgnh",
     jax.nn.softmax(score_BSNGX, axis=-1),
-    keys(trunk_v_BTKH, branch_v_BSCKH).astype(jnp.float32),
+    keys(prefix_v_BTKH, continuation_v_BSCKH).astype(jnp.float32),
   )
   return out_BSGNH.astype(q_BSGNH.dtype)

@@ -1,7 +1,7 @@
-"""Trunk and branches attend as the separate rows they stand for.
+"""Prefix and continuations attend as the separate rows they stand for.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, H head features, T trunk length, C branch length.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, H head features, T prefix length, C continuation length.
 """
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.branch_attention import api, prefix_plan
+from kernels.shared_prefix_attention import api, limited_plan
 
 SCALE = 0.3
 
@@ -28,7 +28,7 @@ def _run(implementation, arrays, limit_BS, offset_BS=None, **blocks):
   """Output and all five gradients of a scalar that weighs every entry."""
 
   def loss(*arrays):
-    out = api.branch_attention(
+    out = api.shared_prefix_attention(
       *arrays,
       limit_BS,
       offset_BS,
@@ -89,7 +89,13 @@ def test_reference_is_torch_attention_over_separate_rows():
     ({"S": 3, "G": 5}, {"block_keys": 4, "block_scores": 32}),
     ({"K": 4}, {"block_keys": 3}),
   ],
-  ids=["whole", "key-blocks", "branch-chunks", "query-chunks", "ungrouped"],
+  ids=[
+    "whole",
+    "key-blocks",
+    "continuation-chunks",
+    "query-chunks",
+    "ungrouped",
+  ],
 )
 def test_streaming_equals_the_reference(shape, blocks):
   arrays, limit_BS = _inputs(**shape)
@@ -102,13 +108,13 @@ def test_streaming_equals_the_reference(shape, blocks):
   [{}, {"T": 300, "G": 290, "C": 290, "B": 1}, {"K": 4, "S": 1}],
   ids=["whole", "query-chunks", "ungrouped"],
 )
-def test_branch_by_branch_equals_the_reference(shape):
+def test_continuation_by_continuation_equals_the_reference(shape):
   arrays, limit_BS = _inputs(**shape)
   got = _run("xla_rows", arrays, limit_BS)
   _close(got, _run("reference", arrays, limit_BS), 1e-5)
 
 
-def test_branch_by_branch_with_earlier_keys_of_its_own():
+def test_continuation_by_continuation_with_earlier_keys_of_its_own():
   arrays, limit_BS = _inputs(C=11)
   offset_BS = jnp.asarray([[0, 4, 6], [3, -1, 2]], jnp.int32)
   got = _run("xla_rows", arrays, limit_BS, offset_BS)
@@ -150,9 +156,9 @@ def test_bfloat16_inputs_keep_float32_sums():
 def test_tpu_kernel_equals_the_reference(
   interpreted, monkeypatch, shape, offset, few, dtype, tolerance
 ):
-  monkeypatch.setattr(prefix_plan, "BLOCK_QUERIES", 16)
-  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
-  monkeypatch.setattr(prefix_plan, "FEW_QUERIES", few)
+  monkeypatch.setattr(limited_plan, "BLOCK_QUERIES", 16)
+  monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(limited_plan, "FEW_QUERIES", few)
   arrays, limit_BS = _inputs(B=1, dtype=dtype, **shape)
   S = limit_BS.shape[1]
   offset_BS = offset * jnp.arange(S, dtype=jnp.int32)[None]
@@ -163,7 +169,7 @@ def test_tpu_kernel_equals_the_reference(
 
 
 def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
-  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
   arrays, limit_BS = _inputs(B=1, S=2, T=24)
   limit_BS = jnp.full_like(limit_BS, 8)
   unread = jnp.arange(24)[None, :, None, None] >= 8
@@ -173,11 +179,11 @@ def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
 
 
 def test_tpu_kernel_fetches_no_block_that_nothing_needs(monkeypatch):
-  monkeypatch.setattr(prefix_plan, "BLOCK_QUERIES", 2)
-  monkeypatch.setattr(prefix_plan, "BLOCK_KEYS", 8)
+  monkeypatch.setattr(limited_plan, "BLOCK_QUERIES", 2)
+  monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
   q_BKSQH = jax.ShapeDtypeStruct((1, 2, 1, 100, 4), jnp.float32)
   k_BSKTH = jax.ShapeDtypeStruct((1, 1, 2, 32, 4), jnp.float32)
-  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH)
+  plan = limited_plan.Plan(q_BKSQH, k_BSKTH)
   seen_BSQ = jnp.tile(jnp.asarray([[[0, 0, 3, 9, 16, 8, 0, 32]]]), 13)
   needed = plan.needed(seen_BSQ[:, :, :100])
   assert needed[:4].tolist() == [0, 2, 2, 4]
@@ -238,11 +244,14 @@ def test_bad_input_names_the_value(change, message):
   limit_BS = change.pop("limit", limit_BS)
   offset_BS = change.pop("offset", None)
   with pytest.raises(ValueError, match=message):
-    api.branch_attention(*arrays, limit_BS, offset_BS, scale=SCALE, **change)
+    api.shared_prefix_attention(
+      *arrays, limit_BS, offset_BS, scale=SCALE, **change
+    )
 
 
 def _caches(keys, layers=3, layer=1):
-  """Trunk and branches as decoding keeps them: heads first, layers stacked."""
+  """Prefix and continuations as decoding keeps them: heads first, layers
+  stacked."""
   own = [jnp.swapaxes(x, -3, -2) for x in keys]
   if not layers:
     return own
@@ -259,7 +268,7 @@ def _caches(keys, layers=3, layer=1):
     pytest.param(  # whole blocks
       {"S": 3, "T": 16, "C": 12}, marks=pytest.mark.slow
     ),
-    {"S": 6, "N": 8, "T": 16, "C": 8},  # many queries on a trunk
+    {"S": 6, "N": 8, "T": 16, "C": 8},  # many queries on a prefix
   ],
 )
 def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
@@ -269,7 +278,7 @@ def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
   rng = np.random.default_rng(1)
   offset_BS = jnp.asarray(rng.integers(sizes["C"], size=limit_BS.shape))
   q, *keys = arrays
-  want = api.branch_attention(
+  want = api.shared_prefix_attention(
     *arrays, limit_BS, offset_BS, scale=SCALE, implementation="reference"
   )[:, :, 0]
 
@@ -316,7 +325,7 @@ def test_decoding_refuses_caches_that_do_not_match():
   q, *keys = arrays
   caches = _caches(keys, layers=0)
   caches[1] = caches[1][:, :, :-1]
-  with pytest.raises(ValueError, match="Trunk values have shape"):
+  with pytest.raises(ValueError, match="Prefix values have shape"):
     api.decode_attention(
       q[:, :, 0], *caches, limit_BS, limit_BS, None, scale=SCALE
     )

@@ -1,11 +1,11 @@
-"""Branch attention of one branch after the other, for a CPU.
+"""Continuation attention of one continuation after the other, for a CPU.
 
-A branch meets the trunk and itself in one softmax, whose scores stay in the
-CPU's caches; see `kernels.tiles`.
+A continuation meets the prefix and itself in one softmax, whose scores stay in
+the CPU's caches; see `kernels.tiles`.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, R = N / K, H head features, T trunk length, C branch length,
-g queries of a chunk, W = T + own keys that a chunk meets.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, R = N / K, H head features, T prefix length, C continuation
+length, g queries of a chunk, W = T + own keys that a chunk meets.
 """
 
 import functools
@@ -18,25 +18,26 @@ from kernels import manual_axes, tiles
 CHUNK = 128
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array | None,
   *,
   scale: float,
 ) -> jax.Array:
-  """Computes `api.branch_attention`; an offset of None is known to be 0."""
+  """Computes `api.shared_prefix_attention`; an offset of None is known to be
+  0."""
   return _attention(
     scale,
     q_BSGNH,
-    trunk_k_BTKH,
-    trunk_v_BTKH,
-    branch_k_BSCKH,
-    branch_v_BSCKH,
+    prefix_k_BTKH,
+    prefix_v_BTKH,
+    continuation_k_BSCKH,
+    continuation_v_BSCKH,
     limit_BS,
     offset_BS,
   )
@@ -51,10 +52,10 @@ def _forward_rule(scale, q_BSGNH, tk_BTKH, tv_BTKH, *own):
   K = tk_BTKH.shape[2]
 
   def row(inputs):
-    tk_TKH, tv_TKH, per_branch = inputs
+    tk_TKH, tv_TKH, per_continuation = inputs
     tk_KTH, tv_KTH = jnp.swapaxes(tk_TKH, 0, 1), jnp.swapaxes(tv_TKH, 0, 1)
 
-    def branch(inputs):
+    def continuation(inputs):
       q_GNH, k_CKH, v_CKH, *bounds = inputs
       q_1KRGH = tiles.grouped(q_GNH[None], K)
       k_1KXH, v_1KXH = _joined(tk_KTH, k_CKH), _joined(tv_KTH, v_CKH)
@@ -71,7 +72,7 @@ def _forward_rule(scale, q_BSGNH, tk_BTKH, tv_BTKH, *own):
       out_1KRGH = jnp.concatenate(out, axis=3).astype(q_GNH.dtype)
       return tiles.ungrouped(out_1KRGH)[0]
 
-    return jax.lax.map(branch, per_branch)
+    return jax.lax.map(continuation, per_continuation)
 
   out_BSGNH = jax.lax.map(row, (tk_BTKH, tv_BTKH, _given(q_BSGNH, *own)))
   return out_BSGNH, (q_BSGNH, tk_BTKH, tv_BTKH, *own, out_BSGNH)
@@ -87,10 +88,10 @@ def _backward_rule(scale, saved, d_out_BSGNH):
     return manual_axes.varying_like(zero, *like)
 
   def row(inputs):
-    tk_TKH, tv_TKH, per_branch = inputs
+    tk_TKH, tv_TKH, per_continuation = inputs
     tk_KTH, tv_KTH = jnp.swapaxes(tk_TKH, 0, 1), jnp.swapaxes(tv_TKH, 0, 1)
 
-    def branch(d_trunk, inputs):
+    def continuation(d_prefix, inputs):
       d_out_GNH, out_GNH, q_GNH, k_CKH, v_CKH, *bounds = inputs
       per_query = (q_GNH, d_out_GNH, tiles.delta(d_out_GNH, out_GNH))
       per_query = [tiles.grouped(x[None], K) for x in per_query]
@@ -104,13 +105,15 @@ def _backward_rule(scale, saved, d_out_BSGNH):
         )
         d_q.append(one)
         d_keys = [d.at[..., keys].add(m) for d, m in zip(d_keys, more)]
-      d_trunk = [d + more[..., :T] for d, more in zip(d_trunk, d_keys)]
+      d_prefix = [d + more[..., :T] for d, more in zip(d_prefix, d_keys)]
       d_q_1KRGH = jnp.concatenate(d_q, axis=3).astype(q_GNH.dtype)
       d_own = [jnp.moveaxis(d[0, ..., T:], 2, 0) for d in d_keys]
-      return d_trunk, (tiles.ungrouped(d_q_1KRGH)[0], *d_own)
+      return d_prefix, (tiles.ungrouped(d_q_1KRGH)[0], *d_own)
 
-    d_trunk, rest = jax.lax.scan(branch, [zeros(T)] * 2, per_branch)
-    return *(jnp.moveaxis(d[0], 2, 0) for d in d_trunk), rest
+    d_prefix, rest = jax.lax.scan(
+      continuation, [zeros(T)] * 2, per_continuation
+    )
+    return *(jnp.moveaxis(d[0], 2, 0) for d in d_prefix), rest
 
   d_tk, d_tv, (d_q, d_k, d_v) = jax.lax.map(
     row, (tk_BTKH, tv_BTKH, _given(d_out_BSGNH, out_BSGNH, q_BSGNH, *own))
@@ -131,13 +134,15 @@ def _given(*arrays):
   return tuple(x for x in arrays if x is not None)
 
 
-def _joined(trunk_KTH, branch_CKH):
-  return jnp.concatenate([trunk_KTH, jnp.swapaxes(branch_CKH, 0, 1)], 1)[None]
+def _joined(prefix_KTH, continuation_CKH):
+  return jnp.concatenate([prefix_KTH, jnp.swapaxes(continuation_CKH, 0, 1)], 1)[
+    None
+  ]
 
 
-def _chunks(q_GNH, trunk_TKH, branch_CKH, limit, offset=None):
-  """(queries, keys, what masks [g, W]) of every chunk of a branch."""
-  G, T, C = len(q_GNH), len(trunk_TKH), len(branch_CKH)
+def _chunks(q_GNH, prefix_TKH, continuation_CKH, limit, offset=None):
+  """(queries, keys, what masks [g, W]) of every chunk of a continuation."""
+  G, T, C = len(q_GNH), len(prefix_TKH), len(continuation_CKH)
   key_X = jnp.arange(T + C)
   for start in range(0, G, CHUNK):
     end = min(start + CHUNK, G)

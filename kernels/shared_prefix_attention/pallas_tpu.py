@@ -1,20 +1,20 @@
-"""Branch attention as TPU kernels.
+"""Continuation attention as TPU kernels.
 
 Both halves are one operation, attention in which each query sees a prefix of
-its keys: the trunk's limit, or its own branch's offset + g + 1. `prefix` has
-the kernels. The branch's half goes on from the trunk's sums; the backward
-pass runs each half with the logsumexp of the whole. Against the trunk all
-queries of a row stand in one long block, so that decoding reads a prompt's
-cache once for all of its samples.
+its keys: the prefix's limit, or its own continuation's offset + g + 1.
+`limited_attention` has the kernels. The continuation's half goes on from the
+prefix's sums; the backward pass runs each half with the logsumexp of the whole.
+Against the prefix all queries of a row stand in one long block, so that
+decoding reads a prompt's cache once for all of its samples.
 
 The kernels read keys as [.., K, length, H]. Caches lie that way; inside a
 jitted layer XLA lays projections out that way too and the transposes here are
 free; an array that enters a program with its axes in memory order is copied
 once.
 
-Shape key: B rows, S branches, G queries of a branch, N query heads, K
-key-value heads, R = N / K, Q = G * R, H head features, T trunk length, C
-branch length.
+Shape key: B rows, S continuations, G queries of a continuation, N query heads,
+K key-value heads, R = N / K, Q = G * R, H head features, T prefix length, C
+continuation length.
 """
 
 import functools
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels import manual_axes
-from kernels.branch_attention import prefix
+from kernels.shared_prefix_attention import limited_attention
 
 
 def unsupported(*arrays: jax.Array) -> str | None:
@@ -40,33 +40,39 @@ def unsupported(*arrays: jax.Array) -> str | None:
   return None
 
 
-def branch_attention(
+def shared_prefix_attention(
   q_BSGNH: jax.Array,
-  trunk_k_BTKH: jax.Array,
-  trunk_v_BTKH: jax.Array,
-  branch_k_BSCKH: jax.Array,
-  branch_v_BSCKH: jax.Array,
+  prefix_k_BTKH: jax.Array,
+  prefix_v_BTKH: jax.Array,
+  continuation_k_BSCKH: jax.Array,
+  continuation_v_BSCKH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   *,
   scale: float,
 ) -> jax.Array:
-  """Computes `api.branch_attention`.
+  """Computes `api.shared_prefix_attention`.
 
   Raises:
     NotImplementedError: with the reason, where `unsupported` gives one.
   """
-  arrays = (q_BSGNH, trunk_k_BTKH, trunk_v_BTKH, branch_k_BSCKH, branch_v_BSCKH)
+  arrays = (
+    q_BSGNH,
+    prefix_k_BTKH,
+    prefix_v_BTKH,
+    continuation_k_BSCKH,
+    continuation_v_BSCKH,
+  )
   _refuse(*arrays)
   return _attention(scale, *arrays, limit_BS, offset_BS)
 
 
 def decode_attention(
   q_BSNH: jax.Array,
-  trunk_k_LBKTH: jax.Array,
-  trunk_v_LBKTH: jax.Array,
-  branch_k_LBSKCH: jax.Array,
-  branch_v_LBSKCH: jax.Array,
+  prefix_k_LBKTH: jax.Array,
+  prefix_v_LBKTH: jax.Array,
+  continuation_k_LBSKCH: jax.Array,
+  continuation_v_LBSKCH: jax.Array,
   limit_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array,
@@ -78,30 +84,30 @@ def decode_attention(
   Raises:
     NotImplementedError: with the reason, where `unsupported` gives one.
   """
-  trunk, branches = (
-    (trunk_k_LBKTH, trunk_v_LBKTH),
-    (branch_k_LBSKCH, branch_v_LBSKCH),
+  prefix, continuations = (
+    (prefix_k_LBKTH, prefix_v_LBKTH),
+    (continuation_k_LBSKCH, continuation_v_LBSKCH),
   )
-  _refuse(q_BSNH, *trunk, *branches)
+  _refuse(q_BSNH, *prefix, *continuations)
   B, S, N, H = q_BSNH.shape
-  K, T = trunk_k_LBKTH.shape[2:4]
-  R, C = N // K, branch_k_LBSKCH.shape[4]
+  K, T = prefix_k_LBKTH.shape[2:4]
+  R, C = N // K, continuation_k_LBSKCH.shape[4]
   q_BKSRH = q_BSNH.reshape(B, S, K, R, H).swapaxes(1, 2)
   limit_BSR, own_BSR = (
     jnp.broadcast_to(jnp.minimum(x, most)[..., None], (B, S, R))
     for x, most in ((limit_BS, T), (offset_BS + 1, C))
   )
-  seed = prefix.forward(
+  seed = limited_attention.forward(
     scale,
     q_BKSRH.reshape(B, K, 1, S * R, H),
-    *[x[:, :, None] for x in trunk],
+    *[x[:, :, None] for x in prefix],
     limit_BSR.reshape(B, 1, S * R).astype(jnp.int32),
     layer=layer,
   )
-  out_BKSRH, _ = prefix.forward(
+  out_BKSRH, _ = limited_attention.forward(
     scale,
     q_BKSRH,
-    *branches,
+    *continuations,
     own_BSR.astype(jnp.int32),
     [x.reshape(B, K, S, R, -1) for x in seed],
     layer=layer,
@@ -126,10 +132,10 @@ def _forward_rule(scale, q_BSGNH, *keys):
   K = keys[0].shape[2]
   R = q_BSGNH.shape[3] // K
   q_BKSQH = _rows(q_BSGNH, K)
-  trunk, branches = _halves(q_BKSQH, R, keys)
-  seed = prefix.forward(scale, *trunk)
-  out_BKSQH, lse_BKSQ1 = prefix.forward(
-    scale, *branches, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed]
+  prefix, continuations = _halves(q_BKSQH, R, keys)
+  seed = limited_attention.forward(scale, *prefix)
+  out_BKSQH, lse_BKSQ1 = limited_attention.forward(
+    scale, *continuations, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed]
   )
   out_BSGNH = _unrows(out_BKSQH, q_BSGNH.shape)
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
@@ -150,7 +156,7 @@ def _backward_rule(scale, residuals, d_out_BSGNH):
   d_q_BKSQH = 0.0
   d_keys = []
   for half in _halves(q_BKSQH, R, keys):
-    d_q, d_k, d_v = prefix.backward(
+    d_q, d_k, d_v = limited_attention.backward(
       scale,
       *half,
       *(
@@ -172,24 +178,25 @@ _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _halves(q_BKSQH, R, keys):
-  """Operands of `prefix` for the trunk (one long branch) and the branches."""
-  trunk_k, trunk_v, branch_k, branch_v, limit_BS, offset_BS = keys
+  """Operands of `limited_attention` for the prefix (one long continuation) and
+  the continuations."""
+  prefix_k, prefix_v, continuation_k, continuation_v, limit_BS, offset_BS = keys
   B, K, S, Q, H = q_BKSQH.shape
-  T, C = trunk_k.shape[1], branch_k.shape[2]
+  T, C = prefix_k.shape[1], continuation_k.shape[2]
   query_Q = jnp.arange(Q, dtype=jnp.int32) // R
   own_BSQ = jnp.minimum(offset_BS[..., None] + query_Q[None, None] + 1, C)
   limit_BSQ = jnp.broadcast_to(jnp.minimum(limit_BS, T)[..., None], (B, S, Q))
   return (
     (
       q_BKSQH.reshape(B, K, 1, S * Q, H),
-      jnp.swapaxes(trunk_k, 1, 2)[:, None],
-      jnp.swapaxes(trunk_v, 1, 2)[:, None],
+      jnp.swapaxes(prefix_k, 1, 2)[:, None],
+      jnp.swapaxes(prefix_v, 1, 2)[:, None],
       limit_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
     ),
     (
       q_BKSQH,
-      jnp.swapaxes(branch_k, 2, 3),
-      jnp.swapaxes(branch_v, 2, 3),
+      jnp.swapaxes(continuation_k, 2, 3),
+      jnp.swapaxes(continuation_v, 2, 3),
       own_BSQ.astype(jnp.int32),
     ),
   )

@@ -12,8 +12,8 @@ where queries are few), held twice for keys and for values, and in float32 for
 their gradients; with 256 queries and five tiles of float32 scores under 24
 MiB, of the `VMEM_LIMIT` that the compiler keeps to.
 
-Shape key: B rows, S branches (1 for a trunk), K key-value heads, Q queries a
-key-value head, H head features, T keys, q queries and t keys of
+Shape key: B rows, S continuations (1 for a prefix), K key-value heads, Q
+queries a key-value head, H head features, T keys, q queries and t keys of
 one block.
 """
 
@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import manual_axes
-from kernels.branch_attention import prefix_plan
+from kernels.shared_prefix_attention import limited_plan
 
 VMEM_LIMIT = 32 << 20
 MASKED = -1e30
@@ -57,7 +57,7 @@ def forward(
     logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
     a logsumexp of about -1e30.
   """
-  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
+  plan = limited_plan.Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
   *outer, H = q_BKSQH.shape
   seed = seed or ()
   needed = plan.needed(seen_BSQ)
@@ -89,7 +89,7 @@ def forward(
       ],
     ),
     compiler_params=_compiler_params(),
-    name="prefix_attention_forward",
+    name="limited_attention_forward",
   )(needed, *operands)
 
 
@@ -118,7 +118,7 @@ def backward(
   Returns:
     d_q float32, d_k and d_v of the keys' dtype.
   """
-  plan = prefix_plan.Plan(q_BKSQH, k_BSKTH)
+  plan = limited_plan.Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
   needed = plan.needed(seen_BSQ)
   operands = (
@@ -150,7 +150,7 @@ def backward(
       scratch_shapes=[pltpu.VMEM((plan.heads, plan.q, H), jnp.float32)],
     ),
     compiler_params=_compiler_params(),
-    name="prefix_attention_d_query",
+    name="limited_attention_d_query",
   )(needed, *operands)
   block = pltpu.VMEM((plan.heads, plan.t, H), jnp.float32)
   d_k, d_v = pl.pallas_call(
@@ -165,7 +165,7 @@ def backward(
       scratch_shapes=[block, block],
     ),
     compiler_params=_compiler_params(),
-    name="prefix_attention_d_key",
+    name="limited_attention_d_key",
   )(needed, plan.first(needed), *operands)
   return d_q, d_k, d_v
 
