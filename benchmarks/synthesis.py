@@ -47,7 +47,7 @@ class Settings:
   brakes: tuple[str, ...] = brake.WORDS
   candidates: int = 4
   budget: int = 20
-  logprob: str = "sequence"
+  score: str = "sequence"
   temperature: float = 0.6
   top_k: int = 20
   top_p: float = 0.95
@@ -120,7 +120,7 @@ def naive(
   def perplexity(context, candidate):
     whole = np.concatenate([context, candidate])
     logprob = logprob_scorer.score(params, [whole]).prefix_logprob[0][1:]
-    if settings.logprob == "candidate":
+    if settings.score == "candidate":
       logprob = logprob[-len(candidate) :]
     return float(np.exp(-logprob.mean(dtype=np.float64)))
 

@@ -20,7 +20,7 @@ from kernels import manual_axes
 
 MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
 PREFIX = "bxkh"  # axes of the prefix's keys and values
-BRANCH = "bsxkh"
+CONTINUATION = "bsxkh"
 
 
 def shared_prefix_attention(
@@ -80,7 +80,7 @@ def _forward_rule(settings, q_BSGKRH, *keys):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     limit = own[2][..., None]
-    total = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
+    total = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
     total = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
@@ -132,7 +132,7 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     total = (zeros(q.shape), *d_own)
-    d_q, *d_own = _visit(step, total, BRANCH, *own[:2], seen, block_keys)
+    d_q, *d_own = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
     total = (d_q, *d_keys[:2])
     limit = own[2][..., None]
     d_q, *d_prefix = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)

@@ -230,7 +230,7 @@ class _Run:
   def score(self) -> Program:
     """The policy's pass: prefixes and the most, longest continuations."""
     opt_state = self._values.state(self._rl_optimizer()).opt_state
-    return self._scoring(
+    return self._scoring_pass(
       *("score", 1.0),
       max(self._scoring["slot_buckets"]),
       max(self._scoring["continuation_buckets"]),
@@ -241,7 +241,7 @@ class _Run:
   def reference(self) -> Program:
     """Prefixes alone, in the smallest shape of continuations."""
     temperature, scoring = self._rollout["temperature"], self._scoring
-    return self._scoring(
+    return self._scoring_pass(
       "reference",
       temperature,
       *(min(scoring["slot_buckets"]), min(scoring["continuation_buckets"])),
@@ -369,7 +369,7 @@ class _Run:
     with jax.set_mesh(self._mesh):
       return slots_lib.whole_blocks(tokens)
 
-  def _scoring(self, name, temperature, S, G, times, beside) -> Program:
+  def _scoring_pass(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])
     rows = self._rl["prompts"] * self._rl["samples"]
     continuation = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)

@@ -63,7 +63,7 @@ WHOLE = {
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
   "rollout": _fields(sampling.Sampling)
   - {"stop_ids", "vocab_size"},  # of the tokenizer
-  "score": _keywords(logprob_scorer.LogprobScorer)
+  "scoring": _keywords(logprob_scorer.LogprobScorer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
   "reward": _keywords(score.Scorer)
   - {"logprob_scorer", "tokenizer", "cache_dir"},

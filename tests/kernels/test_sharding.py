@@ -98,7 +98,7 @@ def test_sharded_tokens_are_scored_where_they_lie(mesh):
   assert "all-gather" not in logprob.lower(*placed).compile().as_text()
 
 
-def test_rows_and_heads_of_branches_over_the_mesh(mesh):
+def test_rows_and_heads_of_continuations_over_the_mesh(mesh):
   rng = np.random.default_rng(0)
   B, S, G, N, K, H, T = 4, 2, 3, 8, 4, 8, 9
   shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, G, K, H)] * 2]

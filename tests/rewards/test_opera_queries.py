@@ -133,7 +133,7 @@ def test_the_bridge_is_context_of_partial_thoughts_alone():
   ]
 
 
-def test_rows_name_the_trunks_they_are_given():
+def test_rows_name_the_prefixes_they_are_given():
   continuations, _ = _queries([None, None], prefixes=[4, 2])
   assert [continuation.prefix for continuation in continuations] == [4, 2]
 

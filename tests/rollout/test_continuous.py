@@ -377,4 +377,4 @@ def test_decoding_scores_only_when_asked(tiny_model, one_device):
       )
     return sum(f"f32[16,{V}] = exp" in line for line in text.splitlines())
 
-  assert 0 < exponentials() == exponentials(scored=True) - 1
+  assert 0 < exponentials() == exponentials(with_model_logprob=True) - 1

@@ -139,12 +139,12 @@ def test_packing_loses_nothing_and_bounds_shapes():
     (structs.Continuation(0, 1, np.array([-1])), "outside \\[0, 300\\)"),
   ],
 )
-def test_bad_branches_are_refused(continuation, message):
+def test_bad_continuations_are_refused(continuation, message):
   with pytest.raises(ValueError, match=message):
     packing.check([np.array([1, 2, 3])], [continuation], 300)
 
 
-def test_bad_trunks_are_refused():
+def test_bad_prefixes_are_refused():
   with pytest.raises(ValueError, match="no tokens"):
     packing.check([np.array([], np.int32)], [], 300)
   with pytest.raises(ValueError, match="tokenizer and model"):
