@@ -146,9 +146,13 @@ def _shared_prefix_attention(ceiling, dtype, on_cpu):
   for label, size in (("scoring", scoring), ("decoding", decoding)):
     B, S, G, N, K, H, T, C = size
     arrays = _continuations(*size, dtype)
-    limit_BS = np.linspace(T // 4, T, S, dtype=np.int32)[None].repeat(B, 0)
+    prefix_length_BS = np.linspace(T // 4, T, S, dtype=np.int32)[None].repeat(
+      B, 0
+    )
     offset_BS = np.full((B, S), 0 if G > 1 else C // 2 - 1, np.int32)
-    keys = limit_BS[..., None] + offset_BS[..., None] + np.arange(1, G + 1)
+    keys = (
+      prefix_length_BS[..., None] + offset_BS[..., None] + np.arange(1, G + 1)
+    )
     pairs = float(keys.sum())
     own = C if G > 1 else C // 2
     nbytes = dtype(0).itemsize * (
@@ -158,7 +162,7 @@ def _shared_prefix_attention(ceiling, dtype, on_cpu):
     for name in _implementations(on_cpu, whole_fits=on_cpu):
       attend = functools.partial(
         shared_prefix_attention.shared_prefix_attention,
-        limit_BS=jnp.asarray(limit_BS),
+        prefix_length_BS=jnp.asarray(prefix_length_BS),
         offset_BS=jnp.asarray(offset_BS),
         scale=H**-0.5,
         implementation=name,
@@ -166,7 +170,7 @@ def _shared_prefix_attention(ceiling, dtype, on_cpu):
       candidates[name], both[name] = _forward_and_backward(attend, range(5))
     if on_cpu:
       candidates["torch, a row a continuation"] = _torch_attend(
-        arrays, limit_BS, offset_BS
+        arrays, prefix_length_BS, offset_BS
       )
     shape = f"{label} B={B} S={S} G={G} N={N} K={K} H={H} T={T} C={C}"
     flops = 4 * pairs * N * H
@@ -195,7 +199,7 @@ def _continuations(B, S, G, N, K, H, T, C, dtype):
   return [jax.random.normal(k, x, dtype) for k, x in zip(keys, shapes)]
 
 
-def _torch_attend(arrays, limit_BS, offset_BS):
+def _torch_attend(arrays, prefix_length_BS, offset_BS):
   """Fused attention over [prefix; continuation], copied to one padded row a
   continuation."""
   q, prefix_k, prefix_v, continuation_k, continuation_v = (
@@ -203,7 +207,9 @@ def _torch_attend(arrays, limit_BS, offset_BS):
   )
   B, S, G, N, H = q.shape
   T, C = prefix_k.shape[1], continuation_k.shape[2]
-  seen = torch.arange(T)[None, None] < torch.from_numpy(limit_BS)[..., None]
+  seen = (
+    torch.arange(T)[None, None] < torch.from_numpy(prefix_length_BS)[..., None]
+  )
   own = (
     torch.arange(C)[None, None, None]
     <= torch.from_numpy(offset_BS)[..., None, None]

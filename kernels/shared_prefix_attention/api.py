@@ -36,7 +36,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array | None = None,
   *,
   scale: float,
@@ -57,7 +57,8 @@ def shared_prefix_attention(
     prefix_v_BTKH: like the prefix's keys.
     continuation_k_BSCKH: [B, S, C, K, H] floating.
     continuation_v_BSCKH: like the continuations' keys.
-    limit_BS: [B, S] integer, how much of the prefix a continuation sees.
+    prefix_length_BS: [B, S] integer, how much of the prefix a continuation
+      sees.
     offset_BS: [B, S] integer, own keys before the one of query 0; None is 0.
     scale: what multiplies q.k, usually H ** -0.5.
     implementation: "reference", "xla" (streams), "xla_rows" (one continuation
@@ -85,20 +86,20 @@ def shared_prefix_attention(
   _check(*arrays)
   given_BS = None if offset_BS is None else jnp.maximum(offset_BS, 0)
   if offset_BS is None:
-    offset_BS = jnp.zeros_like(limit_BS)
-  _check_bounds(q_BSGNH, limit_BS, offset_BS)
+    offset_BS = jnp.zeros_like(prefix_length_BS)
+  _check_bounds(q_BSGNH, prefix_length_BS, offset_BS)
   if block_keys is None:
     block_keys = 256
   if block_scores is None:
     block_scores = _score_budget(*q_BSGNH.shape[::3], block_keys)
   _check_blocks(block_keys=block_keys, block_scores=block_scores)
   implementation = _pick(implementation, arrays, cpu="xla_rows")
-  bounds = (limit_BS, jnp.maximum(offset_BS, 0))
+  bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     return reference.shared_prefix_attention(*arrays, *bounds, scale=scale)
   if implementation == "xla_rows":
     return xla_rows.shared_prefix_attention(
-      *arrays, limit_BS, given_BS, scale=float(scale)
+      *arrays, prefix_length_BS, given_BS, scale=float(scale)
     )
   if implementation == "pallas_tpu":
     return pallas_tpu.shared_prefix_attention(
@@ -119,7 +120,7 @@ def decode_attention(
   prefix_v_LBKTH: jax.Array,
   continuation_k_LBSKCH: jax.Array,
   continuation_v_LBSKCH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array | None = None,
   *,
@@ -139,7 +140,8 @@ def decode_attention(
     prefix_v_LBKTH: like the prefix's keys.
     continuation_k_LBSKCH: [L, B, S, K, C, H] floating.
     continuation_v_LBSKCH: like the continuations' keys.
-    limit_BS: [B, S] integer, how much of the prefix a continuation sees.
+    prefix_length_BS: [B, S] integer, how much of the prefix a continuation
+      sees.
     offset_BS: [B, S] integer, own keys before the query's.
     layer: int scalar in [0, L), or None where the caches are of one layer.
     scale: what multiplies q.k, usually H ** -0.5.
@@ -163,14 +165,14 @@ def decode_attention(
     one = [jax.eval_shape(lambda x: x[0], x) for x in caches]
   one = [jax.eval_shape(lambda x: x.swapaxes(-3, -2), x) for x in one]
   _check(jax.eval_shape(lambda q: q[:, :, None], q_BSNH), *one)
-  _check_bounds(q_BSNH, limit_BS, offset_BS)
+  _check_bounds(q_BSNH, prefix_length_BS, offset_BS)
   if block_keys is None:
     block_keys = 64 if target.platform() == "cpu" else 128
   _check_blocks(block_keys=block_keys)
   if implementation == "xla_rows":
     raise ValueError('Decoding has no "xla_rows"; use "xla", or None.')
   implementation = _pick(implementation, (q_BSNH, *caches), cpu="xla")
-  bounds = (limit_BS, jnp.maximum(offset_BS, 0))
+  bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
     own = [x if layer is None else x[layer] for x in caches]
     own = [x.swapaxes(-3, -2) for x in own]
@@ -263,8 +265,8 @@ def _check(
     )
 
 
-def _check_bounds(q_BSGNH, limit_BS, offset_BS):
-  for name, x in (("limit", limit_BS), ("offset", offset_BS)):
+def _check_bounds(q_BSGNH, prefix_length_BS, offset_BS):
+  for name, x in (("limit", prefix_length_BS), ("offset", offset_BS)):
     if x.shape != q_BSGNH.shape[:2] or not jnp.issubdtype(x.dtype, jnp.integer):
       raise ValueError(
         f"The {name} is one integer a continuation, {q_BSGNH.shape[:2]}, got "

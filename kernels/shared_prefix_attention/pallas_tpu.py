@@ -1,7 +1,7 @@
 """Continuation attention as TPU kernels.
 
 Both halves are one operation, attention in which each query sees a prefix of
-its keys: the prefix's limit, or its own continuation's offset + g + 1.
+its keys: the prefix's length, or its own continuation's offset + g + 1.
 `limited_attention` has the kernels. The continuation's half goes on from the
 prefix's sums; the backward pass runs each half with the logsumexp of the whole.
 Against the prefix all queries of a row stand in one long block, so that
@@ -46,7 +46,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   *,
   scale: float,
@@ -64,7 +64,7 @@ def shared_prefix_attention(
     continuation_v_BSCKH,
   )
   _refuse(*arrays)
-  return _attention(scale, *arrays, limit_BS, offset_BS)
+  return _attention(scale, *arrays, prefix_length_BS, offset_BS)
 
 
 def decode_attention(
@@ -73,7 +73,7 @@ def decode_attention(
   prefix_v_LBKTH: jax.Array,
   continuation_k_LBSKCH: jax.Array,
   continuation_v_LBSKCH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array,
   *,
@@ -93,15 +93,15 @@ def decode_attention(
   K, T = prefix_k_LBKTH.shape[2:4]
   R, C = N // K, continuation_k_LBSKCH.shape[4]
   q_BKSRH = q_BSNH.reshape(B, S, K, R, H).swapaxes(1, 2)
-  limit_BSR, own_BSR = (
+  prefix_length_BSR, own_BSR = (
     jnp.broadcast_to(jnp.minimum(x, most)[..., None], (B, S, R))
-    for x, most in ((limit_BS, T), (offset_BS + 1, C))
+    for x, most in ((prefix_length_BS, T), (offset_BS + 1, C))
   )
   seed = limited_attention.forward(
     scale,
     q_BKSRH.reshape(B, K, 1, S * R, H),
     *[x[:, :, None] for x in prefix],
-    limit_BSR.reshape(B, 1, S * R).astype(jnp.int32),
+    prefix_length_BSR.reshape(B, 1, S * R).astype(jnp.int32),
     layer=layer,
   )
   out_BKSRH, _ = limited_attention.forward(
@@ -180,18 +180,27 @@ _attention.defvjp(_forward_rule, _backward_rule)
 def _halves(q_BKSQH, R, keys):
   """Operands of `limited_attention` for the prefix (one long continuation) and
   the continuations."""
-  prefix_k, prefix_v, continuation_k, continuation_v, limit_BS, offset_BS = keys
+  (
+    prefix_k,
+    prefix_v,
+    continuation_k,
+    continuation_v,
+    prefix_length_BS,
+    offset_BS,
+  ) = keys
   B, K, S, Q, H = q_BKSQH.shape
   T, C = prefix_k.shape[1], continuation_k.shape[2]
   query_Q = jnp.arange(Q, dtype=jnp.int32) // R
   own_BSQ = jnp.minimum(offset_BS[..., None] + query_Q[None, None] + 1, C)
-  limit_BSQ = jnp.broadcast_to(jnp.minimum(limit_BS, T)[..., None], (B, S, Q))
+  prefix_length_BSQ = jnp.broadcast_to(
+    jnp.minimum(prefix_length_BS, T)[..., None], (B, S, Q)
+  )
   return (
     (
       q_BKSQH.reshape(B, K, 1, S * Q, H),
       jnp.swapaxes(prefix_k, 1, 2)[:, None],
       jnp.swapaxes(prefix_v, 1, 2)[:, None],
-      limit_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
+      prefix_length_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
     ),
     (
       q_BKSQH,

@@ -14,7 +14,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   *,
   scale: float,
@@ -36,7 +36,7 @@ def shared_prefix_attention(
   visible_BSGX = jnp.concatenate(
     [
       jnp.broadcast_to(
-        jnp.arange(T)[None, None, None] < limit_BS[:, :, None, None],
+        jnp.arange(T)[None, None, None] < prefix_length_BS[:, :, None, None],
         (B, S, G, T),
       ),
       jnp.arange(C)[None, None, None] <= last_BSG1,

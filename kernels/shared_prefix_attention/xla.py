@@ -29,7 +29,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   *,
   scale: float,
@@ -48,7 +48,7 @@ def shared_prefix_attention(
   arrays = (
     q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
     *(prefix_k_BTKH, prefix_v_BTKH, continuation_k_BSCKH, continuation_v_BSCKH),
-    *(limit_BS, offset_BS),
+    *(prefix_length_BS, offset_BS),
   )
   out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
   return out_BSGKRH.reshape(B, S, G + pad, N, H)[:, :, :G]
@@ -79,9 +79,9 @@ def _forward_rule(settings, q_BSGKRH, *keys):
       return m_new, l * keep + jnp.sum(p, axis=-1), o
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
-    limit = own[2][..., None]
+    prefix_length = own[2][..., None]
     total = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
-    total = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)
+    total = _visit(step, total, PREFIX, *keys[:2], prefix_length, block_keys)
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
@@ -134,8 +134,10 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
     total = (zeros(q.shape), *d_own)
     d_q, *d_own = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
     total = (d_q, *d_keys[:2])
-    limit = own[2][..., None]
-    d_q, *d_prefix = _visit(step, total, PREFIX, *keys[:2], limit, block_keys)
+    prefix_length = own[2][..., None]
+    d_q, *d_prefix = _visit(
+      step, total, PREFIX, *keys[:2], prefix_length, block_keys
+    )
     d_own = [_put(x, d, part, chunk) for x, d in zip(d_keys[2:], d_own)]
     return (*d_prefix, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)
 

@@ -32,7 +32,7 @@ def decode_attention(
   prefix_v: jax.Array,
   continuation_k: jax.Array,
   continuation_v: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
   layer: jax.Array | None,
   *,
@@ -45,8 +45,8 @@ def decode_attention(
   R = N // K
   q_BSKRH = q_BSNH.reshape(B, S, K, R, H)
   own = (continuation_k, continuation_v, (offset_BS + 1)[:, :, None, None])
-  limit_BQ = jnp.repeat(limit_BS, R, axis=1)
-  prefix = (prefix_k, prefix_v, limit_BQ[:, None])
+  prefix_length_BQ = jnp.repeat(prefix_length_BS, R, axis=1)
+  prefix = (prefix_k, prefix_v, prefix_length_BQ[:, None])
 
   def together(x):  # the queries of a row, [B, K, S * R, ...]
     return jnp.swapaxes(x, 1, 2).reshape(B, K, S * R, *x.shape[4:])

@@ -24,7 +24,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   offset_BS: jax.Array | None,
   *,
   scale: float,
@@ -38,7 +38,7 @@ def shared_prefix_attention(
     prefix_v_BTKH,
     continuation_k_BSCKH,
     continuation_v_BSCKH,
-    limit_BS,
+    prefix_length_BS,
     offset_BS,
   )
 
@@ -140,7 +140,7 @@ def _joined(prefix_KTH, continuation_CKH):
   ]
 
 
-def _chunks(q_GNH, prefix_TKH, continuation_CKH, limit, offset=None):
+def _chunks(q_GNH, prefix_TKH, continuation_CKH, prefix_length, offset=None):
   """(queries, keys, what masks [g, W]) of every chunk of a continuation."""
   G, T, C = len(q_GNH), len(prefix_TKH), len(continuation_CKH)
   key_X = jnp.arange(T + C)
@@ -150,5 +150,7 @@ def _chunks(q_GNH, prefix_TKH, continuation_CKH, limit, offset=None):
     keys = slice(0, T + end if offset is None else T + C)
     last_g = T + jnp.arange(start, end) + (0 if offset is None else offset)
     key_1W = key_X[None, keys]
-    seen_gW = (key_1W <= last_g[:, None]) & ((key_1W < limit) | (key_1W >= T))
+    seen_gW = (key_1W <= last_g[:, None]) & (
+      (key_1W < prefix_length) | (key_1W >= T)
+    )
     yield slice(start, end), keys, tiles.bias(seen_gW)[None, None, None]

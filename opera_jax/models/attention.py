@@ -38,7 +38,7 @@ def causal(
 
 def prefix_and_continuations(
   prefix_segment_BT: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   continuation_tokens: int,
   *,
   implementation: str | None = None,
@@ -46,11 +46,11 @@ def prefix_and_continuations(
   """A prefix of T tokens followed, on the token axis, by S continuations of G.
 
   The prefix is causal, and each row of it one segment, then padding;
-  continuation s of row b sees prefix positions below `limit[b, s]` and its own
-  tokens causally. Nothing sees a continuation but itself.
+  continuation s of row b sees prefix positions below `prefix_length[b, s]` and
+  its own tokens causally. Nothing sees a continuation but itself.
   """
   B, T = prefix_segment_BT.shape
-  S, G = limit_BS.shape[1], continuation_tokens
+  S, G = prefix_length_BS.shape[1], continuation_tokens
   prefix = causal(
     prefix_segment_BT, right_padded=True, implementation=implementation
   )
@@ -67,7 +67,7 @@ def prefix_and_continuations(
       v[:, :T],
       continuations(k),
       continuations(v),
-      limit_BS,
+      prefix_length_BS,
       scale=q.shape[-1] ** -0.5,
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
@@ -95,33 +95,34 @@ def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
 
 def decode(
   prefix: kv_cache.PrefixCache,
-  limit_B: jax.Array,
-  depth_BS: jax.Array,
+  prefix_length_B: jax.Array,
+  num_generated_BS: jax.Array,
   live_BS: jax.Array,
   lanes: lanes_lib.Lanes | None = None,
 ):
   """One new token of each of S samples of every row.
 
   Queries come as [B, S, N, H] (the token axis holds the samples). The new
-  key of a live sample is written into its own cache at `depth`, then the
-  sample sees its row's prefix below `limit` and its own keys up to there. Where
-  the caches' layers are apart, `layer` must be an int. With `lanes`, queries,
-  depths and who is live come by lane, [M, 1, ...], and so does what is given.
+  key of a live sample is written into its own cache at `num_generated`, then
+  the sample sees its row's prefix below `prefix_length` and its own keys up to
+  there. Where the caches' layers are apart, `layer` must be an int. With
+  `lanes`, queries, depths and who is live come by lane, [M, 1, ...], and so
+  does what is given.
   """
 
   def attend(cache, layer, q, k, v):
-    depth = jnp.where(live_BS, depth_BS, cache.capacity)
+    num_generated = jnp.where(live_BS, num_generated_BS, cache.capacity)
     if lanes is not None:
       q, k, v = (lanes.spread(x) for x in (q, k, v))
-      depth = lanes.spread(depth, cache.capacity)
+      num_generated = lanes.spread(num_generated, cache.capacity)
     apart = isinstance(cache.k, tuple)
     halves = [prefix.k, prefix.v, cache.k, cache.v]
     if apart:
       halves = [half[layer] for half in halves]
     dtype = halves[0].dtype
     out_BSNH, *new = on_mesh.decode_attention(
-      *(q, k.astype(dtype), v.astype(dtype), *halves, limit_B),
-      depth,
+      *(q, k.astype(dtype), v.astype(dtype), *halves, prefix_length_B),
+      num_generated,
       None if apart else layer,
       scale=q.shape[-1] ** -0.5,
     )

@@ -32,7 +32,7 @@ def shared_prefix_attention(
   prefix_v_BTKH: jax.Array,
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
-  limit_BS: jax.Array,
+  prefix_length_BS: jax.Array,
   *,
   scale: float,
 ) -> jax.Array:
@@ -49,7 +49,7 @@ def shared_prefix_attention(
     prefix_v_BTKH,
     continuation_k_BSCKH,
     continuation_v_BSCKH,
-    limit_BS,
+    prefix_length_BS,
   )
   if rules.alone():
     return attend(*arrays)
@@ -73,8 +73,8 @@ def decode_attention(
   prefix_v_LBKTH: jax.Array,
   cache_k_LBSKCH: jax.Array,
   cache_v_LBSKCH: jax.Array,
-  limit_B: jax.Array,
-  depth_BS: jax.Array,
+  prefix_length_B: jax.Array,
+  num_generated_BS: jax.Array,
   layer: jax.Array | None,
   *,
   scale: float,
@@ -91,9 +91,9 @@ def decode_attention(
     prefix_v_LBKTH: values.
     cache_k_LBSKCH: keys of the samples' own tokens.
     cache_v_LBSKCH: values.
-    limit_B: int32, prefix tokens that a row's samples see.
-    depth_BS: int32, the place of the new token in its cache; C or more writes
-      nothing, and what the sample then gives has no meaning.
+    prefix_length_B: int32, prefix tokens that a row's samples see.
+    num_generated_BS: int32, the place of the new token in its cache; C or more
+      writes nothing, and what the sample then gives has no meaning.
     layer: int32 scalar; None where the caches are one layer's, without L.
     scale: what multiplies q.k.
 
@@ -101,21 +101,32 @@ def decode_attention(
     out [B, S, N, H], and the two caches.
   """
 
-  def run(q, k, v, prefix_k, prefix_v, cache_k, cache_v, limit, depth, *layer):
-    B, S = depth.shape
+  def run(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    cache_k,
+    cache_v,
+    prefix_length,
+    num_generated,
+    *layer,
+  ):
+    B, S = num_generated.shape
     b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
-    place = (*layer, b, s, slice(None), depth)
+    place = (*layer, b, s, slice(None), num_generated)
     cache_k = cache_k.at[place].set(k, mode="drop")
     cache_v = cache_v.at[place].set(v, mode="drop")
-    live = depth < cache_k.shape[-2]
+    live = num_generated < cache_k.shape[-2]
     out = shared_prefix_attention_api.decode_attention(
       q,
       prefix_k,
       prefix_v,
       cache_k,
       cache_v,
-      jnp.where(live, limit[:, None], 0),
-      jnp.where(live, depth, 0),
+      jnp.where(live, prefix_length[:, None], 0),
+      jnp.where(live, num_generated, 0),
       *layer,
       scale=scale,
     )
@@ -123,7 +134,7 @@ def decode_attention(
 
   arrays = (
     *(q_BSNH, k_BSKH, v_BSKH, prefix_k_LBKTH, prefix_v_LBKTH),
-    *(cache_k_LBSKCH, cache_v_LBSKCH, limit_B, depth_BS),
+    *(cache_k_LBSKCH, cache_v_LBSKCH, prefix_length_B, num_generated_BS),
     *(() if layer is None else (layer,)),
   )
   if rules.alone():

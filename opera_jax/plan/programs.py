@@ -262,7 +262,7 @@ class _Run:
       arguments=(
         self._values.rollout_params(),
         slots.prefix,
-        slots.limit,
+        slots.prefix_length,
         self._values.rows("config.mesh", (R, P), jnp.int32),
         self._values.rows("config.mesh", (R,), jnp.int32),
         self._values.whole(jax.ShapeDtypeStruct((R,), jnp.int32)),

@@ -34,7 +34,7 @@ def admit(
   graphdef: nnx.GraphDef,
   params: Any,
   prefix: kv_cache.PrefixCache,
-  limit_B: jax.Array,
+  prefix_length_B: jax.Array,
   token_RP: jax.Array,
   length_R: jax.Array,
   row_R: jax.Array,
@@ -45,7 +45,7 @@ def admit(
     graphdef: of the model.
     params: parameters.
     prefix: of the slots, to be changed.
-    limit_B: of the slots, to be changed.
+    prefix_length_B: of the slots, to be changed.
     token_RP: int32 prompts, right-padded, P <= T.
     length_R: int32, at least 1.
     row_R: int32, the row of each prompt; B or more for padding.
@@ -77,8 +77,10 @@ def admit(
     prefix,
     piece,
   )
-  limit_B = limit_B.at[row_R].set(length_R - 1, mode="drop")
-  return slots_lib.laid_out_prefix(prefix), rules.constrain(limit_B, ("batch",))
+  prefix_length_B = prefix_length_B.at[row_R].set(length_R - 1, mode="drop")
+  return slots_lib.laid_out_prefix(prefix), rules.constrain(
+    prefix_length_B, ("batch",)
+  )
 
 
 def assign(
@@ -106,7 +108,7 @@ def assign(
 
   slots = slots.replace(
     token=pick(token_BS, slots.token),
-    depth=pick(0, slots.depth),
+    num_generated=pick(0, slots.num_generated),
     budget=pick(budget_BS, slots.budget),
     key=pick(key_BS, slots.key),
     state=pick(state_BS, slots.state),
@@ -133,7 +135,9 @@ def keep(
   n = jnp.arange(tokens, dtype=jnp.int32)[None]
   T = slots.prefix.length
   # Key j of a slot is that of its context's last token, then of its own.
-  place_Bn = jnp.where(n < count_B[:, None], slots.limit[:, None] + n, T)
+  place_Bn = jnp.where(
+    n < count_B[:, None], slots.prefix_length[:, None] + n, T
+  )
   row_B1 = jnp.arange(B)[:, None]
 
   def move(prefix, cache):
@@ -146,7 +150,7 @@ def keep(
     v=jax.tree.map(move, slots.prefix.v, slots.cache.v),
   )
   return slots_lib.laid_out(
-    slots.replace(prefix=prefix, limit=slots.limit + count_B)
+    slots.replace(prefix=prefix, prefix_length=slots.prefix_length + count_B)
   )
 
 
@@ -215,7 +219,9 @@ def decode(
   prefix, whole = slots.prefix, slots.replace(prefix=None, cache=None)
   lanes, at = (
     None,
-    whole.replace(limit=jnp.broadcast_to(slots.limit[:, None], (B, S))),
+    whole.replace(
+      prefix_length=jnp.broadcast_to(slots.prefix_length[:, None], (B, S))
+    ),
   )
   if slot_M is not None:
     lanes = lanes_lib.create(slot_M, B, S)
@@ -240,8 +246,10 @@ def decode(
     step, at, cache, drawn = carry
     hidden, cache = model(
       at.token,
-      at.limit + at.depth,
-      attention.decode(prefix, slots.limit, at.depth, at.live, lanes),
+      at.prefix_length + at.num_generated,
+      attention.decode(
+        prefix, slots.prefix_length, at.num_generated, at.live, lanes
+      ),
       cache,
       layers,
     )
@@ -253,7 +261,7 @@ def decode(
     )
     key_R = jax.random.wrap_key_data(at.key.reshape(R, -1))
     token_R, logprob_R, truncated_R = sampling.sample(
-      logit_RV, key_R, settings, at.depth.reshape(R)
+      logit_RV, key_R, settings, at.num_generated.reshape(R)
     )
     new = [token_R, logprob_R]
     if with_model_logprob:
@@ -274,10 +282,14 @@ def decode(
   _, at, cache, drawn = jax.lax.while_loop(
     cond, body, (jnp.int32(0), at, slots.cache, nothing)
   )
-  count = jnp.where(start.live, at.depth - start.depth, 0)
-  # A row's limit is no slot's own, and nothing here changes it.
-  own = jax.tree.map(spread, at.replace(limit=None), whole.replace(limit=None))
-  after = own.replace(prefix=prefix, cache=cache, limit=slots.limit)
+  count = jnp.where(start.live, at.num_generated - start.num_generated, 0)
+  # A row's prefix length is no slot's own, and nothing here changes it.
+  own = jax.tree.map(
+    spread, at.replace(prefix_length=None), whole.replace(prefix_length=None)
+  )
+  after = own.replace(
+    prefix=prefix, cache=cache, prefix_length=slots.prefix_length
+  )
   drawn = [spread(x, 0) for x in drawn]
   return slots_lib.laid_out(after), slots_lib.Drawn(
     token=drawn[0],
@@ -298,14 +310,14 @@ def _after(
 ) -> slots_lib.Slots:
   """The slots once `token_BS` has been drawn in those that are live."""
   live_BS = slots.live
-  depth_BS = slots.depth + live_BS
+  num_generated_BS = slots.num_generated + live_BS
   stop_BS = jnp.zeros_like(live_BS)
   for stop_id in settings.stop_ids:
     stop_BS |= token_BS == stop_id
   state_BS = slots.state
   if stops is not None:
     state_BS, event_BS = automaton.step(stops, state_BS, token_BS)
-    late_BS = depth_BS >= settings.min_new_tokens
+    late_BS = num_generated_BS >= settings.min_new_tokens
     stop_BS |= (event_BS > 0) & late_BS
   ended_BS = jnp.where(stop_BS, slots_lib.STOPPED, 0)
   recent_BSW = slots.recent
@@ -320,10 +332,10 @@ def _after(
   ended_BS = jnp.where(live_BS, ended_BS, slots.ended)
   return slots.replace(
     token=token_BS,
-    depth=depth_BS,
+    num_generated=num_generated_BS,
     state=state_BS,
     recent=recent_BSW,
-    live=live_BS & (ended_BS == 0) & (depth_BS < slots.budget),
+    live=live_BS & (ended_BS == 0) & (num_generated_BS < slots.budget),
     ended=ended_BS,
   )
 

@@ -105,9 +105,12 @@ class Rows:
       "whole_rows": whole_rows,
       "with_model_logprob": with_model_logprob,
     }
-    shape = slots.depth.shape
+    shape = slots.num_generated.shape
     self.count, self.width = shape
-    self._depth, self._budget = np.zeros(shape, int), np.zeros(shape, int)
+    self._num_generated, self._budget = (
+      np.zeros(shape, int),
+      np.zeros(shape, int),
+    )
     self._live = np.zeros(shape, bool)
     self._length = np.ones(shape[0], int)  # tokens of each row's context
     self._last = np.zeros(shape[0], np.int32)  # the last of them
@@ -176,7 +179,7 @@ class Rows:
       fresh_BS[place] = self._live[place] = True
       token_BS[place], state_BS[place] = self._last[fork.row], fork.state
       key_BS[place] = fork.key
-      self._depth[place], self._budget[place] = 0, fork.budget
+      self._num_generated[place], self._budget[place] = 0, fork.budget
     arrays = fresh_BS, token_BS, self._budget.astype(np.int32), state_BS
     fresh_BS, token_BS, budget_BS, state_BS = layout.to_devices(
       [x[self._order] for x in arrays], layout.rows(self._mesh)
@@ -203,7 +206,7 @@ class Rows:
     Raises:
       FloatingPointError: logits that are not finite.
     """
-    need = int(self._depth[self._live].max()) + self._static["steps"]
+    need = int(self._num_generated[self._live].max()) + self._static["steps"]
     need = min(need, int(self._budget[self._live].max()))
     if need > self._slots.cache.capacity:
       slots = self._slots
@@ -224,7 +227,7 @@ class Rows:
       **self._static,
     )
     drawn = layout.to_host(drawn)
-    self._depth[self._order] += drawn.count
+    self._num_generated[self._order] += drawn.count
     pieces = []
     for row, slot in zip(*np.nonzero(self._live)):
       place = self._place[row]
@@ -289,15 +292,17 @@ class Rows:
       token_RP[place, : len(tokens)] = tokens
       length_R[place], row_R[place] = len(tokens), self._place[row]
     arrays = layout.to_devices((token_RP, length_R), layout.rows(self._mesh))
-    prefix, limit = self._call(
+    prefix, prefix_length = self._call(
       "admit",
       self._params,
       self._slots.prefix,
-      self._slots.limit,
+      self._slots.prefix_length,
       *arrays,
       self._everywhere(row_R),
     )
-    self._slots = self._slots.replace(prefix=prefix, limit=limit)
+    self._slots = self._slots.replace(
+      prefix=prefix, prefix_length=prefix_length
+    )
 
   def _lanes(self) -> np.ndarray | None:
     """The slots to compute, a few sizes for all numbers of live ones.

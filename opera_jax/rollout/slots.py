@@ -29,9 +29,13 @@ class Slots:
 
   prefix: kv_cache.PrefixCache  # [L, B, K, T, H] in all
   cache: kv_cache.Samples  # [L, B, S, K, C, H] in all
-  limit: jax.Array  # [B] int32, prefix tokens seen by the slots of a row
+  prefix_length: (
+    jax.Array
+  )  # [B] int32, prefix tokens seen by the slots of a row
   token: jax.Array  # [B, S] int32, the token to feed next
-  depth: jax.Array  # [B, S] int32, own tokens fed, which is tokens drawn
+  num_generated: (
+    jax.Array
+  )  # [B, S] int32, own tokens fed, which is tokens drawn
   budget: jax.Array  # [B, S] int32, tokens that may be drawn in all
   key: jax.Array  # [B, S, words] uint32, random key data, one a sample
   state: jax.Array  # [B, S] int32, of the stop strings' automaton
@@ -80,9 +84,9 @@ def empty(
   slots = Slots(
     prefix=prefix,
     cache=cache,
-    limit=jnp.zeros(rows, jnp.int32),
+    prefix_length=jnp.zeros(rows, jnp.int32),
     token=zeros(),
-    depth=zeros(),
+    num_generated=zeros(),
     budget=zeros(),
     key=jnp.zeros(
       (*shape, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32

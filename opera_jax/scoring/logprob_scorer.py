@@ -122,21 +122,21 @@ def prefixes_and_continuations(
   continuations.
 
   Returns:
-    `f(params, token_BT, length_B, input_BSG, target_BSG, limit_BS)`, the
-    arrays of a `packing.MicroBatch`, to be jitted. It gives log-probability
+    `f(params, token_BT, length_B, input_BSG, target_BSG, prefix_length_BS)`,
+    the arrays of a `packing.MicroBatch`, to be jitted. It gives log-probability
     and entropy of the prefix's tokens [B, T] (entry t for token t after those
     before it, entry 0 is 0) and of the continuations' targets [B, S, G],
     float32.
   """
 
-  def fn(params, token_BT, length_B, input_BSG, target_BSG, limit_BS):
+  def fn(params, token_BT, length_B, input_BSG, target_BSG, prefix_length_BS):
     model = nnx.merge(graphdef, params)
     B, T = token_BT.shape
     S, G = input_BSG.shape[1:]
     position_T = jnp.arange(T, dtype=jnp.int32)
     segment_BT = (position_T[None] < length_B[:, None]).astype(jnp.int32)
     position_BSG = (
-      limit_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[None, None]
+      prefix_length_BS[:, :, None] + jnp.arange(G, dtype=jnp.int32)[None, None]
     )
     flat = (B, S * G)
     hidden_BXD, _ = model(
@@ -150,7 +150,7 @@ def prefixes_and_continuations(
       ),
       attention.prefix_and_continuations(
         segment_BT,
-        limit_BS,
+        prefix_length_BS,
         G,
         implementation=model.config.attention or None,
       ),
@@ -389,7 +389,7 @@ class LogprobScorer:
             batch.length_B,
             batch.input_BSG,
             batch.target_BSG,
-            batch.limit_BS,
+            batch.prefix_length_BS,
           ),
           sharding,
         )

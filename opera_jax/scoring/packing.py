@@ -24,7 +24,9 @@ class MicroBatch:
   length_B: np.ndarray  # int32, 0 for a row that only fills the shape
   input_BSG: np.ndarray  # int32 continuation inputs
   target_BSG: np.ndarray  # int32 tokens to score
-  limit_BS: np.ndarray  # int32 prefix tokens that a continuation sees, fork - 1
+  prefix_length_BS: (
+    np.ndarray
+  )  # int32 prefix tokens that a continuation sees, fork - 1
   prefix_of: list[int]  # prefix index of each real row
   continuation_of: list[tuple[int, int, int]]  # (row, slot, continuation index)
 
@@ -140,7 +142,7 @@ def _fill(group, shape, prefixes, continuations, batch_size) -> MicroBatch:
   length_B = np.zeros(batch_size, np.int32)
   input_BSG = np.zeros((batch_size, S, G), np.int32)
   target_BSG = np.zeros((batch_size, S, G), np.int32)
-  limit_BS = np.zeros((batch_size, S), np.int32)
+  prefix_length_BS = np.zeros((batch_size, S), np.int32)
   prefix_of, continuation_of = [], []
   for row, (_, _, _, prefix, part) in enumerate(group):
     tokens = prefixes[prefix]
@@ -153,14 +155,14 @@ def _fill(group, shape, prefixes, continuations, batch_size) -> MicroBatch:
       input_BSG[row, slot, 0] = tokens[continuation.fork - 1]
       input_BSG[row, slot, 1:size] = continuation.tokens[:-1]
       target_BSG[row, slot, :size] = continuation.tokens
-      limit_BS[row, slot] = continuation.fork - 1
+      prefix_length_BS[row, slot] = continuation.fork - 1
       continuation_of.append((row, slot, index))
   return MicroBatch(
     token_BT,
     length_B,
     input_BSG,
     target_BSG,
-    limit_BS,
+    prefix_length_BS,
     prefix_of,
     continuation_of,
   )

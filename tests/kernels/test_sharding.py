@@ -103,7 +103,7 @@ def test_rows_and_heads_of_continuations_over_the_mesh(mesh):
   B, S, G, N, K, H, T = 4, 2, 3, 8, 4, 8, 9
   shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, G, K, H)] * 2]
   arrays = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in shapes]
-  limit_BS = jnp.asarray(rng.integers(T + 1, size=(B, S)), jnp.int32)
+  prefix_length_BS = jnp.asarray(rng.integers(T + 1, size=(B, S)), jnp.int32)
   continuation_spec = P("data", None, None, "tensor")
   prefix_spec = P("data", None, "tensor")
   specs = [continuation_spec, *[prefix_spec] * 2, *[continuation_spec] * 2]
@@ -114,17 +114,17 @@ def test_rows_and_heads_of_continuations_over_the_mesh(mesh):
     attend, mesh=mesh, in_specs=(*specs, P("data")), out_specs=continuation_spec
   )
 
-  def run(attend, arrays, limit_BS):
+  def run(attend, arrays, prefix_length_BS):
     def loss(arrays):
-      out = attend(*arrays, limit_BS)
+      out = attend(*arrays, prefix_length_BS)
       return jnp.sum(jnp.sin(jnp.arange(out.size)) * out.ravel())
 
     return jax.jit(jax.value_and_grad(loss))(arrays)
 
-  want = run(attend, arrays, limit_BS)
-  _assert_close(run(mapped, arrays, limit_BS), want)
+  want = run(attend, arrays, prefix_length_BS)
+  _assert_close(run(mapped, arrays, prefix_length_BS), want)
   placed = jax.device_put(arrays, [jax.NamedSharding(mesh, x) for x in specs])
-  _assert_close(run(attend, placed, limit_BS), want)
+  _assert_close(run(attend, placed, prefix_length_BS), want)
 
 
 def test_rows_of_rewards_over_the_mesh(mesh):

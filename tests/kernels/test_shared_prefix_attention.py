@@ -19,18 +19,18 @@ def _inputs(B=2, S=3, G=5, N=4, K=2, H=8, T=13, C=5, dtype=jnp.float32):
   rng = np.random.default_rng(0)
   shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, C, K, H)] * 2]
   arrays = [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
-  limit_BS = rng.integers(0, T + 1, size=(B, S))
-  limit_BS[0, :3] = (0, T, 1)[:S]
-  return arrays, jnp.asarray(limit_BS, jnp.int32)
+  prefix_length_BS = rng.integers(0, T + 1, size=(B, S))
+  prefix_length_BS[0, :3] = (0, T, 1)[:S]
+  return arrays, jnp.asarray(prefix_length_BS, jnp.int32)
 
 
-def _run(implementation, arrays, limit_BS, offset_BS=None, **blocks):
+def _run(implementation, arrays, prefix_length_BS, offset_BS=None, **blocks):
   """Output and all five gradients of a scalar that weighs every entry."""
 
   def loss(*arrays):
     out = api.shared_prefix_attention(
       *arrays,
-      limit_BS,
+      prefix_length_BS,
       offset_BS,
       scale=SCALE,
       implementation=implementation,
@@ -54,9 +54,9 @@ def _close(got, want, tolerance):
 
 
 def test_reference_is_torch_attention_over_separate_rows():
-  arrays, limit_BS = _inputs(C=9)
+  arrays, prefix_length_BS = _inputs(C=9)
   offset_BS = jnp.asarray([[0, 4, 2], [1, 0, 3]], jnp.int32)
-  got = _run("reference", arrays, limit_BS, offset_BS)
+  got = _run("reference", arrays, prefix_length_BS, offset_BS)
   q, tk, tv, bk, bv = tensors = [
     torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)
     for x in arrays
@@ -65,11 +65,11 @@ def test_reference_is_torch_attention_over_separate_rows():
   rows = []
   for b in range(B):
     for s in range(S):
-      limit, offset = int(limit_BS[b, s]), int(offset_BS[b, s])
-      k = torch.cat([tk[b, :limit], bk[b, s]]).transpose(0, 1)
-      v = torch.cat([tv[b, :limit], bv[b, s]]).transpose(0, 1)
+      prefix_length, offset = int(prefix_length_BS[b, s]), int(offset_BS[b, s])
+      k = torch.cat([tk[b, :prefix_length], bk[b, s]]).transpose(0, 1)
+      v = torch.cat([tv[b, :prefix_length], bv[b, s]]).transpose(0, 1)
       own = torch.ones(G, bk.shape[2], dtype=torch.bool).tril(offset)
-      mask = torch.cat([torch.ones(G, limit, dtype=torch.bool), own], 1)
+      mask = torch.cat([torch.ones(G, prefix_length, dtype=torch.bool), own], 1)
       out = torch.nn.functional.scaled_dot_product_attention(
         q[b, s].transpose(0, 1), k, v, mask, scale=SCALE, enable_gqa=True
       )
@@ -98,9 +98,9 @@ def test_reference_is_torch_attention_over_separate_rows():
   ],
 )
 def test_streaming_equals_the_reference(shape, blocks):
-  arrays, limit_BS = _inputs(**shape)
-  got = _run("xla", arrays, limit_BS, **blocks)
-  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+  arrays, prefix_length_BS = _inputs(**shape)
+  got = _run("xla", arrays, prefix_length_BS, **blocks)
+  _close(got, _run("reference", arrays, prefix_length_BS), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,34 +109,36 @@ def test_streaming_equals_the_reference(shape, blocks):
   ids=["whole", "query-chunks", "ungrouped"],
 )
 def test_continuation_by_continuation_equals_the_reference(shape):
-  arrays, limit_BS = _inputs(**shape)
-  got = _run("xla_rows", arrays, limit_BS)
-  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+  arrays, prefix_length_BS = _inputs(**shape)
+  got = _run("xla_rows", arrays, prefix_length_BS)
+  _close(got, _run("reference", arrays, prefix_length_BS), 1e-5)
 
 
 def test_continuation_by_continuation_with_earlier_keys_of_its_own():
-  arrays, limit_BS = _inputs(C=11)
+  arrays, prefix_length_BS = _inputs(C=11)
   offset_BS = jnp.asarray([[0, 4, 6], [3, -1, 2]], jnp.int32)
-  got = _run("xla_rows", arrays, limit_BS, offset_BS)
+  got = _run("xla_rows", arrays, prefix_length_BS, offset_BS)
   _close(
-    got, _run("reference", arrays, limit_BS, jnp.maximum(offset_BS, 0)), 1e-5
+    got,
+    _run("reference", arrays, prefix_length_BS, jnp.maximum(offset_BS, 0)),
+    1e-5,
   )
 
 
 @pytest.mark.parametrize("block_keys", [512, 4])
 def test_decoding_over_a_part_filled_cache(block_keys):
-  arrays, limit_BS = _inputs(G=1, C=11)
+  arrays, prefix_length_BS = _inputs(G=1, C=11)
   offset_BS = jnp.asarray([[0, 4, 10], [7, 1, 2]], jnp.int32)
-  got = _run("xla", arrays, limit_BS, offset_BS, block_keys=block_keys)
-  _close(got, _run("reference", arrays, limit_BS, offset_BS), 1e-5)
+  got = _run("xla", arrays, prefix_length_BS, offset_BS, block_keys=block_keys)
+  _close(got, _run("reference", arrays, prefix_length_BS, offset_BS), 1e-5)
 
 
 def test_bfloat16_inputs_keep_float32_sums():
-  arrays, limit_BS = _inputs(dtype=jnp.bfloat16)
+  arrays, prefix_length_BS = _inputs(dtype=jnp.bfloat16)
   exact = [x.astype(jnp.float32) for x in arrays]
-  want = _run("reference", exact, limit_BS)
+  want = _run("reference", exact, prefix_length_BS)
   for implementation in ("xla", "xla_rows"):
-    got = _run(implementation, arrays, limit_BS, block_keys=4)
+    got = _run(implementation, arrays, prefix_length_BS, block_keys=4)
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
     _close(got, want, 2e-2)
 
@@ -159,23 +161,23 @@ def test_tpu_kernel_equals_the_reference(
   monkeypatch.setattr(limited_plan, "BLOCK_QUERIES", 16)
   monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
   monkeypatch.setattr(limited_plan, "FEW_QUERIES", few)
-  arrays, limit_BS = _inputs(B=1, dtype=dtype, **shape)
-  S = limit_BS.shape[1]
+  arrays, prefix_length_BS = _inputs(B=1, dtype=dtype, **shape)
+  S = prefix_length_BS.shape[1]
   offset_BS = offset * jnp.arange(S, dtype=jnp.int32)[None]
-  got = _run("pallas_tpu", arrays, limit_BS, offset_BS)
+  got = _run("pallas_tpu", arrays, prefix_length_BS, offset_BS)
   exact = [x.astype(jnp.float32) for x in arrays]
   assert {x.dtype for x in got} == {jnp.dtype(dtype)}
-  _close(got, _run("reference", exact, limit_BS, offset_BS), tolerance)
+  _close(got, _run("reference", exact, prefix_length_BS, offset_BS), tolerance)
 
 
 def test_tpu_kernel_computes_nothing_beyond_the_limit(interpreted, monkeypatch):
   monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
-  arrays, limit_BS = _inputs(B=1, S=2, T=24)
-  limit_BS = jnp.full_like(limit_BS, 8)
+  arrays, prefix_length_BS = _inputs(B=1, S=2, T=24)
+  prefix_length_BS = jnp.full_like(prefix_length_BS, 8)
   unread = jnp.arange(24)[None, :, None, None] >= 8
   dirty = [jnp.where(unread, jnp.nan, x) for x in arrays[1:3]]
-  got = _run("pallas_tpu", [arrays[0], *dirty, *arrays[3:]], limit_BS)
-  _close(got, _run("reference", arrays, limit_BS), 1e-5)
+  got = _run("pallas_tpu", [arrays[0], *dirty, *arrays[3:]], prefix_length_BS)
+  _close(got, _run("reference", arrays, prefix_length_BS), 1e-5)
 
 
 def test_tpu_kernel_fetches_no_block_that_nothing_needs(monkeypatch):
@@ -199,18 +201,18 @@ def test_tpu_kernel_fetches_no_block_that_nothing_needs(monkeypatch):
 
 
 def test_tpu_kernel_says_where_it_does_not_apply():
-  arrays, limit_BS = _inputs()
+  arrays, prefix_length_BS = _inputs()
   arrays[0] = arrays[0].astype(jnp.bfloat16)
   with pytest.raises(NotImplementedError, match="bfloat16.*float32"):
-    _run("pallas_tpu", arrays, limit_BS)
+    _run("pallas_tpu", arrays, prefix_length_BS)
 
 
 def test_nothing_beyond_the_limit_or_the_query_is_read():
-  arrays, limit_BS = _inputs(C=9)
+  arrays, prefix_length_BS = _inputs(C=9)
   q, tk, tv, bk, bv = arrays
-  poison_BT = jnp.arange(13)[None] >= jnp.max(limit_BS, axis=1)[:, None]
+  poison_BT = jnp.arange(13)[None] >= jnp.max(prefix_length_BS, axis=1)[:, None]
   poison_BT11 = poison_BT[:, :, None, None]
-  limit_BS = limit_BS.at[0].set(3)
+  prefix_length_BS = prefix_length_BS.at[0].set(3)
   poison_BT11 = poison_BT11.at[0].set((jnp.arange(13) >= 3)[:, None, None])
   dirty = [
     q,
@@ -220,8 +222,8 @@ def test_nothing_beyond_the_limit_or_the_query_is_read():
     bv.at[:, :, 5:].set(1e6),
   ]
   for blocks in ({}, {"block_keys": 4}):
-    got = _run("xla", dirty, limit_BS, **blocks)
-    clean = _run("xla", arrays, limit_BS, **blocks)
+    got = _run("xla", dirty, prefix_length_BS, **blocks)
+    clean = _run("xla", arrays, prefix_length_BS, **blocks)
     np.testing.assert_array_equal(got[0], clean[0])
     assert not np.any(np.where(poison_BT11, got[2], 0.0))
     assert not np.any(got[4][:, :, 5:])
@@ -240,12 +242,14 @@ def test_nothing_beyond_the_limit_or_the_query_is_read():
 )
 def test_bad_input_names_the_value(change, message):
   change = dict(change)
-  arrays, limit_BS = _inputs(K=change.pop("heads", 2), C=change.pop("C", 5))
-  limit_BS = change.pop("limit", limit_BS)
+  arrays, prefix_length_BS = _inputs(
+    K=change.pop("heads", 2), C=change.pop("C", 5)
+  )
+  prefix_length_BS = change.pop("limit", prefix_length_BS)
   offset_BS = change.pop("offset", None)
   with pytest.raises(ValueError, match=message):
     api.shared_prefix_attention(
-      *arrays, limit_BS, offset_BS, scale=SCALE, **change
+      *arrays, prefix_length_BS, offset_BS, scale=SCALE, **change
     )
 
 
@@ -274,12 +278,16 @@ def _caches(keys, layers=3, layer=1):
 def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
   if implementation == "pallas_tpu":
     request.getfixturevalue("interpreted")
-  arrays, limit_BS = _inputs(G=1, **sizes)
+  arrays, prefix_length_BS = _inputs(G=1, **sizes)
   rng = np.random.default_rng(1)
-  offset_BS = jnp.asarray(rng.integers(sizes["C"], size=limit_BS.shape))
+  offset_BS = jnp.asarray(rng.integers(sizes["C"], size=prefix_length_BS.shape))
   q, *keys = arrays
   want = api.shared_prefix_attention(
-    *arrays, limit_BS, offset_BS, scale=SCALE, implementation="reference"
+    *arrays,
+    prefix_length_BS,
+    offset_BS,
+    scale=SCALE,
+    implementation="reference",
   )[:, :, 0]
 
   @jax.jit
@@ -287,7 +295,7 @@ def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
     return api.decode_attention(
       q[:, :, 0],
       *caches,
-      limit_BS,
+      prefix_length_BS,
       offset_BS,
       layer,
       scale=SCALE,
@@ -304,14 +312,14 @@ def test_decoding_does_not_change_with_the_caches_lengths():
   """Longer caches, the same bits: neighbours may need them."""
   arrays, _ = _inputs(G=1, S=2, T=512, C=512)
   q, *keys = arrays
-  limit_BS = jnp.asarray([[3, 70], [100, 0]])
+  prefix_length_BS = jnp.asarray([[3, 70], [100, 0]])
   offset_BS = jnp.asarray([[120, 0], [63, 64]])
 
   def attend(length, **layers):
     caches = _caches([x[..., :length, :, :] for x in keys], **layers)
     layer = jnp.int32(1) if layers.get("layers", 3) else None
     return jax.jit(api.decode_attention, static_argnames="scale")(
-      q[:, :, 0], *caches, limit_BS, offset_BS, layer, scale=SCALE
+      q[:, :, 0], *caches, prefix_length_BS, offset_BS, layer, scale=SCALE
     )
 
   for layers in ({}, {"layers": 0}):
@@ -321,11 +329,11 @@ def test_decoding_does_not_change_with_the_caches_lengths():
 
 
 def test_decoding_refuses_caches_that_do_not_match():
-  arrays, limit_BS = _inputs(G=1)
+  arrays, prefix_length_BS = _inputs(G=1)
   q, *keys = arrays
   caches = _caches(keys, layers=0)
   caches[1] = caches[1][:, :, :-1]
   with pytest.raises(ValueError, match="Prefix values have shape"):
     api.decode_attention(
-      q[:, :, 0], *caches, limit_BS, limit_BS, None, scale=SCALE
+      q[:, :, 0], *caches, prefix_length_BS, prefix_length_BS, None, scale=SCALE
     )

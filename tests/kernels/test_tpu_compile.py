@@ -118,7 +118,7 @@ def test_decoding_copies_no_cache(topology):
 
   def decode(q_BSNH, prefix_k, prefix_v, steps):
     cache = jnp.zeros((L, B, S, K, C, H), jnp.bfloat16)
-    limit_BS = jnp.full((B, S), T)
+    prefix_length_BS = jnp.full((B, S), T)
 
     def step(i, state):
       def one(layer, state):
@@ -134,8 +134,8 @@ def test_decoding_copies_no_cache(topology):
           prefix_k,
           prefix_v,
           *caches,
-          limit_BS,
-          jnp.full_like(limit_BS, i),
+          prefix_length_BS,
+          jnp.full_like(prefix_length_BS, i),
           layer,
           scale=0.1,
           implementation="pallas_tpu",

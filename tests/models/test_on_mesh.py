@@ -93,13 +93,13 @@ def test_a_mesh_changes_no_value_and_no_gradient(one_device, shape):
   q = rng.normal(size=(8, S, 3, 8, 4)).astype(np.float32)
   k, v = rng.normal(size=(2, 8, 12, 4, 4)).astype(np.float32)
   own_k, own_v = rng.normal(size=(2, 8, S, 3, 4, 4)).astype(np.float32)
-  limit = rng.integers(0, 13, (8, S)).astype(np.int32)
+  prefix_length = rng.integers(0, 13, (8, S)).astype(np.int32)
   head = rng.normal(size=(4, 40)).astype(np.float32)
   target = rng.integers(0, 40, (8, S * 3)).astype(np.int32)
 
   def loss(q, k, v, own_k, own_v, head):
     out = on_mesh.shared_prefix_attention(
-      q, k, v, own_k, own_v, limit, scale=0.5
+      q, k, v, own_k, own_v, prefix_length, scale=0.5
     )
     logprob, entropy = on_mesh.token_logprob(
       out.mean(3).reshape(8, S * 3, 4),

@@ -115,8 +115,8 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
   admitted, admit = [], engine._programs["admit"]
 
   def counted(*arguments):
-    limit_B, row_R = arguments[2], arguments[-1]
-    admitted.extend(int(row) for row in row_R if row < len(limit_B))
+    prefix_length_B, row_R = arguments[2], arguments[-1]
+    admitted.extend(int(row) for row in row_R if row < len(prefix_length_B))
     return admit(*arguments)
 
   engine._programs["admit"] = counted
