@@ -169,7 +169,7 @@ class Rollouts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class LogprobRequest:
   """What a reward or an advantage estimator wants scored, besides the rows.
 
   A continuation with `prefix < R` forks from that row (prompt + completion);
@@ -178,15 +178,16 @@ class Questions:
 
   prefixes: Sequence[np.ndarray] = ()
   continuations: Sequence[Continuation] = ()
-  memo: Any = None  # comes back with the answers
+  aux: Any = None  # comes back with the result
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-  """Log-probabilities in the order of the `Questions`; float32, natural log."""
+class LogprobResult:
+  """Log-probabilities in the order of the `LogprobRequest`; float32, natural
+  log."""
 
   row_logprob: Sequence[np.ndarray]  # [R] of [C_r], completion tokens alone
   row_entropy: Sequence[np.ndarray]  # [R] of [C_r]
   prefix_logprob: Sequence[np.ndarray] = ()
   continuation_logprob: Sequence[np.ndarray] = ()
-  memo: Any = None
+  aux: Any = None

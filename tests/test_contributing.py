@@ -52,9 +52,9 @@ def test_one_file_and_one_line_are_enough(added):
     encode=None,
     chat_prompt=None,
   )
-  answers = structs.Answers([s.logprob for s in samples], [])
+  result = structs.LogprobResult([s.logprob for s in samples], [])
   total, parts = compose.weighted_sum(
-    {n: r.rewards(rollouts, answers) for n, r in rewards.items()}, weights
+    {n: r.rewards(rollouts, result) for n, r in rewards.items()}, weights
   )
   brevity = np.exp(-np.asarray([2.0, 1.5]) / 50)
   np.testing.assert_allclose(total, [[1, 0] + 0.1 * brevity], rtol=1e-5)

@@ -3,8 +3,9 @@
 A reward is one file of this package with a frozen dataclass `Reward`, whose
 fields are its settings, and two pure methods:
 
-    questions(rollouts) -> structs.Questions      what it wants scored
-    rewards(rollouts, answers) -> dict            "total" and terms, [B, N]
+    logprob_request(rollouts) -> structs.LogprobRequest      what it wants
+    scored rewards(rollouts, result) -> dict            "total" and terms, [B,
+    N]
 
 `config.reward.terms` names rewards and their weights, as in
 "verifiable + 0.2*sar"; a name with a colon is the import path of a user's

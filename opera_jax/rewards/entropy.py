@@ -16,14 +16,16 @@ from opera_jax import structs
 class Reward:
   """R_EM of every sample, nats a token, at most 0."""
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Nothing: the rows are scored anyway."""
-    return structs.Questions()
+    return structs.LogprobRequest()
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """Float32 [B, N]; 0 for an answer without tokens."""
-    mean_R = [np.mean(row) if len(row) else 0.0 for row in answers.row_logprob]
+    mean_R = [np.mean(row) if len(row) else 0.0 for row in result.row_logprob]
     shape = (len(rollouts.prompts), rollouts.samples)
     return {"total": np.asarray(mean_R, np.float32).reshape(shape)}

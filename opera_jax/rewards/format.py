@@ -13,12 +13,14 @@ OPEN, CLOSE = "<think>", "</think>"
 class Reward:
   """1 for a well-formed completion, else 0."""
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Nothing is scored."""
-    return structs.Questions()
+    return structs.LogprobRequest()
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """Float32 [B, N]."""
     fine_R = [

@@ -181,12 +181,14 @@ class Reward:
       question = PAIRWISE.format(first=task["reference"], second="", **task)
     self.client.probe(question, _FORMATS[self.mode])
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Nothing is priced."""
-    return structs.Questions()
+    return structs.LogprobRequest()
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """`total`; the four dimensions, or the judge's bias and consistency;
     `judge_failed`, the share of a sample's questions without an answer; and

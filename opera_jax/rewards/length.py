@@ -39,12 +39,14 @@ class Reward:
         f"{self.limit}. Set both, in tokens of a completion."
       )
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Nothing is scored."""
-    return structs.Questions()
+    return structs.LogprobRequest()
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """Float32 [B, N]."""
     length_BN = rollouts.lengths()

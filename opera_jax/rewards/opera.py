@@ -56,11 +56,13 @@ class Reward:
   every_step: bool = False
   all_steps: bool = False
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
-    """The continuations of open-ended rows; the memo is their `Layout`."""
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
+    """The continuations of open-ended rows; the aux is their `Layout`."""
     rows = _open_ended(rollouts)
     if not rows:
-      return structs.Questions()
+      return structs.LogprobRequest()
     thoughts = jax.tree.map(lambda x: x[rows], rollouts.thoughts)
     if self.every_step:
       steps = np.arange(thoughts.reflective.shape[1])
@@ -78,10 +80,10 @@ class Reward:
       compare=self.compare,
       prefixes=rows,
     )
-    return structs.Questions(continuations=continuations, memo=layout)
+    return structs.LogprobRequest(continuations=continuations, aux=layout)
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """`rewards` of the open-ended prompts, 0 for the others; [B, N] each."""
     shape = (len(rollouts.prompts), rollouts.samples)
@@ -89,8 +91,8 @@ class Reward:
     if not rows:
       return {"total": np.zeros(shape, np.float32)}
     parts = rewards(
-      answers.continuation_logprob,
-      answers.memo,
+      result.continuation_logprob,
+      result.aux,
       samples=rollouts.samples,
       alpha=self.alpha,
       tau=self.tau,

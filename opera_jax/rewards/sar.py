@@ -37,25 +37,27 @@ class Reward:
     if self.form not in FORMS:
       raise ValueError(f"Unknown form {self.form!r}. Use one of {FORMS}.")
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Every completion after the null prompt."""
-    return structs.Questions(
+    return structs.LogprobRequest(
       prefixes=rollouts.after([""] * len(rollouts.completions))
     )
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
     null = [
       logprob[len(logprob) - len(row) :]
-      for logprob, row in zip(answers.prefix_logprob, answers.row_logprob)
+      for logprob, row in zip(result.prefix_logprob, result.row_logprob)
     ]
-    reward_R = self_aligned(answers.row_logprob, null, form=self.form)
+    reward_R = self_aligned(result.row_logprob, null, form=self.form)
     gain_R = np.asarray(
       [
         np.mean(row - bare) if len(row) else 0.0
-        for row, bare in zip(answers.row_logprob, null)
+        for row, bare in zip(result.row_logprob, null)
       ]
     )
     shape = (len(rollouts.prompts), rollouts.samples)

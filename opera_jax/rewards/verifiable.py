@@ -57,12 +57,14 @@ class Reward:
     """Refuses settings that no check could run with."""
     _check_settings(self.method, self.timeout, self.workers)
 
-  def questions(self, rollouts: structs.Rollouts) -> structs.Questions:
+  def logprob_request(
+    self, rollouts: structs.Rollouts
+  ) -> structs.LogprobRequest:
     """Nothing is scored."""
-    return structs.Questions()
+    return structs.LogprobRequest()
 
   def rewards(
-    self, rollouts: structs.Rollouts, answers: structs.Answers
+    self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
     """`total`, the same as `correct`, and how that was found.
 

@@ -275,7 +275,9 @@ class Scorer:
     rewards = dict(self._rewards)
     if all_steps and "opera" in rewards:
       rewards["opera"] = dataclasses.replace(rewards["opera"], all_steps=True)
-    asked = {n: reward.questions(rollouts) for n, reward in rewards.items()}
+    asked = {
+      n: reward.logprob_request(rollouts) for n, reward in rewards.items()
+    }
     every, continuations = _joined(prefixes, asked)
     if continuations:
       logprobs = self._logprob_scorer.score(
@@ -285,11 +287,9 @@ class Scorer:
       logprobs = self._logprob_scorer.score_completions(
         params, *rollouts.tokens(), every[len(prefixes) :], advance=advance
       )
-    answers = _answers(logprobs, rollouts, asked)
+    result = _results(logprobs, rollouts, asked)
     total_BN, terms = compose.weighted_sum(
-      {
-        n: _given(r, rollouts, asked[n], answers[n]) for n, r in rewards.items()
-      },
+      {n: _given(r, rollouts, asked[n], result[n]) for n, r in rewards.items()},
       self._weights,
     )
     thoughts = rollouts.thoughts
@@ -297,10 +297,8 @@ class Scorer:
     opened_B = np.asarray([p.task == "open_ended" for p in prompts])
     opened = np.flatnonzero(np.repeat(opened_B, rollouts.samples))
     if "opera" in rewards and opened.size:
-      mine = answers["opera"]
-      deltas_RJ[opened] = opera.step_deltas(
-        mine.continuation_logprob, mine.memo
-      )
+      mine = result["opera"]
+      deltas_RJ[opened] = opera.step_deltas(mine.continuation_logprob, mine.aux)
     shape = total_BN.shape
     terms |= {
       "reflections": thoughts.reflective.sum(1).reshape(shape),
@@ -359,43 +357,43 @@ class Scorer:
     return total
 
 
-def _joined(prefixes, asked: Mapping[str, structs.Questions]):
+def _joined(prefixes, asked: Mapping[str, structs.LogprobRequest]):
   """All rewards' prefixes behind the rows, and all their continuations."""
   every, continuations = list(prefixes), []
-  for questions in asked.values():
+  for request in asked.values():
     shift = len(every) - len(prefixes)
     continuations += [
       b
       if b.prefix < len(prefixes)
       else dataclasses.replace(b, prefix=b.prefix + shift)
-      for b in questions.continuations
+      for b in request.continuations
     ]
-    every += questions.prefixes
+    every += request.prefixes
   return every, continuations
 
 
-def _answers(
+def _results(
   logprobs: structs.Logprobs,
   rollouts: structs.Rollouts,
-  asked: Mapping[str, structs.Questions],
-) -> dict[str, structs.Answers]:
+  asked: Mapping[str, structs.LogprobRequest],
+) -> dict[str, structs.LogprobResult]:
   """Each reward's indices of the log-probabilities, in the order it asked."""
   rows = len(rollouts.completions)
   begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
   row_logprob = [logprobs.prefix_logprob[r][b:] for r, b in enumerate(begins)]
   row_entropy = [logprobs.prefix_entropy[r][b:] for r, b in enumerate(begins)]
   prefix, continuation, out = rows, 0, {}
-  for name, questions in asked.items():
-    prefix_end = prefix + len(questions.prefixes)
-    continuation_end = continuation + len(questions.continuations)
-    out[name] = structs.Answers(
+  for name, request in asked.items():
+    prefix_end = prefix + len(request.prefixes)
+    continuation_end = continuation + len(request.continuations)
+    out[name] = structs.LogprobResult(
       row_logprob=row_logprob,
       row_entropy=row_entropy,
       prefix_logprob=logprobs.prefix_logprob[prefix:prefix_end],
       continuation_logprob=logprobs.continuation_logprob[
         continuation:continuation_end
       ],
-      memo=questions.memo,
+      aux=request.aux,
     )
     prefix, continuation = prefix_end, continuation_end
   return out
@@ -404,8 +402,8 @@ def _answers(
 def _given(
   reward: Any,
   rollouts: structs.Rollouts,
-  asked: structs.Questions,
-  answers: structs.Answers,
+  asked: structs.LogprobRequest,
+  result: structs.LogprobResult,
 ) -> dict[str, np.ndarray]:
   """A reward's terms, [B, N] each, the same on every process.
 
@@ -414,7 +412,7 @@ def _given(
   each process asks for its own prompts, and all take its word.
   """
   if asked.prefixes or asked.continuations:
-    return reward.rewards(rollouts, answers)
+    return reward.rewards(rollouts, result)
 
   def terms(indices: Sequence[int]) -> list[dict[str, list[float]]]:
     mine = rollouts.of(indices)
@@ -423,9 +421,9 @@ def _given(
     ]
     got = reward.rewards(
       mine,
-      structs.Answers(
-        row_logprob=[answers.row_logprob[r] for r in rows],
-        row_entropy=[answers.row_entropy[r] for r in rows],
+      structs.LogprobResult(
+        row_logprob=[result.row_logprob[r] for r in rows],
+        row_entropy=[result.row_entropy[r] for r in rows],
       ),
     )
     return [

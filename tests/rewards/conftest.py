@@ -37,19 +37,19 @@ def rollouts():
 
 
 @pytest.fixture
-def answers():
+def result():
   """`answers(rollouts, seed)`: random log-probabilities of rows and null
   prefixes."""
 
-  def build(rollouts, questions=None, seed=0):
+  def build(rollouts, request=None, seed=0):
     rng = np.random.default_rng(seed)
 
     def logprob(size):
       return -rng.uniform(0.05, 2, size).astype(np.float32)
 
     row = [logprob(len(s.tokens)) for s in rollouts.completions]
-    prefixes = questions.prefixes if questions else ()
-    return structs.Answers(
+    prefixes = request.prefixes if request else ()
+    return structs.LogprobResult(
       row_logprob=row,
       row_entropy=row,
       prefix_logprob=[logprob(len(t)) for t in prefixes],

@@ -8,12 +8,12 @@ from opera_jax.rewards import entropy, format, length, sar
 THINK = "<think>\nWait.\n</think>\n\n"
 
 
-def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, answers):
+def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, result):
   case = rollouts([["abc", "defgh"], ["i", "jk"]])
-  questions = sar.Reward().questions(case)
-  assert len(questions.prefixes) == 4
-  assert bytes(questions.prefixes[0].astype(np.uint8)) == b"<>abc"
-  logprobs = answers(case, questions)
+  request = sar.Reward().logprob_request(case)
+  assert len(request.prefixes) == 4
+  assert bytes(request.prefixes[0].astype(np.uint8)) == b"<>abc"
+  logprobs = result(case, request)
   for form in sar.FORMS:
     got = sar.Reward(form).rewards(case, logprobs)
     for r in range(4):
@@ -41,9 +41,9 @@ def test_sar_of_an_empty_answer_is_zero():
     sar.Reward("odds")
 
 
-def test_entropy_is_the_mean_log_probability(rollouts, answers):
+def test_entropy_is_the_mean_log_probability(rollouts, result):
   case = rollouts([["abc", ""]])
-  logprobs = answers(case)
+  logprobs = result(case)
   got = entropy.Reward().rewards(case, logprobs)["total"]
   np.testing.assert_allclose(got, [[logprobs.row_logprob[0].mean(), 0]], 1e-6)
 

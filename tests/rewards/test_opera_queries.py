@@ -182,21 +182,21 @@ def test_without_the_keyword_condition_every_step_counts(rollouts):
   case = dataclasses.replace(
     rollouts([["x" * 30, "y" * 30]], tasks), thoughts=thoughts
   )
-  plain = opera.Reward().questions(case)
-  every = opera.Reward(every_step=True).questions(case)
+  plain = opera.Reward().logprob_request(case)
+  every = opera.Reward(every_step=True).logprob_request(case)
   assert [b.fork for b in plain.continuations] == [31, 31]
   assert [b.fork for b in every.continuations] == [2, 6, 10, 31, 31]
   logprob = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
-  answers = structs.Answers(
-    [], [], continuation_logprob=logprob, memo=every.memo
+  result = structs.LogprobResult(
+    [], [], continuation_logprob=logprob, aux=every.aux
   )
-  got = opera.Reward(every_step=True).rewards(case, answers)
+  got = opera.Reward(every_step=True).rewards(case, result)
   np.testing.assert_array_equal(got["count"], [[2, 0]])
 
 
 def test_maths_prompts_ask_nothing_and_get_zero(rollouts):
   case = rollouts([["4", "5"]])
-  asked = opera.Reward().questions(case)
+  asked = opera.Reward().logprob_request(case)
   assert not asked.continuations
-  got = opera.Reward().rewards(case, structs.Answers([], []))
+  got = opera.Reward().rewards(case, structs.LogprobResult([], []))
   np.testing.assert_array_equal(got["total"], [[0, 0]])
