@@ -23,12 +23,12 @@ from opera_jax import structs
 from opera_jax.data import sft, storyworld, traces
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine as engine_lib
-from opera_jax.rollout import rows as rows_lib
+from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.synthesis import brake
 from opera_jax.synthesis import search as search_lib
+from opera_jax.synthesis import stop_words
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import optimizer as optimizer_lib
 from opera_jax.train import state as train_state
@@ -87,7 +87,7 @@ def naive(
   settings: Settings,
 ) -> tuple[traces.Trace, int]:
   """One trace with nothing shared, and the tokens that were sampled."""
-  brakes = brake.Brakes(settings.brakes, words)
+  brakes = stop_words.Brakes(settings.brakes, words)
   draw = sampling.Sampling(
     max_new_tokens=max(settings.max_step_tokens, settings.max_answer_tokens),
     stop_ids=(words.end_id,),
@@ -108,14 +108,16 @@ def naive(
     most = settings.max_step_tokens
     if phase == "answer":
       most = settings.max_answer_tokens
-    fork = rows_lib.Fork(0, 0, keys[0, candidate], most, brakes.start[phase])
+    fork = prompt_slots_lib.Fork(
+      0, 0, keys[0, candidate], most, brakes.start[phase]
+    )
     pieces = rows.advance(
       free=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
     )
     while pieces[-1].live:
       pieces += rows.advance(free=lambda _: 1)
     sampled += sum(len(piece.tokens) for piece in pieces)
-    return rows_lib.joined(pieces)
+    return prompt_slots_lib.joined(pieces)
 
   def perplexity(context, candidate):
     whole = np.concatenate([context, candidate])
@@ -145,7 +147,7 @@ def naive(
       logprobs = [perplexity(so_far, tokens) for tokens in made]
       best = min(
         range(len(cuts)),
-        key=lambda c: (cuts[c][2] not in brake.PHASES, logprobs[c]),
+        key=lambda c: (cuts[c][2] not in stop_words.PHASES, logprobs[c]),
       )
       candidates = tuple(
         traces.Candidate(words.decode(tokens), logprob, len(tokens))

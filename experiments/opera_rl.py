@@ -23,7 +23,7 @@ with epy.lazy_imports():
 
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
-  from opera_jax.plan import fit as fit_plan
+  from opera_jax.plan import memory_floor
   from opera_jax.rewards import smoothing
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
@@ -88,8 +88,8 @@ def run_stages(config, folder: str, preemption) -> None:
       **{name: config[name] for name in setup.SECTIONS},
     )
   check(config, mesh.data_ways(run.mesh))
-  fit_plan.check(
-    fit_plan.floor(
+  memory_floor.check(
+    memory_floor.floor(
       run.model,
       run.mesh,
       prompts=config.engine.rows,
@@ -99,7 +99,7 @@ def run_stages(config, folder: str, preemption) -> None:
       cache_dtype=config.engine.cache_dtype,
       moment_dtype=config.rl.moment_dtype,
     ),
-    fit_plan.device_limit(run.mesh),
+    memory_floor.device_limit(run.mesh),
   )
   if "rl" in stages:
     enough(config, len(run.tasks.rl))

@@ -9,8 +9,8 @@ continuation, N query heads, K key/value heads, H head dimension.
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import kv_cache, on_mesh, self_attention
-from opera_jax.models import lanes as lanes_lib
+from opera_jax.models import compaction as compaction
+from opera_jax.models import kv_cache, self_attention, sharded_ops
 
 
 def causal(
@@ -61,7 +61,7 @@ def prefix_and_continuations(
     def continuations(x):
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
 
-    out_BSGNH = on_mesh.shared_prefix_attention(
+    out_BSGNH = sharded_ops.shared_prefix_attention(
       continuations(q),
       k[:, :T],
       v[:, :T],
@@ -98,7 +98,7 @@ def decode(
   prefix_length_B: jax.Array,
   num_generated_BS: jax.Array,
   live_BS: jax.Array,
-  lanes: lanes_lib.Lanes | None = None,
+  active_slots: compaction.ActiveSlots | None = None,
 ):
   """One new token of each of S samples of every row.
 
@@ -106,21 +106,21 @@ def decode(
   key of a live sample is written into its own cache at `num_generated`, then
   the sample sees its row's prefix below `prefix_length` and its own keys up to
   there. Where the caches' layers are apart, `layer` must be an int. With
-  `lanes`, queries, depths and who is live come by lane, [M, 1, ...], and so
-  does what is given.
+  `active_slots`, queries, depths and who is live come by place, [M, 1, ...],
+  and so does what is given.
   """
 
   def attend(cache, layer, q, k, v):
     num_generated = jnp.where(live_BS, num_generated_BS, cache.capacity)
-    if lanes is not None:
-      q, k, v = (lanes.spread(x) for x in (q, k, v))
-      num_generated = lanes.spread(num_generated, cache.capacity)
+    if active_slots is not None:
+      q, k, v = (active_slots.scatter(x) for x in (q, k, v))
+      num_generated = active_slots.scatter(num_generated, cache.capacity)
     apart = isinstance(cache.k, tuple)
     halves = [prefix.k, prefix.v, cache.k, cache.v]
     if apart:
       halves = [half[layer] for half in halves]
     dtype = halves[0].dtype
-    out_BSNH, *new = on_mesh.decode_attention(
+    out_BSNH, *new = sharded_ops.decode_attention(
       *(q, k.astype(dtype), v.astype(dtype), *halves, prefix_length_B),
       num_generated,
       None if apart else layer,
@@ -131,8 +131,8 @@ def decode(
         (*old[:layer], one, *old[layer + 1 :])
         for old, one in zip((cache.k, cache.v), new)
       ]
-    if lanes is not None:
-      out_BSNH = lanes.gather(out_BSNH)
+    if active_slots is not None:
+      out_BSNH = active_slots.gather(out_BSNH)
     return out_BSNH, kv_cache.Samples(*new)
 
   return attend

@@ -19,7 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opera_jax.models import products, self_attention, windowed_attention
+from opera_jax.models import (
+  self_attention,
+  small_batch_matmul,
+  windowed_attention,
+)
 from opera_jax.sharding import rules
 
 Attend = Callable[..., tuple[jax.Array, Any]]
@@ -147,14 +151,18 @@ class Arithmetic(NamedTuple):
 
   norm: Callable[..., jax.Array] = rms_norm
   mix: Callable[..., jax.Array] = jnp.tensordot  # attention's products
-  project: Callable[..., jax.Array] = products.project  # the feed-forward's
+  project: Callable[..., jax.Array] = (
+    small_batch_matmul.project
+  )  # the feed-forward's
 
 
 USUAL = Arithmetic()
 # Few tokens on a CPU, without gradients: numbers of a token that do not change
 # with how many there are.
 FEW = Arithmetic(
-  functools.partial(rms_norm, ordered=True), products.few, products.few
+  functools.partial(rms_norm, ordered=True),
+  small_batch_matmul.small_batch_matmul,
+  small_batch_matmul.small_batch_matmul,
 )
 
 
@@ -270,7 +278,7 @@ class Qwen3(nnx.Module):
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
     """
     config = self.config
-    x_BTD = products.look_up(self.embed[...], token_BT, config.dtype)
+    x_BTD = small_batch_matmul.look_up(self.embed[...], token_BT, config.dtype)
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
     graphdef, stacked = self._layers()
@@ -314,8 +322,8 @@ class Qwen3(nnx.Module):
 
     A loop around `__call__` that is given them does not cut every layer out of
     the stack in each of its turns. The program grows with the depth. Each
-    weight is a matrix whose last axis is summed over, as `products.few` likes
-    it.
+    weight is a matrix whose last axis is summed over, as
+    `small_batch_matmul.few` likes it.
     """
     _, stacked = self._layers()
 

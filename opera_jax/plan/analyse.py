@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from opera_jax.plan import hardware, hlo
-from opera_jax.plan import programs as programs_lib
+from opera_jax.plan import programs as decode_loop_lib
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\)")
 _UNIT = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -43,7 +43,7 @@ class Cost:
 
 
 def analyse(
-  program: programs_lib.Program,
+  program: decode_loop_lib.Program,
   mesh: jax.sharding.Mesh,
   chip: hardware.Chip,
 ) -> Cost:

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from opera_jax.models import qwen3
-from opera_jax.plan import abstract, cost, fit
+from opera_jax.plan import abstract, cost, memory_floor
+from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import engine as engine_lib
-from opera_jax.rollout import programs as programs_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
@@ -223,7 +223,7 @@ class _Run:
       flops=cost.update(self._config, B, *sizes),
       streamed=0.0,
       calls=rl["prompts"] // rl["mini_batch"],
-      beside=fit.shard_bytes(self._params),  # the reference policy
+      beside=memory_floor.shard_bytes(self._params),  # the reference policy
       turn=self._turn_update("rl", B, rl["micro_batches"], "row_buckets"),
     )
 
@@ -235,7 +235,7 @@ class _Run:
       max(self._scoring["slot_buckets"]),
       max(self._scoring["continuation_buckets"]),
       1,
-      fit.shard_bytes((self._params, opt_state)),
+      memory_floor.shard_bytes((self._params, opt_state)),
     )
 
   def reference(self) -> Program:
@@ -246,19 +246,19 @@ class _Run:
       temperature,
       *(min(scoring["slot_buckets"]), min(scoring["continuation_buckets"])),
       int(self._rl["kl_coef"] != 0) + int(temperature != 1),
-      fit.shard_bytes(self._values.state(self._rl_optimizer())),
+      memory_floor.shard_bytes(self._values.state(self._rl_optimizer())),
     )
 
   def prefill(self) -> Program:
     config = self._config
     P = max(self._engine["prompt_buckets"])
     with jax.set_mesh(self._mesh):
-      R = self._ways * programs_lib.prompts_at_once(P)
+      R = self._ways * decode_loop_lib.prompts_at_once(P)
     slots = self._slots()
     return Program(
       name="prefill",
       shape=f"{R} prompts x {P:,}",
-      jitted=programs_lib.programs(self._graphdef)["admit"],
+      jitted=decode_loop_lib.programs(self._graphdef)["admit"],
       arguments=(
         self._values.rollout_params(),
         slots.prefix,
@@ -271,7 +271,7 @@ class _Run:
       flops=cost.Flops(cost.prefill(config, R, P).forward),
       streamed=0.0,
       calls=-(-self._rl["prompts"] // R),
-      beside=self._beside() + fit.shard_bytes(slots.cache),
+      beside=self._beside() + memory_floor.shard_bytes(slots.cache),
       turn=self._rollout_turns(),
     )
 
@@ -288,13 +288,15 @@ class _Run:
     completions_per_row = steps / C
     # Every step reads the weights, and the caches as far as they are filled.
     read = B * (C * P + S * cost.causal_pairs(C))
-    streamed = C * fit.shard_bytes(params) + read * fit.token_bytes(
+    streamed = C * memory_floor.shard_bytes(
+      params
+    ) + read * memory_floor.token_bytes(
       config, self._engine["cache_dtype"]
-    ) / fit.cache_ways(config, self._mesh)
+    ) / memory_floor.cache_ways(config, self._mesh)
     return Program(
       name="decode",
       shape=f"{B} prompts x {P:,}, {S} slots x {C:,}, {steps} steps",
-      jitted=programs_lib.programs(self._graphdef)["decode"],
+      jitted=decode_loop_lib.programs(self._graphdef)["decode"],
       arguments=(
         params,
         self._slots(),
@@ -320,13 +322,14 @@ class _Run:
     return Program(
       name="grow",
       shape=f"caches of {old.cache.capacity:,} to {longest:,} tokens",
-      jitted=programs_lib.programs(self._graphdef)["grow"],
+      jitted=decode_loop_lib.programs(self._graphdef)["grow"],
       arguments=(old,),
       static={"capacity": longest},
       flops=cost.Flops(0.0),
-      streamed=float(fit.shard_bytes((old.cache, new.cache))),
+      streamed=float(memory_floor.shard_bytes((old.cache, new.cache))),
       calls=self._waves() if shorter else 0,
-      beside=self._beside() + fit.shard_bytes(self._values.rollout_params()),
+      beside=self._beside()
+      + memory_floor.shard_bytes(self._values.rollout_params()),
       turn=(
         f"config.engine.cache_buckets {tuple(self._engine['cache_buckets'])}: "
         "a shorter one before the last",
@@ -340,7 +343,7 @@ class _Run:
     return rows * -(-self._rl["samples"] // self._slots_a_prompt())
 
   def _beside(self) -> int:
-    return fit.shard_bytes(
+    return memory_floor.shard_bytes(
       (self._values.state(self._rl_optimizer()), self._params)
     )
 

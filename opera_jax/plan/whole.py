@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from opera_jax.models import qwen3
-from opera_jax.plan import analyse, fit, hardware, programs
+from opera_jax.plan import analyse, hardware, memory_floor, programs
 from opera_jax.sharding import mesh as mesh_lib
 
 SECTIONS = ("model", "engine", "rollout", "scoring", "sft", "rl")
@@ -67,7 +67,9 @@ def make(
       f"{package} {importlib.metadata.version(package)}" for package in packages
     ),
     "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
-    "slot_bytes": fit.token_bytes(model, sections["engine"]["cache_dtype"])
+    "slot_bytes": memory_floor.token_bytes(
+      model, sections["engine"]["cache_dtype"]
+    )
     * sections["rollout"]["max_new_tokens"],
     "most_programs": programs.most(
       laid_out,

@@ -22,12 +22,12 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.rollout import parts as parts_lib
-from opera_jax.rollout import programs as programs_lib
-from opera_jax.rollout import rows as rows_lib
+from opera_jax.rollout import decode_loop as decode_loop_lib
+from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import schedule as schedule_lib
 from opera_jax.rollout import slots as slots_lib
+from opera_jax.rollout import workers as workers_lib
 from opera_jax.scoring import packing as packing_lib
 from opera_jax.text import automaton
 
@@ -87,7 +87,7 @@ class Engine:
         for buckets in (prompt_buckets, cache_buckets)
       )
     self._dtype = cache_dtype
-    self._programs = programs_lib.programs(graphdef)
+    self._programs = decode_loop_lib.programs(graphdef)
 
   def sample(
     self,
@@ -141,13 +141,15 @@ class Engine:
     width = min(self._slots, samples)
     schedule = schedule_lib.Schedule(self._rows, width, order, samples)
     out: list[list[Any]] = [[None] * samples for _ in prompts]
-    growing: dict[tuple[int, int], list[rows_lib.Piece]] = {}
+    growing: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     with self.rows(params, width, settings, stops, contexts=prompts) as rows:
       together = rows.together(self.bucket(prompts[order[-1]]))
       while True:
         contexts = [(r, names[i], prompts[i]) for r, i in schedule.admit()]
         forks = [
-          rows_lib.Fork(row, slot, keys[i, sample], settings.max_new_tokens)
+          prompt_slots_lib.Fork(
+            row, slot, keys[i, sample], settings.max_new_tokens
+          )
           for row, slot, i, sample in schedule.assign()
         ]
         sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
@@ -158,7 +160,7 @@ class Engine:
             _worth_a_stop, together if schedule.waiting() else 0
           ),
           contexts=contexts,
-          through=schedule.idle(),
+          finished=schedule.idle(),
           forks=forks,
         )
         for piece in pieces:
@@ -167,7 +169,7 @@ class Engine:
           if on_tokens is not None and len(piece.tokens):
             on_tokens(i, sample, piece.tokens)
           if not piece.live:
-            out[i][sample] = rows_lib.joined(growing.pop((i, sample)))
+            out[i][sample] = prompt_slots_lib.joined(growing.pop((i, sample)))
             schedule.release(piece.row, piece.slot)
             if advance is not None:
               advance(len(out[i][sample].tokens))
@@ -211,12 +213,15 @@ class Engine:
     """How many programs one setting of sampling can need."""
     prefixes, caches = self._prefix_buckets, len(self._cache_buckets)
     with jax.set_mesh(self._mesh):
-      rows = self._rows // parts_lib.count(self._rows, self._slots)
-      sizes, lanes = [rows], 1
+      rows = self._rows // workers_lib.count(self._rows, self._slots)
+      sizes, active_slots = [rows], 1
       apart = slots_lib.layers_apart()
-      if rows_lib.packs():
-        sizes = rows_lib.row_counts(rows)
-        lanes = sum(len(rows_lib.lane_counts(n, self._slots)) for n in sizes)
+      if prompt_slots_lib.packs():
+        sizes = prompt_slots_lib.row_counts(rows)
+        active_slots = sum(
+          len(prompt_slots_lib.active_slot_counts(n, self._slots))
+          for n in sizes
+        )
     # A prefill a bucket and a prefix that holds it; prefixes and caches grow
     # from any size to any larger one.
     prefill = sum(T >= P for P in self._prompt_buckets for T in prefixes)
@@ -225,7 +230,7 @@ class Engine:
     # assign.
     rest = len(prefixes) + apart + len(sizes) * (prefill + grow + 1)
     fewer = math.comb(len(sizes), 2) * len(prefixes) * caches
-    return rest + fewer + lanes * len(prefixes) * caches
+    return rest + fewer + active_slots * len(prefixes) * caches
 
   def rows(
     self,
@@ -237,11 +242,11 @@ class Engine:
     contexts: Sequence[np.ndarray] = (),
     whole_rows: bool = False,
     with_model_logprob: bool = False,
-  ) -> parts_lib.Parts:
+  ) -> workers_lib.Workers:
     """Empty rows of `width` slots each, to be driven in a `with` block.
 
-    Room is made at once for the `contexts` to come. See `rows.Rows` for the
-    other arguments.
+    Room is made at once for the `contexts` to come. See
+    `prompt_slots.PromptSlots` for the other arguments.
     """
     longest = max(map(len, contexts), default=1)
     steps = min(self._steps, settings.max_new_tokens)
@@ -249,7 +254,7 @@ class Engine:
     with jax.set_mesh(self._mesh):
       if slots_lib.layers_apart():
         layers = self._programs["apart"](params)
-      parts = parts_lib.count(self._rows, width)
+      parts = workers_lib.count(self._rows, width)
       slots = [
         self._programs["empty"](
           self._config,
@@ -262,9 +267,9 @@ class Engine:
         )
         for _ in range(parts)
       ]
-    return parts_lib.Parts(
+    return workers_lib.Workers(
       [
-        rows_lib.Rows(
+        prompt_slots_lib.PromptSlots(
           *(self._programs, params, layers, part, settings, stops),
           mesh=self._mesh,
           prompt_buckets=self._prompt_buckets,

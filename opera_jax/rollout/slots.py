@@ -15,7 +15,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import target
-from opera_jax.models import kv_cache, on_mesh, qwen3
+from opera_jax.models import kv_cache, qwen3, sharded_ops
 from opera_jax.sharding import rules
 
 STOPPED, LOOPED = 1, 2
@@ -154,5 +154,5 @@ def laid_out_prefix(prefix: kv_cache.PrefixCache) -> kv_cache.PrefixCache:
 
 def whole_blocks(tokens: int) -> int:
   """A cache length that holds `tokens`, over the mesh in force."""
-  block = on_mesh.DECODE_BLOCK[target.platform()]
+  block = sharded_ops.DECODE_BLOCK[target.platform()]
   return -(-tokens // block) * block

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import attention, on_mesh, qwen3
+from opera_jax.models import attention, qwen3, sharded_ops
 from opera_jax.scoring import packing as packing_lib
 from opera_jax.sharding import layout
 
@@ -28,7 +28,7 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability [B, T] of targets and entropy [B, T], float32, in nats."""
   head, transposed = model.head_matrix()
-  return on_mesh.token_logprob(
+  return sharded_ops.token_logprob(
     hidden_BTD,
     head.astype(hidden_BTD.dtype),
     target_BT,

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from opera_jax.data import traces
-from opera_jax.synthesis import brake
 from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")

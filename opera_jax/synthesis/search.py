@@ -32,10 +32,10 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
-from opera_jax.rollout import rows as rows_lib
+from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.synthesis import brake, templates
+from opera_jax.synthesis import stop_words, templates
 from opera_jax.text import tokenizer as tokenizer_lib
 
 BRAKES = brake.WORDS
@@ -101,7 +101,7 @@ class Searcher:
       scorer: scores the prompts, once each.
       tokenizer: of the policy.
       brakes: reflection words, or ("\\n\\n",) to search at every step; see
-        `brake.Brakes`.
+        `stop_words.Brakes`.
       candidates: k.
       budget: reflections searched before the thought runs on unsearched; 0 is
         plain sampling.
@@ -137,8 +137,8 @@ class Searcher:
     )
     self._candidates, self._budget = candidates, budget
     self._score, self._choose = score, choose
-    self._brakes = brake.Brakes(brakes, tokenizer)
-    self._most = dict.fromkeys(brake.PHASES, max_step_tokens)
+    self._brakes = stop_words.Brakes(brakes, tokenizer)
+    self._most = dict.fromkeys(stop_words.PHASES, max_step_tokens)
     self._most["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
     self._settings = sampling.for_tokenizer(
@@ -217,7 +217,7 @@ class Searcher:
     contexts: list[tuple[int, str, np.ndarray]] = []  # to be computed
     kept: list[tuple[int, int, np.ndarray]] = []
     ready: list[int] = []  # rows that go on
-    drawn: dict[tuple[int, int], list[rows_lib.Piece]] = {}
+    drawn: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     while True:
       free = [row for row in range(rows.count) if row not in sitting]
       for row in free[: len(waiting)]:
@@ -230,7 +230,7 @@ class Searcher:
         free=lambda live: max(1, live // 8),
         kept=kept,
         contexts=contexts,
-        through=[row for row in free if row not in sitting],
+        finished=[row for row in free if row not in sitting],
         forks=[f for r in ready for f in self._forks(r, sitting[r], keys)],
       )
       live = {piece.row for piece in pieces if piece.live}
@@ -244,7 +244,7 @@ class Searcher:
         slots = range(self._width(search))
         mine = [drawn.pop((row, s)) for s in slots]
         slot, tokens = self._go_on(search, mine)
-        if search.status not in brake.PHASES:
+        if search.status not in stop_words.PHASES:
           del sitting[row]
           if ended is not None:
             ended(self._trace(search))
@@ -286,7 +286,9 @@ class Searcher:
   def _width(self, search: _Search) -> int:
     return self._candidates if search.status == "candidate" else 1
 
-  def _forks(self, row: int, search: _Search, keys) -> list[rows_lib.Fork]:
+  def _forks(
+    self, row: int, search: _Search, keys
+  ) -> list[prompt_slots_lib.Fork]:
     phase = search.status
     number = {
       "brake": 0,
@@ -295,7 +297,7 @@ class Searcher:
       "answer": self._budget + 2,
     }[phase]
     return [
-      rows_lib.Fork(
+      prompt_slots_lib.Fork(
         row,
         slot,
         key=keys(number)[search.index, slot],
@@ -306,11 +308,11 @@ class Searcher:
     ]
 
   def _go_on(
-    self, search: _Search, drawn: Sequence[Sequence[rows_lib.Piece]]
+    self, search: _Search, drawn: Sequence[Sequence[prompt_slots_lib.Piece]]
   ) -> tuple[int, np.ndarray]:
     """Takes what a row drew; which slot is kept, and its tokens that are."""
     if search.status == "answer":
-      sample = rows_lib.joined(drawn[0])
+      sample = prompt_slots_lib.joined(drawn[0])
       search.answer = sample.tokens
       search.status = "complete" if sample.finished else "answer too long"
       return 0, sample.tokens
@@ -329,8 +331,10 @@ class Searcher:
       search.status = "rest"
     return best, np.concatenate([one.kept, one.trigger])
 
-  def _stretch(self, phase: str, pieces: Sequence[rows_lib.Piece]) -> _Stretch:
-    sample = rows_lib.joined(pieces)
+  def _stretch(
+    self, phase: str, pieces: Sequence[prompt_slots_lib.Piece]
+  ) -> _Stretch:
+    sample = prompt_slots_lib.joined(pieces)
     kept, trigger, status = self._brakes.cut(sample, phase)
     sums = [0.0, 0.0]
     if self._budget:
@@ -358,7 +362,7 @@ class Searcher:
       )
     # A candidate that ran out of length or turn is kept only if all did.
     every = range(len(stretches))
-    whole = [i for i in every if stretches[i].status in brake.PHASES]
+    whole = [i for i in every if stretches[i].status in stop_words.PHASES]
     best = self._best(search, candidates, whole or every)
     search.rounds.append(
       traces.Round(

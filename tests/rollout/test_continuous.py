@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from opera_jax.models import qwen3
-from opera_jax.rollout import engine, parts, programs, rows, sampling
+from opera_jax.rollout import (
+  engine,
+  sampling,
+)
 from opera_jax.sharding import layout, mesh, rules
 
 STOP = 7
@@ -92,7 +95,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   wide_model, one_device, monkeypatch
 ):
   """Few or many computed at once, in 16 rows, the last 4 of them, or 2 x 8."""
-  monkeypatch.setattr(rows, "LEAST_ROWS", 4)
+  monkeypatch.setattr(rows, "MIN_PROMPT_SLOTS", 4)
   monkeypatch.setattr(parts, "count", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
   sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
@@ -112,14 +115,19 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   sizes, decode = set(), sampler._programs["decode"]
 
   def watched(*arguments, **static):
-    slots, lanes = arguments[1].token, arguments[5]
-    sizes.add((slots.shape[0], slots.size if lanes is None else len(lanes)))
+    slots, active_slots = arguments[1].token, arguments[5]
+    sizes.add(
+      (
+        slots.shape[0],
+        slots.size if active_slots is None else len(active_slots),
+      )
+    )
     return decode(*arguments, **static)
 
   sampler._programs["decode"] = watched
   every = draw(range(20))
   assert len({count for count, _ in sizes}) > 1
-  assert len({lanes for _, lanes in sizes}) > 2
+  assert len({active_slots for _, active_slots in sizes}) > 2
   _same([every[7]], draw([7]))
   sizes.clear()
   monkeypatch.setattr(parts, "count", lambda *_: 2)
@@ -128,7 +136,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
 
 
 @pytest.mark.parametrize(
-  "count, width, lanes",
+  "count, width, active slots",
   [
     (1, 1, [1]),
     (16, 1, [8, 16]),
@@ -137,8 +145,8 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
     (25, 2, [25, 50]),
   ],
 )
-def test_lanes_come_in_few_sizes(count, width, lanes):
-  assert rows.lane_counts(count, width) == lanes
+def test_lanes_come_in_few_sizes(count, width, active_slots):
+  assert rows.active_slot_counts(count, width) == active_slots
 
 
 def test_one_prompt_is_computed_once(tiny_model, one_device):

@@ -12,8 +12,8 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.rollout import parts, slots
-from opera_jax.rollout import rows as rows_lib
+from opera_jax.rollout import prompt_slots as prompt_slots_lib
+from opera_jax.rollout import slots, workers
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import search
 from opera_jax.text import automaton
@@ -70,7 +70,7 @@ class ScriptedEngine:
   ):
     self.width, self.stops = width, stops
     assert whole_rows and with_model_logprob == (width > 1)
-    return parts.Parts([self])
+    return workers.Workers([self])
 
   def begin(self, contexts):
     for row, _, tokens in contexts:
@@ -119,7 +119,7 @@ class ScriptedEngine:
       assert ends and not any(events[:-1]), (text, events)
     else:
       assert not any(events), (text, events)
-    return rows_lib.Piece(
+    return prompt_slots_lib.Piece(
       row=0, slot=slot, tokens=tokens, logprob=tokens * np.float32(np.nan),
       model_logprob=own[len(self.context) :], live=False,
       ended=0 if text.endswith("~") else slots.STOPPED,

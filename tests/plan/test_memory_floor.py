@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from opera_jax.models import presets
-from opera_jax.plan import fit
+from opera_jax.plan import memory_floor
 from opera_jax.sharding import mesh as mesh_lib
 
 SIZES = {
@@ -22,7 +22,7 @@ SIZES = {
 def test_floor_is_the_sum_of_its_shards():
   config = presets.PRESETS["0.6b"]
   mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
-  parts = fit.floor(config, mesh, **SIZES)
+  parts = memory_floor.floor(config, mesh, **SIZES)
   norms = config.layers * (2 * config.hidden + 2 * config.head_dim)
   norms += config.hidden
   weights = 596_049_920 - norms
@@ -40,24 +40,26 @@ def test_floor_is_the_sum_of_its_shards():
 def test_heads_that_a_tensor_axis_does_not_divide_are_whole():
   config = presets.PRESETS["0.6b"]
   mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 16})
-  assert fit.cache_ways(config, mesh) == 1
+  assert memory_floor.cache_ways(config, mesh) == 1
 
 
 def test_too_much_names_its_parts_and_what_to_turn():
   parts = {"parameters": 3 << 30, "caches": 2 << 30}
-  fit.check(parts, 5 << 30)
-  fit.check(parts, None)
+  memory_floor.check(parts, 5 << 30)
+  memory_floor.check(parts, None)
   with pytest.raises(ValueError, match="5.00 GiB.*caches 2.00.*engine.rows"):
-    fit.check(parts, (5 << 30) - 1)
+    memory_floor.check(parts, (5 << 30) - 1)
 
 
 def test_a_cpu_states_no_limit_and_others_their_smallest():
-  assert fit.device_limit(mesh_lib.create()) is None
+  assert memory_floor.device_limit(mesh_lib.create()) is None
   devices = [
     types.SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n})
     for n in (7, 5)
   ]
-  assert fit.device_limit(types.SimpleNamespace(local_devices=devices)) == 5
+  assert (
+    memory_floor.device_limit(types.SimpleNamespace(local_devices=devices)) == 5
+  )
 
 
 def test_shard_bytes_counts_one_device():
@@ -68,4 +70,4 @@ def test_shard_bytes_counts_one_device():
     jax.ShapeDtypeStruct((16, 3), "float32", sharding=split),
     jax.ShapeDtypeStruct((5,), "bfloat16", sharding=whole),
   ]
-  assert fit.shard_bytes(tree) == 16 * 3 * 4 // 8 + 5 * 2
+  assert memory_floor.shard_bytes(tree) == 16 * 3 * 4 // 8 + 5 * 2

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opera_jax.models import on_mesh
+from opera_jax.models import sharded_ops
 from opera_jax.sharding import mesh as mesh_lib
 
 # Compiling needs no chip, so two processes may load libtpu at once.
@@ -49,7 +49,9 @@ def test_shared_prefix_attention_splits_rows_and_heads(tpu_mesh):
     tpu_mesh,
     jax.grad(
       lambda *arrays: jnp.sum(
-        on_mesh.shared_prefix_attention(*arrays, scale=1.0).astype(jnp.float32)
+        sharded_ops.shared_prefix_attention(*arrays, scale=1.0).astype(
+          jnp.float32
+        )
       ),
       argnums=(0, 1, 3),
     ),
@@ -71,7 +73,7 @@ def test_token_logprob_keeps_the_vocabulary_split(tpu_mesh):
 
   def loss(hidden_BTD, head_VD, target_BT):
     head_VD = jax.lax.with_sharding_constraint(head_VD, head)
-    logprob_BT, entropy_BT = on_mesh.token_logprob(
+    logprob_BT, entropy_BT = sharded_ops.token_logprob(
       hidden_BTD, head_VD, target_BT, temperature=1.0, transposed=True
     )
     return jnp.sum(logprob_BT) + jnp.sum(entropy_BT)
@@ -98,10 +100,10 @@ def test_a_mesh_changes_no_value_and_no_gradient(one_device, shape):
   target = rng.integers(0, 40, (8, S * 3)).astype(np.int32)
 
   def loss(q, k, v, own_k, own_v, head):
-    out = on_mesh.shared_prefix_attention(
+    out = sharded_ops.shared_prefix_attention(
       q, k, v, own_k, own_v, prefix_length, scale=0.5
     )
-    logprob, entropy = on_mesh.token_logprob(
+    logprob, entropy = sharded_ops.token_logprob(
       out.mean(3).reshape(8, S * 3, 4),
       head,
       target,

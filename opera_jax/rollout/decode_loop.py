@@ -6,7 +6,7 @@ the same host arrays.
 
 Shape key: L layers, B rows, S slots a row, T prefix capacity, C slot capacity,
 R prompts of one admission, P their padded length, U steps of one call, W recent
-tokens, D hidden, V vocabulary, M lanes.
+tokens, D hidden, V vocabulary, M active slots.
 """
 
 import functools
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kernels import target
-from opera_jax.models import attention, kv_cache, products
-from opera_jax.models import lanes as lanes_lib
+from opera_jax.models import attention, kv_cache, small_batch_matmul
+from opera_jax.models import compaction as compaction
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
@@ -214,24 +214,26 @@ def decode(
   head, transposed = model.head_matrix()
   head_DV = head.T if transposed else head
   # An untied head lies the other way, and would be turned at every step.
-  multiply = products.few if transposed else jnp.tensordot
+  multiply = (
+    small_batch_matmul.small_batch_matmul if transposed else jnp.tensordot
+  )
   B, S = slots.token.shape
   prefix, whole = slots.prefix, slots.replace(prefix=None, cache=None)
-  lanes, at = (
+  active_slots, at = (
     None,
     whole.replace(
       prefix_length=jnp.broadcast_to(slots.prefix_length[:, None], (B, S))
     ),
   )
   if slot_M is not None:
-    lanes = lanes_lib.create(slot_M, B, S)
-    at = jax.tree.map(lanes.gather, at)
+    active_slots = compaction.create(slot_M, B, S)
+    at = jax.tree.map(active_slots.gather, at)
     at = at.replace(live=at.live & (slot_M < B * S)[:, None])
   start = at
   lead, R = at.token.shape, at.token.size
 
-  def spread(x, others):
-    return x if lanes is None else lanes.spread(x, others)
+  def scatter(x, others):
+    return x if active_slots is None else active_slots.scatter(x, others)
 
   def cond(carry):
     step, at, _, _ = carry
@@ -248,7 +250,7 @@ def decode(
       at.token,
       at.prefix_length + at.num_generated,
       attention.decode(
-        prefix, slots.prefix_length, at.num_generated, at.live, lanes
+        prefix, slots.prefix_length, at.num_generated, at.live, active_slots
       ),
       cache,
       layers,

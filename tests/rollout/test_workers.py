@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from opera_jax.rollout import parts, rows
+from opera_jax.rollout import workers
 from opera_jax.sharding import mesh
 
 
@@ -25,8 +25,8 @@ class _Rows:
   def begin(self, contexts):
     self.turns[-1]["contexts"] = contexts
 
-  def retire(self, through):
-    self.turns[-1]["through"] = through
+  def retire(self, finished):
+    self.turns[-1]["through"] = finished
 
   def fork(self, forks):
     self.turns[-1]["forks"] = forks
@@ -63,13 +63,13 @@ def test_rows_go_round_the_parts():
   together = threading.Barrier(2, timeout=60)
   made = [_Rows(together.wait), _Rows(together.wait)]
   tokens = np.arange(3)
-  with parts.Parts(made) as cut:
+  with workers.Workers(made) as cut:
     places = [(0, 0), (1, 0), (1, 1), (4, 0)]
     drawn = cut.advance(
       free=lambda live: 10 * live,
       kept=[(1, 0, tokens)],
       contexts=[(1, "one", tokens), (4, "four", tokens)],
-      through=[2, 3, 5],
+      finished=[2, 3, 5],
       forks=_forks(*places),
     )
     while len(drawn) < len(places):
@@ -90,7 +90,7 @@ def test_rows_go_round_the_parts():
 def test_a_part_that_is_slow_holds_no_other():
   go = threading.Event()
   slow, quick = _Rows(lambda: go.wait(20)), _Rows()
-  with parts.Parts([slow, quick]) as cut:
+  with workers.Workers([slow, quick]) as cut:
     got = cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
     assert _drawn(got) == [(1, 0)]
     assert _drawn(cut.advance(free=_one, forks=_forks((3, 0), (5, 0)))) == [
@@ -110,7 +110,7 @@ def test_a_part_that_is_slow_holds_no_other():
 
 
 def test_a_part_that_had_nothing_to_do_is_not_forgotten():
-  with parts.Parts([_Rows(), _Rows()]) as cut:
+  with workers.Workers([_Rows(), _Rows()]) as cut:
     for row in (0, 1, 0):
       got = cut.advance(free=_one, forks=_forks((row, 0)))
       assert _drawn(got) == [(row, 0)]
@@ -131,7 +131,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
 
   with (
     pytest.raises(FloatingPointError, match="not finite"),
-    parts.Parts([_Rows(finish), _Rows(fail)]) as cut,
+    workers.Workers([_Rows(finish), _Rows(fail)]) as cut,
   ):
     try:
       cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
@@ -143,7 +143,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
 
 def test_one_part_alone_is_computed_where_it_is_called():
   only = _Rows()
-  with parts.Parts([only]) as cut:
+  with workers.Workers([only]) as cut:
     got = cut.advance(free=_one, forks=_forks((3, 1)))
   assert _drawn(got) == [(3, 1)]
   assert only.turns[0]["thread"] is threading.current_thread()
@@ -165,11 +165,11 @@ def test_each_core_takes_rows_of_its_own(
 ):
   monkeypatch.setattr(parts, "cores", lambda: cores)
   with jax.set_mesh(one_device):
-    assert parts.count(count, width) == cut
+    assert workers.count(count, width) == cut
 
 
 def test_a_mesh_is_not_cut(monkeypatch):
   monkeypatch.setattr(parts, "cores", lambda: 4)
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   with jax.set_mesh(many):
-    assert parts.count(16, 8) == 1
+    assert workers.count(16, 8) == 1

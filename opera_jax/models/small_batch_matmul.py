@@ -16,7 +16,7 @@ from opera_jax.sharding import rules
 # Tokens of one small matmul on a CPU. XLA picks the order of its sums by the
 # shape and the number of threads (it may split the contraction between them),
 # so that only matmuls of one shape add up alike.
-ABREAST = 8
+BLOCK_TOKENS = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -73,7 +73,7 @@ def _project_backward(saved, grad_BTO):
 project.defvjp(_project_forward, _project_backward)
 
 
-def few(
+def small_batch_matmul(
   x: jax.Array,
   weight: jax.Array,
   axes: int = 1,
@@ -102,7 +102,9 @@ def few(
   tokens, inputs = math.prod(lead), math.prod(weight.shape[:axes])
   if target.platform() != "cpu" or not rules.alone() or tokens == 1:
     return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
-  x_XI = jnp.pad(x.reshape(tokens, inputs), ((0, -tokens % ABREAST), (0, 0)))
+  x_XI = jnp.pad(
+    x.reshape(tokens, inputs), ((0, -tokens % BLOCK_TOKENS), (0, 0))
+  )
   weight_OI = weight.reshape(inputs, -1).T
 
   def multiply(x_XI):
@@ -113,8 +115,8 @@ def few(
     return jax.lax.optimization_barrier(out_OX).T
 
   blocks = [
-    multiply(x_XI[start : start + ABREAST])
-    for start in range(0, x_XI.shape[0], ABREAST)
+    multiply(x_XI[start : start + BLOCK_TOKENS])
+    for start in range(0, x_XI.shape[0], BLOCK_TOKENS)
   ]
   out_XO = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
   return out_XO[:tokens].reshape(*lead, *outputs)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kernels import target
 from opera_jax import structs
-from opera_jax.rollout import programs as programs_lib
+from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import packing as packing_lib
@@ -27,8 +27,11 @@ from opera_jax.text import automaton
 
 REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
 NEVER = 2**31 - 1
-LEAST_ROWS, LEAST_LANES = 16, 8  # that are worth programs of their own,
-FEWER = 4  # as are so many times fewer rows
+MIN_PROMPT_SLOTS, MIN_ACTIVE_SLOTS = (
+  16,
+  8,
+)  # that are worth programs of their own,
+SHRINK_FACTOR = 4  # as are so many times fewer rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Piece:
   truncated: np.ndarray | None = None  # [n] float32, as drawn, where truncated
 
 
-class Rows:
+class PromptSlots:
   """B rows of S slots, with one policy, one way to draw, one set of stops."""
 
   def __init__(
@@ -79,7 +82,7 @@ class Rows:
     """Takes fresh slots over.
 
     Args:
-      programs: of `rollout.programs`.
+      programs: of `rollout.decode_loop`.
       params: parameters, in the ROLLOUT layout.
       layers: what the program `apart` gave, where the slots' layers are apart.
       slots: with nothing in them.
@@ -120,7 +123,7 @@ class Rows:
       self._packed = packs()
     self._order = np.arange(shape[0])  # the row that lies at each place
     self._place = np.arange(shape[0])  # the place of each row
-    self._through: set[int] = set()
+    self._finished: set[int] = set()
 
   def begin(self, contexts: Sequence[tuple[int, str, np.ndarray]]) -> None:
     """Computes contexts, a few of like length at a time.
@@ -148,17 +151,17 @@ class Rows:
     came with it.
     """
     with jax.set_mesh(self._mesh):
-      return self._ways * programs_lib.prompts_at_once(P)
+      return self._ways * decode_loop_lib.prompts_at_once(P)
 
   def retire(self, rows: Sequence[int]) -> None:
     """Takes note of rows in which nothing will begin or go on any more."""
-    self._through.update(rows)
+    self._finished.update(rows)
     if not self._packed:
       return
-    going = [row for row in self._order if row not in self._through]
+    going = [row for row in self._order if row not in self._finished]
     size = min(n for n in row_counts(self.count) if n >= len(going))
     if size < len(self._order):
-      others = [row for row in self._order if row in self._through]
+      others = [row for row in self._order if row in self._finished]
       order = np.asarray((going + others)[:size])
       self._slots = self._call(
         "gather", self._slots, self._place[order].astype(np.int32)
@@ -314,12 +317,14 @@ class Rows:
     live = np.flatnonzero(self._live[self._order])
     rows = len(self._order)
     every = rows * self.width
-    size = min(n for n in lane_counts(rows, self.width) if n >= len(live))
+    size = min(
+      n for n in active_slot_counts(rows, self.width) if n >= len(live)
+    )
     if size == every:
       return None
-    lanes = np.full(size, every, np.int32)
-    lanes[: len(live)] = live
-    return lanes
+    active_slots = np.full(size, every, np.int32)
+    active_slots[: len(live)] = live
+    return active_slots
 
   def _make_room(self, tokens: int) -> None:
     """Lengthens the prefixes where they do not hold so many tokens."""
@@ -348,19 +353,23 @@ def packs() -> bool:
 def row_counts(rows: int) -> list[int]:
   """How many rows may be left of so many once the others are through."""
   counts = [rows]
-  while counts[-1] % FEWER == 0 and counts[-1] // FEWER >= LEAST_ROWS:
-    counts.append(counts[-1] // FEWER)
+  while (
+    counts[-1] % SHRINK_FACTOR == 0
+    and counts[-1] // SHRINK_FACTOR >= MIN_PROMPT_SLOTS
+  ):
+    counts.append(counts[-1] // SHRINK_FACTOR)
   return counts
 
 
-def lane_counts(rows: int, width: int) -> list[int]:
-  """How many lanes may be computed, ascending: all slots, half of them, ...
+def active_slot_counts(rows: int, width: int) -> list[int]:
+  """How many active slots may be computed, ascending: all slots, half of them,
+  ...
 
   Each is a program of its own, so that they end where one more would save
   little.
   """
   counts = [rows * width]
-  while counts[0] % 2 == 0 and counts[0] // 2 >= LEAST_LANES:
+  while counts[0] % 2 == 0 and counts[0] // 2 >= MIN_ACTIVE_SLOTS:
     counts.insert(0, counts[0] // 2)
   return counts
 

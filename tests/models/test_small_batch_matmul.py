@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opera_jax.models import products
+from opera_jax.models import small_batch_matmul
 
 COUNTS = (2, 3, 5, 8, 9, 15, 16, 24, 33, 64, 100, 128)
 
@@ -22,7 +22,7 @@ def test_few_tokens_are_multiplied_bit_for_bit_alike(inputs, outputs):
   @jax.jit
   def multiply(x, turned):
     weight = turned.T.reshape(*inputs, *outputs)
-    return products.few(x, weight, len(inputs))
+    return small_batch_matmul.small_batch_matmul(x, weight, len(inputs))
 
   every = multiply(x, turned)
   exact = x.reshape(-1, size).astype(np.float64) @ turned.T
@@ -40,7 +40,7 @@ def test_few_tokens_are_multiplied_bit_for_bit_alike(inputs, outputs):
 def test_few_tokens_may_have_several_leading_axes():
   x = jnp.arange(24.0).reshape(2, 3, 4)
   weight = jnp.arange(20.0).reshape(4, 5)
-  got = products.few(x, weight)
+  got = small_batch_matmul.small_batch_matmul(x, weight)
   assert got.shape == (2, 3, 5)
   np.testing.assert_array_equal(got, np.asarray(x) @ np.asarray(weight))
 
@@ -48,8 +48,10 @@ def test_few_tokens_may_have_several_leading_axes():
 def test_few_bfloat16_tokens_give_float32_where_asked():
   x = jnp.full((5, 3), 1.0, jnp.bfloat16)
   weight = jnp.full((3, 2), 1 + 2**-7, jnp.bfloat16)
-  got = products.few(x, weight, preferred_element_type=jnp.float32)
+  got = small_batch_matmul.small_batch_matmul(
+    x, weight, preferred_element_type=jnp.float32
+  )
   assert got.dtype == jnp.float32
   # Which bfloat16 does not hold.
   np.testing.assert_array_equal(got, np.full((5, 2), 3 * (1 + 2**-7)))
-  assert products.few(x, weight).dtype == jnp.bfloat16
+  assert small_batch_matmul.small_batch_matmul(x, weight).dtype == jnp.bfloat16
