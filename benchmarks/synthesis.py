@@ -111,11 +111,11 @@ def naive(
     fork = prompt_slots_lib.Fork(
       0, 0, keys[0, candidate], most, brakes.start[phase]
     )
-    pieces = rows.advance(
+    pieces = rows.step(
       free=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
     )
     while pieces[-1].live:
-      pieces += rows.advance(free=lambda _: 1)
+      pieces += rows.step(free=lambda _: 1)
     sampled += sum(len(piece.tokens) for piece in pieces)
     return prompt_slots_lib.joined(pieces)
 

@@ -238,7 +238,7 @@ def decode(
   def cond(carry):
     step, at, _, _ = carry
     if whole_rows:
-      live_BS, started_BS = (spread(x.live, False) for x in (at, start))
+      live_BS, started_BS = (scatter(x.live, False) for x in (at, start))
       ended = jnp.sum(jnp.any(started_BS, 1) & ~jnp.any(live_BS, 1))
     else:
       ended = jnp.sum(start.live & ~at.live)
@@ -287,18 +287,18 @@ def decode(
   count = jnp.where(start.live, at.num_generated - start.num_generated, 0)
   # A row's prefix length is no slot's own, and nothing here changes it.
   own = jax.tree.map(
-    spread, at.replace(prefix_length=None), whole.replace(prefix_length=None)
+    scatter, at.replace(prefix_length=None), whole.replace(prefix_length=None)
   )
   after = own.replace(
     prefix=prefix, cache=cache, prefix_length=slots.prefix_length
   )
-  drawn = [spread(x, 0) for x in drawn]
+  drawn = [scatter(x, 0) for x in drawn]
   return slots_lib.laid_out(after), slots_lib.Drawn(
     token=drawn[0],
     logprob=drawn[1],
     model_logprob=drawn[2] if with_model_logprob else None,
     truncated=drawn[-1] if truncated else None,
-    count=spread(count, 0),
+    count=scatter(count, 0),
     live=after.live,
     ended=after.ended,
   )

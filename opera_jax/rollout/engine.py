@@ -155,7 +155,7 @@ class Engine:
         sitting = {(r, s): (i, n) for r, s, i, n in schedule.sitting()}
         if not sitting:
           return out
-        pieces = rows.advance(
+        pieces = rows.step(
           free=functools.partial(
             _worth_a_stop, together if schedule.waiting() else 0
           ),

@@ -226,7 +226,7 @@ class Searcher:
         ready.append(row)
       if not sitting:
         return
-      pieces = rows.advance(
+      pieces = rows.step(
         free=lambda live: max(1, live // 8),
         kept=kept,
         contexts=contexts,

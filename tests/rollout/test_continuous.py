@@ -96,7 +96,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
 ):
   """Few or many computed at once, in 16 rows, the last 4 of them, or 2 x 8."""
   monkeypatch.setattr(rows, "MIN_PROMPT_SLOTS", 4)
-  monkeypatch.setattr(parts, "count", lambda *_: 1)
+  monkeypatch.setattr(workers, "count", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
   sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
   rng = np.random.default_rng(1)
@@ -130,7 +130,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   assert len({active_slots for _, active_slots in sizes}) > 2
   _same([every[7]], draw([7]))
   sizes.clear()
-  monkeypatch.setattr(parts, "count", lambda *_: 2)
+  monkeypatch.setattr(workers, "count", lambda *_: 2)
   _same(every, draw(range(20)))
   assert {count for count, _ in sizes} == {8}
 
@@ -146,7 +146,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   ],
 )
 def test_lanes_come_in_few_sizes(count, width, active_slots):
-  assert rows.active_slot_counts(count, width) == active_slots
+  assert prompt_slots.active_slot_counts(count, width) == active_slots
 
 
 def test_one_prompt_is_computed_once(tiny_model, one_device):
@@ -211,7 +211,7 @@ def test_an_interrupted_call_leaves_nothing(
   tiny_model, one_device, usual, monkeypatch, error, cut
 ):
   """No half sample is given as a whole one, and the engine goes on."""
-  monkeypatch.setattr(parts, "count", lambda *_: cut)
+  monkeypatch.setattr(workers, "count", lambda *_: cut)
   sampler = _engine(tiny_model, one_device)
   seen, whole = [], []
 
@@ -278,7 +278,7 @@ def test_meshes_give_the_same_samples(tiny_model, usual):
 
 def _state(tiny_model, capacity=1024):
   config, graphdef, params = tiny_model
-  made = programs.programs(graphdef)
+  made = decode_loop.programs(graphdef)
   state = made["empty"](config, 4, 4, 256, capacity, recent=0, dtype="float32")
   return made, params, state
 
@@ -320,7 +320,7 @@ def test_a_kept_sample_becomes_prefix(
   tiny_model, one_device, slow_logprob, monkeypatch, cut
 ):
   """Kept tokens are context: twice over, past what the prefix first held."""
-  monkeypatch.setattr(parts, "count", lambda *_: cut)
+  monkeypatch.setattr(workers, "count", lambda *_: cut)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
@@ -333,20 +333,20 @@ def test_a_kept_sample_becomes_prefix(
       ((1, 2), (5, 9)),
     ):
       turn["forks"] = [
-        rows.Fork(r, s, keys[r, s], budget=60)
+        prompt_slots.Fork(r, s, keys[r, s], budget=60)
         for r in range(2)
         for s in range(3)
       ]
       grown, ended = {}, 0
       while ended < 6:
-        pieces = driven.advance(free=lambda _: rows.NEVER, **turn)
+        pieces = driven.step(free=lambda _: prompt_slots.NEVER, **turn)
         turn = {}
         for piece in pieces:
           grown.setdefault((piece.row, piece.slot), []).append(piece)
         ended += sum(not piece.live for piece in pieces)
       kept = []
       for (row, slot), mine in grown.items():
-        sample = rows.joined(mine)
+        sample = prompt_slots.joined(mine)
         assert len(sample.tokens) == 60
         score = np.concatenate([piece.score for piece in mine])
         want = slow_logprob(np.concatenate([context[row], sample.tokens]))

@@ -42,13 +42,15 @@ class _Rows:
     slots, self._slots = self._slots, []
     one = np.ones(1)
     return [
-      rows.Piece(row, slot, one, one, None, live=False, ended=0)
+      prompt_slots.Piece(row, slot, one, one, None, live=False, ended=0)
       for row, slot in slots
     ]
 
 
 def _forks(*places):
-  return [rows.Fork(row, slot, np.zeros(2), budget=1) for row, slot in places]
+  return [
+    prompt_slots.Fork(row, slot, np.zeros(2), budget=1) for row, slot in places
+  ]
 
 
 def _one(live):
@@ -65,7 +67,7 @@ def test_rows_go_round_the_parts():
   tokens = np.arange(3)
   with workers.Workers(made) as cut:
     places = [(0, 0), (1, 0), (1, 1), (4, 0)]
-    drawn = cut.advance(
+    drawn = cut.step(
       free=lambda live: 10 * live,
       kept=[(1, 0, tokens)],
       contexts=[(1, "one", tokens), (4, "four", tokens)],
@@ -73,7 +75,7 @@ def test_rows_go_round_the_parts():
       forks=_forks(*places),
     )
     while len(drawn) < len(places):
-      drawn += cut.advance(free=_one)
+      drawn += cut.step(free=_one)
   assert _drawn(drawn) == places
   (even,), (odd,) = (rows.turns for rows in made)
   assert (even["kept"], odd["kept"]) == ([], [(0, 0, tokens)])
@@ -91,9 +93,9 @@ def test_a_part_that_is_slow_holds_no_other():
   go = threading.Event()
   slow, quick = _Rows(lambda: go.wait(20)), _Rows()
   with workers.Workers([slow, quick]) as cut:
-    got = cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
+    got = cut.step(free=_one, forks=_forks((0, 0), (1, 0)))
     assert _drawn(got) == [(1, 0)]
-    assert _drawn(cut.advance(free=_one, forks=_forks((3, 0), (5, 0)))) == [
+    assert _drawn(cut.step(free=_one, forks=_forks((3, 0), (5, 0)))) == [
       (3, 0),
       (5, 0),
     ]
@@ -103,19 +105,19 @@ def test_a_part_that_is_slow_holds_no_other():
       {"kept": [(1, 0, np.ones(1))]},  # and no fork
     ):
       with pytest.raises(ValueError, match="cannot change"):
-        cut.advance(free=_one, **lost)
+        cut.step(free=_one, **lost)
     go.set()
-    assert _drawn(cut.advance(free=_one)) == [(0, 0)]
+    assert _drawn(cut.step(free=_one)) == [(0, 0)]
   assert (len(slow.turns), len(quick.turns)) == (1, 2)
 
 
 def test_a_part_that_had_nothing_to_do_is_not_forgotten():
   with workers.Workers([_Rows(), _Rows()]) as cut:
     for row in (0, 1, 0):
-      got = cut.advance(free=_one, forks=_forks((row, 0)))
+      got = cut.step(free=_one, forks=_forks((row, 0)))
       assert _drawn(got) == [(row, 0)]
     with pytest.raises(ValueError, match="No slot is live"):
-      cut.advance(free=_one)
+      cut.step(free=_one)
 
 
 def test_what_a_part_raises_is_raised_once_the_others_are_back():
@@ -134,7 +136,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
     workers.Workers([_Rows(finish), _Rows(fail)]) as cut,
   ):
     try:
-      cut.advance(free=_one, forks=_forks((0, 0), (1, 0)))
+      cut.step(free=_one, forks=_forks((0, 0), (1, 0)))
     finally:
       assert not ended
       go.set()
@@ -144,7 +146,7 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
 def test_one_part_alone_is_computed_where_it_is_called():
   only = _Rows()
   with workers.Workers([only]) as cut:
-    got = cut.advance(free=_one, forks=_forks((3, 1)))
+    got = cut.step(free=_one, forks=_forks((3, 1)))
   assert _drawn(got) == [(3, 1)]
   assert only.turns[0]["thread"] is threading.current_thread()
 
@@ -163,13 +165,13 @@ def test_one_part_alone_is_computed_where_it_is_called():
 def test_each_core_takes_rows_of_its_own(
   one_device, monkeypatch, cores, count, width, cut
 ):
-  monkeypatch.setattr(parts, "cores", lambda: cores)
+  monkeypatch.setattr(workers, "cores", lambda: cores)
   with jax.set_mesh(one_device):
     assert workers.count(count, width) == cut
 
 
 def test_a_mesh_is_not_cut(monkeypatch):
-  monkeypatch.setattr(parts, "cores", lambda: 4)
+  monkeypatch.setattr(workers, "cores", lambda: 4)
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   with jax.set_mesh(many):
     assert workers.count(16, 8) == 1
