@@ -8,7 +8,7 @@
   ours   `synthesis.search`: all prompts in flight, one prefill a prompt,
          candidates fork from the row's prefix, scores come from the sampling
 
-The model is first trained for a minute, so that thoughts have the braking
+The model is first trained for a minute, so that thoughts have the reflective
 words and lengths of its data. Both are given the same random keys, and their
 traces must be equal token by token.
 """
@@ -28,7 +28,7 @@ from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.synthesis import search as search_lib
-from opera_jax.synthesis import stop_words
+from opera_jax.synthesis import stop_words as stop_words_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import optimizer as optimizer_lib
 from opera_jax.train import state as train_state
@@ -44,7 +44,7 @@ TRAINING = 100  # updates of 8 rows of 256 tokens
 class Settings:
   """Of a search, ours or naive; see `search.Searcher`."""
 
-  brakes: tuple[str, ...] = brake.WORDS
+  stop_words: tuple[str, ...] = stop_words_lib.WORDS
   candidates: int = 4
   budget: int = 20
   score: str = "sequence"
@@ -87,7 +87,7 @@ def naive(
   settings: Settings,
 ) -> tuple[traces.Trace, int]:
   """One trace with nothing shared, and the tokens that were sampled."""
-  brakes = stop_words.Brakes(settings.brakes, words)
+  stop_words = stop_words_lib.StopWords(settings.stop_words, words)
   draw = sampling.Sampling(
     max_new_tokens=max(settings.max_step_tokens, settings.max_answer_tokens),
     stop_ids=(words.end_id,),
@@ -96,7 +96,7 @@ def naive(
     top_p=settings.top_p,
   )
   # One row is one part, which has no thread to end.
-  rows = engine.rows(params, 1, draw, brakes.table)
+  rows = engine.rows(params, 1, draw, stop_words.table)
   opened = words.encode_template("<think>\n")
   sampled = 0
 
@@ -109,7 +109,7 @@ def naive(
     if phase == "answer":
       most = settings.max_answer_tokens
     fork = prompt_slots_lib.Fork(
-      0, 0, keys[0, candidate], most, brakes.start[phase]
+      0, 0, keys[0, candidate], most, stop_words.start[phase]
     )
     pieces = rows.step(
       free=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
@@ -128,17 +128,17 @@ def naive(
 
   head = settings.template.replace("{prompt}", prompt.prompt)
   head = np.concatenate([words.chat_prompt(head), opened])
-  thought, trigger, status = brakes.cut(sample(head, "brake", 0), "brake")
+  thought, trigger, status = stop_words.cut(sample(head, "stop", 0), "stop")
   rounds, answer = [], opened[:0]
   while status == "candidate" and len(thought) <= settings.max_thought_tokens:
     so_far = np.concatenate([head, thought])
     context = np.concatenate([so_far, trigger])
     if len(rounds) == settings.budget:
       one = sample(context, "rest", settings.budget + 1)
-      cuts, best = [brakes.cut(one, "rest")], 0
+      cuts, best = [stop_words.cut(one, "rest")], 0
     else:
       cuts = [
-        brakes.cut(
+        stop_words.cut(
           sample(context, "candidate", len(rounds) + 1, c), "candidate"
         )
         for c in range(settings.candidates)
@@ -147,7 +147,7 @@ def naive(
       logprobs = [perplexity(so_far, tokens) for tokens in made]
       best = min(
         range(len(cuts)),
-        key=lambda c: (cuts[c][2] not in stop_words.PHASES, logprobs[c]),
+        key=lambda c: (cuts[c][2] not in stop_words_lib.PHASES, logprobs[c]),
       )
       candidates = tuple(
         traces.Candidate(words.decode(tokens), logprob, len(tokens))
@@ -158,7 +158,7 @@ def naive(
     thought = np.concatenate([thought, trigger, kept])
     trigger = following
   if len(thought) > settings.max_thought_tokens:
-    status = brake.TOO_LONG
+    status = stop_words_lib.TOO_LONG
   if status == "answer":
     context = np.concatenate(
       [words.chat_prompt(prompt.prompt), opened, thought]
@@ -232,7 +232,9 @@ def main() -> None:
   )
   print("trained", flush=True)
   # Steps of its thoughts open with these, so that a thought has a few rounds.
-  settings = Settings(brakes=(*brake.WORDS, "The", "There", "It", "At"))
+  settings = Settings(
+    stop_words=(*stop_words_lib.WORDS, "The", "There", "It", "At")
+  )
   prompts = [
     structs.Prompt(f"{i}", "open_ended", d.prompt, d.answer)
     for i, d in enumerate(storyworld.corpus(PROMPTS, 2))

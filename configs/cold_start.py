@@ -23,7 +23,7 @@ ROWS = (
   (
     "no keywords: every step",
     "",
-    "\"--config.synthesis.brakes=('\\n\\n',)\"",
+    "\"--config.synthesis.stop_words=('\\n\\n',)\"",
   ),
   ("first five reflections", "", "--config.synthesis.budget=5"),
   ("rewriting (REER)", "", "--config.synthesis.method=rewrite"),

@@ -173,7 +173,7 @@ def get_config() -> ml_collections.ConfigDict:
     "max_thought_tokens": 8192,
     "max_answer_tokens": 4096,
     # [C]; ("\n\n",) searches at every step, whatever its words
-    "brakes": ("Wait", "But", "Hmm", "Let me think", "However"),
+    "stop_words": ("Wait", "But", "Hmm", "Let me think", "However"),
     "template": "{prompt}",  # the meta-prompt, or a .txt file with it
     # "search", or "rewrite": REER (arXiv 2509.06160) in its place
     "method": "search",
@@ -189,8 +189,8 @@ def get_config() -> ml_collections.ConfigDict:
     "max_copied": 0.7,
     "max_foreign": 0.1,
     "think_tags": False,
-    "brakes": ("Wait", "Hmm", "Let me think"),
-    "max_brakes": 1,  # in an answer
+    "stop_words": ("Wait", "Hmm", "Let me think"),
+    "max_stop_words": 1,  # in an answer
     "min_thought_words": 1,
     "max_thought_words": 0,  # 0 for no limit
     "min_answer_words": 1,

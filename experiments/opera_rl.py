@@ -122,7 +122,7 @@ def run_stages(config, folder: str, preemption) -> None:
     preemption,
     path=config.checkpoint,
   )
-  # 2. Cold start: brake at reflection words, continuation, keep what the policy
+  # 2. Cold start: stop at reflection words, continuation, keep what the policy
   #    finds least perplexing.
   if "synthesize" in stages:
     cold_start.synthesize(

@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """One brake of the search: the trigger and what could follow it."""
+  """One stop word of the search: the trigger and what could follow it."""
 
   trigger: str  # the reflection word at which the thought was stopped
   kept: int  # index of the candidate that was kept

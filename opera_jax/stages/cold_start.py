@@ -45,9 +45,9 @@ class Search:
   max_step_tokens: int
   max_thought_tokens: int
   max_answer_tokens: int
-  brakes: tuple[str, ...]
+  stop_words: tuple[str, ...]
   template: str  # its text; a .txt file is read
-  method: str  # "search", or "rewrite" (REER, without brakes)
+  method: str  # "search", or "rewrite" (REER, without stop words)
   rounds: int  # of rewriting
   guide: str  # template of rewriting, with the reference
   seed: int = -1  # of the draws; below 0 takes the run's
@@ -290,7 +290,7 @@ def _searcher(
     )
   return search.Searcher(
     *machines,
-    brakes=settings.brakes,
+    stop_words=settings.stop_words,
     budget=settings.budget,
     score=settings.score,
     choose=user_choice(run, settings),

@@ -15,7 +15,7 @@ from opera_jax.data import traces
 from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")
-_UNCLOSED = (brake.TOO_LONG, brake.TURN_ENDED)
+_UNCLOSED = (stop_words_lib.TOO_LONG, stop_words_lib.TURN_ENDED)
 _FEWEST = 10  # searched traces from which an outlier can be told
 _NORMAL = 1.4826  # standard deviations of a normal in its median deviation
 
@@ -36,8 +36,9 @@ class Rules:
       a script which neither prompt nor reference uses. A change between
       languages of one script goes unseen.
     think_tags: whether a think tag may stand in thought or answer.
-    brakes: words that open a sentence of thinking and hardly one of an answer.
-    max_brakes: most of them in the answer; with more, the thought goes on
+    stop_words: words that open a sentence of thinking and hardly one of an
+      answer.
+    max_stop_words: most of them in the answer; with more, the thought goes on
       after it.
     min_thought_words: shortest thought; a Chinese character is a word.
     max_thought_words: longest, 0 for no limit.
@@ -57,8 +58,8 @@ class Rules:
   max_copied: float = 0.7
   max_foreign: float = 0.1
   think_tags: bool = False
-  brakes: tuple[str, ...] = ("Wait", "Hmm", "Let me think")
-  max_brakes: int = 1
+  stop_words: tuple[str, ...] = ("Wait", "Hmm", "Let me think")
+  max_stop_words: int = 1
   min_thought_words: int = 1
   max_thought_words: int = 0
   min_answer_words: int = 1
@@ -106,7 +107,7 @@ def reason(
   for name, text in texts.items():
     if not rules.think_tags and any(tag in text for tag in _TAGS):
       return f"think tag in the {name}"
-  if _brakes(trace.answer, rules.brakes) > rules.max_brakes:
+  if _stop_words(trace.answer, rules.stop_words) > rules.max_stop_words:
     return "thought goes on after the answer"
   steps = [s.strip() for s in trace.thought.split(thought.SEPARATOR)]
   steps = [s for s in steps if s]
@@ -180,11 +181,12 @@ def verdicts(
   return why, {"kept": len(why) - counts.total(), **counts}
 
 
-def _brakes(answer: str, brakes: Sequence[str]) -> int:
-  """Sentences of the answer that open with a brake, exact case, whole word."""
-  if not brakes:
+def _stop_words(answer: str, stop_words: Sequence[str]) -> int:
+  """Sentences of the answer that open with a stop word, exact case, whole
+  word."""
+  if not stop_words:
     return 0
-  opening = "|".join(re.escape(word) for word in brakes)
+  opening = "|".join(re.escape(word) for word in stop_words)
   return len(re.findall(rf"(?:^|\n|[.!?] )(?:{opening})\b", answer))
 
 

@@ -257,7 +257,9 @@ class Rewriter:
     tokens = draft.tokens
     closed = draft.finished and tokens[-1] == self._tokenizer.think_close_id
     if not closed:
-      one.status = brake.TURN_ENDED if draft.finished else brake.TOO_LONG
+      one.status = (
+        stop_words_lib.TURN_ENDED if draft.finished else stop_words_lib.TOO_LONG
+      )
     one.steps = self._split(tokens[:-1] if draft.finished else tokens)
     if closed and not one.steps:
       one.status = "thought missing"

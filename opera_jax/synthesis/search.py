@@ -1,8 +1,8 @@
-"""Perplexity-guided trace synthesis: brake, fork, score, keep.
+"""Perplexity-guided trace synthesis: stop, fork, score, keep.
 
 Every prompt has a row of the sampler, which computes it once; then, by itself:
 
-1. brake: sample the thought until a reflection word appears; what follows the
+1. stop: sample the thought until a reflection word appears; what follows the
    word is dropped, the word becomes the trigger;
 2. fork: from the prefix's end sample k candidates that open with the trigger
    and run to the next reflection word that opens a sentence, or to </think>;
@@ -35,10 +35,11 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.synthesis import stop_words, templates
+from opera_jax.synthesis import stop_words as stop_words_lib
+from opera_jax.synthesis import templates
 from opera_jax.text import tokenizer as tokenizer_lib
 
-BRAKES = brake.WORDS
+STOP_WORDS = stop_words_lib.WORDS
 SCORES = ("sequence", "candidate")
 # (prompt, thought so far, candidates) -> index of the one to keep.
 Choose = Callable[[str, str, Sequence[str]], int]
@@ -57,7 +58,7 @@ class _Search:
   answer: np.ndarray
   logprob: float = 0.0  # of head and thought, summed, at temperature 1
   trigger_logprob: float = 0.0
-  status: str = "brake"
+  status: str = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Searcher:
     logprob_scorer: scorer_lib.LogprobScorer,
     tokenizer: tokenizer_lib.Tokenizer,
     *,
-    brakes: Sequence[str] = BRAKES,
+    stop_words: Sequence[str] = STOP_WORDS,
     candidates: int = 4,
     budget: int = 20,
     score: str = "sequence",
@@ -93,15 +94,15 @@ class Searcher:
     max_answer_tokens: int = 2048,
     template: str = "{prompt}",
   ):
-    """Builds the brake automata.
+    """Builds the stop word automata.
 
     Args:
       engine: samples; its rows are the prompts that advance together, each
         with a slot for every candidate.
       scorer: scores the prompts, once each.
       tokenizer: of the policy.
-      brakes: reflection words, or ("\\n\\n",) to search at every step; see
-        `stop_words.Brakes`.
+      stop_words: reflection words, or ("\\n\\n",) to search at every step; see
+        `stop_words.StopWords`.
       candidates: k.
       budget: reflections searched before the thought runs on unsearched; 0 is
         plain sampling.
@@ -120,7 +121,7 @@ class Searcher:
 
     Raises:
       ValueError: an unknown score, no candidate, a negative budget, a template
-        without its placeholder, brakes that cannot be.
+        without its placeholder, stop words that cannot be.
     """
     if score not in SCORES:
       raise ValueError(f"score must be one of {SCORES}, got {score!r}.")
@@ -137,8 +138,8 @@ class Searcher:
     )
     self._candidates, self._budget = candidates, budget
     self._score, self._choose = score, choose
-    self._brakes = stop_words.Brakes(brakes, tokenizer)
-    self._most = dict.fromkeys(stop_words.PHASES, max_step_tokens)
+    self._stop_words = stop_words_lib.StopWords(stop_words, tokenizer)
+    self._most = dict.fromkeys(stop_words_lib.PHASES, max_step_tokens)
     self._most["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
     self._settings = sampling.for_tokenizer(
@@ -193,7 +194,7 @@ class Searcher:
       sample_params,
       self._candidates if self._budget else 1,
       self._settings,
-      self._brakes.table,
+      self._stop_words.table,
       contexts=heads,
       whole_rows=True,
       with_model_logprob=self._budget > 0,
@@ -244,7 +245,7 @@ class Searcher:
         slots = range(self._width(search))
         mine = [drawn.pop((row, s)) for s in slots]
         slot, tokens = self._go_on(search, mine)
-        if search.status not in stop_words.PHASES:
+        if search.status not in stop_words_lib.PHASES:
           del sitting[row]
           if ended is not None:
             ended(self._trace(search))
@@ -291,7 +292,7 @@ class Searcher:
   ) -> list[prompt_slots_lib.Fork]:
     phase = search.status
     number = {
-      "brake": 0,
+      "stop": 0,
       "candidate": len(search.rounds) + 1,
       "rest": self._budget + 1,
       "answer": self._budget + 2,
@@ -302,7 +303,7 @@ class Searcher:
         slot,
         key=keys(number)[search.index, slot],
         budget=self._most[phase],
-        state=self._brakes.start[phase],
+        state=self._stop_words.start[phase],
       )
       for slot in range(self._width(search))
     ]
@@ -326,7 +327,7 @@ class Searcher:
     search.trigger, search.trigger_logprob = one.trigger, one.trigger_logprob
     search.status = one.status
     if len(search.thought) > self._max_thought_tokens:
-      search.status = brake.TOO_LONG
+      search.status = stop_words_lib.TOO_LONG
     elif one.status == "candidate" and len(search.rounds) >= self._budget:
       search.status = "rest"
     return best, np.concatenate([one.kept, one.trigger])
@@ -335,7 +336,7 @@ class Searcher:
     self, phase: str, pieces: Sequence[prompt_slots_lib.Piece]
   ) -> _Stretch:
     sample = prompt_slots_lib.joined(pieces)
-    kept, trigger, status = self._brakes.cut(sample, phase)
+    kept, trigger, status = self._stop_words.cut(sample, phase)
     sums = [0.0, 0.0]
     if self._budget:
       score_T = np.concatenate([piece.model_logprob for piece in pieces])
@@ -362,7 +363,7 @@ class Searcher:
       )
     # A candidate that ran out of length or turn is kept only if all did.
     every = range(len(stretches))
-    whole = [i for i in every if stretches[i].status in stop_words.PHASES]
+    whole = [i for i in every if stretches[i].status in stop_words_lib.PHASES]
     best = self._best(search, candidates, whole or every)
     search.rounds.append(
       traces.Round(

@@ -1,6 +1,6 @@
 """Where a thought is stopped, and where a stretch of it is cut.
 
-Brakes are words or separators. A word opens what comes next: the stretch is
+Stop words are words or separators. A word opens what comes next: the stretch is
 cut before it, and it becomes the trigger that opens every candidate. A
 separator ("\\n\\n") closes what came before: the stretch is kept up to and with
 the token that completes it, and nothing is a trigger.
@@ -15,50 +15,53 @@ from opera_jax.text import automaton, regions
 from opera_jax.text import tokenizer as tokenizer_lib
 
 WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
-# What a prompt is at: the thought up to its first brake, the candidates of a
-# round, the thought after the last round, the answer.
-PHASES = ("brake", "candidate", "rest", "answer")
+# What a prompt is at: the thought up to its first stop word, the candidates of
+# a round, the thought after the last round, the answer.
+PHASES = ("stop", "candidate", "rest", "answer")
 TOO_LONG = "thought too long"
 TURN_ENDED = "turn ended inside the thought"
 
 
-class Brakes:
-  """The brakes of a search, as tables for the device and for the host."""
+class StopWords:
+  """The stop words of a search, as tables for the device and for the host."""
 
-  def __init__(self, brakes: Sequence[str], tokenizer: tokenizer_lib.Tokenizer):
-    """Compiles the brakes.
+  def __init__(
+    self, stop_words: Sequence[str], tokenizer: tokenizer_lib.Tokenizer
+  ):
+    """Compiles the stop words.
 
     Args:
-      brakes: words (exact case, no word character after them) or separators
+      stop_words: words (exact case, no word character after them) or separators
         (white space).
       tokenizer: of the policy.
 
     Raises:
-      ValueError: no brake, an empty one, words among separators, white space
-        at the end of a word, a brake that the vocabulary cannot spell.
+      ValueError: no stop word, an empty one, words among separators, white
+        space at the end of a word, a stop word that the vocabulary cannot
+        spell.
     """
     self._tokenizer = tokenizer
-    self._brakes = tuple(brakes)
-    blank = [not brake.strip() for brake in brakes]
-    if not brakes or not all(brakes) or any(blank) != all(blank):
+    self._stop_words = tuple(stop_words)
+    blank = [not word.strip() for word in stop_words]
+    if not stop_words or not all(stop_words) or any(blank) != all(blank):
       raise ValueError(
-        f"Brakes are {self._brakes}; they must be words, or separators made "
-        "of white space, at least one and not both. Change "
-        "config.synthesis.brakes."
+        f"Stop words are {self._stop_words}; they must be words, or separators "
+        "made of white space, at least one and not both. Change "
+        "config.synthesis.stop_words."
       )
     self._words = not blank[0]
-    if self._words and any(brake != brake.strip() for brake in brakes):
+    if self._words and any(word != word.strip() for word in stop_words):
       raise ValueError(
-        f"Brakes are {self._brakes}; a word has no white space at its ends. "
-        "Change config.synthesis.brakes."
+        f"Stop words are {self._stop_words}; a word has no white space at its "
+        "ends. Change config.synthesis.stop_words."
       )
     # Within a thought a candidate ends at a word that opens a sentence.
-    heads = self._brakes
+    heads = self._stop_words
     if self._words:
       heads = tuple(
-        lead + word for word in self._brakes for lead in ("\n", ". ")
+        lead + word for word in self._stop_words for lead in ("\n", ". ")
       )
-    self._stops = {"brake": self._brakes, "candidate": heads}
+    self._stops = {"stop": self._stop_words, "candidate": heads}
     tables = {
       phase: automaton.compile_stops(
         strings, tokenizer.vocab_bytes, right_boundary=self._words
@@ -107,7 +110,7 @@ class Brakes:
       return tokens[: found.token_after], none, "candidate"
     # The stop string may open with "\n" or ". "; those stay behind.
     string = stops[found.string]
-    word = next(w for w in self._brakes if string.endswith(w))
+    word = next(w for w in self._stop_words if string.endswith(w))
     _, ends = automaton.spell(tokens, vocab)
     first = int(np.searchsorted(ends, found.stop - len(word.encode()), "right"))
     return tokens[:first], tokens[first : found.token_after], "candidate"

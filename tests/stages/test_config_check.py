@@ -100,7 +100,7 @@ HOSTILE = [
   ("synthesis.candidates", 0, "at least 1"),
   ("synthesis.budget", -1, "at least 0"),
   ("synthesis.batch", 0, "at least 1"),
-  ("synthesis.brakes", (), "at least 1"),
+  ("synthesis.stop_words", (), "at least 1"),
   ("synthesis.template", "Think.", "holds {prompt} 0 times"),
   ("select.max_repeat", 1.5, "at most 1"),
   ("select.keep_share", 0.0, "above 0"),

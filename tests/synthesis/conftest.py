@@ -1,4 +1,5 @@
-"""A small model that was taught to think: its thoughts brake by themselves."""
+"""A small model that was taught to think: its thoughts hold stop words by
+themselves."""
 
 import pytest
 

@@ -69,7 +69,7 @@ LIMITS = [
     "answer has too many words",
   ),
   (
-    {"max_brakes": 0},
+    {"max_stop_words": 0},
     _trace("a", answer="Wait, no."),
     "thought goes on after the answer",
   ),
@@ -108,7 +108,7 @@ def test_what_is_no_fault():
 def test_a_share_of_one_rules_nothing_out():
   off = filters.Rules(
     min_reflections=0, max_repeat=1, max_ngram_repeat=1, max_foreign=1,
-    think_tags=True, max_brakes=99,
+    think_tags=True, max_stop_words=99,
   )  # fmt: skip
   left = [
     filters.reason(trace, off, ("Wait",))

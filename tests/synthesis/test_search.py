@@ -1,4 +1,5 @@
-"""The search brakes, scores what it keeps, and repeats no fault of the release.
+"""The search stops at words, scores what it keeps, and repeats no fault of the
+release.
 
 What a slot draws is scripted, so that every candidate is known; scores come
 from a real model. `test_search_sampled` samples.
@@ -20,8 +21,8 @@ from opera_jax.text import automaton
 
 PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "A story.")
 OPENING = "The scene is the old mill.\n\nWait,"
-# Candidates of each round, as sampled after the trigger: up to the next brake
-# at the head of a sentence, or </think>.
+# Candidates of each round, as sampled after the trigger: up to the next stop
+# word at the head of a sentence, or </think>.
 ROUNDS = [
     [" it rains.\n\nBut", " the attribute. Hmm,", " it should be so.\n\nBut",
      " there is a key.\n\nHowever,"],
@@ -159,7 +160,8 @@ def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
   assert trace.status == "complete"
   first = trace.rounds[0]
   assert first.trigger == "Wait"
-  # What follows the next brake is not part of the candidate, nor is the brake.
+  # What follows the next stop word is not part of the candidate, nor is the
+  # stop word.
   assert [c.text for c in first.candidates] == [
     "Wait it rains.\n\n", "Wait the attribute. ", "Wait it should be so.\n\n",
     "Wait there is a key.\n\n",
@@ -205,7 +207,7 @@ def test_budget_binds_and_the_thought_runs_on(words, machine):
   assert len(trace.rounds) == 2
   assert trace.status == "complete"
   assert trace.thought.endswith("But to the end.\n\nHmm, yes.\n")
-  # Two rounds of four, then one sample without brakes, then the answer.
+  # Two rounds of four, then one sample without stop words, then the answer.
   assert [count for _, count in engine.calls] == [1, 4, 4, 1, 1]
   assert len(engine.prefills) == 1
 
@@ -247,9 +249,9 @@ def test_whole_candidates_go_before_broken_ones(words, machine):
     ({"score": "cheap"}, "score must be one of"),
     ({"candidates": 0}, "at least 1"),
     ({"budget": -1}, "at least 0"),
-    ({"brakes": ("Wait", "\n\n")}, "not both"),
-    ({"brakes": ()}, "at least one"),
-    ({"brakes": ("Wait ",)}, "no white space at its ends"),
+    ({"stop_words": ("Wait", "\n\n")}, "not both"),
+    ({"stop_words": ()}, "at least one"),
+    ({"stop_words": ("Wait ",)}, "no white space at its ends"),
     ({"template": "no placeholder"}, "exactly once"),
   ],
 )
@@ -263,7 +265,7 @@ def test_traces_are_plain_records(words, machine):
   assert dataclasses.asdict(trace)["rounds"][0]["trigger"] == "Wait"
 
 
-def test_separators_brake_at_every_step(words, machine):
+def test_separators_stop_at_every_step(words, machine):
   """No word is needed, what follows may be one, and a step ends exactly."""
   opening = "The mill.\n\n"
   rounds = [
@@ -271,7 +273,7 @@ def test_separators_brake_at_every_step(words, machine):
     [" end.\n</think>"] * 4,
   ]
   engine = ScriptedEngine(words, machine, opening=opening, rounds=rounds)
-  trace = _run(words, machine, engine, brakes=("\n\n",))
+  trace = _run(words, machine, engine, stop_words=("\n\n",))
   assert [c.text for c in trace.rounds[0].candidates] == rounds[0]
   assert {r.trigger for r in trace.rounds} == {""}
   kept = rounds[0][trace.rounds[0].kept]

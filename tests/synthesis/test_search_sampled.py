@@ -53,9 +53,9 @@ def _search(teller, words, device, prompts, settings, **changes):
   return searcher.run(teller[2], teller[2], prompts, jax.random.key(5))
 
 
-# Steps of its thoughts open with these, so that most are braked at.
-BRAKE_OFTEN = synthesis.Settings(
-  brakes=(*search.BRAKES, "The", "There", "It", "At", "Later"),
+# Steps of its thoughts open with these, so that most are stopped at.
+STOP_OFTEN = synthesis.Settings(
+  stop_words=(*search.STOP_WORDS, "The", "There", "It", "At", "Later"),
   max_step_tokens=80,
   budget=3,
 )
@@ -63,7 +63,7 @@ BRAKE_OFTEN = synthesis.Settings(
 
 @pytest.fixture(scope="module")
 def usual(teller, words, one_device):
-  return _search(teller, words, one_device, _prompts(10), BRAKE_OFTEN)
+  return _search(teller, words, one_device, _prompts(10), STOP_OFTEN)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def usual(teller, words, one_device):
     {},
     {"score": "candidate", "template": "Think, and doubt. {prompt}"},
     pytest.param(
-      {"brakes": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
+      {"stop_words": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
       marks=pytest.mark.slow,
     ),
     pytest.param({"budget": 0}, marks=pytest.mark.slow),
@@ -80,7 +80,7 @@ def usual(teller, words, one_device):
 )
 def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
   """A prefill for every stretch and a pass for every score: the same."""
-  settings = dataclasses.replace(BRAKE_OFTEN, **changes)
+  settings = dataclasses.replace(STOP_OFTEN, **changes)
   prompts = _prompts(4)
   ours = _search(teller, words, one_device, prompts, settings)
   alone = _engine(teller, one_device, rows=1, prompt_buckets=(512,))
@@ -103,9 +103,9 @@ def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
   order = [7, 2, 9, 4, 0]
   prompts = _prompts(10)
   few = [prompts[i] for i in order]
-  got = _search(teller, words, one_device, few, BRAKE_OFTEN)
+  got = _search(teller, words, one_device, few, STOP_OFTEN)
   assert got == [usual[i] for i in order]  # every bit, scores too
-  got = _search(teller, words, one_device, few, BRAKE_OFTEN, rows=2, steps=5)
+  got = _search(teller, words, one_device, few, STOP_OFTEN, rows=2, steps=5)
   for index, trace in zip(order, got, strict=True):
     synthesis.check_equal(trace, usual[index])
 
@@ -125,7 +125,7 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
       engine,
       _logprob_scorer(teller, one_device),
       words,
-      **dataclasses.asdict(dataclasses.replace(BRAKE_OFTEN, template=template)),
+      **dataclasses.asdict(dataclasses.replace(STOP_OFTEN, template=template)),
     )
     traces = searcher.run(teller[2], teller[2], _prompts(6), jax.random.key(1))
     # The second pass is the answer's, from the original prompt.
