@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from opera_jax.data import traces
+from opera_jax.synthesis import stop_words as stop_words_lib
 from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")

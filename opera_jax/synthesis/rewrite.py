@@ -30,6 +30,7 @@ from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.synthesis import stop_words as stop_words_lib
 from opera_jax.synthesis import templates
 from opera_jax.text import automaton
 from opera_jax.text import thought as thought_lib

@@ -6,8 +6,11 @@ import pytest
 
 from opera_jax.models import qwen3
 from opera_jax.rollout import (
+  decode_loop,
   engine,
+  prompt_slots,
   sampling,
+  workers,
 )
 from opera_jax.sharding import layout, mesh, rules
 

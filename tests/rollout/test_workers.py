@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from opera_jax.rollout import workers
+from opera_jax.rollout import prompt_slots, workers
 from opera_jax.sharding import mesh
 
 
