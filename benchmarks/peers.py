@@ -7,16 +7,16 @@ def tunix_model(folder, config, mesh=None):
   from tunix.models.qwen3 import model, params
 
   theirs = model.ModelConfig(
-    num_layers=config.layers,
+    num_layers=config.num_hidden_layers,
     vocab_size=config.vocab_size,
-    embed_dim=config.hidden,
-    hidden_dim=config.intermediate,
-    num_heads=config.heads,
+    embed_dim=config.hidden_size,
+    hidden_dim=config.intermediate_size,
+    num_heads=config.num_attention_heads,
     head_dim=config.head_dim,
-    num_kv_heads=config.kv_heads,
+    num_kv_heads=config.num_key_value_heads,
     rope_theta=int(config.rope_theta),
-    norm_eps=config.norm_epsilon,
-    use_tied_embedding=config.tied,
+    norm_eps=config.rms_norm_eps,
+    use_tied_embedding=config.tie_word_embeddings,
   )
   return params.create_model_from_safe_tensors(
     folder, theirs, mesh, dtype=jnp.float32

@@ -117,10 +117,11 @@ def main(_) -> None:
       blocks.append(_block(name, workload, results, speed))
   body = (
     f"`python -m benchmarks.reward`; {harness.hardware()}; {config.dtype}; a "
-    f"Qwen3 of {qwen3.parameter_count(params):,} parameters ({config.layers} "
-    f"layers, width {config.hidden}, vocabulary {config.vocab_size:,}); "
-    f"{COMPLETIONS} completions; lengths are the full ones / {scale}; median "
-    f"of 5, warm; large matmul {speed / 1e9:,.0f} GFLOP/s; peak memory is the "
+    f"Qwen3 of {qwen3.parameter_count(params):,} parameters "
+    f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
+    f"vocabulary {config.vocab_size:,}); {COMPLETIONS} completions; lengths "
+    f"are the full ones / {scale}; median of 5, warm; large matmul "
+    f"{speed / 1e9:,.0f} GFLOP/s; peak memory is the "
     "process's, model and libraries included.\n\n" + "\n\n".join(blocks)
   )
   harness.write_section("reward", body)
@@ -136,12 +137,12 @@ def model_config(on_cpu: bool):
   # As Qwen3-8B: the head 9% of the layers, attention 15% of their FLOPs.
   return qwen3.Config(
     vocab_size=2176,
-    hidden=512,
-    layers=4,
-    heads=16,
-    kv_heads=4,
+    hidden_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate=1536,
+    intermediate_size=1536,
   )
 
 
@@ -200,12 +201,17 @@ def _block(name, workload, results, speed) -> str:
 
 def _flops(config, spans, scored: int) -> float:
   """Of a forward pass: (context, tokens) spans, and `scored` tokens' heads."""
-  D, N, K, H = config.hidden, config.heads, config.kv_heads, config.head_dim
-  weights = 2 * D * H * (N + K) + 3 * D * config.intermediate
+  D, N, K, H = (
+    config.hidden_size,
+    config.num_attention_heads,
+    config.num_key_value_heads,
+    config.head_dim,
+  )
+  weights = 2 * D * H * (N + K) + 3 * D * config.intermediate_size
   tokens = sum(size for _, size in spans)
   pairs = sum(size * seen + size * (size + 1) / 2 for seen, size in spans)
   layer = 2 * weights * tokens + 4 * N * H * pairs
-  return config.layers * layer + 2 * D * config.vocab_size * scored
+  return config.num_hidden_layers * layer + 2 * D * config.vocab_size * scored
 
 
 def _run_one(method: str, folder: str, name: str, size: int) -> None:

@@ -63,13 +63,13 @@ def model_config():
 
   return qwen3.Config(
     vocab_size=4096,
-    hidden=256,
-    layers=4,
-    heads=8,
-    kv_heads=4,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate=768,
-    tied=True,
+    intermediate_size=768,
+    tie_word_embeddings=True,
   )
 
 
@@ -96,8 +96,8 @@ def main(_) -> None:
       body = (
         f"`python -m benchmarks.rl_step`; {harness.hardware()}; float32; a "
         f"Qwen3 of {qwen3.parameter_count(params):,} parameters "
-        f"({config.layers} layers, width {config.hidden}, vocabulary "
-        f"{config.vocab_size:,}); medians of warm steps.\n\n"
+        f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"vocabulary {config.vocab_size:,}); medians of warm steps.\n\n"
         + "\n\n".join(blocks)
       )
       harness.write_section("rl_step", body)

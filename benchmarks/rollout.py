@@ -66,13 +66,13 @@ def model_config():
 
   return qwen3.Config(
     vocab_size=4096,
-    hidden=256,
-    layers=4,
-    heads=8,
-    kv_heads=4,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate=768,
-    tied=True,
+    intermediate_size=768,
+    tie_word_embeddings=True,
   )
 
 
@@ -110,10 +110,10 @@ def main(_) -> None:
   blocks = [_block(name, results[name]) for name in WORKLOADS]
   body = (
     f"`python -m benchmarks.rollout`; {harness.hardware()}; float32; a Qwen3 "
-    f"of {qwen3.parameter_count(params):,} parameters ({config.layers} layers, "
-    f"width {config.hidden}, vocabulary {config.vocab_size:,}); median of "
-    f"{REPEATS} or more, {LEAST_SECONDS:.0f} s at least, warm.\n\n"
-    + "\n\n".join(blocks)
+    f"of {qwen3.parameter_count(params):,} parameters "
+    f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
+    f"vocabulary {config.vocab_size:,}); median of {REPEATS} or more, "
+    f"{LEAST_SECONDS:.0f} s at least, warm.\n\n" + "\n\n".join(blocks)
   )
   harness.write_section("rollout", body)
   print(body)
@@ -270,8 +270,8 @@ def _tunix(folder, workload, prompts, stops, batch):
     peers.Numbers(),
     tunix_sampler.CacheConfig(
       cache_size=workload.prompt_tokens + workload.new_tokens,
-      num_layers=config.layers,
-      num_kv_heads=config.kv_heads,
+      num_layers=config.num_hidden_layers,
+      num_kv_heads=config.num_key_value_heads,
       head_dim=config.head_dim,
     ),
   )

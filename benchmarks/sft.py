@@ -59,13 +59,13 @@ def model_config():
 
   return qwen3.Config(
     vocab_size=1088,
-    hidden=256,
-    layers=4,
-    heads=8,
-    kv_heads=4,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate=768,
-    tied=True,
+    intermediate_size=768,
+    tie_word_embeddings=True,
   )
 
 
@@ -109,13 +109,18 @@ def scaled(pairs, vocab: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def flops(config, pairs) -> float:
   """Of one epoch, forward and backward, without padding or recomputation."""
-  D, N, K, H = config.hidden, config.heads, config.kv_heads, config.head_dim
-  weights = 2 * D * H * (N + K) + 3 * D * config.intermediate
+  D, N, K, H = (
+    config.hidden_size,
+    config.num_attention_heads,
+    config.num_key_value_heads,
+    config.head_dim,
+  )
+  weights = 2 * D * H * (N + K) + 3 * D * config.intermediate_size
   total = 0.0
   for prompt, response in pairs:
     size = len(prompt) + len(response)
     seen = size * (size + 1) / 2
-    total += config.layers * (2 * weights * size + 4 * N * H * seen)
+    total += config.num_hidden_layers * (2 * weights * size + 4 * N * H * seen)
     total += 2 * D * config.vocab_size * len(response)
   return 3 * total
 
@@ -175,11 +180,11 @@ def _body(config, parameters, pairs, results, speed) -> str:
   ]
   return (
     f"`python -m benchmarks.sft`; {harness.hardware()}; float32; a Qwen3 of "
-    f"{parameters:,} parameters ({config.layers} layers, width "
-    f"{config.hidden}, vocabulary {config.vocab_size:,}); {PAIRS} real pairs "
-    f"of {np.mean(real):,.0f} tokens in the mean, {np.median(real):,.0f} in "
-    f"the median, {max(real):,} at most, divided by {SCALE}; AdamW; median of "
-    f"{REPEATS} epochs, warm; large matmul {speed / 1e9:,.0f} GFLOP/s. All "
+    f"{parameters:,} parameters ({config.num_hidden_layers} layers, width "
+    f"{config.hidden_size}, vocabulary {config.vocab_size:,}); {PAIRS} real "
+    f"pairs of {np.mean(real):,.0f} tokens in the mean, {np.median(real):,.0f} "
+    f"in the median, {max(real):,} at most, divided by {SCALE}; AdamW; median "
+    f"of {REPEATS} epochs, warm; large matmul {speed / 1e9:,.0f} GFLOP/s. All "
     f"start at {losses[0]:.4f} nats a target.\n\n"
     + harness.table(
       (

@@ -220,12 +220,12 @@ def main() -> None:
   )
   config = qwen3.Config(
     vocab_size=words.vocab_size,
-    hidden=256,
-    layers=4,
-    heads=8,
-    kv_heads=4,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
     head_dim=32,
-    intermediate=768,
+    intermediate_size=768,
   )
   graphdef, params = train(
     words, config, one, steps=TRAINING, batch_size=8, row_length=256
@@ -296,12 +296,13 @@ def main() -> None:
   slowest = rows[0][3]
   body = (
     f"`python -m benchmarks.synthesis`; {harness.hardware()}; float32; a Qwen3 "
-    f"of {qwen3.parameter_count(params):,} parameters ({config.layers} layers, "
-    f"width {config.hidden}, vocabulary {config.vocab_size:,}) after "
-    f"{TRAINING} updates on storyworld; median of {REPEATS}, warm. "
-    f"{len(found)} traces, {complete} of them complete, with {candidates} "
-    f"candidates ({settings.candidates} a round). The {ALONE} traces made both "
-    "ways are equal token by token, their perplexities to 1e-4.\n\n"
+    f"of {qwen3.parameter_count(params):,} parameters "
+    f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
+    f"vocabulary {config.vocab_size:,}) after {TRAINING} updates on "
+    f"storyworld; median of {REPEATS}, warm. {len(found)} traces, {complete} "
+    f"of them complete, with {candidates} candidates ({settings.candidates} a "
+    f"round). The {ALONE} traces made both ways are equal token by token, "
+    "their perplexities to 1e-4.\n\n"
     + harness.table(
       ("search", "tokens sampled", "s", "tokens/s", "s a trace", "faster"),
       [

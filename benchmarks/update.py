@@ -129,9 +129,10 @@ def main(_) -> None:
   config = rl_step.model_config()
   body = (
     f"`python -m benchmarks.update`; {harness.hardware()}; float32; a Qwen3 of "
-    f"{config.layers} layers, width {config.hidden}, vocabulary "
-    f"{config.vocab_size:,}; AdamW; median of {REPEATS}, warm, in turns; large "
-    f"matmul {ceiling / 1e9:.0f} GFLOP/s; MiB are the program's temporaries."
+    f"{config.num_hidden_layers} layers, width {config.hidden_size}, "
+    f"vocabulary {config.vocab_size:,}; AdamW; median of {REPEATS}, warm, in "
+    f"turns; large matmul {ceiling / 1e9:.0f} GFLOP/s; MiB are the program's "
+    "temporaries."
     "\n\n" + "\n\n".join(blocks)
   )
   harness.write_section("update", body)

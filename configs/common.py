@@ -57,15 +57,15 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.model = {
     "vocab_size": 0,  # 0 takes the tokenizer's
-    "hidden": 128,
-    "layers": 2,
-    "heads": 4,
-    "kv_heads": 2,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 32,
-    "intermediate": 384,
+    "intermediate_size": 384,
     "rope_theta": 1_000_000.0,
-    "norm_epsilon": 1e-6,
-    "tied": True,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
     "dtype": "float32",
     "remat": "dots",  # or none, full, attention
     "attention": "",  # splash, cudnn or xla; "" goes by the device
@@ -284,7 +284,7 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.data.kind = "jsonl"
   config.synthesis.template = "configs/templates/monologue.txt"  # [P]
   config.model.vocab_size = 151_936
-  config.model.kv_heads = 8
+  config.model.num_key_value_heads = 8
   config.model.head_dim = 128
   config.model.dtype = "bfloat16"
   config.model.remat = "full"

@@ -14,10 +14,10 @@ def get_config():
   """Returns the config."""
   config = common.get_config()
   common.full_size(config, "Qwen/Qwen3-0.6B")
-  config.model.hidden = 1_024
-  config.model.layers = 28
-  config.model.heads = 16
-  config.model.intermediate = 3_072
+  config.model.hidden_size = 1_024
+  config.model.num_hidden_layers = 28
+  config.model.num_attention_heads = 16
+  config.model.intermediate_size = 3_072
   config.mesh.fsdp = 2
   config.mesh.tensor = 2
   config.engine.rows = 2

@@ -13,12 +13,12 @@ def get_config(arg: str = ""):
   """Returns the config; `arg` is "" or "smoke"."""
   config = common.get_config()
   config.tokenizer.bpe_size = 640
-  config.model.hidden = 128
-  config.model.layers = 3
-  config.model.heads = 4
-  config.model.kv_heads = 2
+  config.model.hidden_size = 128
+  config.model.num_hidden_layers = 3
+  config.model.num_attention_heads = 4
+  config.model.num_key_value_heads = 2
   config.model.head_dim = 32
-  config.model.intermediate = 384
+  config.model.intermediate_size = 384
   config.model.rope_theta = 10_000.0
 
   config.data.synthesis = 384

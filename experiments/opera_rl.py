@@ -259,7 +259,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
   state = fit.place(
     train_state.create(
-      learn.initial(run.load("sft"), run.model.hidden),
+      learn.initial(run.load("sft"), run.model.hidden_size),
       learn.optimizer,
       jax.random.key(seed + 2),
     ),

@@ -38,14 +38,14 @@ def tiny_model():
 
   config = qwen3.Config(
     vocab_size=300,
-    hidden=48,
-    layers=2,
-    heads=4,
-    kv_heads=2,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=16,
-    intermediate=64,
+    intermediate_size=64,
     rope_theta=10_000.0,
-    tied=False,
+    tie_word_embeddings=False,
   )
   graphdef, params = qwen3.create(config, seed=3)
   # Larger weights than at initialisation, so that positions matter.

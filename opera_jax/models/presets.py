@@ -21,15 +21,15 @@ def _preset(
 ) -> qwen3.Config:
   return qwen3.Config(
     vocab_size=151_936,
-    hidden=hidden,
-    layers=layers,
-    heads=heads,
-    kv_heads=8,
+    hidden_size=hidden,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=8,
     head_dim=128,
-    intermediate=intermediate,
+    intermediate_size=intermediate,
     rope_theta=1_000_000.0,
-    norm_epsilon=1e-6,
-    tied=tied,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=tied,
   )
 
 

@@ -46,15 +46,15 @@ class Config:
   """The published fields of a Qwen3 `config.json`, under our names."""
 
   vocab_size: int
-  hidden: int
-  layers: int
-  heads: int
-  kv_heads: int
+  hidden_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
   head_dim: int
-  intermediate: int
+  intermediate_size: int
   rope_theta: float = 1_000_000.0
-  norm_epsilon: float = 1e-6
-  tied: bool = True
+  rms_norm_eps: float = 1e-6
+  tie_word_embeddings: bool = True
   dtype: str = "float32"
   # Products and attention are kept for the backward pass, the rest is made
   # anew: less memory traffic than keeping all.
@@ -62,11 +62,12 @@ class Config:
   attention: str = ""  # see `self_attention`; "" goes by the device
 
   def __post_init__(self):
-    if self.heads % self.kv_heads:
+    if self.num_attention_heads % self.num_key_value_heads:
       raise ValueError(
         f"Grouped-query attention shares each key head evenly, got heads="
-        f"{self.heads}, kv_heads={self.kv_heads}. Make model.heads a "
-        "multiple of model.kv_heads."
+        f"{self.num_attention_heads}, "
+        f"num_key_value_heads={self.num_key_value_heads}. Make "
+        "model.num_attention_heads a multiple of model.num_key_value_heads."
       )
     if self.head_dim % 2:
       raise ValueError(
@@ -174,17 +175,24 @@ class Attention(nnx.Module):
   """Grouped-query attention with normed queries and keys."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
-    D, N, K, H = config.hidden, config.heads, config.kv_heads, config.head_dim
+    D, N, K, H = (
+      config.hidden_size,
+      config.num_attention_heads,
+      config.num_key_value_heads,
+      config.head_dim,
+    )
     self.config = config
     self.q = _normal(rngs.params(), (D, N, H), D)
     self.k = _normal(rngs.params(), (D, K, H), D)
     self.v = _normal(rngs.params(), (D, K, H), D)
-    self.o = _normal(rngs.params(), (N, H, D), N * H * 2 * config.layers)
+    self.o = _normal(
+      rngs.params(), (N, H, D), N * H * 2 * config.num_hidden_layers
+    )
     self.q_norm = nnx.Param(jnp.ones((H,)))
     self.k_norm = nnx.Param(jnp.ones((H,)))
 
   def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic):
-    epsilon, dtype = self.config.norm_epsilon, x_BTD.dtype
+    epsilon, dtype = self.config.rms_norm_eps, x_BTD.dtype
     norm = how.norm
     q_BTNH = how.mix(x_BTD, self.q[...].astype(dtype), 1)
     k_BTKH = how.mix(x_BTD, self.k[...].astype(dtype), 1)
@@ -200,10 +208,10 @@ class MLP(nnx.Module):
   """SwiGLU: down(silu(gate(x)) * up(x))."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
-    D, F = config.hidden, config.intermediate
+    D, F = config.hidden_size, config.intermediate_size
     self.gate = _normal(rngs.params(), (D, F), D)
     self.up = _normal(rngs.params(), (D, F), D)
-    self.down = _normal(rngs.params(), (F, D), F * 2 * config.layers)
+    self.down = _normal(rngs.params(), (F, D), F * 2 * config.num_hidden_layers)
 
   def __call__(self, x_BTD, how: Arithmetic):
     dtype = x_BTD.dtype
@@ -218,13 +226,13 @@ class Block(nnx.Module):
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
-    self.input_norm = nnx.Param(jnp.ones((config.hidden,)))
+    self.input_norm = nnx.Param(jnp.ones((config.hidden_size,)))
     self.attention = Attention(config, rngs=rngs)
-    self.post_norm = nnx.Param(jnp.ones((config.hidden,)))
+    self.post_norm = nnx.Param(jnp.ones((config.hidden_size,)))
     self.mlp = MLP(config, rngs=rngs)
 
   def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic = USUAL):
-    epsilon = self.config.norm_epsilon
+    epsilon = self.config.rms_norm_eps
     normed = how.norm(x_BTD, self.input_norm[...], epsilon)
     mixed, cache = self.attention(normed, cos, sin, attend, how)
     x_BTD = x_BTD + mixed
@@ -239,7 +247,7 @@ class Qwen3(nnx.Module):
     self.config = config
     self.embed = nnx.Param(
       jax.random.normal(
-        rngs.params(), (config.vocab_size, config.hidden), jnp.float32
+        rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32
       )
       * 0.02
     )
@@ -248,11 +256,15 @@ class Qwen3(nnx.Module):
     def create(key):
       return Block(config, rngs=nnx.Rngs(params=key))
 
-    self.layers = create(jax.random.split(rngs.params(), config.layers))
-    self.final_norm = nnx.Param(jnp.ones((config.hidden,)))
-    if not config.tied:
+    self.layers = create(
+      jax.random.split(rngs.params(), config.num_hidden_layers)
+    )
+    self.final_norm = nnx.Param(jnp.ones((config.hidden_size,)))
+    if not config.tie_word_embeddings:
       self.head = _normal(
-        rngs.params(), (config.hidden, config.vocab_size), config.hidden
+        rngs.params(),
+        (config.hidden_size, config.vocab_size),
+        config.hidden_size,
       )
 
   def __call__(
@@ -299,7 +311,7 @@ class Qwen3(nnx.Module):
           layer, policy=REMAT[config.remat], prevent_cse=False
         )
       (x_BTD, cache), _ = jax.lax.scan(
-        layer, (x_BTD, cache), (jnp.arange(config.layers), stacked)
+        layer, (x_BTD, cache), (jnp.arange(config.num_hidden_layers), stacked)
       )
     else:
       for index, params in enumerate(layers):
@@ -307,7 +319,7 @@ class Qwen3(nnx.Module):
           lambda x, like: x.T.reshape(like.shape[1:]), params, stacked
         )
         (x_BTD, cache), _ = layer((x_BTD, cache), (index, params))
-    x_BTD = how.norm(x_BTD, self.final_norm[...], config.norm_epsilon)
+    x_BTD = how.norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
     return x_BTD, cache
 
   def _layers(self):
@@ -335,11 +347,11 @@ class Qwen3(nnx.Module):
         stacked,
       )
 
-    return [one(index) for index in range(self.config.layers)]
+    return [one(index) for index in range(self.config.num_hidden_layers)]
 
   def head_matrix(self) -> tuple[jax.Array, bool]:
     """The output head, and whether it is [V, D] (tied) rather than [D, V]."""
-    if self.config.tied:
+    if self.config.tie_word_embeddings:
       return self.embed[...], True
     return self.head[...], False
 

@@ -67,11 +67,11 @@ _INSIDE = {
 def _entries(config: qwen3.Config) -> dict[str, _Entry]:
   """Every tensor of a checkpoint, by their name, in the order of writing."""
   outside = dict(_OUTSIDE)
-  if config.tied:
+  if config.tie_word_embeddings:
     del outside[_HEAD]
   inside = {
     f"model.layers.{i}.{name}.weight": dataclasses.replace(entry, layer=i)
-    for i in range(config.layers)
+    for i in range(config.num_hidden_layers)
     for name, entry in _INSIDE.items()
   }
   return outside | inside
@@ -80,11 +80,11 @@ def _entries(config: qwen3.Config) -> dict[str, _Entry]:
 def _sizes(config: qwen3.Config) -> dict[str, int]:
   return {
     "V": config.vocab_size,
-    "D": config.hidden,
-    "N": config.heads,
-    "K": config.kv_heads,
+    "D": config.hidden_size,
+    "N": config.num_attention_heads,
+    "K": config.num_key_value_heads,
     "H": config.head_dim,
-    "F": config.intermediate,
+    "F": config.intermediate_size,
   }
 
 
@@ -252,7 +252,7 @@ def _check(
   # A tied checkpoint may store its head too; it is the embedding again.
   known = wanted.keys() | {_HEAD}
   wrong += [f"unexpected: {name}" for name in stored if name not in known]
-  if config.tied and not wrong and _HEAD in stored:
+  if config.tie_word_embeddings and not wrong and _HEAD in stored:
     wrong += _untied(stored[_EMBEDDING], stored[_HEAD])
   if wrong:
     raise ValueError(
@@ -277,8 +277,8 @@ def _untied(
     if not np.array_equal(head.rows(start, stop), embedding.rows(start, stop)):
       return [
         f"tied: {_HEAD} differs from {_EMBEDDING} in rows {start} to {stop}, "
-        "so the model is not tied; set config.model.tied=False and "
-        "tie_word_embeddings in config.json"
+        "so the model is not tied; set config.model.tie_word_embeddings=False "
+        "and tie_word_embeddings in config.json"
       ]
   return []
 

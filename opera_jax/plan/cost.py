@@ -38,19 +38,31 @@ class Flops:
 
 def layer_flops(config: qwen3.Config) -> float:
   """Forward FLOPs of all layers' matrices, for one token."""
-  D, H = config.hidden, config.head_dim
-  attention = D * H * (2 * config.heads + 2 * config.kv_heads)
-  return 2.0 * config.layers * (attention + 3 * D * config.intermediate)
+  D, H = config.hidden_size, config.head_dim
+  attention = (
+    D * H * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+  )
+  return (
+    2.0
+    * config.num_hidden_layers
+    * (attention + 3 * D * config.intermediate_size)
+  )
 
 
 def attention_flops(config: qwen3.Config, pairs: float) -> float:
   """Forward FLOPs of all layers' scores and sums over visible pairs."""
-  return 4.0 * config.layers * config.heads * config.head_dim * pairs
+  return (
+    4.0
+    * config.num_hidden_layers
+    * config.num_attention_heads
+    * config.head_dim
+    * pairs
+  )
 
 
 def head_flops(config: qwen3.Config) -> float:
   """Forward FLOPs of the output head, for one token."""
-  return 2.0 * config.hidden * config.vocab_size
+  return 2.0 * config.hidden_size * config.vocab_size
 
 
 def causal_pairs(T: int) -> float:

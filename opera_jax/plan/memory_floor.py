@@ -32,13 +32,19 @@ def shard_bytes(tree: Any) -> int:
 def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
   """Bytes of one token's keys and values in all layers."""
   width = jnp.dtype(cache_dtype).itemsize
-  return 2 * config.layers * config.kv_heads * config.head_dim * width
+  return (
+    2
+    * config.num_hidden_layers
+    * config.num_key_value_heads
+    * config.head_dim
+    * width
+  )
 
 
 def cache_ways(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
   """Over how many devices the caches are split: rows, and heads if they go."""
   tensor = mesh.shape["tensor"]
-  heads = tensor if config.kv_heads % tensor == 0 else 1
+  heads = tensor if config.num_key_value_heads % tensor == 0 else 1
   return mesh_lib.data_ways(mesh) * heads
 
 

@@ -62,10 +62,10 @@ def admit(
       implementation=config.attention or None,
     ),
     kv_cache.empty_prefix(
-      config.layers,
+      config.num_hidden_layers,
       R,
       P,
-      config.kv_heads,
+      config.num_key_value_heads,
       config.head_dim,
       jax.tree.leaves(prefix.k)[0].dtype,
     ),

@@ -71,14 +71,18 @@ def empty(
   dtype: str,
 ) -> Slots:
   """Slots with nothing in them."""
-  sizes = (config.kv_heads, config.head_dim, dtype)
+  sizes = (config.num_key_value_heads, config.head_dim, dtype)
   shape = (rows, slots)
 
   def zeros():
     return jnp.zeros(shape, jnp.int32)
 
-  prefix = kv_cache.empty_prefix(config.layers, rows, prefix_capacity, *sizes)
-  cache = kv_cache.empty_samples(config.layers, rows, slots, capacity, *sizes)
+  prefix = kv_cache.empty_prefix(
+    config.num_hidden_layers, rows, prefix_capacity, *sizes
+  )
+  cache = kv_cache.empty_samples(
+    config.num_hidden_layers, rows, slots, capacity, *sizes
+  )
   if layers_apart():
     prefix, cache = kv_cache.apart(prefix), kv_cache.apart(cache)
   slots = Slots(

@@ -245,11 +245,12 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   "model": ((), {
     "vocab_size": count(0),
     **{name: count() for name in (
-      "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate",
+      "hidden_size", "num_hidden_layers", "num_attention_heads",
+      "num_key_value_heads", "head_dim", "intermediate_size",
     )},
     "rope_theta": number(above=0),
-    "norm_epsilon": number(above=0),
-    "tied": flag,
+    "rms_norm_eps": number(above=0),
+    "tie_word_embeddings": flag,
     "dtype": one_of(*DTYPES),
     **{name: text() for name in ("remat", "attention")},
   }),

@@ -110,7 +110,8 @@ def _summary(run, result, rows) -> str:
 def _captions(run, result) -> dict[str, str]:
   out = {
     "prompts": f"{len(run.tasks.rl):,} tasks",
-    "base model": f"{run.model.layers} layers, width {run.model.hidden}",
+    "base model": f"{run.model.num_hidden_layers} layers, width "
+    "{run.model.hidden_size}",
   }
   for stage, box in (("synthesize", "synthesis"), ("select", "selection")):
     done = workdir_lib.result(run.workdir, stage)

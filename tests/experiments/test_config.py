@@ -119,7 +119,7 @@ def test_configs_are_locked_and_hold_common_fields_only(name):
   "field, value, message",
   [
     ("stages", "sft,polish", "polish"),
-    ("model.kv_heads", 3, "multiple of model.kv_heads"),
+    ("model.num_key_value_heads", 3, "multiple of model.num_key_value_heads"),
     ("mesh.tensor", 3, "config.mesh"),
     ("data.kind", "books", "config.data.kind"),
     ("engine.rows", 0, "config.engine.rows"),

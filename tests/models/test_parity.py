@@ -211,7 +211,7 @@ def test_layer_by_layer(pair):
   batch, places = _batch("packed", pair.config.vocab_size)
   row, start = places[-1]
   for depth, expected in enumerate(theirs, start=1):
-    config = dataclasses.replace(pair.config, layers=depth)
+    config = dataclasses.replace(pair.config, num_hidden_layers=depth)
     first = jax.tree_util.tree_map_with_path(
       lambda path, x, d=depth: (
         x[:d] if qwen3.path_name(path).startswith("layers/") else x
@@ -243,7 +243,12 @@ def test_keys_and_values_of_every_layer(pair):
       jnp.arange(P)[None],
       attention.prefill(jnp.asarray(segments)),
       kv_cache.empty_prefix(
-        config.layers, 1, P, config.kv_heads, config.head_dim, "float32"
+        config.num_hidden_layers,
+        1,
+        P,
+        config.num_key_value_heads,
+        config.head_dim,
+        "float32",
       ),
     )[1]
 

@@ -21,7 +21,11 @@ def test_parameter_counts_are_the_published_ones(name):
   config = presets.PRESETS[name]
   total, inside = COUNTS[name]
   assert qwen3.parameter_count(qwen3.abstract(config)[1]) == total
-  tables = config.vocab_size * config.hidden * (1 if config.tied else 2)
+  tables = (
+    config.vocab_size
+    * config.hidden_size
+    * (1 if config.tie_word_embeddings else 2)
+  )
   assert abs(total - tables - inside) < 0.012 * inside
 
 

@@ -22,14 +22,14 @@ from opera_jax.sharding import rules
 def _config(**changes) -> qwen3.Config:
   sizes = {
     "vocab_size": 304,
-    "hidden": 48,
-    "layers": 3,
-    "heads": 8,
-    "kv_heads": 4,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 10,
-    "intermediate": 80,
+    "intermediate_size": 80,
     "rope_theta": 5_000.0,
-    "tied": False,
+    "tie_word_embeddings": False,
   }
   return qwen3.Config(**{**sizes, **changes})
 
@@ -46,7 +46,7 @@ def _equal(a, b) -> None:
   ],
 )
 def test_round_trip_is_bit_exact_on_every_layout(tmp_path, tied, dtype):
-  config = _config(tied=tied)
+  config = _config(tie_word_embeddings=tied)
   params = jax.tree.map(
     lambda x: x.astype(dtype), qwen3.create(config, seed=1)[1]
   )
@@ -131,7 +131,7 @@ def test_transformers_loads_what_was_saved(tmp_path, tied, dtype):
   import torch
   import transformers
 
-  config = _config(tied=tied, norm_epsilon=1e-5)
+  config = _config(tie_word_embeddings=tied, rms_norm_eps=1e-5)
   params = qwen3.create(config, seed=1)[1]
   # Sharper than at initialisation, with norms that all differ.
   keys = iter(jax.random.split(jax.random.key(0), 100))
@@ -187,7 +187,7 @@ def test_tokenizer_and_end_of_turn_are_written(tmp_path):
 
 
 def test_a_tied_checkpoint_may_store_its_head(tmp_path):
-  config = _config(tied=True)
+  config = _config(tie_word_embeddings=True)
   params = qwen3.create(config, seed=1)[1]
   exported = dict(qwen3_params.export_tensors(params, config))
   exported["lm_head.weight"] = exported["model.embed_tokens.weight"]
@@ -203,7 +203,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(
   tmp_path, monkeypatch, rows
 ):
   monkeypatch.setattr(qwen3_params, "_BLOCK_BYTES", rows * 4 * 48)
-  config = _config(tied=True)
+  config = _config(tie_word_embeddings=True)
   params = qwen3.create(config, seed=1)[1]
   exported = dict(qwen3_params.export_tensors(params, config))
   head = exported["model.embed_tokens.weight"].copy()
@@ -307,7 +307,11 @@ def test_all_mismatches_come_in_one_error(tmp_path):
   config = _config()
   qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)
   other = dataclasses.replace(
-    config, layers=2, intermediate=88, tied=True, rope_theta=7.0
+    config,
+    num_hidden_layers=2,
+    intermediate_size=88,
+    tie_word_embeddings=True,
+    rope_theta=7.0,
   )
   with pytest.raises(ValueError) as error:
     qwen3_params.load(tmp_path, other, mesh_lib.create(), rules.TRAIN)
@@ -320,7 +324,7 @@ def test_all_mismatches_come_in_one_error(tmp_path):
     "unexpected: model.layers.2.self_attn.q_norm.weight",
   ):
     assert line in text
-  deeper = dataclasses.replace(config, layers=4)
+  deeper = dataclasses.replace(config, num_hidden_layers=4)
   with pytest.raises(ValueError, match="missing: model.layers.3.self_attn.q_p"):
     qwen3_params.load(tmp_path, deeper, mesh_lib.create(), rules.TRAIN)
 
@@ -414,24 +418,24 @@ def test_a_host_holds_one_tensor_beside_the_parameters(tmp_path):
   """In 2.4 GB, of which the largest stack has 512 MiB and a tensor 16."""
   config = _config(
     vocab_size=1024,
-    hidden=1024,
-    layers=32,
-    heads=16,
-    kv_heads=8,
+    hidden_size=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    num_key_value_heads=8,
     head_dim=128,
-    intermediate=4096,
+    intermediate_size=4096,
   )
   shapes = {
     name: value.shape
     for name, value in qwen3_params.export_tensors(
-      qwen3.create(dataclasses.replace(config, layers=1), seed=0)[1],
-      dataclasses.replace(config, layers=1),
+      qwen3.create(dataclasses.replace(config, num_hidden_layers=1), seed=0)[1],
+      dataclasses.replace(config, num_hidden_layers=1),
     )
   }
   plan = [(n, s) for n, s in shapes.items() if ".layers." not in n]
   plan += [
     (name.replace(".0.", f".{i}."), shape)
-    for i in range(config.layers)
+    for i in range(config.num_hidden_layers)
     for name, shape in shapes.items()
     if ".layers." in name
   ]

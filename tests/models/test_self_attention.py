@@ -228,12 +228,12 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
   mesh = mesh_lib.create(shape, devices)
   config = qwen3.Config(
     vocab_size=768,
-    hidden=256,
-    layers=2,
-    heads=8,
-    kv_heads=2,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
     head_dim=head_dim,
-    intermediate=512,
+    intermediate_size=512,
     dtype="bfloat16",
     remat="attention",
   )

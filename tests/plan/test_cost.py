@@ -9,12 +9,12 @@ from opera_jax.plan import cost
 
 CONFIG = qwen3.Config(
   vocab_size=50,
-  hidden=8,
-  layers=3,
-  heads=4,
-  kv_heads=2,
+  hidden_size=8,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
   head_dim=6,
-  intermediate=20,
+  intermediate_size=20,
 )
 
 
@@ -36,7 +36,13 @@ def test_a_token_costs_two_flops_a_weight_of_every_matrix():
 def test_attention_counts_the_pairs_that_the_mask_shows():
   T, S, G = 5, 2, 3
   seen = int(jnp.tri(T).sum()) + S * (G * T + int(jnp.tri(G).sum()))
-  pair = 2 * 2 * CONFIG.heads * CONFIG.head_dim * CONFIG.layers
+  pair = (
+    2
+    * 2
+    * CONFIG.num_attention_heads
+    * CONFIG.head_dim
+    * CONFIG.num_hidden_layers
+  )
   per_token = cost.layer_flops(CONFIG) + cost.head_flops(CONFIG)
   want = 7 * ((T + S * G) * per_token + seen * pair)
   assert cost.score(CONFIG, 7, T, S, G).total == want

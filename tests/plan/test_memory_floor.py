@@ -23,8 +23,10 @@ def test_floor_is_the_sum_of_its_shards():
   config = presets.PRESETS["0.6b"]
   mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
   parts = memory_floor.floor(config, mesh, **SIZES)
-  norms = config.layers * (2 * config.hidden + 2 * config.head_dim)
-  norms += config.hidden
+  norms = config.num_hidden_layers * (
+    2 * config.hidden_size + 2 * config.head_dim
+  )
+  norms += config.hidden_size
   weights = 596_049_920 - norms
   master = 4 * (weights // 8 + norms)
   token = 2 * 28 * 8 * 128 * 2

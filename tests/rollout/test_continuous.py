@@ -84,12 +84,12 @@ def wide_model():
   """Wide enough for a CPU to add up in several orders."""
   config = qwen3.Config(
     vocab_size=300,
-    hidden=256,
-    layers=1,
-    heads=4,
-    kv_heads=2,
+    hidden_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=32,
-    intermediate=768,
+    intermediate_size=768,
   )
   return config, *qwen3.create(config, 3)
 
@@ -98,7 +98,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   wide_model, one_device, monkeypatch
 ):
   """Few or many computed at once, in 16 rows, the last 4 of them, or 2 x 8."""
-  monkeypatch.setattr(rows, "MIN_PROMPT_SLOTS", 4)
+  monkeypatch.setattr(prompt_slots, "MIN_PROMPT_SLOTS", 4)
   monkeypatch.setattr(workers, "count", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
   sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
@@ -328,7 +328,9 @@ def test_a_kept_sample_becomes_prefix(
   sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
-  with sampler.rows(tiny_model[2], 3, settings, None, scored=True) as driven:
+  with sampler.rows(
+    tiny_model[2], 3, settings, None, with_model_logprob=True
+  ) as driven:
     turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
     for chosen, count in (
       ((2, 1), (60, 4)),

@@ -18,12 +18,12 @@ def parts(one_device):
   )
   config = qwen3.Config(
     vocab_size=words.vocab_size,
-    hidden=32,
-    layers=2,
-    heads=2,
-    kv_heads=1,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
     head_dim=16,
-    intermediate=48,
+    intermediate_size=48,
   )
   graphdef, params = qwen3.create(config, 0)
   sampler = engine.Engine(

@@ -27,8 +27,9 @@ runtime.start(distributed=address, heartbeat_seconds=30, compile_cache="")
 devices = mesh.create(json.loads(shape))
 assert devices.size == len(jax.devices())
 config = qwen3.Config(
-  vocab_size=300, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16,
-  intermediate=64, rope_theta=10_000.0, tied=False,
+  vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+  num_key_value_heads=2, head_dim=16, intermediate_size=64, rope_theta=10_000.0,
+  tie_word_embeddings=False,
 )
 graphdef, params = qwen3.create(config, seed=3)
 axes = qwen3.logical_axes(params)

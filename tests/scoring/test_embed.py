@@ -29,7 +29,7 @@ def test_mean_of_the_plain_hidden_states(tiny_model, one_device):
   found = embed.Embedder(
     graphdef, mesh=one_device, rows=2, length_buckets=(8, 32)
   ).embed(params, texts)
-  assert found.shape == (len(texts), config.hidden)
+  assert found.shape == (len(texts), config.hidden_size)
   # The last text is cut at the largest bucket.
   expected = [plain(text[:32]) for text in texts]
   np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)

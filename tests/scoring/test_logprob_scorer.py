@@ -88,12 +88,12 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
 def test_mesh_does_not_change_logprobs(one_device, shape):
   config = qwen3.Config(
     vocab_size=304,
-    hidden=48,
-    layers=2,
-    heads=16,
-    kv_heads=8,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
     head_dim=6,
-    intermediate=80,
+    intermediate_size=80,
   )
   graphdef, params = qwen3.create(config, 0)
   rows, continuations = _problem(1, vocab=304)

@@ -20,14 +20,14 @@ from opera_jax.train import state as train_state
 # Every axis of it divides by 8, and none of the sizes is another's.
 CONFIG = qwen3.Config(
   vocab_size=304,
-  hidden=48,
-  layers=2,
-  heads=16,
-  kv_heads=8,
+  hidden_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=16,
+  num_key_value_heads=8,
   head_dim=6,
-  intermediate=80,
+  intermediate_size=80,
   rope_theta=5_000.0,
-  tied=False,
+  tie_word_embeddings=False,
 )
 MESHES = {
   "fsdp8": {"fsdp": 8},

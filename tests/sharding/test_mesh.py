@@ -51,12 +51,12 @@ def test_shapes_that_do_not_fit_are_refused(shape, message):
 def test_check_lists_every_axis_that_does_not_divide():
   config = qwen3.Config(
     vocab_size=300,
-    hidden=36,
-    layers=2,
-    heads=6,
-    kv_heads=2,
+    hidden_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
     head_dim=8,
-    intermediate=40,
+    intermediate_size=40,
   )
   shapes = qwen3.abstract(config)[1]
   axes = qwen3.logical_axes(shapes)

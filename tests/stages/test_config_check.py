@@ -134,7 +134,7 @@ HOSTILE = [
   ("reward.options", {"judge": 3}, "mapping of names"),
   ("rl.advantage_options", [("grpo", 1)], "mapping of names"),
   ("data.path", 3, "must be text"),
-  ("model.kv_heads", 3, "multiple of model.kv_heads"),
+  ("model.num_key_value_heads", 3, "multiple of model.num_key_value_heads"),
   ("runtime.heartbeat_seconds", 0, "at least 1"),
   # Lengths against buckets.
   ("rollout.max_new_tokens", 2_048, "add a bucket of 2144"),

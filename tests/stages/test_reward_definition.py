@@ -51,12 +51,12 @@ def world(one_device):
   )
   config = qwen3.Config(
     vocab_size=words.vocab_size,
-    hidden=48,
-    layers=2,
-    heads=4,
-    kv_heads=2,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=16,
-    intermediate=64,
+    intermediate_size=64,
     rope_theta=10_000.0,
   )
   graphdef, params = qwen3.create(config, 0)

@@ -21,8 +21,9 @@ def words():
 def teller(words, one_device):
   """(config, graphdef, params) of a storyteller."""
   config = qwen3.Config(
-    vocab_size=words.vocab_size, hidden=48, layers=2, heads=4, kv_heads=2,
-    head_dim=16, intermediate=96,
+    vocab_size=words.vocab_size, hidden_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, intermediate_size=96,
   )  # fmt: skip
   graphdef, params = synthesis.train(
     words, config, one_device, steps=150, batch_size=8, row_length=192

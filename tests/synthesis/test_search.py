@@ -130,8 +130,9 @@ class ScriptedEngine:
 @pytest.fixture(scope="module")
 def machine(words, one_device):
   config = qwen3.Config(
-    vocab_size=words.vocab_size, hidden=32, layers=1, heads=2, kv_heads=1,
-    head_dim=16, intermediate=48,
+    vocab_size=words.vocab_size, hidden_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1,
+    head_dim=16, intermediate_size=48,
   )  # fmt: skip
   graphdef, params = qwen3.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)

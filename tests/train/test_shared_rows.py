@@ -18,12 +18,12 @@ from opera_jax.train import state as train_state
 
 CONFIG = qwen3.Config(
   vocab_size=304,
-  hidden=48,
-  layers=2,
-  heads=4,
-  kv_heads=2,
+  hidden_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
   head_dim=12,
-  intermediate=80,
+  intermediate_size=80,
 )
 PROMPTS, SAMPLES = 4, 4
 SETTINGS = {
@@ -168,7 +168,7 @@ def test_a_sample_sees_its_prompt_and_itself():
   place = rl_data.shared([3, 3], 2, 4, (3,))
   batch = rl_data.rows(place, prefixes, zeros, zeros, zeros)
   # Untied, so that only what is read shows.
-  untied = dataclasses.replace(CONFIG, tied=False)
+  untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
   graphdef, params = qwen3.create(untied, 0)
   fn = logprob_scorer.row_logprob(graphdef)
 
