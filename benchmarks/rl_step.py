@@ -155,8 +155,8 @@ def _ours(folder, workload) -> dict:
   from configs import tiny
   from experiments import opera_rl
   from opera_jax.models import qwen3_params
+  from opera_jax.run import setup
   from opera_jax.sharding import rules
-  from opera_jax.stages import setup
   from opera_jax.train import checkpoint, metrics
 
   w, longest = workload, workload.prompt_tokens + workload.new_tokens

@@ -232,7 +232,7 @@ def _ours(folder, pairs):
   from opera_jax.models import qwen3, qwen3_params
   from opera_jax.scoring import logprob_scorer
   from opera_jax.sharding import layout, mesh, rules
-  from opera_jax.stages import fit
+  from opera_jax.stages import training_loop
   from opera_jax.train import optimizer, state, step
 
   config = model_config()
@@ -254,7 +254,9 @@ def _ours(folder, pairs):
   adamw = optimizer.adamw(RATE, weight_decay=DECAY, max_grad_norm=CLIP)
   logprob = logprob_scorer.row_logprob(graphdef)
   update = step.make_sft_update(logprob, adamw)
-  held = [fit.place(state.create(params, adamw, jax.random.key(0)), one)]
+  held = [
+    training_loop.place(state.create(params, adamw, jax.random.key(0)), one)
+  ]
   every = sft.build(
     pairs,
     row_length=ROW,

@@ -36,14 +36,9 @@ with epy.lazy_imports():
   from opera_jax.data import traces
   from opera_jax.evals import ablation
   from opera_jax.report import learning_curves
-  from opera_jax.stages import (
-    config_check,
-    measure,
-    probing,
-    score,
-    setup,
-    workdir,
-  )
+  from opera_jax.rl import score
+  from opera_jax.run import setup, workdir
+  from opera_jax.stages import config_check, held_out, reward_probes
   from opera_jax.train import checkpoint, metrics
 
 
@@ -207,8 +202,8 @@ def held_out(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
     preemption.leave()
 
   params, prompts = run.load(stage), run.tasks.held_out
-  groups = measure.draw(run, params, prompts, **sampling, advance=advance)
-  numbers = measure.measure(run, params, prompts, groups, advance)
+  groups = held_out.draw(run, params, prompts, **sampling, advance=advance)
+  numbers = held_out.measure(run, params, prompts, groups, advance)
   workdir.write(kept, {"made_from": made_from, "numbers": numbers})
   return numbers
 
@@ -251,7 +246,7 @@ def probe(run, config, task, every):
   """Each row's reward on probes of the SFT model's samples."""
   params = run.load("sft")
   prompts = run.tasks.held_out[: config.probes]
-  groups = measure.draw(
+  groups = held_out.draw(
     run,
     params,
     prompts,
@@ -266,7 +261,7 @@ def probe(run, config, task, every):
     if reward not in [known for known, _ in scorers.values()]:
       made = score.Scorer(run.logprob_scorer, run.tokenizer, **reward)
       scorers[name] = (reward, made)
-  return probing.answers(
+  return reward_probes.answers(
     run,
     {name: scorer for name, (_, scorer) in scorers.items()},
     params,
@@ -278,7 +273,7 @@ def probe(run, config, task, every):
 def write(root, config, values, cost, probed) -> None:
   """The tables as Markdown, all numbers as JSON, the curves as a picture."""
   size = {"resamples": config.resamples}
-  shown = {name: measure.MEASURES[name] for name in config.measures}
+  shown = {name: held_out.MEASURES[name] for name in config.measures}
   text = "\n\n".join(
     [
       ablation.results(values, shown, baseline=config.baseline, **size),

@@ -18,7 +18,7 @@ with epy.lazy_imports():
   import jax
 
   from opera_jax.rollout import text
-  from opera_jax.stages import setup
+  from opera_jax.run import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

@@ -15,8 +15,8 @@ from ml_collections import config_flags
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
   from opera_jax.models import qwen3_params
+  from opera_jax.run import setup
   from opera_jax.sharding import runtime
-  from opera_jax.stages import setup
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")

@@ -25,24 +25,25 @@ with epy.lazy_imports():
   from opera_jax.data import rl as rl_data
   from opera_jax.plan import memory_floor
   from opera_jax.rewards import smoothing
+  from opera_jax.rl import (
+    advantages,
+    learner,
+    rollouts,
+    sampler_trainer,
+    step_metrics,
+  )
+  from opera_jax.run import setup, workdir
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
-    agreement,
-    card,
     cold_start,
-    collect,
     config_check,
-    crediting,
+    dataset_card,
     evaluate,
-    fit,
-    learner,
     preflight,
     reporting,
     rl_select,
-    setup,
-    summary,
     supervised,
-    workdir,
+    training_loop,
   )
   from opera_jax.synthesis import filters, rl_filter
   from opera_jax.train import checkpoint, metrics, optimizer
@@ -128,7 +129,7 @@ def run_stages(config, folder: str, preemption) -> None:
     cold_start.synthesize(
       run,
       searching,
-      card.Card(**config.card),
+      dataset_card.Card(**config.card),
       preemption,
     )
   if "select" in stages:
@@ -136,7 +137,7 @@ def run_stages(config, folder: str, preemption) -> None:
       run,
       rules,
       config.reward.keywords,
-      card.Card(**config.card),
+      dataset_card.Card(**config.card),
       preemption,
     )
   # 3. SFT on what was selected.
@@ -250,14 +251,14 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
     **{name: rl[name] for name in learner.SETTINGS},
   )
-  estimators = crediting.WeightedEstimators(
+  estimators = advantages.WeightedEstimators(
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
-  watch = agreement.Watch(rl.max_delta, rl.max_delta_steps)
+  watch = sampler_trainer.Watch(rl.max_delta, rl.max_delta_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
-  state = fit.place(
+  state = training_loop.place(
     train_state.create(
       learn.initial(run.load("sft"), run.model.hidden_size),
       learn.optimizer,
@@ -297,7 +298,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # each reflective step, after the step before it, and after the whole.
       batch_indices = [order[step * batches + at] for at in range(batches)]
       try:
-        got = collect.collect(
+        got = rollouts.collect(
           run,
           policy,
           [
@@ -331,7 +332,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/reference"] = time.monotonic()
 
       # Advantages: how much better than its group, or what its tokens did.
-      rows, advantage_metrics = crediting.assign(
+      rows, advantage_metrics = advantages.assign(
         run,
         learn,
         estimators,
@@ -368,7 +369,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # One line of metrics, one checkpoint.
       step += 1
       values = (
-        summary.rl_step(scored, got.samples, old, ema, updates, seconds)
+        step_metrics.rl_step(scored, got.samples, old, ema, updates, seconds)
         | advantage_metrics
         | got.metrics()
         | {"time/programs": runtime.compiled()}

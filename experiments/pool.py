@@ -24,10 +24,11 @@ from ml_collections import config_flags
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
+  from opera_jax.run import setup, tasks
   from opera_jax.scoring import embed
   from opera_jax.sharding import runtime
   from opera_jax.stages import pool as pool_stage
-  from opera_jax.stages import setup, supervised, tasks
+  from opera_jax.stages import supervised
   from opera_jax.synthesis import pool
   from opera_jax.train import checkpoint
 

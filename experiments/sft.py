@@ -11,8 +11,9 @@ from ml_collections import config_flags
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
+  from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime
-  from opera_jax.stages import config_check, setup, supervised, workdir
+  from opera_jax.stages import config_check, supervised
   from opera_jax.train import checkpoint
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")

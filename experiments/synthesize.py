@@ -17,15 +17,14 @@ from ml_collections import config_flags
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
+  from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
-    card,
     cold_start,
     config_check,
+    dataset_card,
     preflight,
-    setup,
     supervised,
-    workdir,
   )
   from opera_jax.synthesis import filters
   from opera_jax.train import checkpoint
@@ -57,7 +56,7 @@ def main(_) -> None:
       preemption,
       path=config.checkpoint,
     )
-    about = card.Card(**config.card)
+    about = dataset_card.Card(**config.card)
     cold_start.synthesize(run, searching, about, preemption)
     cold_start.select(run, rules, config.reward.keywords, about, preemption)
   workdir.redone(_WORKDIR.value)

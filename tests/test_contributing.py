@@ -10,7 +10,7 @@ import opera_jax.advantages
 import opera_jax.rewards
 from opera_jax import structs
 from opera_jax.rewards import compose
-from opera_jax.stages import crediting, score
+from opera_jax.rl import advantages, score
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 CODE = re.findall(r"```python\n# (\S+)\n(.*?)```", TEXT, re.DOTALL)
@@ -61,7 +61,7 @@ def test_one_file_and_one_line_are_enough(added):
   np.testing.assert_allclose(parts["nats"], [[2.0, 1.5]])
 
   scored = score.Scored(total, parts, [], None, None, None, None, 0, rollouts)
-  estimators = crediting.WeightedEstimators(FLAGS["rl.advantage"], {}, None)
+  estimators = advantages.WeightedEstimators(FLAGS["rl.advantage"], {}, None)
   outcome = estimators.advantages(
     {},
     scored,

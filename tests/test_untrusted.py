@@ -22,7 +22,8 @@ from opera_jax.evals import probes
 from opera_jax.models import tensor_files
 from opera_jax.rewards import format as format_lib
 from opera_jax.rewards import math_exact, verifiable
-from opera_jax.stages import config_check, kept, workdir
+from opera_jax.run import kept, workdir
+from opera_jax.stages import config_check
 from opera_jax.synthesis import templates
 from opera_jax.text import automaton, math_answer, thought, words
 from opera_jax.text import tokenizer as tokenizer_lib

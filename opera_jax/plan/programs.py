@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from opera_jax.models import qwen3
 from opera_jax.plan import abstract, cost, memory_floor
+from opera_jax.rl import learner
 from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.stages import learner
 from opera_jax.train import optimizer
 from opera_jax.train import step as train_step
 

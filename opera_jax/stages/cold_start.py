@@ -17,11 +17,11 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import traces
 from opera_jax.rewards import function
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import shards as shards_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, layout, runtime
-from opera_jax.stages import card as card_lib
-from opera_jax.stages import parts as parts_lib
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
+from opera_jax.stages import dataset_card as dataset_card_lib
 from opera_jax.synthesis import filters, rewrite, search, templates
 from opera_jax.train import checkpoint, metrics
 
@@ -73,7 +73,7 @@ class Search:
 def synthesize(
   run: setup_lib.Run,
   settings: Search,
-  card: card_lib.Card,
+  card: dataset_card_lib.Card,
   preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `synthesize/traces`: one trace a prompt, complete or not.
@@ -103,7 +103,7 @@ def synthesize(
       "template and are left out.",
       flush=True,
     )
-  parts = parts_lib.Parts(
+  parts = shards_lib.Parts(
     stage.path / "parts", [p.id for p in prompts], settings.batch
   )
   _make(run, prompts, parts, settings, preemption)
@@ -113,7 +113,7 @@ def synthesize(
       return traces.write(
         stage.path / "traces",
         parts.read(),
-        card=lambda counts: card_lib.write(
+        card=lambda counts: dataset_card_lib.write(
           run, card, counts, {"Search": asked}
         ),
       )
@@ -127,7 +127,7 @@ def select(
   run: setup_lib.Run,
   settings: filters.Rules,
   keywords: Sequence[str],
-  card: card_lib.Card,
+  card: dataset_card_lib.Card,
   preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `select/traces` and `select/rejected`, with counts by reason."""
@@ -157,7 +157,7 @@ def select(
         traces.write(
           stage.path / name,
           _chosen(source, why, kept),
-          card=lambda here: card_lib.write(run, card, here, tables),
+          card=lambda here: dataset_card_lib.write(run, card, here, tables),
         )
     print(f"select: {counts}", flush=True)
     return counts
@@ -196,7 +196,7 @@ def _whole(stage: workdir_lib.Stage) -> bool:
 def _make(
   run: setup_lib.Run,
   prompts: list[structs.Prompt],
-  parts: parts_lib.Parts,
+  parts: shards_lib.Parts,
   settings: Search,
   preemption: checkpoint.Preemption,
 ) -> None:
@@ -254,7 +254,7 @@ def _make(
 
 
 def _agreed(
-  parts: parts_lib.Parts, preemption: checkpoint.Preemption
+  parts: shards_lib.Parts, preemption: checkpoint.Preemption
 ) -> Iterator[tuple[int, list[int]]]:
   """What process 0 claims, on every process."""
   work = parts.work(range(len(parts)), preemption.leave_alone)

@@ -21,10 +21,11 @@ from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
 from opera_jax.models import qwen3
 from opera_jax.rewards import compose, opera, verifiable
+from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
-from opera_jax.stages import cold_start, crediting, learner, score
-from opera_jax.stages import workdir as workdir_lib
+from opera_jax.stages import cold_start
 from opera_jax.synthesis import filters, rl_filter, search
 from opera_jax.train import optimizer
 
@@ -483,7 +484,7 @@ def _terms(
     return
   rl = config["rl"]
   try:
-    crediting.build(rl["advantage"], rl["advantage_options"])
+    advantages.build(rl["advantage"], rl["advantage_options"])
   except (ValueError, TypeError) as error:
     yield f"config.rl.advantage = {rl['advantage']!r}: {error}"
   decides = rl["filter_reward"]
@@ -674,7 +675,7 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
       yield f"config.rl.kl_estimator is 'k1': {error}"
   try:
-    rules = crediting.build(rl["advantage"], rl["advantage_options"])
+    rules = advantages.build(rl["advantage"], rl["advantage_options"])
   except (ValueError, TypeError):
     return  # told already
   ours = set(rules) <= set(OURS)
@@ -724,7 +725,7 @@ def _penalised(rl: Mapping[str, Any]) -> bool:
 
 def _asks(rl: Mapping[str, Any], *models: str) -> bool:
   """Whether an advantage estimator of the run may ask one of these models."""
-  for name, rule in crediting.build(
+  for name, rule in advantages.build(
     rl["advantage"], rl["advantage_options"]
   ).items():
     asked = {

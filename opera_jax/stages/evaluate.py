@@ -14,10 +14,10 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
-from opera_jax.stages import kept as kept_lib
-from opera_jax.stages import score as score_lib
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
+from opera_jax.rl import score as score_lib
+from opera_jax.run import kept as kept_lib
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.train import checkpoint, metrics
 
 MODELS = ("base", "sft", "rl")

@@ -14,8 +14,8 @@ import numpy as np
 from opera_jax import atomic_file, structs
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.report import clusters as page
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import runtime
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import cluster, pool
 from opera_jax.train import checkpoint, metrics
 

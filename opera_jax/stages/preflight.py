@@ -5,10 +5,10 @@ or RL prompts: a run that would end at the first of them ends before its base
 model is trained.
 """
 
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange
 from opera_jax.stages import cold_start, rl_select
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import rl_filter
 
 

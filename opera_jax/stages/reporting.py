@@ -6,9 +6,9 @@ from typing import Any
 from opera_jax.evals import bootstrap, table
 from opera_jax.models import qwen3
 from opera_jax.report import curves, page, views
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.train import checkpoint, metrics
 
 SECTIONS = {"base": "Base model", "sft": "SFT", "rl": "RL"}

@@ -14,10 +14,10 @@ from opera_jax.data import digest
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.rewards import function, verifiable
 from opera_jax.rollout import sampling
+from opera_jax.run import kept as kept_lib
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, runtime
-from opera_jax.stages import kept as kept_lib
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.synthesis import rl_filter
 from opera_jax.train import checkpoint
 

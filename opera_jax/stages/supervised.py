@@ -10,11 +10,11 @@ from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
 from opera_jax.models import qwen3, qwen3_params
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import rules
-from opera_jax.stages import fit as fit_lib
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
+from opera_jax.stages import training_loop as training_loop_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, optimizer
 from opera_jax.train import state as train_state
@@ -178,7 +178,7 @@ def _train(
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
   )
-  params = fit_lib.fit(
+  params = training_loop_lib.fit(
     stage,
     train_state.create(params, adamw, jax.random.key(run.seed)),
     update,

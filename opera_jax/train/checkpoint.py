@@ -24,7 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opera_jax.sharding import claims, exchange, runtime
+from opera_jax.run import file_lock
+from opera_jax.sharding import exchange, runtime
 
 _FILES = "FILES.json"
 _DAMAGED = "damaged"
@@ -187,7 +188,7 @@ class Checkpoints:
     if write:
       self._directory.mkdir(parents=True, exist_ok=True)
       if local:
-        lock = claims.claim(self._directory / _LOCK)
+        lock = file_lock.claim(self._directory / _LOCK)
         write = self._lock.enter_context(lock)
     if write:
       self._clean()

@@ -4,7 +4,7 @@ import re
 
 from opera_jax.data import storyworld, sums
 from opera_jax.rewards import verifiable
-from opera_jax.stages import tasks as tasks_lib
+from opera_jax.run import tasks as tasks_lib
 
 
 def test_references_are_right_and_seeded():

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from configs import ablations, cold_start
 from experiments import ablate
-from opera_jax.stages import measure
+from opera_jax.stages import held_out
 
 
 @pytest.mark.parametrize("arg", ["", "smoke"])
@@ -28,9 +28,9 @@ def test_the_grid_names_real_configs_rows_and_measures(grid, arg):
     for section in ("seed", "tokenizer", "model", "data", "base"):
       assert made[section] == task[section], (name, section)
   assert config.baseline in names
-  assert set(config.measures) <= set(measure.MEASURES)
+  assert set(config.measures) <= set(held_out.MEASURES)
   for _, row, other, name in config.questions:
-    assert {row, other} <= names and name in measure.MEASURES
+    assert {row, other} <= names and name in held_out.MEASURES
   slugs = [ablate.slug(name) for name in sorted(names)]
   assert len(set(slugs)) == len(names)
   with pytest.raises(ValueError, match="'tall'"):
@@ -80,7 +80,7 @@ def test_a_small_grid_runs_and_repeats_nothing(tmp_path):
   for word in ("opera", "R_VR + 0.2 R_SA", "reference_echoed", "scored"):
     assert word in text and word in output
   kept = json.loads((tmp_path / "ablation.json").read_text())
-  assert set(kept["values"]["opera"]["0"]) == set(measure.MEASURES)
+  assert set(kept["values"]["opera"]["0"]) == set(held_out.MEASURES)
   assert (tmp_path / "curves.png").stat().st_size > 10_000
   # A cell that was lost is made again; the others are left alone.
   cells = sorted((tmp_path / "cells").iterdir())

@@ -14,19 +14,17 @@ from ml_collections import ConfigDict
 from configs import common, tiny
 from experiments import opera_rl
 from opera_jax.models import qwen3
+from opera_jax.rl import learner, score
 from opera_jax.rollout import engine, sampling
+from opera_jax.run import setup, tasks
 from opera_jax.scoring import logprob_scorer
 from opera_jax.sharding import rules, runtime
 from opera_jax.stages import (
-  card,
   cold_start,
+  dataset_card,
   evaluate,
-  learner,
   pool,
-  score,
-  setup,
   supervised,
-  tasks,
 )
 from opera_jax.synthesis import filters, rl_filter
 
@@ -69,7 +67,7 @@ WHOLE = {
   - {"logprob_scorer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
   "select": _fields(filters.Rules) | {"rl"},
-  "card": _fields(card.Card),
+  "card": _fields(dataset_card.Card),
   "evaluate": _fields(evaluate.Settings) - {"max_new_tokens"},
 }
 WHOLE_WITHIN = {"select.rl": _fields(rl_filter.Rules)}

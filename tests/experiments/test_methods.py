@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from configs import common
 from opera_jax.rewards import compose
-from opera_jax.stages import crediting, learner
+from opera_jax.rl import advantages, learner
 from opera_jax.train import metrics
 
 METHODS = sorted(
@@ -35,7 +35,7 @@ def test_configs_name_real_parts(name, arg):
   options = config.reward.options.to_dict()
   for part in compose.weights(config.reward.terms):
     compose.build(part, options.get(part, {}), 1.0)
-  crediting.WeightedEstimators(
+  advantages.WeightedEstimators(
     config.rl.advantage, config.rl.advantage_options, None
   )
   assert config.rl.loss in learner.LOSSES

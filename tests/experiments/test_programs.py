@@ -9,7 +9,7 @@ from opera_jax.data import rl as rl_data
 from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import layout, runtime
-from opera_jax.stages import fit
+from opera_jax.stages import training_loop
 from opera_jax.train import optimizer, step
 from opera_jax.train import state as train_state
 
@@ -48,7 +48,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
   adamw = optimizer.adamw(1e-4)
   update = step.make_policy_update(scorer_lib.row_logprob(graphdef), adamw)
   params = jax.tree.map(lambda x: x + 0, params)  # an update takes its buffers
-  state = fit.place(
+  state = training_loop.place(
     train_state.create(params, adamw, jax.random.key(0)), one_device
   )
   draw = np.random.default_rng(0)

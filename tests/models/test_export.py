@@ -17,7 +17,7 @@ from opera_jax.models import attention
 def run(tmp_path_factory):
   """A run of the smoke sizes whose SFT stage has left a model."""
   from configs import tiny
-  from opera_jax.stages import setup
+  from opera_jax.run import setup
 
   config = tiny.get_config("smoke")
   run = setup.setup(

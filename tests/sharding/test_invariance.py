@@ -13,7 +13,7 @@ from opera_jax.models import qwen3
 from opera_jax.scoring import logprob_scorer
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.stages import fit
+from opera_jax.stages import training_loop
 from opera_jax.train import optimizer, step
 from opera_jax.train import state as train_state
 
@@ -98,7 +98,7 @@ def _by_name(tree) -> dict:
 def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
   params = jax.tree.map(lambda x: x * 1.5, qwen3.create(config, seed=0)[1])
   params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
-  return fit.place(
+  return training_loop.place(
     train_state.create(params, _adamw(moment_dtype), jax.random.key(0)), mesh
   )
 

@@ -17,12 +17,13 @@ from conftest import ROOT
 from configs import tiny
 from opera_jax.data import traces
 from opera_jax.rewards import function
-from opera_jax.stages import card as card_lib
-from opera_jax.stages import cold_start, setup, workdir
+from opera_jax.run import setup, workdir
+from opera_jax.stages import cold_start
+from opera_jax.stages import dataset_card as dataset_card_lib
 from opera_jax.synthesis import filters
 from opera_jax.train import checkpoint
 
-ABOUT = card_lib.Card(name="Made up", license="cc0-1.0")
+ABOUT = dataset_card_lib.Card(name="Made up", license="cc0-1.0")
 
 
 class _Searcher:

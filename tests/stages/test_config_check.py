@@ -8,7 +8,8 @@ from conftest import ROOT
 from configs import common, tiny
 from opera_jax.losses import kl, reduce
 from opera_jax.rewards import compose, opera, verifiable
-from opera_jax.stages import cold_start, config_check, learner, score
+from opera_jax.rl import learner, score
+from opera_jax.stages import cold_start, config_check
 from opera_jax.synthesis import search
 from opera_jax.train import optimizer
 

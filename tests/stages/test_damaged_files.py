@@ -14,7 +14,8 @@ from configs import tiny
 from opera_jax.data import traces
 from opera_jax.models import qwen3
 from opera_jax.rollout import sampling
-from opera_jax.stages import pool, rl_select, setup, workdir
+from opera_jax.run import setup, workdir
+from opera_jax.stages import pool, rl_select
 from opera_jax.synthesis import rl_filter
 from opera_jax.train import checkpoint, metrics
 

@@ -7,7 +7,8 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.rollout import sampling
-from opera_jax.stages import evaluate, kept
+from opera_jax.run import kept
+from opera_jax.stages import evaluate
 
 COUNT = 10
 SETTINGS = evaluate.Settings(

@@ -10,7 +10,8 @@ import pytest
 from configs import tiny
 from opera_jax import structs
 from opera_jax.rollout import sampling
-from opera_jax.stages import rl_select, setup, workdir
+from opera_jax.run import setup, workdir
+from opera_jax.stages import rl_select
 from opera_jax.synthesis import rl_filter
 from opera_jax.train import checkpoint
 

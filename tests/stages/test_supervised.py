@@ -11,7 +11,8 @@ import pytest
 
 from configs import tiny
 from opera_jax.models import qwen3, qwen3_params
-from opera_jax.stages import setup, supervised
+from opera_jax.run import setup
+from opera_jax.stages import supervised
 from opera_jax.train import checkpoint
 
 

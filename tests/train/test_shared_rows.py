@@ -9,10 +9,11 @@ import pytest
 
 from opera_jax.data import rl as rl_data
 from opera_jax.models import qwen3
+from opera_jax.rl import learner
 from opera_jax.scoring import heads, logprob_scorer
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.stages import fit, learner
+from opera_jax.stages import training_loop
 from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 
@@ -96,7 +97,7 @@ def _updated(batch, mesh, **changes):
   learn = learner.build(
     graphdef, optimizer.adamw(1e-3, b1=0.9), **SETTINGS | changes
   )
-  state = fit.place(
+  state = training_loop.place(
     train_state.create(params, learn.optimizer, jax.random.key(0)), mesh
   )
   with jax.set_mesh(mesh):

@@ -20,9 +20,9 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.advantages import group as group_lib
+from opera_jax.rl import score as score_lib
 from opera_jax.rollout import sampling
-from opera_jax.stages import score as score_lib
-from opera_jax.stages import setup as setup_lib
+from opera_jax.run import setup as setup_lib
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from configs import common, open_ended
 from experiments import opera_rl
 from opera_jax import structs
 from opera_jax.data import drafts
-from opera_jax.stages import score, summary, tasks
+from opera_jax.rl import score, step_metrics
+from opera_jax.run import tasks
 from opera_jax.text import words
 
 SUBJECTS = ("storm", "garden", "harbor", "bridge", "winter", "orchard", "mill")
@@ -349,7 +350,7 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       rollouts=None,
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
-    return summary.rl_step(
+    return step_metrics.rl_step(
       scored, [[sample] * 2] * 2, logprobs, ema, [{}], clock
     )
 
@@ -357,7 +358,7 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
   assert both["time/reward_share"] == 1.0
   assert both["scoring/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
-  shares = [both[f"reward/{name}"] for name in summary.MATHS[2:]]
+  shares = [both[f"reward/{name}"] for name in step_metrics.MATHS[2:]]
   assert shares == [0.5, 1.0, 0.0]
   assert both["thought/reflections"] == 0.5
   assert both["rollout/truncation_gap"] == 0.0

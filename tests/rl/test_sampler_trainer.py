@@ -2,11 +2,11 @@
 
 import pytest
 
-from opera_jax.stages import agreement
+from opera_jax.rl import sampler_trainer
 
 
 def test_only_steps_in_a_row_count():
-  watch = agreement.Watch(0.1, 2)
+  watch = sampler_trainer.Watch(0.1, 2)
   for step, delta in enumerate([0.2, 0.05, 0.3, 0.0]):
     watch.check(delta, step)
   watch.check(0.2, 4)
@@ -15,11 +15,11 @@ def test_only_steps_in_a_row_count():
 
 
 def test_no_bound_watches_nothing():
-  watch = agreement.Watch(0.0, 1)
+  watch = sampler_trainer.Watch(0.0, 1)
   watch.check(1e9, 1)
 
 
 @pytest.mark.parametrize("bound, steps", [(-0.1, 3), (0.1, 0)])
 def test_bad_bounds_are_refused(bound, steps):
   with pytest.raises(ValueError, match="max_delta"):
-    agreement.Watch(bound, steps)
+    sampler_trainer.Watch(bound, steps)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.stages import collect, score
+from opera_jax.rl import rollouts, score
 
 
 class _Engine:
@@ -80,7 +80,7 @@ def _collect(*batches, **settings):
     )
     for draw in batches
   ]
-  return collect.collect(
+  return rollouts.collect(
     run, None, prompts, None, jax.random.key(0), samples=2, **settings
   )
 

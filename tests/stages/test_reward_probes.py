@@ -5,7 +5,9 @@ import pytest
 
 from configs.methods import base
 from opera_jax.evals import probes
-from opera_jax.stages import measure, probing, score, setup, supervised
+from opera_jax.rl import score
+from opera_jax.run import setup
+from opera_jax.stages import held_out, reward_probes, supervised
 from opera_jax.train import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -33,13 +35,17 @@ def paid(tmp_path_factory):
   with checkpoint.Preemption() as preemption:
     supervised.base(run, supervised.Recipe(**config.base), preemption)
   params, prompts = run.load("base"), run.tasks.held_out
-  groups = measure.draw(run, params, prompts, samples=1, max_new_tokens=120)
+  groups = held_out.draw(run, params, prompts, samples=1, max_new_tokens=120)
   scorers = {
     name: score.Scorer(run.logprob_scorer, run.tokenizer, **settings)
     for name, settings in PARTS.items()
   }
   texts = [run.tokenizer.decode(g[0].tokens, skip_special=True) for g in groups]
-  return probing.answers(run, scorers, params, prompts, texts), prompts, texts
+  return (
+    reward_probes.answers(run, scorers, params, prompts, texts),
+    prompts,
+    texts,
+  )
 
 
 def test_every_reward_answers_every_probe(paid):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from opera_jax import structs
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, runtime
-from opera_jax.stages import workdir as workdir_lib
 
 TOGETHER = 64  # prompts of a piece
 

@@ -12,9 +12,9 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.data import rl as rl_data
 from opera_jax.losses import policy as policy_loss
+from opera_jax.run import setup as setup_lib
 from opera_jax.scoring import heads, logprob_scorer
 from opera_jax.sharding import layout
-from opera_jax.stages import setup as setup_lib
 from opera_jax.train import ema as ema_lib
 from opera_jax.train import step as step_lib
 

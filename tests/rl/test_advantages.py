@@ -6,7 +6,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.losses import kl
-from opera_jax.stages import crediting, score
+from opera_jax.rl import advantages, score
 
 
 def _scored(terms):
@@ -32,11 +32,11 @@ def test_success_is_correctness_of_maths_and_else_the_reward():
   correct = np.asarray([[1.0, 0.0], [0.0, 0.0]])
   scored = _scored({"correct": correct})
   np.testing.assert_allclose(
-    crediting.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
+    advantages.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
   )
   scored = _scored({})
   np.testing.assert_allclose(
-    crediting.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
+    advantages.success(scored.rollouts, scored), [[1, 0], [0.4, 0.6]]
   )
 
 
@@ -44,14 +44,14 @@ def test_success_is_correctness_of_maths_and_else_the_reward():
 def test_penalties_are_weighed_estimates_of_each_token(name):
   rng = np.random.default_rng(0)
   old, ref = rng.normal(-1, 0.2, (2, 2, 3)).astype(np.float32)
-  got = crediting.penalties(list(old), list(ref), coef=0.5, estimator=name)
+  got = advantages.penalties(list(old), list(ref), coef=0.5, estimator=name)
   np.testing.assert_allclose(got, 0.5 * getattr(kl, name)(old, ref), rtol=1e-5)
-  none = crediting.penalties(list(old), list(ref), coef=0.0, estimator=name)
+  none = advantages.penalties(list(old), list(ref), coef=0.0, estimator=name)
   assert not np.any(none)
 
 
 def test_a_model_that_the_run_lacks_is_refused():
-  estimators = crediting.WeightedEstimators(
+  estimators = advantages.WeightedEstimators(
     "sdpo", {"sdpo": {"threshold": 0.2}}, None
   )
   with pytest.raises(ValueError, match="config.rl.ema"):
@@ -69,7 +69,7 @@ def test_a_model_that_the_run_lacks_is_refused():
 )
 def test_unknown_rules_are_refused(rules, options, message):
   with pytest.raises(ValueError, match=message):
-    crediting.WeightedEstimators(rules, options, None)
+    advantages.WeightedEstimators(rules, options, None)
 
 
 def test_importance_weights_take_the_probability_as_drawn():
@@ -81,8 +81,8 @@ def test_importance_weights_take_the_probability_as_drawn():
   truncated = structs.Sample(tokens, old, True, truncated_logprob=drawn)
   advantage = [np.ones(3, np.float32)] * 2
   samples = [plain, truncated]
-  same = crediting.importance_weighted(advantage, [old] * 2, samples, 0.0)
+  same = advantages.importance_weighted(advantage, [old] * 2, samples, 0.0)
   assert same is advantage
-  got = crediting.importance_weighted(advantage, [old] * 2, samples, 2.0)
+  got = advantages.importance_weighted(advantage, [old] * 2, samples, 2.0)
   np.testing.assert_allclose(got[0], 1.0)
   np.testing.assert_allclose(got[1], [0.5, 0.5, 2.0], rtol=1e-5)

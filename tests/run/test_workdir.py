@@ -10,8 +10,7 @@ import threading
 import pytest
 from conftest import ROOT
 
-from opera_jax.sharding import claims
-from opera_jax.stages import workdir
+from opera_jax.run import file_lock, workdir
 from opera_jax.train import checkpoint
 
 ONE, TWO = "1" * 64, "2" * 64
@@ -141,7 +140,7 @@ def test_no_redo_drops_nothing(tmp_path):
 def test_a_stage_that_others_share_or_work_at_is_not_dropped(tmp_path):
   _finished(tmp_path)
   with (
-    claims.claim(tmp_path / "rl" / "stage.lock"),
+    file_lock.claim(tmp_path / "rl" / "stage.lock"),
     pytest.raises(OSError, match=f"process {os.getpid()} .*at stage rl"),
   ):
     workdir.redo(tmp_path, "rl")
@@ -156,7 +155,7 @@ def test_a_stage_that_others_share_or_work_at_is_not_dropped(tmp_path):
 
 WAIT = """
 import sys
-from opera_jax.stages import workdir
+from opera_jax.run import workdir
 from opera_jax.train import checkpoint
 stage = workdir.Stage(sys.argv[1], "rl", {})
 with checkpoint.Preemption() as preemption, stage.alone(preemption):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.stages import kept
+from opera_jax.run import kept
 
 
 def test_a_piece_is_made_once(tmp_path):

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from opera_jax import atomic_file
-from opera_jax.sharding import claims, exchange, runtime
+from opera_jax.run import file_lock
+from opera_jax.sharding import exchange, runtime
 from opera_jax.train import checkpoint
 
 # Each is made from those before it; redoing one drops those after it.
@@ -83,7 +84,7 @@ def held(
 
     def wait() -> None:
       if not told:
-        told.append(claims.holder(lock))
+        told.append(file_lock.holder(lock))
         print(
           f"{name}: {told[0]} is at it in {lock.parent}; waiting.", flush=True
         )
@@ -91,7 +92,7 @@ def held(
         preemption.leave_alone()
 
     def take() -> None:
-      stack.enter_context(claims.claim(lock, wait=wait))
+      stack.enter_context(file_lock.claim(lock, wait=wait))
 
     exchange.by_lead(take)
     yield
@@ -174,7 +175,7 @@ class Stage:
   def _open(self, may_drop: bool) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
     # Two that begin at once must not both find nothing.
-    with claims.claim(self.path / _BEGINNING, wait=lambda: None):
+    with file_lock.claim(self.path / _BEGINNING, wait=lambda: None):
       changed = self._changed()
       if changed and may_drop:
         print(f"redo: {self.name} {changed}.", flush=True)
@@ -315,11 +316,11 @@ def _drop(workdir: pathlib.Path, name: str) -> None:
       f"{folder} is a link to {folder.resolve()}, which other runs share. Redo "
       f"{name} there, or remove the link."
     )
-  with claims.claim(folder / _LOCK) as own:
+  with file_lock.claim(folder / _LOCK) as own:
     if not own:
       raise OSError(
-        f"{claims.holder(folder / _LOCK)} is at stage {name} in {folder}; it "
-        "cannot be dropped meanwhile. Wait for it, or end it."
+        f"{file_lock.holder(folder / _LOCK)} is at stage {name} in {folder}; "
+        "it cannot be dropped meanwhile. Wait for it, or end it."
       )
     left = [one for one in folder.iterdir() if one.name not in _STAYS]
     if not left:

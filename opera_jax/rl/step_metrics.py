@@ -8,7 +8,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.advantages import group as group_lib
 from opera_jax.rewards import smoothing
-from opera_jax.stages import score as score_lib
+from opera_jax.rl import score as score_lib
 
 # Parts that only open-ended prompts have, and those of maths alone.
 OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")

@@ -11,12 +11,12 @@ import time
 import pytest
 from conftest import ROOT
 
-from opera_jax.sharding import claims
+from opera_jax.run import file_lock
 
 HOLD = """
 import sys, time
-from opera_jax.sharding import claims
-with claims.claim(sys.argv[1]) as held:
+from opera_jax.run import file_lock
+with file_lock.claim(sys.argv[1]) as held:
   print(held, flush=True)
   time.sleep(600)
 """
@@ -35,13 +35,13 @@ def _holding(lock):
 
 def test_a_claim_keeps_others_out_until_it_ends(tmp_path):
   lock = tmp_path / "lock"
-  with claims.claim(lock) as first, claims.claim(lock) as second:
+  with file_lock.claim(lock) as first, file_lock.claim(lock) as second:
     assert first and not second
-  with claims.claim(lock) as held:
+  with file_lock.claim(lock) as held:
     assert held
   with (
     pytest.raises(FileNotFoundError, match="no/lock"),
-    claims.claim(tmp_path / "no" / "lock"),
+    file_lock.claim(tmp_path / "no" / "lock"),
   ):
     pass
 
@@ -49,21 +49,21 @@ def test_a_claim_keeps_others_out_until_it_ends(tmp_path):
 def test_it_says_who_holds_it_and_ends_with_that_process(tmp_path):
   lock = tmp_path / "lock"
   other = _holding(lock)
-  said = claims.holder(lock)
+  said = file_lock.holder(lock)
   host = re.escape(socket.gethostname())
   pattern = rf"process {other.pid} on '{host}' since \d{{4}}-\d\d-\d\d \d\d:"
   assert re.match(pattern, said)
   waited = []
 
   def wait():
-    waited.append(claims.holder(lock))
+    waited.append(file_lock.holder(lock))
     other.kill()
     other.wait()
 
-  with claims.claim(lock, wait=wait) as held:
+  with file_lock.claim(lock, wait=wait) as held:
     assert held and waited == [said]
-    assert f"process {os.getpid()} " in claims.holder(lock)
-  assert claims.holder(lock) == "another process"
+    assert f"process {os.getpid()} " in file_lock.holder(lock)
+  assert file_lock.holder(lock) == "another process"
   assert lock.read_text() == ""
 
 
@@ -73,17 +73,17 @@ def test_what_a_wait_raises_ends_it(tmp_path):
   def leave():
     raise SystemExit(143)
 
-  with claims.claim(lock):
+  with file_lock.claim(lock):
     begin = time.monotonic()
-    with pytest.raises(SystemExit), claims.claim(lock, wait=leave):
+    with pytest.raises(SystemExit), file_lock.claim(lock, wait=leave):
       pass
     assert time.monotonic() - begin < 1
 
 
 FORK = """
 import os, sys, time
-from opera_jax.sharding import claims
-with claims.claim(sys.argv[1]) as held:
+from opera_jax.run import file_lock
+with file_lock.claim(sys.argv[1]) as held:
   child = os.fork()
   if child == 0:
     os.close(1)
@@ -111,7 +111,7 @@ def test_a_fork_does_not_keep_its_parents_lock(tmp_path):
     assert time.monotonic() < deadline, "the fork holds the lock"
 
   try:
-    with claims.claim(lock, wait=wait) as held:
+    with file_lock.claim(lock, wait=wait) as held:
       assert held
   finally:
     os.kill(int(child), 9)
@@ -119,10 +119,10 @@ def test_a_fork_does_not_keep_its_parents_lock(tmp_path):
 
 def test_a_lock_is_its_owners_alone(tmp_path):
   lock = tmp_path / "lock"
-  with claims.claim(lock):
+  with file_lock.claim(lock):
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
   lock.chmod(0o644)  # of an earlier version
-  with claims.claim(lock):
+  with file_lock.claim(lock):
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
 
@@ -143,7 +143,7 @@ def test_what_lies_in_its_place_is_an_error(tmp_path, kind):
   begin = time.monotonic()
   with (
     pytest.raises(OSError, match="must be a plain file.*remove it"),
-    claims.claim(lock),
+    file_lock.claim(lock),
   ):
     pass
   assert time.monotonic() - begin < 1

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opera_jax.models import qwen3
-from opera_jax.stages import setup as setup_lib
-from opera_jax.stages import workdir as workdir_lib
+from opera_jax.run import setup as setup_lib
+from opera_jax.run import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)

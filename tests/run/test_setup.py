@@ -10,7 +10,8 @@ import pytest
 from configs import tiny
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3, qwen3_params
-from opera_jax.stages import setup, supervised, workdir
+from opera_jax.run import setup, workdir
+from opera_jax.stages import supervised
 from opera_jax.train import checkpoint
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.data import storyworld
+from opera_jax.run import setup as setup_lib
 from opera_jax.stages import evaluate
-from opera_jax.stages import setup as setup_lib
 
 # Measure: what it is of, and over which prompts.
 MEASURES = {

@@ -10,8 +10,8 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.evals import probes
-from opera_jax.stages import score as score_lib
-from opera_jax.stages import setup as setup_lib
+from opera_jax.rl import score as score_lib
+from opera_jax.run import setup as setup_lib
 
 
 def answers(

@@ -7,8 +7,8 @@ import pytest
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3
+from opera_jax.rl import score
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.stages import score
 from opera_jax.text import thought
 from opera_jax.text import tokenizer as tokenizer_lib
 

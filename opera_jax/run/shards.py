@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from opera_jax import atomic_file
 from opera_jax.data import traces
-from opera_jax.sharding import claims
+from opera_jax.run import file_lock
 
 _POLL = 1.0  # seconds between two looks at what others work on
 
@@ -150,7 +150,7 @@ class Parts:
   def _claim(self, index: int, own: Collection[int]):
     if index not in own:
       return contextlib.nullcontext(False)
-    return claims.claim(self._path(index).with_suffix(".lock"))
+    return file_lock.claim(self._path(index).with_suffix(".lock"))
 
   def _found(self, index: int) -> dict[str, traces.Trace]:
     """The traces of a part's file by id; what is no whole line is not there."""

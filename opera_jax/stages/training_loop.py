@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from opera_jax import structs
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import layout
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.train import checkpoint, metrics
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib

@@ -16,11 +16,11 @@ from opera_jax.data import rl as rl_data
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
 from opera_jax.rewards import compose
+from opera_jax.rl import learner as learner_lib
+from opera_jax.rl import score as score_lib
+from opera_jax.run import setup as setup_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.scoring import packing as packing_lib
-from opera_jax.stages import learner as learner_lib
-from opera_jax.stages import score as score_lib
-from opera_jax.stages import setup as setup_lib
 
 _PACKAGE, _CLASS = "opera_jax.advantages", "AdvantageEstimator"
 

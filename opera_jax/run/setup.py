@@ -15,14 +15,14 @@ from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import hf_config, qwen3
 from opera_jax.rewards import compose
+from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
+from opera_jax.run import tasks as tasks_lib
+from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
-from opera_jax.stages import score as score_lib
-from opera_jax.stages import tasks as tasks_lib
-from opera_jax.stages import workdir as workdir_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
 from opera_jax.train import fingerprint as fingerprint_lib
