@@ -59,7 +59,7 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
-  if runtime.lead():
+  if runtime.is_main_process():
     print(
       f"opera_rl: base,{config.stages} in {_WORKDIR.value}, on "
       f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -37,7 +37,7 @@ class Pieces:
   def __init__(self, folder: pathlib.Path):
     """Opens the folder, making it if need be."""
     self._folder = folder
-    if runtime.lead():
+    if runtime.is_main_process():
       folder.mkdir(parents=True, exist_ok=True)
 
   def get(self, name: str, make: Callable[[], Any]) -> Any:
@@ -53,7 +53,7 @@ class Pieces:
     if found is not None:
       return found["piece"]
     made = make()
-    if runtime.lead():
+    if runtime.is_main_process():
       workdir_lib.write(path, {"piece": made})
     return made
 

@@ -83,7 +83,7 @@ class Run:
   tokenizer_digest: tuple[str, str]  # its place, the SHA-256 of its files
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
   # The engine and the scorer at temperature 1, made for a mesh.
-  machines: Callable[
+  build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
 
@@ -167,7 +167,7 @@ class Run:
       return None
     if own == self.mesh:
       return self
-    engine, logprob_scorer = self.machines(own)
+    engine, logprob_scorer = self.build_engine(own)
     return dataclasses.replace(
       self, mesh=own, engine=engine, logprob_scorer=logprob_scorer
     )
@@ -332,13 +332,13 @@ def setup(
   reward, automata = _plain(reward), str(workdir / "automata")
   sizes = {"vocab_size": config.vocab_size, **scoring}
 
-  def machines(on: jax.sharding.Mesh):
+  def build_engine(on: jax.sharding.Mesh):
     return (
       engine_lib.Engine(graphdef, config, mesh=on, **engine),
       scorer_lib.LogprobScorer(graphdef, mesh=on, **sizes),
     )
 
-  sampler, logprob_scorer = machines(device_mesh)
+  sampler, logprob_scorer = build_engine(device_mesh)
   # OPERA's terms alone, and of the options those of these terms.
   terms = compose.weights(MEASURED)
   measured = {
@@ -355,7 +355,7 @@ def setup(
     axes=axes,
     tasks=dataclasses.replace(tasks, **kept),
     dropped=dropped,
-    machines=machines,
+    build_engine=build_engine,
     engine=sampler,
     logprob_scorer=logprob_scorer,
     policy_logprob_scorer=logprob_scorer

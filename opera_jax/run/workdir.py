@@ -168,7 +168,7 @@ class Stage:
 
   def finish(self, result: Mapping[str, Any]) -> None:
     """Marks the stage finished; returns when every process is done with it."""
-    if runtime.lead():
+    if runtime.is_main_process():
       write(self.path / _DONE, dict(result))
     runtime.barrier(f"{self.name} finished")
 
@@ -288,7 +288,7 @@ def redo_names(asked: str) -> tuple[str, ...]:
 
 def redone(workdir: str | os.PathLike) -> None:
   """Says that what was asked for by `redo` is done."""
-  if runtime.lead():
+  if runtime.is_main_process():
     (pathlib.Path(workdir) / _REDO).unlink(missing_ok=True)
 
 

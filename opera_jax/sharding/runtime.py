@@ -138,7 +138,7 @@ def cache_folder(asked: str) -> str:
   return folder
 
 
-def lead() -> bool:
+def is_main_process() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
 
@@ -149,7 +149,7 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def from_lead(values: np.ndarray) -> np.ndarray:
+def from_main_process(values: np.ndarray) -> np.ndarray:
   """What process 0 has, on every process; all must call it together."""
   if jax.process_count() == 1:
     return values

@@ -97,7 +97,7 @@ def synthesize(
   if _whole(stage):
     return
   prompts, longer = _fitting(run, settings)
-  if longer and runtime.lead():
+  if longer and runtime.is_main_process():
     print(
       f"synthesize: {longer} prompts are too long for the sampler in their "
       "template and are left out.",
@@ -187,10 +187,10 @@ def _whole(stage: workdir_lib.Stage) -> bool:
     folders = [stage.path / "traces", stage.path / "rejected"]
     found = [f for f in folders if f.name == "traces" or f.exists()]
     damage = next(filter(None, map(traces.damage, found)), "")
-    if damage and runtime.lead():
+    if damage and runtime.is_main_process():
       print(f"{stage.name}: {damage}; the set is written anew.", flush=True)
   whole = stage.finished() and not damage
-  return bool(runtime.from_lead(np.asarray(whole)))
+  return bool(runtime.from_main_process(np.asarray(whole)))
 
 
 def _make(
@@ -201,7 +201,9 @@ def _make(
   preemption: checkpoint.Preemption,
 ) -> None:
   """Makes every trace that the parts lack, unless another process does."""
-  done = len(prompts) - int(runtime.from_lead(np.asarray(parts.lacking())))
+  done = len(prompts) - int(
+    runtime.from_main_process(np.asarray(parts.lacking()))
+  )
   if done == len(prompts):
     return
   own, params = run.on_own_devices(), run.load("base")
@@ -231,7 +233,7 @@ def _make(
     for index, items in work:
 
       def ended(trace: traces.Trace, index: int = index) -> None:
-        if own is not None or runtime.lead():
+        if own is not None or runtime.is_main_process():
           parts.add(index, trace)
         progress.update()
         leave()

@@ -140,7 +140,7 @@ def _build(
     "kept": len(chosen),
     "clusters": len(take_K),
   }
-  if runtime.lead():
+  if runtime.is_main_process():
     prompts_lib.write(
       stage.path / "prompts.jsonl",
       (
@@ -183,7 +183,7 @@ def _embedded(
       if vectors is None:
         embed = embed or embedder()
         vectors = embed(texts)
-        if runtime.lead():
+        if runtime.is_main_process():
           with atomic_file.replacing(path, "wb") as file:
             np.save(file, vectors)
       parts.append(vectors)

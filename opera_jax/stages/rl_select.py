@@ -55,7 +55,7 @@ def select(
       pieces = kept_lib.Pieces(stage.path / "parts")
       found = _found(run, rules, settings, pieces, preemption)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
-      if runtime.lead():
+      if runtime.is_main_process():
         for name in ("prompts", "rejected"):
           prompts_lib.write(
             stage.path / f"{name}.jsonl",

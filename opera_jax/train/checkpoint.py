@@ -121,7 +121,7 @@ class Checkpoints:
       force=True,
     )
     self._manager.wait_until_finished()
-    if runtime.lead():
+    if runtime.is_main_process():
       folder = self._directory / str(step)
       partial = self._directory / f"{_FILES}.{secrets.token_hex(8)}{_TEMPORARY}"
       partial.write_text(json.dumps(_listing(folder), indent=1))

@@ -43,7 +43,7 @@ class Metrics:
     workdir = pathlib.Path(workdir)
     self.path = workdir / f"{name}.jsonl"
     self._file = self._board = None
-    if not runtime.lead():
+    if not runtime.is_main_process():
       return
     workdir.mkdir(parents=True, exist_ok=True)
     _truncate(self.path, last_step)
@@ -115,7 +115,7 @@ class Progress:
       desc=description,
       unit=unit,
       file=self._file,
-      disable=not (runtime.lead() and self._file.isatty()),
+      disable=not (runtime.is_main_process() and self._file.isatty()),
       dynamic_ncols=True,
     )
     self._description, self._unit = description, unit
@@ -156,7 +156,7 @@ class Progress:
     return self._tokens / max(time.monotonic() - self._start, 1e-9)
 
   def _print(self) -> None:
-    if not runtime.lead():
+    if not runtime.is_main_process():
       return
     self._printed = time.monotonic()
     spent = self._printed - self._start

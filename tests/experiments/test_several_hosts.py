@@ -260,7 +260,7 @@ try:
   exchange.each(range(2), lambda share: [1 // (1 - i) for i in share])
 except (ZeroDivisionError, RuntimeError) as error:
   print(type(error).__name__, error)
-print("share", jax.process_index(), runtime.lead(), mine.tolist())
+print("share", jax.process_index(), runtime.is_main_process(), mine.tolist())
 """
 
 
