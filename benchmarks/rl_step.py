@@ -182,7 +182,7 @@ def _ours(folder, workload) -> dict:
   config.rl.row_buckets = (w.new_tokens,)
   config.rl.learning_rate, config.rl.weight_decay = RATE, DECAY
   config.rl.max_grad_norm, config.rl.kl_coef = CLIP, 0.0
-  config.rl.max_delta = 0.0
+  config.rl.max_logprob_diff = 0.0
   config.rl.checkpoint_every = 1_000
   workdir = folder / f"run-{w.prompt_tokens}"
   run = setup.setup(
@@ -217,7 +217,7 @@ def _ours(folder, workload) -> dict:
     "update": "time/update",
   }
   return {
-    "seconds": median("time/step"),
+    "seconds": median("step_time"),
     "tokens": median("rollout/tokens"),
     "parts": {name: median(metric) for name, metric in parts.items()},
   }

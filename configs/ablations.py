@@ -78,7 +78,12 @@ MEASURES = (
   *("facts", "correct", "tokens", "math_tokens"),
   *("reflections", "r_self", "score", "finished"),
 )
-CURVES = ("reward/mean", "length/completion", "reward/correct", "reward/score")
+CURVES = (
+  "reward/mean",
+  "completions/mean_length",
+  "reward/correct",
+  "reward/score",
+)
 
 
 def get_config(arg: str = ""):

@@ -240,8 +240,9 @@ def get_config() -> ml_collections.ConfigDict:
     "advantage": "grpo",  # [P]
     "advantage_options": {},
     "importance_cap": 0.0,  # of trainer against sampler; 0 weighs nothing
-    "max_delta": 0.1,  # nats between sampler and trainer that end the run,
-    "max_delta_steps": 3,  # after so many steps beyond it in a row
+    # nats between sampler and trainer that end the run,
+    "max_logprob_diff": 0.1,
+    "max_logprob_diff_steps": 3,  # after so many steps beyond it in a row
     # Batches of other prompts that a step samples in place of groups whose
     # rewards are all equal, at most (DAPO); 0 keeps such groups.
     "max_resamples": 0,

@@ -226,7 +226,7 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
   return {
     "sampled_tokens": sum(line["rollout/tokens"] for line in lines),
     "scored_tokens": sum(line[name] for line in lines for name in scored),
-    "seconds": sum(line["time/step"] for line in lines),
+    "seconds": sum(line["step_time"] for line in lines),
     "steps": len(lines),
   }
 

@@ -111,7 +111,7 @@ def run_stages(config, folder: str, preemption) -> None:
         "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
         "samples are likelier than the policy makes them, and the update takes "
         "them for its own. config.rl.importance_cap=2.0 corrects for it; "
-        "rollout/truncation_gap says by how much they differ.",
+        "sampler_trainer/truncation_diff says by how much they differ.",
         flush=True,
       )
   if "synthesize" in stages:
@@ -234,12 +234,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
   order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_a_step = rl.prompts // rl.mini_batch
+  schedule = optimizer.schedule(
+    rl.learning_rate, rl.steps * updates_a_step, warmup_fraction=rl.warmup
+  )
   adamw = optimizer.adamw(
-    optimizer.schedule(
-      rl.learning_rate,
-      rl.steps * updates_a_step,
-      warmup_fraction=rl.warmup,
-    ),
+    schedule,
     weight_decay=rl.weight_decay,
     max_grad_norm=rl.max_grad_norm,
     moment_dtype=rl.moment_dtype,
@@ -247,6 +246,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   learn = learner.build(
     run.graphdef,
     adamw,
+    schedule=schedule,
     temperature=rollout.temperature,
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
     **{name: rl[name] for name in learner.SETTINGS},
@@ -255,7 +255,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
-  watch = sampler_trainer.Watch(rl.max_delta, rl.max_delta_steps)
+  watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
   # One checkpoint: parameters, optimizer, key, step, and the reward's state.
   state = training_loop.place(
@@ -375,7 +375,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         | {"time/programs": runtime.compiled()}
       )
       log.write(step, values)
-      watch.check(values["agreement/mean_abs_delta"], step)
+      watch.check(values["sampler_trainer/logprob_diff"], step)
       progress.update(tokens=got.sampled_tokens)
       leave = preemption.requested()
       if leave or step % rl.checkpoint_every == 0 or step == rl.steps:

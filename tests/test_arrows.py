@@ -11,6 +11,7 @@ ALLOWED = {
     "kernels": set(),
     "structs": set(),
     "atomic_file": set(),
+    "clock_metrics": set(),
     "hub": set(),
     "sharding": {"structs"},
     "losses": {"structs"},

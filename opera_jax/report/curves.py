@@ -2,7 +2,7 @@
 
 A stage's metrics are drawn in named charts; what no chart names gets one of its
 own, folded away, so that nothing that was logged is missing from the page. What
-depends on the clock ("time/...") is left out.
+depends on the clock is left out.
 """
 
 import fnmatch
@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opera_jax import clock_metrics
 from opera_jax.report import views
 
 # (title, unit, patterns of metric names); a metric joins the first that fits.
 CHARTS = (
-  ("Loss", "nats/token", ("pretrain/loss", "sft/loss", "*/eval_loss")),
+  ("Loss", "nats/token", ("loss", "*/loss", "*/eval_loss")),
   ("Reward, mean over samples", "", ("reward/mean", "reward/total")),
   (
     "Parts of the reward",
@@ -23,10 +24,10 @@ CHARTS = (
   ),
   ("Improving reflections a thought", "", ("reward/count*",)),
   ("log P(reference | x, z, y)", "nats/token", ("reward/score*",)),
-  ("KL to the SFT model", "nats/token", ("policy/kl",)),
-  ("Entropy", "nats/token", ("*/entropy",)),
-  ("Length", "tokens", ("length/*", "*_length*")),
-  ("Share of tokens clipped", "", ("policy/clip_*",)),
+  ("KL to the SFT model", "nats/token", ("kl",)),
+  ("Entropy", "nats/token", ("entropy", "*/entropy")),
+  ("Length", "tokens", ("completions/*_length",)),
+  ("Share of tokens clipped", "", ("clip_ratio/*",)),
   ("Held-out", "", ("held_out/*", "eval/*")),
 )
 _MAX_POINTS = 300
@@ -43,7 +44,7 @@ def charts(lines: Sequence[Mapping[str, Any]]) -> list[views.Chart]:
     Charts with at least one point, in the order of `CHARTS`, then by name.
   """
   names = sorted({name for line in lines for name in line} - {"step"})
-  names = [name for name in names if not name.startswith("time/")]
+  names = [name for name in names if not clock_metrics.depends_on_clock(name)]
   groups: dict[tuple[str, str], list[str]] = {
     (title, unit): [] for title, unit, _ in CHARTS
   }

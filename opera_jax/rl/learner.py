@@ -64,6 +64,7 @@ def build(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   *,
+  schedule: optax.Schedule | None = None,
   temperature: float,
   loss: str,
   clip_low: float,
@@ -87,6 +88,7 @@ def build(
   Args:
     graphdef: of the model.
     optimizer: an optax transformation.
+    schedule: of the optimizer's learning rate, which becomes a metric.
     temperature: at which the policy is sampled.
     loss: "clipped", "gspo" or "dpo".
     clip_low: see `losses.policy`.
@@ -117,7 +119,11 @@ def build(
   logprob_fn = view(graphdef, temperature=temperature)
   if loss == "dpo":
     update = step_lib.make_preference_update(
-      logprob_fn, optimizer, beta=beta, micro_batches=micro_batches
+      logprob_fn,
+      optimizer,
+      beta=beta,
+      micro_batches=micro_batches,
+      schedule=schedule,
     )
   else:
     update = step_lib.make_policy_update(
@@ -136,6 +142,7 @@ def build(
       reduction=reduction,
       constant=constant or None,
       micro_batches=micro_batches,
+      schedule=schedule,
     )
   tops = heads.row_top(graphdef, teacher_top_k, temperature=temperature)
   return Learner(

@@ -21,9 +21,9 @@ class Watch:
     """
     if bound < 0 or steps < 1:
       raise ValueError(
-        f"The agreement of sampler and trainer needs max_delta >= 0 and "
-        f"max_delta_steps >= 1, got {bound} and {steps}. Change "
-        "config.rl.max_delta or config.rl.max_delta_steps."
+        f"The agreement of sampler and trainer needs max_logprob_diff >= 0 and "
+        f"max_logprob_diff_steps >= 1, got {bound} and {steps}. Change "
+        "config.rl.max_logprob_diff or config.rl.max_logprob_diff_steps."
       )
     self._bound, self._steps, self._beyond = bound, steps, 0
 
@@ -37,8 +37,9 @@ class Watch:
     if self._beyond >= self._steps:
       raise FloatingPointError(
         f"Step {step}: sampler and trainer differ by {delta:.3g} nats a token "
-        f"on average, for {self._beyond} steps more than config.rl.max_delta="
-        f"{self._bound}. Take a wider config.engine.cache_dtype or "
-        "config.model.dtype, or weigh the difference with "
-        "config.rl.importance_cap=2.0, and resume from the last checkpoint."
+        f"on average, for {self._beyond} steps more than "
+        f"config.rl.max_logprob_diff={self._bound}. Take a wider "
+        "config.engine.cache_dtype or config.model.dtype, or weigh the "
+        "difference with config.rl.importance_cap=2.0, and resume from the "
+        "last checkpoint."
       )

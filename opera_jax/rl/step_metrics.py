@@ -14,7 +14,7 @@ from opera_jax.rl import score as score_lib
 OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")
 MATHS = ("verifiable", "correct", "cannot_tell", "check_failed", "undecided")
 NAMES = {
-  "thought_tokens": "length/thought",
+  "thought_tokens": "completions/mean_thought_length",
   "steps": "thought/steps",
   "reflections": "thought/reflections",
   "closed": "thought/closed",
@@ -56,13 +56,15 @@ def rl_step(
   total_BN = scored.total_BN
   out = {
     "reward/mean": total_BN.mean(),
-    "reward/std_in_group": total_BN.std(axis=1, ddof=1).mean(),
-    "reward/groups_without_spread": 1 - group_lib.has_spread(total_BN).mean(),
-    "length/completion": length_R.mean(),
-    "rollout/finished": np.mean([s.finished for s in flat]),
-    "agreement/mean_abs_delta": gap.mean(),
-    "agreement/max_abs_delta": gap.max(),
-    "rollout/truncation_gap": np.concatenate(
+    "reward/std": total_BN.std(axis=1, ddof=1).mean(),
+    "frac_reward_zero_std": 1 - group_lib.has_spread(total_BN).mean(),
+    "completions/mean_length": length_R.mean(),
+    "completions/min_length": length_R.min(),
+    "completions/max_length": length_R.max(),
+    "completions/clipped_ratio": np.mean([not s.finished for s in flat]),
+    "sampler_trainer/logprob_diff": gap.mean(),
+    "sampler_trainer/max_logprob_diff": gap.max(),
+    "sampler_trainer/truncation_diff": np.concatenate(
       [s.behavior_logprob() - s.logprob for s in flat]
     ).mean(),
     "scoring/prefix_tokens": scored.logprobs.prefix_tokens,
@@ -88,7 +90,7 @@ def rl_step(
   names = list(clock)
   for before, name in zip(names, names[1:]):
     out[name] = clock[name] - clock[before]
-  out["time/step"] = clock[names[-1]] - clock[names[0]]
-  out["time/reward_share"] = out["time/reward"] / out["time/step"]
-  out["time/tokens_per_second"] = length_R.sum() / out["time/step"]
+  out["step_time"] = clock[names[-1]] - clock[names[0]]
+  out["time/reward_fraction"] = out["time/reward"] / out["step_time"]
+  out["tokens_per_second"] = length_R.sum() / out["step_time"]
   return {name: float(value) for name, value in out.items()}

@@ -377,8 +377,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "beta": number(above=0),
     "entropy_coef": number(),
     "importance_cap": number(0),
-    "max_delta": number(0),
-    "max_delta_steps": count(),
+    "max_logprob_diff": number(0),
+    "max_logprob_diff_steps": count(),
     "max_resamples": count(0),
     "value_coef": number(0),
     "value_clip": number(above=0),
@@ -792,8 +792,9 @@ READ: dict[str, Read] = {
     "config.rl.advantage holds a rule that asks a teacher, such as "
     "distillation",
   ),
-  "rl.max_delta_steps": Read(
-    3, _rl(lambda rl: rl["max_delta"]), "config.rl.max_delta is above 0"
+  "rl.max_logprob_diff_steps": Read(
+    3, _rl(lambda rl: rl["max_logprob_diff"]),
+    "config.rl.max_logprob_diff is above 0",
   ),
   "rl.filter_reward": Read(
     "", _rl(lambda rl: rl["max_resamples"]), "config.rl.max_resamples is above "

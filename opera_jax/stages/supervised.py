@@ -177,6 +177,7 @@ def _train(
     name=stage.name,
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
+    schedule=rate,
   )
   params = training_loop_lib.fit(
     stage,

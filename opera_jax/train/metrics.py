@@ -1,8 +1,8 @@
 """Numbers of a run: JSONL, TensorBoard and a progress bar.
 
-A metric is named like "reward/mean". What depends on the clock is named
-"time/...": without those, a killed and resumed run writes the very lines of a
-straight one.
+A metric is named like "reward/mean"; docs/metrics.md lists all, beside the
+names that TRL and verl give them. `opera_jax.clock_metrics` says which of them
+differ between two equal runs.
 """
 
 import json

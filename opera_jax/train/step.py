@@ -54,6 +54,7 @@ def make_sft_update(
   constant: float | None = None,
   micro_batches: int = 1,
   state_sharding: Any = None,
+  schedule: optax.Schedule | None = None,
 ) -> Update:
   """An update that lowers cross entropy on the tokens `loss_mask` marks.
 
@@ -66,11 +67,13 @@ def make_sft_update(
     micro_batches: parts the rows are split in, one after the other.
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
+    schedule: of the optimizer's learning rate, which becomes a metric; None
+      leaves it out.
 
   Returns:
     A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
     of `state` for itself. Metrics, scalars: `<name>/loss` (nats),
-    `<name>/entropy`, `<name>/tokens`, `optim/grad_norm` (before clipping),
+    `<name>/entropy`, `<name>/tokens`, `grad_norm` (before clipping),
     `optim/update_norm`, `optim/param_norm`.
 
   Raises:
@@ -90,7 +93,13 @@ def make_sft_update(
     }
 
   return _make_update(
-    objective, optimizer, reduction, constant, micro_batches, state_sharding
+    objective,
+    optimizer,
+    reduction,
+    constant,
+    micro_batches,
+    state_sharding,
+    schedule,
   )
 
 
@@ -112,6 +121,7 @@ def make_policy_update(
   constant: float | None = None,
   micro_batches: int = 1,
   state_sharding: Any = None,
+  schedule: optax.Schedule | None = None,
 ) -> Update:
   """An update of `surrogate + kl_coef * KL(policy || reference)`, and more.
 
@@ -138,6 +148,8 @@ def make_policy_update(
     micro_batches: parts the rows are split in, one after the other.
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
+    schedule: of the optimizer's learning rate, which becomes a metric; None
+      leaves it out.
 
   Returns:
     A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
@@ -145,7 +157,7 @@ def make_policy_update(
     `loss` (the reduced total), `surrogate` (reduced), `kl`, `ratio_mean`,
     `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`,
     `ratio_bounded`, `kl_bounded` (shares of tokens), `entropy`, `tokens` (a
-    count), and `optim/grad_norm` (before clipping), `optim/update_norm`,
+    count), and `grad_norm` (before clipping), `optim/update_norm`,
     `optim/param_norm`.
 
   Raises:
@@ -180,19 +192,20 @@ def make_policy_update(
     )
     total = surrogate = reduce.weighted_sum(weight_RT, loss_RT)
     per_token = {
-      "ratio_mean": aux["ratio"],
-      "clip_low": aux["clip_low"],
-      "clip_high": aux["clip_high"],
-      "clip_dual": aux["clip_dual"],
-      "ratio_bounded": aux["ratio_bounded"],
-      "old_gap": jnp.abs(logprob_RT - batch.old_logprob),
+      "policy/ratio_mean": aux["ratio"],
+      "clip_ratio/low": aux["clip_low"],
+      "clip_ratio/high": aux["clip_high"],
+      "clip_ratio/dual": aux["clip_dual"],
+      "policy/ratio_bounded": aux["ratio_bounded"],
+      # KL(old || new) from samples of the old policy.
+      "approx_kl": kl.estimator("k3")(batch.old_logprob, logprob_RT),
       "entropy": entropy_RT,
     }
     if kl_coef:
       kl_RT = divergence(logprob_RT, batch.ref_logprob)
       total = total + kl_coef * reduce.weighted_sum(weight_RT, kl_RT)
       per_token["kl"] = kl_RT
-      per_token["kl_bounded"] = exponent.bounded(
+      per_token["policy/kl_bounded"] = exponent.bounded(
         batch.ref_logprob - logprob_RT
       )[1].astype(jnp.float32)
     if entropy_coef:
@@ -205,24 +218,30 @@ def make_policy_update(
         clip=value_clip,
       )
       total += value_coef * reduce.weighted_sum(weight_RT, critic_RT)
-      per_token["value_loss"] = critic_RT
+      per_token["policy/value_loss"] = critic_RT
     if divergence_coef:
       gap_RT = distillation.top_k_jensen_shannon(
         heads[0]["top_logprob"], batch.extra["top_logprob"]
       )
       total += divergence_coef * reduce.weighted_sum(weight_RT, gap_RT)
-      per_token["divergence"] = gap_RT
+      per_token["policy/divergence"] = gap_RT
     metrics = {
-      f"policy/{name}": reduce.weighted_sum(mean_RT, value_RT)
+      name: reduce.weighted_sum(mean_RT, value_RT)
       for name, value_RT in per_token.items()
     }
-    metrics["policy/loss"] = total
+    metrics["loss"] = total
     metrics["policy/surrogate"] = surrogate
     metrics["policy/tokens"] = jnp.sum(target_RT)
     return total, metrics
 
   return _make_update(
-    objective, optimizer, reduction, constant, micro_batches, state_sharding
+    objective,
+    optimizer,
+    reduction,
+    constant,
+    micro_batches,
+    state_sharding,
+    schedule,
   )
 
 
@@ -233,6 +252,7 @@ def make_preference_update(
   beta: float = 0.1,
   micro_batches: int = 1,
   state_sharding: Any = None,
+  schedule: optax.Schedule | None = None,
 ) -> Update:
   """An update of DPO, see `preference.dpo`.
 
@@ -245,6 +265,8 @@ def make_preference_update(
     beta: see `preference.dpo`.
     micro_batches: parts the rows are split in; must divide the pairs.
     state_sharding: see `make_policy_update`.
+    schedule: of the optimizer's learning rate, which becomes a metric; None
+      leaves it out.
 
   Returns:
     A jitted `update(state, batch) -> (state, metrics)`. Metrics: `policy/`
@@ -267,15 +289,21 @@ def make_preference_update(
     pair_P = sum(preference.paired_sums(weight_RT, weight_RT))
     total = jnp.sum(pair_P * loss_P)
     return total, {
-      "policy/loss": total,
+      "loss": total,
       "policy/margin": jnp.sum(pair_P * margin_P),
       "policy/preferred": jnp.sum(pair_P * (margin_P > 0)),
-      "policy/entropy": reduce.weighted_sum(mean_RT, entropy_RT),
+      "entropy": reduce.weighted_sum(mean_RT, entropy_RT),
       "policy/tokens": jnp.sum(weight_RT > 0),
     }
 
   return _make_update(
-    objective, optimizer, "sequence_mean", None, micro_batches, state_sharding
+    objective,
+    optimizer,
+    "sequence_mean",
+    None,
+    micro_batches,
+    state_sharding,
+    schedule,
   )
 
 
@@ -292,7 +320,8 @@ def check_finite(metrics: Metrics, step: int) -> None:
   wrong = {
     name: float(value)
     for name, value in metrics.items()
-    if name.endswith(("/loss", "_norm")) and not np.isfinite(value)
+    if name.rpartition("/")[2].endswith(("loss", "_norm"))
+    and not np.isfinite(value)
   }
   if wrong:
     listed = ", ".join(f"{name} = {value}" for name, value in wrong.items())
@@ -311,6 +340,7 @@ def _make_update(
   constant: float | None,
   micro_batches: int,
   state_sharding: Any,
+  schedule: optax.Schedule | None,
 ) -> Update:
   """Jits: weights, gradients over micro-batches, optimizer."""
 
@@ -333,9 +363,11 @@ def _make_update(
         grads, state.opt_state, state.params
       )
       params = optax.apply_updates(state.params, updates)
-    metrics["optim/grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.global_norm(grads)
     metrics["optim/update_norm"] = optax.global_norm(updates)
     metrics["optim/param_norm"] = optax.global_norm(params)
+    if schedule is not None:
+      metrics["learning_rate"] = schedule(state.step)
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state
     )

@@ -96,7 +96,7 @@ def test_one_step_of_each_method(name, stepped):
   (line,) = metrics.read(stepped / name / "rl" / "metrics.jsonl")
   done = json.loads((stepped / name / "rl" / "DONE.json").read_text())
   assert done["steps"] == 1
-  assert np.isfinite(line["policy/loss"])
+  assert np.isfinite(line["loss"])
   for part in compose.weights(config.reward.terms):
     assert f"reward/{part}" in line
   if config.rl.value_coef:

@@ -115,7 +115,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     jax.jit(lambda x: x * 3.25 + 7)(np.ones(11, np.float32))
     assert runtime.compiled() > before
   assert len(lengths) > 5
-  assert np.isfinite(metrics["policy/loss"])
+  assert np.isfinite(metrics["loss"])
   assert logprob_scorer._run._cache_size() <= logprob_scorer.programs()
   assert compiled(sampler) - earlier <= sampler.programs()
   assert update._cache_size() <= len(ROWS)

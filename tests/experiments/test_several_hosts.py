@@ -17,6 +17,7 @@ import time
 import pytest
 from conftest import ROOT
 
+from opera_jax.clock_metrics import depends_on_clock
 from opera_jax.data import storyworld, traces
 from opera_jax.sharding import exchange, last_words, runtime
 from opera_jax.train import metrics
@@ -100,7 +101,7 @@ def _finish(hosts: list) -> list[str]:
 
 def _lines(workdir, stage: str) -> list[dict]:
   return [
-    {k: v for k, v in line.items() if not k.startswith("time/")}
+    {k: v for k, v in line.items() if not depends_on_clock(k)}
     for line in metrics.read(workdir / stage / "metrics.jsonl")
   ]
 

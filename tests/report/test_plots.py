@@ -66,7 +66,7 @@ def test_strips_share_a_scale():
 
 
 LINES = [
-  {"step": 1, "reward/mean": 0.1, "reward/r_ppl": 0.5, "time/step": 2.0},
+  {"step": 1, "reward/mean": 0.1, "reward/r_ppl": 0.5, "step_time": 2.0},
   {"step": 2, "reward/mean": None, "reward/r_ppl": 0.6, "optim/x": 3.0},
   {"step": 3, "reward/mean": 0.3, "reward/r_self": 0.2, "empty": None},
 ]

@@ -10,7 +10,9 @@ def test_only_steps_in_a_row_count():
   for step, delta in enumerate([0.2, 0.05, 0.3, 0.0]):
     watch.check(delta, step)
   watch.check(0.2, 4)
-  with pytest.raises(FloatingPointError, match="Step 5.*0.3.*max_delta=0.1"):
+  with pytest.raises(
+    FloatingPointError, match="Step 5.*0.3.*max_logprob_diff=0.1"
+  ):
     watch.check(0.3, 5)
 
 
@@ -21,5 +23,5 @@ def test_no_bound_watches_nothing():
 
 @pytest.mark.parametrize("bound, steps", [(-0.1, 3), (0.1, 0)])
 def test_bad_bounds_are_refused(bound, steps):
-  with pytest.raises(ValueError, match="max_delta"):
+  with pytest.raises(ValueError, match="max_logprob_diff"):
     sampler_trainer.Watch(bound, steps)

@@ -355,15 +355,15 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
     )
 
   both = metrics([True, False], -3.0)
-  assert both["time/reward_share"] == 1.0
+  assert both["time/reward_fraction"] == 1.0
   assert both["scoring/separate_tokens"] == 20
   assert both["reward/score"] == -3.0 and both["reward/correct"] == 0.5
   shares = [both[f"reward/{name}"] for name in step_metrics.MATHS[2:]]
   assert shares == [0.5, 1.0, 0.0]
   assert both["thought/reflections"] == 0.5
-  assert both["rollout/truncation_gap"] == 0.0
+  assert both["sampler_trainer/truncation_diff"] == 0.0
   sample = dataclasses.replace(sample, truncated_logprob=np.full(2, 0.25))
-  assert metrics([True, False], -3.0)["rollout/truncation_gap"] == 0.25
+  assert metrics([True, False], -3.0)["sampler_trainer/truncation_diff"] == 0.25
   maths = metrics([False, False], None)
   assert "reward/score" not in maths and "reward/score_ema" not in maths
 

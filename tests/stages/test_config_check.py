@@ -73,7 +73,7 @@ HOSTILE = [
   ("rl.max_grad_norm", 0.0, "above 0"),
   ("rl.max_resamples", -1, "at least 0"),
   ("rl.ema", 1.0, "below 1"),
-  ("rl.max_delta_steps", 0, "at least 1"),
+  ("rl.max_logprob_diff_steps", 0, "at least 1"),
   ("rl.importance_cap", -1.0, "at least 0"),
   ("rl.checkpoint_every", 0, "at least 1"),
   ("rl.token_budget", -1, "at least 0"),
