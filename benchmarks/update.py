@@ -53,7 +53,8 @@ def batch(workload: rl_step.Workload, shared: bool):
   else:
     longest = w.prompt_tokens + w.new_tokens
     place = rl_data.whole([w.prompt_tokens] * count, sizes, (longest,))
-  return jax.device_put(rl_data.rows(place, prefixes, values, old, old))
+  rows = rl_data.rows(place, prefixes, old, old)
+  return jax.device_put(rl_data.with_advantages(rows, place, values))
 
 
 def flops(config: qwen3.Config, workload: rl_step.Workload, shared: bool):

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 with epy.lazy_imports():
   import jax
 
+  from opera_jax import structs
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
   from opera_jax.plan import memory_floor
@@ -30,6 +31,7 @@ with epy.lazy_imports():
     learner,
     rollouts,
     sampler_trainer,
+    score,
     step_metrics,
   )
   from opera_jax.run import setup, workdir
@@ -267,11 +269,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
-  step, ema, sampled = 0, None, 0
+  step, ema, total_tokens = 0, None, 0
   restored = saves.restore(state)
   if restored is not None:
     step, state, host = restored
-    ema, sampled = host["reward_ema"], host["sampled_tokens"]
+    ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
     print(f"rl: goes on after step {step}", flush=True)
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else step
@@ -289,7 +291,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     jax.set_mesh(run.mesh),
     metrics.Progress(rl.steps, "rl", done=step) as progress,
   ):
-    while step < rl.steps and not 0 < rl.token_budget <= sampled:
+    while step < rl.steps and not 0 < rl.token_budget <= total_tokens:
       seconds = {"time/start": time.monotonic()}
       policy = learn.policy(state.params)
 
@@ -298,9 +300,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # each reflective step, after the step before it, and after the whole.
       batch_indices = [order[step * batches + at] for at in range(batches)]
       try:
-        got = rollouts.collect(
-          run,
+        sampled = rollouts.collect(
+          run.engine,
+          run.scorer,
           policy,
+          run.for_rollout(policy),
           [
             ([prompts[i] for i in batch], [prompt_ids[i] for i in batch])
             for batch in batch_indices
@@ -313,14 +317,14 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         )
       except SystemExit:  # told to stop: this step is sampled again
         if step:
-          saves.save(step, state, host_state(ema, sampled))
+          saves.save(step, state, host_state(ema, total_tokens))
         raise
-      scored = got.scored
-      sampled += got.sampled_tokens
+      scored = sampled.scored
+      total_tokens += sampled.sampled_tokens
       if scored.opened_B.any() and "score" in scored.terms:
         ema = smoothing.update_ema(ema, scored.terms["score"][scored.opened_B])
-      seconds["time/rollout"] = seconds["time/start"] + got.rollout_seconds
-      seconds["time/reward"] = seconds["time/rollout"] + got.reward_seconds
+      seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds
+      seconds["time/reward"] = seconds["time/rollout"] + sampled.reward_seconds
 
       # The policy that the updates start from, and the one KL holds it to.
       old = ref = scored.logprobs
@@ -332,25 +336,20 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/reference"] = time.monotonic()
 
       # Advantages: how much better than its group, or what its tokens did.
-      rows, advantage_metrics = advantages.assign(
+      rows, advantage_metrics = packed_rows(
         run,
+        rl,
         learn,
         estimators,
-        {
+        scored,
+        old=old,
+        ref=ref,
+        params=state.params,
+        models={
           "policy": policy,
           "teacher": teacher,
           "ema": learn.mean(state.opt_state),
         },
-        state.params,
-        scored,
-        old,
-        ref,
-        kl_coef=rl.kl_coef if rl.kl_in == "reward" else 0.0,
-        kl_estimator=rl.kl_estimator,
-        importance_cap=rl.importance_cap,
-        buckets=rl.row_buckets,
-        completions_per_row=rl.completions_per_row,
-        parts=updates_a_step,
       )
       seconds["time/advantages"] = time.monotonic()
 
@@ -369,23 +368,100 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # One line of metrics, one checkpoint.
       step += 1
       values = (
-        step_metrics.rl_step(scored, got.samples, old, ema, updates, seconds)
+        step_metrics.rl_step(
+          scored, sampled.samples, old, ema, updates, seconds
+        )
         | advantage_metrics
-        | got.metrics()
+        | sampled.metrics()
         | {"time/programs": runtime.compiled()}
       )
       log.write(step, values)
       watch.check(values["sampler_trainer/logprob_diff"], step)
-      progress.update(tokens=got.sampled_tokens)
+      progress.update(tokens=sampled.sampled_tokens)
       leave = preemption.requested()
       if leave or step % rl.checkpoint_every == 0 or step == rl.steps:
-        saves.save(step, state, host_state(ema, sampled))
+        saves.save(step, state, host_state(ema, total_tokens))
       if leave:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
   model = run.save("rl", learn.policy(state.params))
   return {"steps": step, "dropped": run.dropped, "model": model}
+
+
+def packed_rows(
+  run: "setup.Run",
+  rl,
+  learn: "learner.Learner",
+  estimators: "advantages.WeightedEstimators",
+  scored: "score.Scored",
+  *,
+  old: "structs.Logprobs",
+  ref: "structs.Logprobs",
+  params,
+  models,
+) -> "tuple[structs.Batch, dict[str, float]]":
+  """The packed rows of a step's updates, and metrics of their advantages.
+
+  Args:
+    run: engine and mesh.
+    rl: `config.rl`.
+    learn: the update's critic and teacher, where it has them.
+    estimators: of the advantages.
+    scored: completions and their rewards.
+    old: of prompt + completion, under the policy that the updates start from.
+    ref: the same under the reference policy.
+    params: what the update changes; a critic's are among them.
+    models: parameters of "policy", "teacher" and "ema".
+  """
+  completions = scored.rollouts.completions
+  mini_batches = rl.prompts // rl.mini_batch
+  old, ref = scored.of_completions(old), scored.of_completions(ref)
+  # Where each completion's tokens stand in the packed rows.
+  sizes = scored.completion_sizes()
+  placement = rl_data.place(
+    [len(prefix) - size for prefix, size in zip(scored.prefixes, sizes)],
+    sizes,
+    rl.row_buckets,
+    completions_per_row=rl.completions_per_row,
+    padded_prompt=max(map(run.engine.bucket, scored.rollouts.prompt_ids)),
+  )
+  rows = rl_data.rows(placement, scored.prefixes, old, ref)
+  # Advantages of every token, from rewards, KL and a critic's values.
+  value = learn.critic_values(
+    params, rows, placement, mesh=run.mesh, mini_batches=mini_batches
+  )
+  estimate = estimators.estimate(
+    models,
+    scored,
+    old,
+    penalty=advantages.kl_penalties(
+      old,
+      ref,
+      coef=rl.kl_coef if rl.kl_in == "reward" else 0.0,
+      estimator=rl.kl_estimator,
+    ),
+    value=value,
+  )
+  # Corrected for what the sampler did, as far as the cap lets it.
+  weighted = advantages.importance_weighted(
+    estimate.advantage, old, completions, rl.importance_cap
+  )
+  extra = learn.extra_targets(
+    placement,
+    scored.rollouts,
+    value=value,
+    returns=estimate.returns,
+    requests=estimate.requests,
+    models=models,
+    buckets=rl.row_buckets,
+    mesh=run.mesh,
+    mini_batches=mini_batches,
+  )
+  rows = rl_data.with_advantages(rows, placement, weighted, extra)
+  if learn.pairs:
+    rows = rl_data.pairs(rows, scored.rollouts.samples, mini_batches)
+  return rows, {k: float(v) for k, v in estimate.metrics.items()}
 
 
 def host_state(ema: float | None, sampled: int) -> dict:

@@ -6,12 +6,27 @@ import pytest
 from conftest import ROOT
 
 KERNEL_APIS = "kernels.api"
+RL = {
+  "rollout",
+  "scoring",
+  "rewards",
+  "advantages",
+  "losses",
+  "train",
+  "data",
+  "text",
+  "sharding",
+  "structs",
+}
+RUN = RL | {"rl", "models", "synthesis", "atomic_file", "file_lock", "hub"}
+STAGES = RUN | {"run", "evals", "report"}
 ALLOWED = {
     "configs": set(),
     "kernels": set(),
     "structs": set(),
     "atomic_file": set(),
     "clock_metrics": set(),
+    "file_lock": {"sharding"},
     "hub": set(),
     "sharding": {"structs"},
     "losses": {"structs"},
@@ -28,23 +43,19 @@ ALLOWED = {
         "rollout", "scoring", "rewards", "data", "text", "structs", "hub",
     },
     "evals": {"rollout", "scoring", "rewards", "data", "text", "structs"},
-    "train": {"losses", "sharding", "structs", "atomic_file"},
-    "report": {"structs", "atomic_file", "evals"},
-    "stages": {
-        "structs", "atomic_file", "sharding", "models", "text", "data",
-        "rollout", "scoring", "rewards", "advantages", "losses", "synthesis",
-        "train", "evals", "report",
+    "train": {
+        "losses", "sharding", "structs", "atomic_file", "clock_metrics",
+        "file_lock",
     },
+    "report": {"structs", "atomic_file", "clock_metrics", "evals"},
+    "rl": RL,
+    "run": RUN,
+    "stages": STAGES,
     "plan": {
-        "structs", "sharding", "models", "rollout", "scoring", "train",
-        "stages",
+        "structs", "sharding", "models", "rollout", "scoring", "train", "rl",
+        "run",
     },
-    "experiments": {
-        "structs", "atomic_file", "sharding", "models", "text", "data",
-        "rollout", "scoring", "rewards", "advantages", "losses", "synthesis",
-        "train", "evals", "report",
-        "stages", "plan",
-    },
+    "experiments": STAGES | {"stages", "plan"},
 }  # fmt: skip
 
 

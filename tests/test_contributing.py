@@ -62,13 +62,13 @@ def test_one_file_and_one_line_are_enough(added):
 
   scored = score.Scored(total, parts, [], None, None, None, None, 0, rollouts)
   estimators = advantages.WeightedEstimators(FLAGS["rl.advantage"], {}, None)
-  outcome = estimators.advantages(
+  outcome = estimators.estimate(
     {},
     scored,
     [s.logprob for s in samples],
     penalty=[np.zeros(4), np.zeros(3)],
   )
-  better, worse = outcome.advantages.advantage
+  better, worse = outcome.advantage
   half = 2**-0.5
   np.testing.assert_allclose(better, half * np.asarray([1.5, 1.5, 1, 1]), 1e-4)
   np.testing.assert_allclose(worse, -half * np.asarray([1.5, 1.5, 1]), 1e-4)

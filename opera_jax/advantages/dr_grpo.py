@@ -24,4 +24,4 @@ class AdvantageEstimator:
   ) -> inputs_lib.Advantages:
     """One advantage a sequence."""
     advantage_BN = group.dr_grpo(inputs.returns())
-    return inputs_lib.Advantages(inputs.spread(advantage_BN))
+    return inputs_lib.Advantages(inputs.broadcast(advantage_BN))

@@ -37,4 +37,4 @@ class AdvantageEstimator:
     advantage_BN = group.grpo(
       inputs.returns(), epsilon=self.epsilon, ddof=self.ddof
     )
-    return inputs_lib.Advantages(inputs.spread(advantage_BN))
+    return inputs_lib.Advantages(inputs.broadcast(advantage_BN))

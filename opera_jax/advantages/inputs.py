@@ -65,8 +65,8 @@ class AdvantageInputs:
     taken_R = np.asarray([p.sum() for p in self.penalty], np.float32)
     return self.reward_BN - taken_R.reshape(self.reward_BN.shape)
 
-  def spread(self, advantage_BN: np.ndarray) -> list[np.ndarray]:
-    """One number a sequence put on each of its tokens, [R] of [C_r]."""
+  def broadcast(self, advantage_BN: np.ndarray) -> list[np.ndarray]:
+    """One number a sequence, repeated on each of its tokens, [R] of [C_r]."""
     return [
       np.full(len(tokens), a, np.float32)
       for a, tokens in zip(np.asarray(advantage_BN).reshape(-1), self.logprob)

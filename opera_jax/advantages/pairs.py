@@ -32,4 +32,4 @@ class AdvantageEstimator:
     side_BN[prompts, reward_BN.argmax(axis=1)] = 1
     side_BN[prompts, reward_BN.argmin(axis=1)] = -1
     side_BN[~np.asarray(group.has_spread(reward_BN))] = 0
-    return inputs_lib.Advantages(inputs.spread(side_BN))
+    return inputs_lib.Advantages(inputs.broadcast(side_BN))

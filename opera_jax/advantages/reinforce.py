@@ -41,4 +41,4 @@ class AdvantageEstimator:
     if self.baseline == "batch" and return_BN.size > 1:
       others_BN = (return_BN.sum() - return_BN) / (return_BN.size - 1)
       return_BN = return_BN - others_BN
-    return inputs_lib.Advantages(inputs.spread(return_BN))
+    return inputs_lib.Advantages(inputs.broadcast(return_BN))

@@ -5,7 +5,7 @@ completions that share it, G tokens of each.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from opera_jax.data import batching
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Placement:
   """Where the completions of a step stand in the rows of its update.
 
   Attributes:
@@ -34,8 +34,8 @@ class Layout:
   prefix: int = 0
   continuations: int = 0
 
-  def spread(self, values: Sequence[np.ndarray]) -> np.ndarray:
-    """Values of completion tokens put at their places, 0 elsewhere.
+  def scatter(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Puts values of completion tokens at their places, and 0 elsewhere.
 
     Args:
       values: [size, ...] of each completion.
@@ -48,8 +48,8 @@ class Layout:
       out[place] = value
     return out
 
-  def cut(self, array: np.ndarray) -> list[np.ndarray]:
-    """Undoes `spread`: [size, ...] of each completion."""
+  def gather(self, array: np.ndarray) -> list[np.ndarray]:
+    """Undoes `scatter`: [size, ...] of each completion."""
     return [array[place] for place in self._places()]
 
   def _places(self):
@@ -57,9 +57,35 @@ class Layout:
       yield row, slice(begin, begin + size)
 
 
+def place(
+  prompt_lengths: Sequence[int],
+  sizes: Sequence[int],
+  buckets: Sequence[int],
+  *,
+  completions_per_row: int,
+  padded_prompt: int,
+) -> Placement:
+  """Where the completions of a step stand: alone in a row, or several.
+
+  Args:
+    prompt_lengths: [R] prompt tokens before each completion.
+    sizes: [R] tokens of each completion, prompt-major.
+    buckets: allowed lengths of a row, or of a completion where several share a
+      row.
+    completions_per_row: 1 gives each completion a row with its own prompt.
+    padded_prompt: P, padded tokens of a prompt that several share.
+
+  Raises:
+    ValueError: a row or completion longer than the largest bucket.
+  """
+  if completions_per_row > 1:
+    return shared(sizes, completions_per_row, padded_prompt, buckets)
+  return whole(prompt_lengths, sizes, buckets)
+
+
 def whole(
   begins: Sequence[int], sizes: Sequence[int], buckets: Sequence[int]
-) -> Layout:
+) -> Placement:
   """A row a completion: its prompt, then itself.
 
   Args:
@@ -72,7 +98,7 @@ def whole(
   """
   begin, size = np.asarray(begins), np.asarray(sizes)
   length = batching.bucket(int((begin + size).max()), buckets)
-  return Layout(np.arange(len(size)), begin, size, (len(size), length))
+  return Placement(np.arange(len(size)), begin, size, (len(size), length))
 
 
 def shared(
@@ -80,7 +106,7 @@ def shared(
   completions_per_row: int,
   prefix: int,
   buckets: Sequence[int],
-) -> Layout:
+) -> Placement:
   """A row for every `completions_per_row` completions of a prompt, behind one
   copy of it.
 
@@ -101,47 +127,45 @@ def shared(
     len(size) // completions_per_row,
     prefix + completions_per_row * length,
   )
-  return Layout(
+  return Placement(
     row, prefix + slot * length, size, shape, prefix, completions_per_row
   )
 
 
 def rows(
-  layout: Layout,
+  placement: Placement,
   prefixes: Sequence[np.ndarray],
-  advantages: Sequence[np.ndarray],
   old_logprob: Sequence[np.ndarray],
   ref_logprob: Sequence[np.ndarray],
 ) -> structs.Batch:
-  """Puts completions where `layout` says; their tokens are the targets.
+  """Puts completions where `placement` says; their tokens are the targets.
 
   Args:
-    layout: of the completions.
+    placement: of the completions.
     prefixes: int32, prompt + completion.
-    advantages: float32 [size] of each, one a completion token.
     old_logprob: float32 [size] of each under the policy that the updates start
       from.
     ref_logprob: float32 [size] under the reference policy.
 
   Returns:
-    A host batch.
+    A host batch whose advantages are 0; see `with_advantages`.
   """
-  tokens = np.zeros(layout.shape, np.int32)
-  segments = np.zeros(layout.shape, np.int32)
-  positions = np.zeros(layout.shape, np.int32)
-  if not layout.continuations:
-    positions[:] = np.arange(layout.shape[1])
+  tokens = np.zeros(placement.shape, np.int32)
+  segments = np.zeros(placement.shape, np.int32)
+  positions = np.zeros(placement.shape, np.int32)
+  if not placement.continuations:
+    positions[:] = np.arange(placement.shape[1])
   for r, (row, begin, size) in enumerate(
-    zip(layout.row, layout.begin, layout.size)
+    zip(placement.row, placement.begin, placement.size)
   ):
     prompt = len(prefixes[r]) - size
     tokens[row, :prompt] = prefixes[r][:prompt]
     tokens[row, begin : begin + size] = prefixes[r][prompt:]
     segments[row, :prompt] = 1
-    if layout.continuations:
+    if placement.continuations:
       P, G = (
-        layout.prefix,
-        (layout.shape[1] - layout.prefix) // layout.continuations,
+        placement.prefix,
+        (placement.shape[1] - placement.prefix) // placement.continuations,
       )
       positions[row, :P] = np.arange(P)
       positions[row, begin : begin + G] = prompt + np.arange(G)
@@ -152,12 +176,33 @@ def rows(
     tokens=tokens,
     positions=positions,
     segments=segments,
-    loss_mask=layout.spread([np.ones(s, np.float32) for s in layout.size]),
-    advantage=layout.spread(advantages),
-    old_logprob=layout.spread(old_logprob),
-    ref_logprob=layout.spread(ref_logprob),
-    prefix=layout.prefix,
-    continuations=layout.continuations,
+    loss_mask=placement.scatter(
+      [np.ones(s, np.float32) for s in placement.size]
+    ),
+    advantage=np.zeros(placement.shape, np.float32),
+    old_logprob=placement.scatter(old_logprob),
+    ref_logprob=placement.scatter(ref_logprob),
+    prefix=placement.prefix,
+    continuations=placement.continuations,
+  )
+
+
+def with_advantages(
+  batch: structs.Batch,
+  placement: Placement,
+  advantages: Sequence[np.ndarray],
+  extra: Mapping[str, np.ndarray] | None = None,
+) -> structs.Batch:
+  """The rows with an advantage at every completion token.
+
+  Args:
+    batch: of `rows`.
+    placement: of the completions.
+    advantages: float32 [size] of each completion.
+    extra: what else the loss reads, [*shape, ...] by name.
+  """
+  return batch.replace(
+    advantage=placement.scatter(advantages), extra=dict(extra or {})
   )
 
 

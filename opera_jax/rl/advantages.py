@@ -1,4 +1,4 @@
-"""Rewards to advantages, by the rules that a config names.
+"""Rewards to advantages, by the estimators that a config names.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows.
 """
@@ -12,26 +12,23 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.advantages import inputs as inputs_lib
-from opera_jax.data import rl as rl_data
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
 from opera_jax.rewards import compose
-from opera_jax.rl import learner as learner_lib
 from opera_jax.rl import score as score_lib
-from opera_jax.run import setup as setup_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.scoring import packing as packing_lib
 
 _PACKAGE, _CLASS = "opera_jax.advantages", "AdvantageEstimator"
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-  """Advantages of a step, and what they took."""
+class Estimate:
+  """Advantages of a step, and what was scored to get them."""
 
-  advantages: inputs_lib.Advantages
-  scoring_requests: Mapping[str, inputs_lib.ScoringRequest]  # what was scored
-  tokens: int  # scored for it
+  advantage: Sequence[np.ndarray]  # [R] of float32 [C_r]
+  returns: Sequence[np.ndarray] | None  # a critic's targets, [R] of [C_r]
+  requests: Mapping[str, inputs_lib.ScoringRequest]  # by name
+  metrics: Mapping[str, float]
 
 
 class WeightedEstimators:
@@ -57,7 +54,7 @@ class WeightedEstimators:
     self._rules = build(rules, options)
     self._logprob_scorer = logprob_scorer
 
-  def advantages(
+  def estimate(
     self,
     models: Mapping[str, Any],
     scored: score_lib.Scored,
@@ -65,7 +62,7 @@ class WeightedEstimators:
     *,
     penalty: Sequence[np.ndarray],
     value: Sequence[np.ndarray] | None = None,
-  ) -> Outcome:
+  ) -> Estimate:
     """Advantages of every token of a step's completions.
 
     Args:
@@ -109,140 +106,13 @@ class WeightedEstimators:
         value=value,
       )
       by_name[name] = (self._weights[name], rule.advantages(inputs))
-    return Outcome(inputs_lib.combine(by_name), requests, tokens)
-
-
-def assign(
-  run: setup_lib.Run,
-  learn: learner_lib.Learner,
-  estimators: WeightedEstimators,
-  models: Mapping[str, Any],
-  params: Any,
-  scored: score_lib.Scored,
-  old: structs.Logprobs,
-  ref: structs.Logprobs,
-  *,
-  kl_coef: float,
-  kl_estimator: str,
-  importance_cap: float,
-  buckets: Sequence[int],
-  completions_per_row: int,
-  parts: int,
-) -> tuple[structs.Batch, dict[str, float]]:
-  """The rows of a step's updates, with every token's advantage.
-
-  Args:
-    run: the run.
-    learn: what the update needs besides advantages.
-    estimators: its rules.
-    models: see `WeightedEstimators.advantages`.
-    params: what the update changes; a critic's are among them.
-    scored: the samples.
-    old: scores of their rows under the policy before the update.
-    ref: the same under the reference policy.
-    kl_coef: weight of KL taken off the reward.
-    kl_estimator: see `losses.kl`.
-    importance_cap: see `policy.truncated_weight`; 0 weighs nothing.
-    buckets: allowed lengths of rows, or of completions that share a prompt.
-    completions_per_row: completions of a prompt that one row holds; 1 gives
-      each a row.
-    parts: mini-batches of the step.
-
-  Returns:
-    The host batch, and metrics.
-  """
-  rollouts, prefixes = scored.rollouts, scored.prefixes
-  sizes = [len(s.tokens) for s in rollouts.completions]
-  begins = [len(prefix) - size for prefix, size in zip(prefixes, sizes)]
-  if completions_per_row > 1:
-    longest = max(map(run.engine.bucket, rollouts.prompt_ids))
-    place = rl_data.shared(sizes, completions_per_row, longest, buckets)
-  else:
-    place = rl_data.whole(begins, sizes, buckets)
-
-  def own(rows):
-    return [row[begin:] for row, begin in zip(rows, begins)]
-
-  old_logprob, ref_logprob = own(old.prefix_logprob), own(ref.prefix_logprob)
-  rows = rl_data.rows(
-    place,
-    prefixes,
-    [np.zeros(size, np.float32) for size in sizes],
-    old_logprob,
-    ref_logprob,
-  )
-  extra, value = {}, None
-  if learn.values is not None:
-    extra["value"] = learner_lib.by_parts(
-      run, learn.values, params, rows, parts
+    combined = inputs_lib.combine(by_name)
+    return Estimate(
+      advantage=combined.advantage,
+      returns=combined.returns,
+      requests=requests,
+      metrics={**combined.metrics, "scoring/advantage_tokens": tokens},
     )
-    value = place.cut(extra["value"])
-  outcome = estimators.advantages(
-    models,
-    scored,
-    old_logprob,
-    penalty=penalties(
-      old_logprob, ref_logprob, coef=kl_coef, estimator=kl_estimator
-    ),
-    value=value,
-  )
-  advantage = importance_weighted(
-    outcome.advantages.advantage,
-    old_logprob,
-    rollouts.completions,
-    importance_cap,
-  )
-  if learn.values is not None:
-    if outcome.advantages.returns is None:
-      raise ValueError(
-        "config.rl.value_coef trains a critic, and no advantage estimator "
-        "gives it targets. Add gae to config.rl.advantage, or set it to 0."
-      )
-    extra["returns"] = place.spread(outcome.advantages.returns)
-  metrics = {
-    **outcome.advantages.metrics,
-    "scoring/advantage_tokens": outcome.tokens,
-  }
-  if learn.top is not None:
-    top_ids, top_logprob = _teacher_tops(
-      run, learn, outcome, models, rollouts, buckets, parts
-    )
-    extra["top_ids"] = place.spread(top_ids)
-    extra["top_logprob"] = place.spread(top_logprob)
-  rows = rows.replace(advantage=place.spread(advantage), extra=extra)
-  if learn.pairs:
-    rows = rl_data.pairs(rows, rollouts.samples, parts)
-  return rows, {name: float(value) for name, value in metrics.items()}
-
-
-def _teacher_tops(run, learn, outcome, models, rollouts, buckets, parts):
-  """The likeliest tokens of the teacher in its own context, [R] of [C_r, K]."""
-  request = outcome.scoring_requests.get("teacher")
-  if request is None:
-    raise ValueError(
-      "config.rl.divergence_coef needs an advantage estimator with a teacher. "
-      "Add "
-      '"0*sdpo" or "0*distillation" to config.rl.advantage.'
-    )
-  prefixes = rollouts.after(request.turns)
-  longest = max(map(len, prefixes))
-  zeros = [np.zeros(len(prefix), np.float32) for prefix in prefixes]
-  place = rl_data.whole(
-    [0] * len(prefixes),
-    list(map(len, prefixes)),
-    (packing_lib.bucket(longest, buckets),),
-  )
-  batch = rl_data.rows(place, prefixes, zeros, zeros, zeros)
-  tops = learner_lib.by_parts(
-    run, learn.top, models[request.model], batch, parts
-  )
-  return tuple(
-    [
-      row[len(prefix) - len(s.tokens) : len(prefix)]
-      for row, prefix, s in zip(top, prefixes, rollouts.completions)
-    ]
-    for top in tops
-  )
 
 
 def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
@@ -277,7 +147,7 @@ def importance_weighted(
   ]
 
 
-def penalties(
+def kl_penalties(
   old: Sequence[np.ndarray],
   ref: Sequence[np.ndarray],
   *,

@@ -1,7 +1,7 @@
 """The update of an RL step by the names in a config: loss, critic, teacher."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,10 @@ import optax
 from flax import nnx
 
 from opera_jax import structs
+from opera_jax.advantages import inputs as inputs_lib
 from opera_jax.data import rl as rl_data
 from opera_jax.losses import policy as policy_loss
-from opera_jax.run import setup as setup_lib
-from opera_jax.scoring import heads, logprob_scorer
+from opera_jax.scoring import heads, logprob_scorer, packing
 from opera_jax.sharding import layout
 from opera_jax.train import ema as ema_lib
 from opera_jax.train import step as step_lib
@@ -43,7 +43,9 @@ class Learner:
   pairs: bool  # rows are better samples first, then worse ones
   averaged: bool  # the optimizer keeps a moving mean
   values: Callable[[Any, structs.Batch], jax.Array] | None
-  top: Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]] | None
+  teacher_top: (
+    Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]] | None
+  )
 
   def initial(self, params: Any, hidden: int) -> Any:
     """What the update changes, from the policy's parameters."""
@@ -58,6 +60,124 @@ class Learner:
   def mean(self, opt_state: Any) -> Any:
     """The moving mean of the policy's parameters; None where none is kept."""
     return self.policy(opt_state.mean) if self.averaged else None
+
+  def critic_values(
+    self,
+    params: Any,
+    rows: structs.Batch,
+    placement: rl_data.Placement,
+    *,
+    mesh: jax.sharding.Mesh,
+    mini_batches: int,
+  ) -> list[np.ndarray] | None:
+    """The critic's value before each completion token; None without a critic.
+
+    Args:
+      params: what the update changes; the critic's are among them.
+      rows: of the step.
+      placement: of the completions in them.
+      mesh: over which rows are split.
+      mini_batches: of a step, scored one after the other.
+
+    Returns:
+      [R] of float32 [C_r].
+    """
+    if self.values is None:
+      return None
+    value_RT = _by_mini_batch(self.values, params, rows, mesh, mini_batches)
+    return placement.gather(value_RT)
+
+  def extra_targets(
+    self,
+    placement: rl_data.Placement,
+    rollouts: structs.Rollouts,
+    *,
+    value: Sequence[np.ndarray] | None,
+    returns: Sequence[np.ndarray] | None,
+    requests: Mapping[str, inputs_lib.ScoringRequest],
+    models: Mapping[str, Any],
+    buckets: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    mini_batches: int,
+  ) -> dict[str, np.ndarray]:
+    """What the loss reads besides advantages, [rows, T, ...] by name.
+
+    Args:
+      placement: of the completions in the rows.
+      rollouts: the step's.
+      value: of `critic_values`.
+      returns: what a critic should predict, [R] of [C_r].
+      requests: what the advantage estimators had scored, by name.
+      models: parameters by name of a request's model.
+      buckets: allowed lengths of a teacher's rows.
+      mesh: over which rows are split.
+      mini_batches: of a step.
+
+    Returns:
+      "value" and "returns" for a critic; "top_ids" and "top_logprob" for the
+      divergence from a teacher.
+
+    Raises:
+      ValueError: a critic without targets, or a divergence without a teacher.
+    """
+    extra = {}
+    if value is not None:
+      if returns is None:
+        raise ValueError(
+          "config.rl.value_coef trains a critic, and no advantage estimator "
+          "gives it targets. Add gae to config.rl.advantage, or set it to 0."
+        )
+      extra = {
+        "value": placement.scatter(value),
+        "returns": placement.scatter(returns),
+      }
+    if self.teacher_top is not None:
+      request = requests.get("teacher")
+      if request is None:
+        raise ValueError(
+          "config.rl.divergence_coef needs an advantage estimator with a "
+          'teacher. Add "0*sdpo" or "0*distillation" to config.rl.advantage.'
+        )
+      top_ids, top_logprob = self._teacher_top_tokens(
+        rollouts.after(request.turns),
+        [len(s.tokens) for s in rollouts.completions],
+        models[request.model],
+        buckets,
+        mesh,
+        mini_batches,
+      )
+      extra["top_ids"] = placement.scatter(top_ids)
+      extra["top_logprob"] = placement.scatter(top_logprob)
+    return extra
+
+  def _teacher_top_tokens(
+    self,
+    prefixes: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    params: Any,
+    buckets: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    mini_batches: int,
+  ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The teacher's likeliest tokens in its own context, [R] of [C_r, K]."""
+    lengths = [len(prefix) for prefix in prefixes]
+    zeros = [np.zeros(length, np.float32) for length in lengths]
+    placement = rl_data.whole(
+      [0] * len(prefixes),
+      lengths,
+      (packing.bucket(max(lengths), buckets),),
+    )
+    batch = rl_data.rows(placement, prefixes, zeros, zeros)
+    top_ids, top_logprob = (
+      [
+        row[length - size : length]
+        for row, length, size in zip(top, lengths, sizes)
+      ]
+      for top in _by_mini_batch(
+        self.teacher_top, params, batch, mesh, mini_batches
+      )
+    )
+    return top_ids, top_logprob
 
 
 def build(
@@ -154,7 +274,7 @@ def build(
     values=jax.jit(lambda params, batch: logprob_fn(params, batch)[2]["value"])
     if value_coef > 0
     else None,
-    top=jax.jit(tops) if divergence_coef > 0 else None,
+    teacher_top=jax.jit(tops) if divergence_coef > 0 else None,
   )
 
 
@@ -169,16 +289,16 @@ def programs(
   )
 
 
-def by_parts(
-  run: setup_lib.Run,
+def _by_mini_batch(
   fn: Callable[[Any, structs.Batch], Any],
   params: Any,
   batch: structs.Batch,
-  parts: int,
+  mesh: jax.sharding.Mesh,
+  count: int,
 ) -> Any:
   """`fn` of a host batch, mini-batch by mini-batch; host arrays, joined."""
   outs = [
-    layout.to_host(fn(params, layout.to_devices(part, layout.rows(run.mesh))))
-    for part in rl_data.mini_batches(batch, parts)
+    layout.to_host(fn(params, layout.to_devices(part, layout.rows(mesh))))
+    for part in rl_data.mini_batches(batch, count)
   ]
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outs)

@@ -21,8 +21,8 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.advantages import group as group_lib
 from opera_jax.rl import score as score_lib
+from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
-from opera_jax.run import setup as setup_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class Collected:
 
 
 def collect(
-  run: setup_lib.Run,
+  engine: engine_lib.Engine,
+  scorer: score_lib.Scorer,
   params: Any,
+  rollout_params: Any,
   batches: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
   settings: sampling.Sampling,
   key: jax.Array,
@@ -58,8 +60,10 @@ def collect(
   """Samples and scores a batch of prompts; and others, if asked for.
 
   Args:
-    run: engine and scorer.
-    params: the policy before this step's update, TRAIN layout.
+    engine: samples.
+    scorer: gives rewards.
+    params: the policy before this step's update, in the TRAIN layout.
+    rollout_params: the same in the ROLLOUT layout.
     batches: prompts and their tokens, all batches of one size; where there is
       one alone, all its groups are kept.
     settings: how to sample.
@@ -80,8 +84,8 @@ def collect(
   tokens, spent, wanted, found = 0, [0.0, 0.0], 0, 0
   for at, (batch, ids) in enumerate(batches):
     begin = time.monotonic()
-    groups = run.engine.sample(
-      run.for_rollout(params),
+    groups = engine.sample(
+      rollout_params,
       ids,
       settings,
       key if at == 0 else jax.random.fold_in(key, at),
@@ -90,7 +94,7 @@ def collect(
       advance=advance,
     )
     sampled = time.monotonic()
-    scored = run.scorer.score(params, batch, ids, groups, advance=advance)
+    scored = scorer.score(params, batch, ids, groups, advance=advance)
     spent[0] += sampled - begin
     spent[1] += time.monotonic() - sampled
     tokens += sum(len(s.tokens) for group in groups for s in group)

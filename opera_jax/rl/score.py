@@ -37,8 +37,23 @@ class Scored:
   separate_tokens: int  # what one row for each prefix of every step would cost
   rollouts: structs.Rollouts
 
+  def completion_sizes(self) -> list[int]:
+    """Tokens of each completion, [R]."""
+    return [len(s.tokens) for s in self.rollouts.completions]
 
-# Arguments of `terms` that are fields of config.reward.
+  def of_completions(self, logprobs: structs.Logprobs) -> list[np.ndarray]:
+    """The log-probabilities of the completions' tokens alone, [R] of [C_r].
+
+    Args:
+      logprobs: of prompt + completion, one prefix a completion.
+    """
+    return [
+      row[len(row) - size :]
+      for row, size in zip(logprobs.prefix_logprob, self.completion_sizes())
+    ]
+
+
+# Arguments of `build_rewards` that are fields of config.reward.
 OF_TERMS = (
   *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
   *("compare", "bridge", "match", "math_check"),

@@ -11,9 +11,8 @@ import pathlib
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from opera_jax import atomic_file
+from opera_jax import atomic_file, file_lock
 from opera_jax.data import traces
-from opera_jax.run import file_lock
 
 _POLL = 1.0  # seconds between two looks at what others work on
 

@@ -16,8 +16,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from opera_jax import atomic_file
-from opera_jax.run import file_lock
+from opera_jax import atomic_file, file_lock
 from opera_jax.sharding import exchange, runtime
 from opera_jax.train import checkpoint
 

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from opera_jax.run import file_lock
+from opera_jax import file_lock
 from opera_jax.sharding import exchange, runtime
 
 _FILES = "FILES.json"

@@ -14,7 +14,8 @@ def _rows(advantages, begins=(2, 3, 2, 1)):
   ]
   half = [np.full(size, -0.5, np.float32) for size in sizes]
   place = rl.whole(begins, sizes, (8,))
-  return rl.rows(place, prefixes, advantages, half, half)
+  rows = rl.rows(place, prefixes, half, half)
+  return rl.with_advantages(rows, place, advantages)
 
 
 def _advantages(*values):
@@ -28,13 +29,13 @@ def test_advantages_stand_on_completion_tokens():
   assert batch.extra == {}
 
 
-def test_spread_takes_further_axes():
+def test_scatter_takes_further_axes():
   place = rl.whole([1, 0], [2, 1], (4,))
   values = [np.ones((2, 3)), np.ones((1, 3))]
-  got = place.spread(values)
+  got = place.scatter(values)
   assert got.shape == (2, 4, 3)
   np.testing.assert_array_equal(got[:, :, 0], [[0, 1, 1, 0], [1, 0, 0, 0]])
-  for own, value in zip(place.cut(got), values, strict=True):
+  for own, value in zip(place.gather(got), values, strict=True):
     np.testing.assert_array_equal(own, value)
 
 
@@ -47,7 +48,9 @@ def test_samples_share_a_prompt():
   sizes = [1, 2, 1, 3]
   place = rl.shared(sizes, 2, 4, (3, 8))
   advantages = [np.full(n, n, np.float32) for n in sizes]
-  batch = rl.rows(place, prefixes, advantages, advantages, advantages)
+  batch = rl.rows(place, prefixes, advantages, advantages)
+  assert not batch.advantage.any()
+  batch = rl.with_advantages(batch, place, advantages)
   assert (batch.prefix, batch.continuations) == (4, 2)
   np.testing.assert_array_equal(
     batch.tokens,

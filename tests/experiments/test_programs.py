@@ -79,12 +79,11 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     begins = [len(p) for p in prompts for _ in range(SAMPLES)]
     sizes = [len(s.tokens) for group in groups for s in group]
     own = [row[b:] for row, b in zip(logprobs.prefix_logprob, begins)]
-    batch = rl_data.rows(
-      rl_data.whole(begins, sizes, ROWS),
-      prefixes,
+    placement = rl_data.whole(begins, sizes, ROWS)
+    batch = rl_data.with_advantages(
+      rl_data.rows(placement, prefixes, own, own),
+      placement,
       [np.full(size, draw.normal(), np.float32) for size in sizes],
-      own,
-      own,
     )
     placed = layout.to_devices(batch, layout.rows(one_device))
     state, metrics = update(state, placed)

@@ -44,9 +44,9 @@ def test_success_is_correctness_of_maths_and_else_the_reward():
 def test_penalties_are_weighed_estimates_of_each_token(name):
   rng = np.random.default_rng(0)
   old, ref = rng.normal(-1, 0.2, (2, 2, 3)).astype(np.float32)
-  got = advantages.penalties(list(old), list(ref), coef=0.5, estimator=name)
+  got = advantages.kl_penalties(list(old), list(ref), coef=0.5, estimator=name)
   np.testing.assert_allclose(got, 0.5 * getattr(kl, name)(old, ref), rtol=1e-5)
-  none = advantages.penalties(list(old), list(ref), coef=0.0, estimator=name)
+  none = advantages.kl_penalties(list(old), list(ref), coef=0.0, estimator=name)
   assert not np.any(none)
 
 
@@ -55,7 +55,7 @@ def test_a_model_that_the_run_lacks_is_refused():
     "sdpo", {"sdpo": {"threshold": 0.2}}, None
   )
   with pytest.raises(ValueError, match="config.rl.ema"):
-    estimators.advantages({"ema": None}, _scored({}), [], penalty=[])
+    estimators.estimate({"ema": None}, _scored({}), [], penalty=[])
 
 
 @pytest.mark.parametrize(

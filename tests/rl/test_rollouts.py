@@ -1,7 +1,5 @@
 """Dynamic sampling keeps exactly the groups with spread, within its bound."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -62,17 +60,7 @@ class _Scorer:
     )
 
 
-@dataclasses.dataclass
-class _Fake:
-  engine: _Engine
-  scorer: _Scorer
-
-  def for_rollout(self, params):
-    return params
-
-
 def _collect(*batches, **settings):
-  run = _Fake(_Engine(), _Scorer())
   prompts = [
     (
       [structs.Prompt(i, "math", i, "1") for i in draw.split()],
@@ -81,7 +69,15 @@ def _collect(*batches, **settings):
     for draw in batches
   ]
   return rollouts.collect(
-    run, None, prompts, None, jax.random.key(0), samples=2, **settings
+    _Engine(),
+    _Scorer(),
+    None,
+    None,
+    prompts,
+    None,
+    jax.random.key(0),
+    samples=2,
+    **settings,
   )
 
 

@@ -10,7 +10,8 @@ import threading
 import pytest
 from conftest import ROOT
 
-from opera_jax.run import file_lock, workdir
+from opera_jax import file_lock
+from opera_jax.run import workdir
 from opera_jax.train import checkpoint
 
 ONE, TWO = "1" * 64, "2" * 64

@@ -55,13 +55,19 @@ def _batches(completions_per_row):
     rl_data.whole(begins, sizes, (24,)),
     rl_data.shared(sizes, completions_per_row, 12, (16,)),
   )
-  return places, [rl_data.rows(place, prefixes, *rest) for place in places]
+  advantages, old, ref = rest
+  return places, [
+    rl_data.with_advantages(
+      rl_data.rows(place, prefixes, old, ref), place, advantages
+    )
+    for place in places
+  ]
 
 
 def _own(places, arrays):
   """What stands at the samples' tokens, in one order."""
   return [
-    np.concatenate(place.cut(np.asarray(array)))
+    np.concatenate(place.gather(np.asarray(array)))
     for place, array in zip(places, arrays)
   ]
 
@@ -167,14 +173,14 @@ def test_a_sample_sees_its_prompt_and_itself():
   prefixes = [np.asarray(prompt + own, np.int32) for own in samples]
   zeros = [np.zeros(3, np.float32)] * 2
   place = rl_data.shared([3, 3], 2, 4, (3,))
-  batch = rl_data.rows(place, prefixes, zeros, zeros, zeros)
+  batch = rl_data.rows(place, prefixes, zeros, zeros)
   # Untied, so that only what is read shows.
   untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
   graphdef, params = qwen3.create(untied, 0)
   fn = logprob_scorer.row_logprob(graphdef)
 
   def second_of_second(params):
-    return place.cut(fn(params, batch)[0])[1][1]
+    return place.gather(fn(params, batch)[0])[1][1]
 
   grads = jax.jit(jax.grad(second_of_second))(params)
   read = np.flatnonzero(np.abs(np.asarray(grads["embed"][...])).sum(1))

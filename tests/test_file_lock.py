@@ -11,11 +11,11 @@ import time
 import pytest
 from conftest import ROOT
 
-from opera_jax.run import file_lock
+from opera_jax import file_lock
 
 HOLD = """
 import sys, time
-from opera_jax.run import file_lock
+from opera_jax import file_lock
 with file_lock.claim(sys.argv[1]) as held:
   print(held, flush=True)
   time.sleep(600)
@@ -82,7 +82,7 @@ def test_what_a_wait_raises_ends_it(tmp_path):
 
 FORK = """
 import os, sys, time
-from opera_jax.run import file_lock
+from opera_jax import file_lock
 with file_lock.claim(sys.argv[1]) as held:
   child = os.fork()
   if child == 0:
