@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 # Every version below the pinned ones, too; `make lock` renews it.
 PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock
 
-.PHONY: demo test test-slow test-all bench lint lock clean
+.PHONY: demo test test-slow test-all test-newer bench lint types docs build lock clean
 
 demo: $(VENV)/base.done
 	@echo "Running the whole method on the embedded task (4 to 11 minutes on 2 cores); progress follows."
@@ -29,26 +29,44 @@ test-slow: $(VENV)/dev.done
 
 test-all: test test-slow
 
+# The fast tests on the newest pair of jax and flax, in an environment apart.
+test-newer:
+	PYTHON=$(PYTHON) scripts/newer_pair.sh
+
 bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.reward
 
-lint: $(VENV)/dev.done
+lint: $(VENV)/dev.done types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The versions that a fresh environment gets today, ours and theirs.
+types: $(VENV)/dev.done
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/docs.done
+	$(BIN)/python -m mkdocs build --strict
+
+# A source distribution, and the wheel that is made of it.
+build: $(VENV)/dev.done
+	rm -rf dist
+	$(BIN)/python -m build
+
+# The versions that a fresh environment gets today, ours and theirs; the build
+# that a machine has of one (torch's +cpu) is left out.
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet -r requirements-dev.txt
 	{ echo "# All versions of an environment with requirements-dev.txt; made by 'make lock'."; \
-	  .venv-lock/bin/python -m pip freeze --exclude-editable; } > requirements.lock
+	  .venv-lock/bin/python -m pip freeze --exclude-editable \
+	    | sed 's/+.*//'; } > requirements.lock
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newer .jax_cache .pytest_cache .ruff_cache .mypy_cache \
+	  build dist site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in [(3, 11), (3, 12)] else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}. Name one: make PYTHON=python3.12 ...")'
@@ -63,4 +81,9 @@ $(VENV)/base.done: requirements.txt requirements.lock | $(VENV)/bin/python
 $(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-dev.txt requirements.lock | $(VENV)/bin/python
 	@echo "Installing what the tests need (requirements-dev.txt); a few minutes, torch among it ..."
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/docs.done: requirements.txt requirements-docs.txt requirements.lock | $(VENV)/bin/python
+	@echo "Installing what the docs need (requirements-docs.txt) ..."
+	$(PIP) -r requirements.txt -r requirements-docs.txt
 	@touch $@

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from kernels.perplexity_reward import api as perplexity_reward
-from kernels.shared_prefix_attention import api as shared_prefix_attention
-from kernels.token_logprob import api as token_logprob
+from opera_jax.kernels.perplexity_reward import api as perplexity_reward
+from opera_jax.kernels.shared_prefix_attention import (
+  api as shared_prefix_attention,
+)
+from opera_jax.kernels.token_logprob import api as token_logprob
 
 NAMES = ("reference", "xla", "pallas_tpu")
 

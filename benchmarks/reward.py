@@ -271,7 +271,7 @@ def _separate(folder, config, rows, size, at_once):
   import jax.numpy as jnp
   from flax import nnx
 
-  from kernels.token_logprob import api as token_logprob
+  from opera_jax.kernels.token_logprob import api as token_logprob
   from opera_jax.models import attention
 
   graphdef, params = _load(folder, config)

@@ -152,8 +152,8 @@ def _run_one(method: str, folder: pathlib.Path, name: str) -> None:
 
 def _ours(folder, workload) -> dict:
   """The stage that the driver runs, timed by the metrics it leaves."""
-  from configs import tiny
-  from experiments import opera_rl
+  from opera_jax.configs import tiny
+  from opera_jax.experiments import opera_rl
   from opera_jax.models import qwen3_params
   from opera_jax.run import setup
   from opera_jax.sharding import rules

@@ -23,7 +23,7 @@ reference is the head of the reference, at most 50 words. The run prints and
 its report states how many.
 """
 
-from configs import common
+from opera_jax.configs import common
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ For v5e:2x2 and other small slices; docs/plans/README.md has what it takes of a
 device, docs/tpu.md how to start there.
 """
 
-from configs import common
+from opera_jax.configs import common
 
 
 def get_config():

@@ -9,7 +9,7 @@ how to get a slice and start there is in docs/tpu.md. Another slice starts from
 the nearest one; `python -m experiments.plan` says whether it fits.
 """
 
-from configs import common
+from opera_jax.configs import common
 
 # Slice -> mesh (fsdp, tensor), prompts in flight, prefixes a call of
 # the scorer, micro-batches of an SFT and of a policy update.

@@ -6,7 +6,7 @@
 tests: too small to learn anything.
 """
 
-from configs import common
+from opera_jax.configs import common
 
 
 def get_config(arg: str = ""):

@@ -24,11 +24,13 @@ import shlex
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag, shipped
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -70,7 +72,7 @@ def grid(config, root: pathlib.Path, preemption) -> None:
     held_out, run, config=config, task=task, preemption=preemption
   )
   values = {config.first: {0: held(config.first, start / "measured.json")}}
-  cost = {}
+  cost: dict[str, Any] = {}
   for seed in config.seeds:
     for name, path, changes in config.rows:
       cell = root / "cells" / f"{slug(name)}-{seed}"
@@ -120,7 +122,7 @@ def run_driver(path: str, folder, settings, every, preemption) -> None:
     CalledProcessError: it failed.
   """
   command = [
-    *(sys.executable, "-m", "experiments.opera_rl"),
+    *(sys.executable, "-m", "opera_jax.experiments.opera_rl"),
     *(f"--config={path}", f"--workdir={folder}", *every, *settings),
   ]
   preemption.leave()
@@ -170,7 +172,7 @@ def train(cell, start, path, seed, config, every, changes, preemption) -> None:
 def load(path: str, changes):
   """A config file's values with flags of the form --config.NAME=VALUE."""
   name, _, arg = path.partition(":")
-  config = runpy.run_path(name)["get_config"](arg)
+  config = runpy.run_path(str(shipped.path(name)))["get_config"](arg)
   for change in changes:
     field, _, text = change.removeprefix("--config.").partition("=")
     try:
@@ -253,7 +255,7 @@ def probe(run, config, task, every):
     samples=1,
     max_new_tokens=task.rollout.max_new_tokens,
   )
-  scorers = {}
+  scorers: dict[str, Any] = {}
   for name, path, changes in config.rows:
     reward = load(
       config_of(path, config), [*every, *split(changes)]
@@ -337,8 +339,9 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file("config", "configs/ablations.py")
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the grid.")
-  flags.mark_flags_as_required(["workdir"])
+  _CONFIG = config_flag.define("configs/ablations.py")
+  _WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the grid.", required=True
+  )
   logging.set_verbosity(logging.WARNING)  # orbax narrates every file
   app.run(main)

@@ -11,7 +11,8 @@ import sys
 
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -20,8 +21,10 @@ with epy.lazy_imports():
   from opera_jax.rollout import text
   from opera_jax.run import setup
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CONFIG = config_flag.define("configs/tiny.py")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
 _STAGE = flags.DEFINE_enum(
   "stage", "rl", ["base", "sft", "rl"], "Whose model to talk to."
 )
@@ -87,5 +90,4 @@ def _show(prompt: int, sample: int, more: str) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
   app.run(main)

@@ -10,7 +10,8 @@ the published models come in. Left out on purpose: uploading it anywhere.
 
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -18,12 +19,16 @@ with epy.lazy_imports():
   from opera_jax.run import setup
   from opera_jax.sharding import runtime
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CONFIG = config_flag.define("configs/tiny.py")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
 _STAGE = flags.DEFINE_enum(
   "stage", "rl", ["base", "sft", "rl"], "Whose model to write."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write.")
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "Directory to write.", required=True
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of the weights written."
 )
@@ -49,5 +54,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir", "output"])
   app.run(main)

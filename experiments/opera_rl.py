@@ -15,7 +15,8 @@ import time
 
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -52,8 +53,10 @@ with epy.lazy_imports():
   from opera_jax.train import state as train_state
   from opera_jax.train import step as train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CONFIG = config_flag.define("configs/tiny.py")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
 STAGES = ("base", "synthesize", "select", "sft", "rl", "evaluate", "report")
 
 
@@ -367,7 +370,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
 
       # One line of metrics, one checkpoint.
       step += 1
-      values = (
+      line = (
         step_metrics.rl_step(
           scored, sampled.samples, old, ema, updates, seconds
         )
@@ -375,8 +378,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         | sampled.metrics()
         | {"time/programs": runtime.compiled()}
       )
-      log.write(step, values)
-      watch.check(values["sampler_trainer/logprob_diff"], step)
+      log.write(step, line)
+      watch.check(line["sampler_trainer/logprob_diff"], step)
       progress.update(tokens=sampled.sampled_tokens)
       leave = preemption.requested()
       if leave or step % rl.checkpoint_every == 0 or step == rl.steps:
@@ -470,5 +473,4 @@ def host_state(ema: float | None, sampled: int) -> dict:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
   app.run(main)

@@ -27,11 +27,13 @@ from absl import app, flags
 from etils import epy
 from ml_collections import config_flags
 
+from opera_jax import config_flag
+
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
   from opera_jax.plan import programs, table, whole
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/qwen3_8b.py")
+_CONFIG = config_flag.define("configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
 _JSON = flags.DEFINE_string("json", None, "File that takes the plan.")
 _PAGE = flags.DEFINE_string(
@@ -56,7 +58,7 @@ def main(_) -> None:
       _TOPOLOGY.value,
       config.mesh,
       {section: config[section] for section in whole.SECTIONS},
-      name=flags.FLAGS["config"].config_filename,
+      name=config_flags.get_config_filename(flags.FLAGS["config"]),
       names=tuple(_PROGRAMS.value or list(programs.NAMES)),
       before=before,
     )

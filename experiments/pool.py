@@ -20,7 +20,8 @@ import importlib.util
 
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -32,8 +33,10 @@ with epy.lazy_imports():
   from opera_jax.synthesis import pool
   from opera_jax.train import checkpoint
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/open_ended.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CONFIG = config_flag.define("configs/open_ended.py")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
 DEFAULT = "BAAI/bge-m3"  # of the paper
 
 
@@ -99,5 +102,4 @@ def policy(
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
   app.run(main)

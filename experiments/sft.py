@@ -7,7 +7,8 @@ Reads `select/traces`, writes `sft/model`.
 
 from absl import app, flags, logging
 from etils import epy
-from ml_collections import config_flags
+
+from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -16,8 +17,10 @@ with epy.lazy_imports():
   from opera_jax.stages import config_check, supervised
   from opera_jax.train import checkpoint
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_CONFIG = config_flag.define("configs/tiny.py")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run.", required=True
+)
 
 
 def main(_) -> None:
@@ -37,5 +40,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
   app.run(main)

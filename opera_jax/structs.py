@@ -97,8 +97,11 @@ class Thoughts:
   reflective: jax.Array  # [R, J] bool, step j holds a reflection keyword
 
 
-@struct.dataclass
-class Batch:
+# An array of JAX on devices, of numpy on a host, its shape alone in a plan.
+Leaf = Any
+
+
+class Batch(struct.PyTreeNode):
   """Rows of an RL or SFT update, right-padded; a row is prompt + completion.
 
   Where `continuations` is not 0, a row is a prompt of `prefix` places, padding
@@ -107,16 +110,16 @@ class Batch:
   prompt, each completion has its own.
   """
 
-  tokens: jax.Array  # [R, T] int32
-  positions: jax.Array  # [R, T] int32, restart at 0 with each segment
-  segments: jax.Array  # [R, T] int32, 0 is padding
-  loss_mask: jax.Array  # [R, T] float32, 1 where token t is a target
-  advantage: jax.Array  # [R, T] float32, zeros in SFT
-  old_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
-  ref_logprob: jax.Array  # [R, T] float32 of token t, zeros in SFT
+  tokens: Leaf  # [R, T] int32
+  positions: Leaf  # [R, T] int32, restart at 0 with each segment
+  segments: Leaf  # [R, T] int32, 0 is padding
+  loss_mask: Leaf  # [R, T] float32, 1 where token t is a target
+  advantage: Leaf  # [R, T] float32, zeros in SFT
+  old_logprob: Leaf  # [R, T] float32 of token t, zeros in SFT
+  ref_logprob: Leaf  # [R, T] float32 of token t, zeros in SFT
   # What only some losses read, [R, T, ...] by name: "value" and "returns" of
   # a critic, "top_ids" and "top_logprob" of a teacher.
-  extra: dict[str, jax.Array] = struct.field(default_factory=dict)
+  extra: dict[str, Leaf] = struct.field(default_factory=dict)
   prefix: int = struct.field(pytree_node=False, default=0)
   continuations: int = struct.field(pytree_node=False, default=0)
 

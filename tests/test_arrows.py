@@ -7,18 +7,12 @@ from conftest import ROOT
 
 KERNEL_APIS = "kernels.api"
 RL = {
-  "rollout",
-  "scoring",
-  "rewards",
-  "advantages",
-  "losses",
-  "train",
-  "data",
-  "text",
-  "sharding",
-  "structs",
-}
-RUN = RL | {"rl", "models", "synthesis", "atomic_file", "file_lock", "hub"}
+    "rollout", "scoring", "rewards", "advantages", "losses", "train", "data",
+    "text", "sharding", "structs",
+}  # fmt: skip
+RUN = RL | {
+    "rl", "models", "synthesis", "atomic_file", "file_lock", "hub", "shipped",
+}  # fmt: skip
 STAGES = RUN | {"run", "evals", "report"}
 ALLOWED = {
     "configs": set(),
@@ -28,6 +22,9 @@ ALLOWED = {
     "clock_metrics": set(),
     "file_lock": {"sharding"},
     "hub": set(),
+    "shipped": set(),
+    "config_flag": {"shipped"},
+    "commands": set(),
     "sharding": {"structs"},
     "losses": {"structs"},
     "advantages": {"structs"},
@@ -41,6 +38,7 @@ ALLOWED = {
     },
     "synthesis": {
         "rollout", "scoring", "rewards", "data", "text", "structs", "hub",
+        "shipped",
     },
     "evals": {"rollout", "scoring", "rewards", "data", "text", "structs"},
     "train": {
@@ -55,20 +53,18 @@ ALLOWED = {
         "structs", "sharding", "models", "rollout", "scoring", "train", "rl",
         "run",
     },
-    "experiments": STAGES | {"stages", "plan"},
+    "experiments": STAGES | {"stages", "plan", "config_flag"},
 }  # fmt: skip
 
 
 def _package(module: str) -> str | None:
   """Our package of an imported module; None for other people's."""
   parts = module.split(".")
-  if parts[0] == "kernels":
+  if parts[0] != "opera_jax" or len(parts) == 1:
+    return None
+  if parts[1] == "kernels":
     return KERNEL_APIS if parts[-1] in ("api", "target", "tiles") else "kernels"
-  if parts[0] in ("configs", "experiments"):
-    return parts[0]
-  if parts[0] == "opera_jax" and len(parts) > 1:
-    return parts[1]
-  return None
+  return parts[1]
 
 
 def _imports(path):
@@ -110,10 +106,25 @@ def test_arrows():
   assert not wrong, "\n".join(wrong)
 
 
+LINKED = ("configs", "kernels", "experiments")
+
+
+@pytest.mark.parametrize("top", [*LINKED, "opera_jax", "tests", "benchmarks"])
+def test_every_module_has_one_name(top):
+  """The linked folders are imported as parts of `opera_jax`, everywhere."""
+  found = 0
+  for path in sorted((ROOT / top).rglob("*.py")):
+    for line, module in _imports(path):
+      found += 1
+      alone = module.split(".")[0] in LINKED
+      assert not alone, f"{path}:{line}: import opera_jax.{module}"
+  assert found > 10
+
+
 @pytest.mark.parametrize("name", ["ml_collections", "absl"])
 def test_configs_stop_at_the_driver(name):
   for path, relative, own in _files():
-    if own in ("configs", "experiments"):
+    if own in ("configs", "experiments", "config_flag"):
       continue
     for line, module in _imports(path):
       assert module.split(".")[0] != name, f"{relative}:{line}: {module}"

@@ -16,7 +16,7 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import tiny
+from opera_jax.configs import tiny
 from opera_jax.data import prompts, rows, traces
 from opera_jax.evals import probes
 from opera_jax.models import tensor_files

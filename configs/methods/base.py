@@ -9,12 +9,13 @@ its paper (`paper`); everything else is OPERA's recipe.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import ml_collections
 
-from configs import common, tiny
+from opera_jax.configs import common, tiny
 
-Config = ml_collections.ConfigDict
+Config: TypeAlias = ml_collections.ConfigDict
 
 
 def build(

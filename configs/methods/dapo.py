@@ -3,7 +3,7 @@
 Overlong shaping counts tokens.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -4,7 +4,7 @@ The teacher is the model of config.rl.teacher, a finished stage's folder; the
 SFT model where none is named.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

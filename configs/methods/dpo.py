@@ -1,6 +1,6 @@
 """DPO (arXiv 2305.18290) on the best and the worst sample of each group."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

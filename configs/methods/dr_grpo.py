@@ -3,7 +3,7 @@
 Sizes of its use as a host in arXiv 2509.05489.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

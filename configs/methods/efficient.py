@@ -1,6 +1,6 @@
 """Efficient Reasoner (arXiv 2502.04463): short among the right ones pays."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -1,6 +1,6 @@
 """Entropy minimisation beside right answers, a baseline of arXiv 2509.05489."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -1,6 +1,6 @@
 """GRPO (arXiv 2402.03300) on answers that can be checked."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -1,6 +1,6 @@
 """GSPO (arXiv 2507.18071): one importance ratio a sequence."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -6,7 +6,7 @@ Needs requirements-judge.txt. The fields are those of
 `opera_jax.rewards.judge.Reward`.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 SYSTEM = (
   "You are a strict and fair judge of writing. You reply with the JSON object "

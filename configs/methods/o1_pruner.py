@@ -1,6 +1,6 @@
 """O1-pruner (arXiv 2501.12570): shorter than the group's mean pays."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -8,7 +8,7 @@ The paper's ablations are one value away: config.reward.mode (r_self, r_ppl,
 one_hot), .match (substring, any), .compare, .bridge, and config.rl.tasks.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -3,7 +3,7 @@
 Self-oracle, odds belief, anchored and normalised over the group's tokens.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -3,7 +3,7 @@
 The critic is a head on the policy, trained in the same update.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

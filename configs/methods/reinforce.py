@@ -1,6 +1,6 @@
 """REINFORCE (Williams, 1992) with the batch's mean as baseline."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

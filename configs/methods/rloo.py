@@ -1,6 +1,6 @@
 """RLOO (arXiv 2402.14740): leave-one-out baseline, KL in the reward."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

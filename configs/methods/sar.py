@@ -1,6 +1,6 @@
 """SAR (arXiv 2509.05489): R_VR + 0.2 R_SA, hosted by Dr.GRPO."""
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -4,7 +4,7 @@ The paper samples once a prompt; R_SA needs no group. Its critic is a second
 model at 2e-6; here it is a head on the policy, trained in the same update.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

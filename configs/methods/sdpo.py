@@ -5,7 +5,7 @@ The top-logit form: Jensen-Shannon divergence (alpha 0.5) from the teacher's
 with divergence_coef 0.
 """
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 
 
 def method(config):

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels import target
-from kernels.perplexity_reward import pallas_tpu, reference, xla
+from opera_jax.kernels import target
+from opera_jax.kernels.perplexity_reward import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 

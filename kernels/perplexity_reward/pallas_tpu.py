@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import manual_axes
+from opera_jax.kernels import manual_axes
 
 BLOCK_ROWS = 8
 BLOCK_TOKENS = 8192

@@ -10,8 +10,8 @@ Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt.
 import jax
 import jax.numpy as jnp
 
-from kernels import target
-from kernels.perplexity_reward import reference
+from opera_jax.kernels import target
+from opera_jax.kernels.perplexity_reward import reference
 
 
 def perplexity_reward(

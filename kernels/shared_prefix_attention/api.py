@@ -15,11 +15,13 @@ Shape key: B rows, S continuations, G queries of a continuation, N query heads,
 K key-value heads, H head features, T prefix length, C continuation length.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels import target
-from kernels.shared_prefix_attention import (
+from opera_jax.kernels import target
+from opera_jax.kernels.shared_prefix_attention import (
   pallas_tpu,
   reference,
   xla,
@@ -91,7 +93,7 @@ def shared_prefix_attention(
   if block_keys is None:
     block_keys = 256
   if block_scores is None:
-    block_scores = _score_budget(*q_BSGNH.shape[::3], block_keys)
+    block_scores = _score_budget(q_BSGNH.shape[0], q_BSGNH.shape[3], block_keys)
   _check_blocks(block_keys=block_keys, block_scores=block_scores)
   implementation = _pick(implementation, arrays, cpu="xla_rows")
   bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
@@ -160,7 +162,7 @@ def decode_attention(
     continuation_k_LBSKCH,
     continuation_v_LBSKCH,
   )
-  one = caches
+  one: Any = caches
   if layer is not None:
     one = [jax.eval_shape(lambda x: x[0], x) for x in caches]
   one = [jax.eval_shape(lambda x: x.swapaxes(-3, -2), x) for x in one]
@@ -174,12 +176,12 @@ def decode_attention(
   implementation = _pick(implementation, (q_BSNH, *caches), cpu="xla")
   bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
   if implementation == "reference":
-    own = [x if layer is None else x[layer] for x in caches]
+    own: Any = [x if layer is None else x[layer] for x in caches]
     own = [x.swapaxes(-3, -2) for x in own]
     return reference.shared_prefix_attention(
-      q_BSNH[:, :, None], *own, *bounds, scale=scale
+      q_BSNH[:, :, None], *(*own, *bounds), scale=scale
     )[:, :, 0]
-  arrays = (q_BSNH, *caches, *bounds, layer)
+  arrays: Any = (q_BSNH, *caches, *bounds, layer)
   if implementation == "pallas_tpu":
     if layer is None:
       arrays = (q_BSNH, *(x[None] for x in caches), *bounds, jnp.int32(0))

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import manual_axes
-from kernels.shared_prefix_attention import limited_plan
+from opera_jax.kernels import manual_axes
+from opera_jax.kernels.shared_prefix_attention import limited_plan
 
 VMEM_LIMIT = 32 << 20
 MASKED = -1e30
@@ -59,11 +59,11 @@ def forward(
   """
   plan = limited_plan.Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
   *outer, H = q_BKSQH.shape
-  seed = seed or ()
+  seeds = seed or ()
   needed = plan.needed(seen_BSQ)
   if layer is not None:
     needed = jnp.append(needed, layer.astype(jnp.int32))
-  operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seed)
+  operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seeds)
   per_query = (plan.query_spec(H, _outer), plan.query_spec(1, _outer))
   return pl.pallas_call(
     functools.partial(_forward_kernel, plan=plan, scale=scale),
@@ -80,7 +80,7 @@ def forward(
         plan.seen_spec(_outer),
         per_query[0],
         *[plan.key_spec(plan.key_needed)] * 2,
-        *per_query[: len(seed)],
+        *per_query[: len(seeds)],
       ],
       out_specs=per_query,
       scratch_shapes=[

@@ -18,12 +18,13 @@ continuation length.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels import manual_axes
-from kernels.shared_prefix_attention import limited_attention
+from opera_jax.kernels import manual_axes
+from opera_jax.kernels.shared_prefix_attention import limited_attention
 
 
 def unsupported(*arrays: jax.Array) -> str | None:
@@ -100,16 +101,18 @@ def decode_attention(
   seed = limited_attention.forward(
     scale,
     q_BKSRH.reshape(B, K, 1, S * R, H),
-    *[x[:, :, None] for x in prefix],
+    prefix[0][:, :, None],
+    prefix[1][:, :, None],
     prefix_length_BSR.reshape(B, 1, S * R).astype(jnp.int32),
     layer=layer,
   )
+  out, logsumexp = (x.reshape(B, K, S, R, -1) for x in seed)
   out_BKSRH, _ = limited_attention.forward(
     scale,
     q_BKSRH,
     *continuations,
     own_BSR.astype(jnp.int32),
-    [x.reshape(B, K, S, R, -1) for x in seed],
+    (out, logsumexp),
     layer=layer,
   )
   return out_BKSRH.swapaxes(1, 2).reshape(B, S, N, H)
@@ -135,7 +138,7 @@ def _forward_rule(scale, q_BSGNH, *keys):
   prefix, continuations = _halves(q_BKSQH, R, keys)
   seed = limited_attention.forward(scale, *prefix)
   out_BKSQH, lse_BKSQ1 = limited_attention.forward(
-    scale, *continuations, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed]
+    *(scale, *continuations, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed])
   )
   out_BSGNH = _unrows(out_BKSQH, q_BSGNH.shape)
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
@@ -153,7 +156,7 @@ def _backward_rule(scale, residuals, d_out_BSGNH):
     axis=-1,
     keepdims=True,
   )
-  d_q_BKSQH = 0.0
+  d_q_BKSQH: Any = 0.0
   d_keys = []
   for half in _halves(q_BKSQH, R, keys):
     d_q, d_k, d_v = limited_attention.backward(

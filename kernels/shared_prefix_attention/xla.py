@@ -12,11 +12,12 @@ features, T prefix length, C continuation length, x keys of one block.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels import manual_axes
+from opera_jax.kernels import manual_axes
 
 MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
 PREFIX = "bxkh"  # axes of the prefix's keys and values
@@ -66,7 +67,7 @@ def _forward_rule(settings, q_BSGKRH, *keys):
     q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
     own = [_take(x, part, chunk[:1]) for x in keys[2:]]
     zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
-    total = (zero[..., 0] + MASKED, zero[..., 0], zero)
+    total: Any = (zero[..., 0] + MASKED, zero[..., 0], zero)
     total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
 
     def step(total, k, v, axes, visible, _):
@@ -80,8 +81,10 @@ def _forward_rule(settings, q_BSGKRH, *keys):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     prefix_length = own[2][..., None]
-    total = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
-    total = _visit(step, total, PREFIX, *keys[:2], prefix_length, block_keys)
+    total = _visit(step, total, CONTINUATION, own[0], own[1], seen, block_keys)
+    total = _visit(
+      step, total, PREFIX, keys[0], keys[1], prefix_length, block_keys
+    )
     m, l, o = total
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
     normaliser = (m + jnp.log(l))[..., None]
@@ -132,11 +135,13 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 
     seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
     total = (zeros(q.shape), *d_own)
-    d_q, *d_own = _visit(step, total, CONTINUATION, *own[:2], seen, block_keys)
+    d_q, *d_own = _visit(
+      step, total, CONTINUATION, own[0], own[1], seen, block_keys
+    )
     total = (d_q, *d_keys[:2])
     prefix_length = own[2][..., None]
     d_q, *d_prefix = _visit(
-      step, total, PREFIX, *keys[:2], prefix_length, block_keys
+      step, total, PREFIX, keys[0], keys[1], prefix_length, block_keys
     )
     d_own = [_put(x, d, part, chunk) for x, d in zip(d_keys[2:], d_own)]
     return (*d_prefix, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)

@@ -20,7 +20,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from kernels import target
+from opera_jax.kernels import target
 
 MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
 FEW = 4  # queries up to which a CPU takes them one by one

@@ -9,11 +9,12 @@ length, g queries of a chunk, W = T + own keys that a chunk meets.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels import manual_axes, tiles
+from opera_jax.kernels import manual_axes, tiles
 
 CHUNK = 128
 
@@ -93,7 +94,7 @@ def _backward_rule(scale, saved, d_out_BSGNH):
 
     def continuation(d_prefix, inputs):
       d_out_GNH, out_GNH, q_GNH, k_CKH, v_CKH, *bounds = inputs
-      per_query = (q_GNH, d_out_GNH, tiles.delta(d_out_GNH, out_GNH))
+      per_query: Any = (q_GNH, d_out_GNH, tiles.delta(d_out_GNH, out_GNH))
       per_query = [tiles.grouped(x[None], K) for x in per_query]
       k_1KXH, v_1KXH = _joined(tk_KTH, k_CKH), _joined(tv_KTH, v_CKH)
       d_keys, d_q = [zeros(T + k_CKH.shape[0])] * 2, []

@@ -7,11 +7,13 @@
 Shape key: M tokens, D features, V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels import target
-from kernels.token_logprob import pallas_tpu, reference, xla
+from opera_jax.kernels import target
+from opera_jax.kernels.token_logprob import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
@@ -70,7 +72,10 @@ def token_logprob(
     applies = pallas_tpu.unsupported(hidden_MD, head) is None
     implementation = "pallas_tpu" if applies else "xla"
   arrays = (hidden_MD, head, target_M)
-  settings = {"temperature": float(temperature), "transposed": transposed}
+  settings: dict[str, Any] = {
+    "temperature": float(temperature),
+    "transposed": transposed,
+  }
   if implementation == "reference":
     logprob_M, entropy_M = reference.token_logprob(*arrays, **settings)
   elif implementation == "pallas_tpu":

@@ -13,6 +13,8 @@ With p = exp(l - logsumexp), the backward pass needs no other sum:
 Shape key: b tokens, v columns of one tile, 1 kept for what is one a token.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +47,8 @@ def statistics(logit_bv: jax.Array, target_b1: jax.Array) -> Statistics:
 def merge(one: Statistics, two: Statistics) -> Statistics:
   """The statistics of two disjoint sets of columns as one."""
   m = jnp.maximum(one[0], two[0])
-  s, w = 0.0, 0.0
+  s: Any = 0.0
+  w: Any = 0.0
   for m_i, s_i, w_i, _ in (one, two):
     scale = jnp.exp(m_i - m)
     s = s + scale * s_i

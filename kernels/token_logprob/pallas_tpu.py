@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import manual_axes
-from kernels.token_logprob import online
+from opera_jax.kernels import manual_axes
+from opera_jax.kernels.token_logprob import online
 
 VMEM_BYTES = 28 << 20  # what blocks may take; v5p and 7x have 64 MiB a core
 VMEM_LIMIT = 48 << 20  # what the compiler may take
@@ -88,7 +88,7 @@ def _forward_rule(settings, hidden_MD, head, target_M):
     name="token_logprob_forward",
   )(*operands)
   logprob_M, entropy_M, normaliser_M = online.finish(
-    *statistics_M4.T, axis_name
+    *(*statistics_M4.T, axis_name)
   )
   residuals = (hidden_MD, head, local_M, normaliser_M, entropy_M)
   return (logprob_M, entropy_M), residuals

@@ -14,8 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import manual_axes
-from kernels.token_logprob import online
+from opera_jax.kernels import manual_axes
+from opera_jax.kernels.token_logprob import online
 
 
 def token_logprob(
@@ -57,7 +57,9 @@ def _forward_rule(settings, hidden_MD, head, target_M):
 
   statistics_nb1 = jax.lax.map(block, jnp.arange(hidden_bnD.shape[1]))
   statistics_M = (_join(x, target_M.shape[0])[:, 0] for x in statistics_nb1)
-  logprob_M, entropy_M, normaliser_M = online.finish(*statistics_M, axis_name)
+  logprob_M, entropy_M, normaliser_M = online.finish(
+    *(*statistics_M, axis_name)
+  )
   residuals = (hidden_MD, head, local_M, normaliser_M, entropy_M)
   return (logprob_M, entropy_M), residuals
 

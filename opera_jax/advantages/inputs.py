@@ -19,7 +19,9 @@ tokens of the completion of row r.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from opera_jax import structs
@@ -65,7 +67,9 @@ class AdvantageInputs:
     taken_R = np.asarray([p.sum() for p in self.penalty], np.float32)
     return self.reward_BN - taken_R.reshape(self.reward_BN.shape)
 
-  def broadcast(self, advantage_BN: np.ndarray) -> list[np.ndarray]:
+  def broadcast(
+    self, advantage_BN: np.ndarray | jax.Array
+  ) -> list[np.ndarray]:
     """One number a sequence, repeated on each of its tokens, [R] of [C_r]."""
     return [
       np.full(len(tokens), a, np.float32)
@@ -94,7 +98,8 @@ def combine(parts: Mapping[str, tuple[float, Advantages]]) -> Advantages:
   Raises:
     ValueError: an advantage that is not finite, or two rules with targets.
   """
-  metrics, returns = {}, None
+  metrics: dict[str, Any] = {}
+  returns = None
   for name, (_, estimate) in parts.items():
     for row, advantage in enumerate(estimate.advantage):
       if not np.isfinite(advantage).all():

@@ -88,8 +88,8 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
   Raises:
     ValueError: a sequence is empty or longer than a row.
   """
-  lengths = np.asarray(lengths, np.int64)
-  bad = np.flatnonzero((lengths < 1) | (lengths > row_length))
+  length_N = np.asarray(lengths, np.int64)
+  bad = np.flatnonzero((length_N < 1) | (length_N > row_length))
   if bad.size:
     raise ValueError(
       f"Sequence {bad[0]} has {lengths[bad[0]]} tokens; a row holds 1 to"
@@ -97,7 +97,7 @@ def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     )
   room = np.full(len(lengths), row_length, np.int64)
   rows: list[list[int]] = []
-  for index in np.argsort(-lengths, kind="stable"):
+  for index in np.argsort(-length_N, kind="stable"):
     row = int(np.argmax(room >= lengths[index]))
     if row == len(rows):
       rows.append([])
@@ -221,7 +221,8 @@ class _Order(Sequence):
   def __len__(self) -> int:
     return -(-self._total // self._batch)
 
-  def __getitem__(self, step: int) -> np.ndarray:
+  # mypy: a Sequence takes slices too; nobody asks for one.
+  def __getitem__(self, step: int) -> np.ndarray:  # type: ignore[override]
     """The items of a step, int64 [batch_size] or, of the last, fewer.
 
     Raises:

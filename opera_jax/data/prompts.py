@@ -201,7 +201,7 @@ def _blank(row: Mapping[str, Any], column: str | None) -> bool:
 def _text(
   place: str, row: Mapping[str, Any], field: str, column: str | None
 ) -> str:
-  if column not in row:
+  if column is None or column not in row:
     raise ValueError(
       f"{place} no column {column!r} for the {field}; the row has"
       f" {sorted(row)}. Add it, or name the right column in fields."

@@ -38,7 +38,7 @@ LEVELS = 32  # of lists and objects in a row
 _NUMBERS = 2**64
 _TFDS_NAME = re.compile(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 _TFDS_FEATURES = "tensorflow_datasets.core.features."
-_OPENERS = {
+_OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
   ".jsonl": lambda source: source,
   ".gz": gzip.open,
   ".xz": lzma.open,
@@ -287,13 +287,13 @@ def _check_card(source: str, folder: pathlib.Path) -> None:
 
   card = folder / "README.md"
   try:
-    waiting = [(repocard.metadata_load(card) or {}) if card.exists() else {}]
+    head: Any = (repocard.metadata_load(card) or {}) if card.exists() else {}
   except (ValueError, OSError, yaml.YAMLError) as error:
     raise ValueError(
       f"{source}: the head of {card} is no YAML ({error}). Mend it."
     ) from error
   files, seen = [], set()
-  waiting = [(value, False) for value in waiting]
+  waiting = [(head, False)]
   while waiting:
     value, names = waiting.pop()
     if isinstance(value, str) and names:

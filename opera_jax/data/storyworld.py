@@ -157,7 +157,8 @@ def think(
   facts: dict[str, str], noise: Noise, rng: random.Random
 ) -> list[tuple[str, dict[str, str]]]:
   """A noisy thought: its steps, each with what is believed after it."""
-  steps, belief = [], {}
+  belief: dict[str, str] = {}
+  steps = []
 
   def step(text: str) -> None:
     steps.append((text, dict(belief)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,11 @@ def assemble(
   Raises:
     ValueError: a stage that lacks a measure, or as `bootstrap` raises.
   """
-  settings = {"level": level, "resamples": resamples, "seed": seed}
+  settings: dict[str, Any] = {
+    "level": level,
+    "resamples": resamples,
+    "seed": seed,
+  }
   rows = []
   for measure in measures:
     cells: list[Cell] = []

@@ -12,6 +12,7 @@ policy), and that of k1 is `grad logprob`, whatever the reference: its mean is
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ NAMES = tuple(_ESTIMATORS)
 
 def estimator(
   name: str, *, in_loss: bool = False
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
+) -> Callable[[Any, Any], jax.Array]:
   """The estimator called `name`: "k1", "k2" or "k3".
 
   Args:

@@ -6,6 +6,8 @@ Shape key: B rows, T prefix tokens, S continuations a row, G tokens a
 continuation, N query heads, K key/value heads, H head dimension.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -120,9 +122,13 @@ def decode(
     if apart:
       halves = [half[layer] for half in halves]
     dtype = halves[0].dtype
+    new: Any
     out_BSNH, *new = sharded_ops.decode_attention(
-      *(q, k.astype(dtype), v.astype(dtype), *halves, prefix_length_B),
-      num_generated,
+      q,
+      k.astype(dtype),
+      v.astype(dtype),
+      *(halves[0], halves[1], halves[2], halves[3]),
+      *(prefix_length_B, num_generated),
       None if apart else layer,
       scale=q.shape[-1] ** -0.5,
     )

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from kernels import target
+from opera_jax.kernels import target
 from opera_jax.models import windowed_attention
 from opera_jax.sharding import rules
 

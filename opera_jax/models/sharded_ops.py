@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from kernels.shared_prefix_attention import api as shared_prefix_attention_api
-from kernels.token_logprob import api as token_logprob_api
+from opera_jax.kernels.shared_prefix_attention import (
+  api as shared_prefix_attention_api,
+)
+from opera_jax.kernels.token_logprob import api as token_logprob_api
 from opera_jax.sharding import rules
 
 # Keys that decoding meets at once. Caches are multiples of it, so that what a

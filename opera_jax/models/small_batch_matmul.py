@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels import target
+from opera_jax.kernels import target
 from opera_jax.sharding import rules
 
 # Tokens of one small matmul on a CPU. XLA picks the order of its sums by the

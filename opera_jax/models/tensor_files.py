@@ -97,7 +97,7 @@ def find(folder: pathlib.Path) -> dict[str, Tensor]:
       f"{folder / INDEX} names {', '.join(missing)}, which are not there. "
       "Download the checkpoint again."
     )
-  tensors = {}
+  tensors: dict[str, Any] = {}
   for name in names:
     found = _header(folder / name)
     twice = sorted(found.keys() & tensors.keys())

@@ -14,11 +14,13 @@ R = N / K query heads a key head, H head dimension, C queries of a chunk,
 W keys of its window.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import target, tiles
+from opera_jax.kernels import target, tiles
 from opera_jax.sharding import rules
 
 # What the remat policy "attention" keeps.
@@ -85,7 +87,7 @@ def _forward(q_bTNH, k_bTKH, v_bTKH, segment_bT):
 
 def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
   K, H = k_bTKH.shape[2:]
-  per_query = (q_bTNH, d_out_bTNH, tiles.delta(d_out_bTNH, out_bTNH))
+  per_query: Any = (q_bTNH, d_out_bTNH, tiles.delta(d_out_bTNH, out_bTNH))
   per_query = [tiles.grouped(x, K) for x in per_query]
   k_bKTH, v_bKTH = jnp.swapaxes(k_bTKH, 1, 2), jnp.swapaxes(v_bTKH, 1, 2)
   shape = (*k_bKTH.shape[:2], H, k_bKTH.shape[2])

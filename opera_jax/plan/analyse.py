@@ -64,7 +64,7 @@ def analyse(
   memory, text, needed = _compile(lowered)
   seconds = time.monotonic() - began
   collectives = None if text is None else hlo.collective_bytes(text)
-  parts: dict[str, int | None] = dict.fromkeys(
+  parts: dict[str, Any] = dict.fromkeys(
     ("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes")
   )
   total = program.beside + needed
@@ -76,7 +76,7 @@ def analyse(
       "code_bytes": memory.generated_code_size_in_bytes,
     }
     total = program.beside + sum(parts.values())
-  floors = {
+  floors: dict[str, Any] = {
     "flops_seconds": program.flops.total / (mesh.size * chip.flops),
     "stream_seconds": program.streamed / chip.hbm_bandwidth,
     "collective_seconds": None

@@ -198,7 +198,8 @@ class _Run:
       max(rl["row_buckets"]),
     )
     B, T = rl["mini_batch"] * rl["samples"] // completions_per_row, longest
-    shape, sizes, shared = f"{T:,}", (T,), {}
+    shape, shared = f"{T:,}", {}
+    sizes: tuple[int, ...] = (T,)
     if completions_per_row > 1:
       P = max(self._engine["prompt_buckets"])
       shape, sizes = (

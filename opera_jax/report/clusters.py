@@ -113,7 +113,7 @@ def _map(view: View) -> str:
 def _silhouette(tried: Mapping[int, float]) -> str:
   if not tried:
     return ""
-  best = max(tried, key=tried.get)
+  best = max(tried, key=tried.__getitem__)
   cells = "".join(
     f"<tr><th scope='row'>{k}{' (chosen)' if k == best else ''}</th>"
     f'<td class="count">{score:.3f}</td></tr>'

@@ -94,5 +94,5 @@ def series(
     max(k[0][0] for k in known), min(k[-1][0] for k in known), points
   )
   return tokens_T, np.asarray(
-    [np.interp(tokens_T, *zip(*pairs)) for pairs in known]
+    [np.interp(tokens_T, *np.transpose(pairs)) for pairs in known]
   )

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def colour_scale(thoughts: Sequence[views.ThoughtView]) -> float:
     abs(step.delta)
     for thought in thoughts
     for step in thought.steps
-    if _scored(step)
+    if _scored(step.delta)
   ]
   return max(float(np.quantile(deltas, 0.95)), 0.01) if deltas else 0.01
 
@@ -177,7 +178,7 @@ def _thought(thought: views.ThoughtView, scale: float) -> str:
 
 def _step(step: views.StepView, scale: float) -> str:
   badge = '<span class="badge">reflective</span>' if step.reflective else ""
-  if not _scored(step):
+  if not _scored(step.delta):
     return (
       '<li class="step unscored"><div class="delta">not scored</div>'
       f'<div class="said">{badge}{_text(step.text)}</div></li>'
@@ -266,8 +267,8 @@ def _block(label: str, text: str) -> str:
   )
 
 
-def _scored(step: views.StepView) -> bool:
-  return step.delta is not None and math.isfinite(step.delta)
+def _scored(delta: float | None) -> TypeGuard[float]:
+  return delta is not None and math.isfinite(delta)
 
 
 def _text(value: object) -> str:

@@ -132,7 +132,8 @@ def weighted_sum(
       terms of one name.
   """
   terms: dict[str, np.ndarray] = {}
-  total_BN, shape = np.float32(0.0), None
+  total_BN: Any = np.float32(0.0)
+  shape = None
   for reward, mine in rewards.items():
     for part, value_BN in mine.items():
       name = reward if part == "total" else part

@@ -74,7 +74,7 @@ def check_address(endpoint: str) -> str:
   if not isinstance(endpoint, str) or not endpoint.isprintable():
     raise ValueError(f"The judge's endpoint is no line of text. {rule}")
   try:
-    parts = urllib.parse.urlsplit(endpoint.strip())
+    parts: Any = urllib.parse.urlsplit(endpoint.strip())
     host, _ = parts.hostname, parts.port
   except ValueError:
     parts = host = None
@@ -236,7 +236,7 @@ class Client:
           f"The judge's cache {str(self._cache)!r} cannot be written: {error}. "
           "Name another folder in config.reward.options.judge.cache, or none."
         ) from error
-    host = urllib.parse.urlsplit(self._base).hostname
+    host = urllib.parse.urlsplit(self._base).hostname or ""
     local = host == "localhost" or host.startswith("127.") or host == "::1"
     if (
       read_key(self._key_variable)

@@ -211,8 +211,8 @@ class Process:
       )
     self._path, self._environment = path, tuple(environment)
     self._lock = threading.Lock()
-    self._child: subprocess.Popen | None = None
-    self._sock: socket.socket | None = None
+    self._child: Any = None  # a Popen while it runs
+    self._sock: Any = None  # its socket
     self._end: Any = None
 
   def start(self) -> None:

@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 
 from opera_jax.rewards import math_worker
 
@@ -93,7 +94,7 @@ class _Worker:
   """One process, started when it is first asked."""
 
   def __init__(self):
-    self._process: subprocess.Popen[bytes] | None = None
+    self._process: Any = None  # a Popen[bytes] while it runs
     self._timeout = 0.0
 
   def ask(self, pair: tuple[str, str], timeout: float) -> Outcome:
@@ -183,7 +184,7 @@ class _Worker:
     return json.loads(reply) if reply else None, overdue.is_set()
 
 
-def _line(process: subprocess.Popen[bytes]) -> bytes:
+def _line(process: Any) -> bytes:
   """The next whole line; b"" if the process ended before."""
   reply = b""
   while not reply.endswith(b"\n"):
@@ -211,7 +212,7 @@ _IDLE: collections.deque[_Worker] = collections.deque()
 
 def _hire(count: int) -> list[_Worker]:
   """Idle workers first; those who started already are fastest."""
-  hired = []
+  hired: list[_Worker] = []
   while len(hired) < count:
     try:
       hired.append(_IDLE.pop())

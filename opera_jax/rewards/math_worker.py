@@ -53,7 +53,8 @@ def main(timeout: float, paths: list[str]) -> None:
       used = resource.getrusage(resource.RUSAGE_SELF)
       seconds = used.ru_utime + used.ru_stime + 2 * timeout + _GRACE
       _limit(resource.RLIMIT_CPU, int(seconds))
-      _say(replies, check(*json.loads(line), thread))
+      reference, answer = json.loads(line)
+      _say(replies, check(reference, answer, thread))
 
 
 def check(

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.perplexity_reward import api as perplexity_reward
 from opera_jax import structs
+from opera_jax.kernels.perplexity_reward import api as perplexity_reward
 
 MODES = ("both", "r_self", "r_ppl", "one_hot")
 COMPARED = ("previous", "reflective", "start")
@@ -192,7 +192,8 @@ def queries(
   after_RJ = np.full((rows, steps), _NONE, np.int32)
   last_R = np.zeros(rows, np.int32)
   continuations: list[structs.Continuation] = []
-  row_of, slot_of = [], []
+  row_of: list[int] = []
+  slot_of: list[int] = []
   previous: list[list[int]] = []
   for r in range(rows):
     reference = np.asarray(reference_ids[r], np.int32)
@@ -297,17 +298,17 @@ def rewards(
     )
   logprob_RM, continuation_RM = _pack(continuation_logprob, layout)
   # How many prompts are open-ended differs from step to step: few shapes.
-  mean_RS, _, count_R, self_R = perplexity_reward.perplexity_reward(
+  mean_RS, _, count_RX, self_RX = perplexity_reward.perplexity_reward(
     _more_rows(logprob_RM, 0.0),
     _more_rows(continuation_RM, _NONE),
     _more_rows(layout.previous, _NONE),
     tau=tau,
   )
-  count_R, self_R = (np.asarray(x)[:rows] for x in (count_R, self_R))
+  count_R, self_R = np.asarray(count_RX)[:rows], np.asarray(self_RX)[:rows]
   score_R = np.asarray(mean_RS)[np.arange(rows), layout.last]
   score_BN = score_R.reshape(-1, samples)
-  rank_BN = perplexity_reward.group_rank(_more_rows(score_BN, 0.0))
-  rank_BN = np.asarray(rank_BN)[: len(score_BN)]
+  rank_XN = perplexity_reward.group_rank(_more_rows(score_BN, 0.0))
+  rank_BN = np.asarray(rank_XN)[: len(score_BN)]
   if mode == "one_hot":
     rank_BN = (rank_BN == 1.0).astype(np.float32)
   self_BN = np.asarray(self_R).reshape(score_BN.shape)

@@ -192,7 +192,7 @@ def check_many(
     [
       (
         math_answer.gold(references[i]),
-        math_answer.fold(math_answer.after_thought(texts[i])),
+        math_answer.fold(math_answer.after_thought(texts[i]) or ""),
       )
       for i in asked
     ],

@@ -8,7 +8,7 @@ Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ OF_TERMS = (
   *("compare", "bridge", "match", "math_check"),
 )
 # What a term is told by fields of config.reward, and by which.
-_OWN = {
+_OWN: dict[str, dict[str, str | None]] = {
   "opera": {
     "alpha": "alpha",
     "tau": "tau",
@@ -75,7 +75,7 @@ _OWN = {
 
 
 def build_rewards(
-  encode: Callable[[str], Sequence[int]],
+  encode: Callable[[str], Iterable[int]],
   *,
   terms: str,
   options: Mapping[str, Mapping[str, Any]] | None,
@@ -125,7 +125,7 @@ def build_rewards(
           f"config.reward.options.{name}.{setting} is set elsewhere: "
           + (f"use config.reward.{field}." if field else "by what is scored.")
         )
-  own = {
+  own: dict[str, dict[str, Any]] = {
     "opera": {
       "alpha": alpha,
       "tau": tau,
@@ -299,8 +299,9 @@ class Scorer:
         params, every, continuations, advance=advance
       )
     else:
+      rows = rollouts.tokens()
       logprobs = self._logprob_scorer.score_completions(
-        params, *rollouts.tokens(), every[len(prefixes) :], advance=advance
+        params, rows[0], rows[1], every[len(prefixes) :], advance=advance
       )
     result = _results(logprobs, rollouts, asked)
     total_BN, terms = compose.weighted_sum(

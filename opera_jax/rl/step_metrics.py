@@ -82,7 +82,7 @@ def rl_step(
       out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
   if ema is not None:
     out["reward/score_ema"] = ema
-  if opened_B.any() and "score" in scored.terms:
+  if ema is not None and opened_B.any() and "score" in scored.terms:
     score_ON = scored.terms["score"][opened_B]
     out["reward/score_smoothed"] = smoothing.smoothed(score_ON, ema).mean()
   for name in updates[0]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import target
+from opera_jax.kernels import target
 from opera_jax.models import attention, kv_cache, small_batch_matmul
 from opera_jax.models import compaction as compaction
 from opera_jax.rollout import sampling

@@ -303,7 +303,8 @@ def _worth_a_stop(together: int, live: int) -> int:
 
 def _told_apart(names: Sequence[str]) -> list[str]:
   """The names, each one that has come before marked by how often it has."""
-  out, before = [], collections.Counter()
+  before: collections.Counter[str] = collections.Counter()
+  out = []
   for name in names:
     out.append(f"{name}\0{before[name]}" if before[name] else name)
     before[name] += 1

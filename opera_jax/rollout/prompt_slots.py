@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels import target
 from opera_jax import structs
+from opera_jax.kernels import target
 from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import slots as slots_lib
@@ -102,7 +102,7 @@ class PromptSlots:
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
     self._prefix_buckets = prefix_buckets
     self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    self._static = {
+    self._static: dict[str, Any] = {
       "settings": settings,
       "steps": steps,
       "whole_rows": whole_rows,

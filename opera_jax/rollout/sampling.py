@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import target
+from opera_jax.kernels import target
 from opera_jax.text import tokenizer as tokenizer_lib
 
 FEW = 64  # of the largest, up to which a CPU looks for one after the other

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass
 class _Row:
-  prompt: int | None = None
+  prompt: int = -1  # none yet
   waiting: int = 0  # samples of the prompt not begun
   begun: int = 0
   slots: list[int | None] = dataclasses.field(default_factory=list)

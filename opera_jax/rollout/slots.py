@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kernels import target
+from opera_jax.kernels import target
 from opera_jax.models import kv_cache, qwen3, sharded_ops
 from opera_jax.sharding import rules
 
@@ -23,8 +23,7 @@ PREFIX = ("batch", "heads", None, None)  # and layers before them, if stacked
 CACHE = ("batch", None, "heads", None, None)
 
 
-@struct.dataclass
-class Slots:
+class Slots(struct.PyTreeNode):
   """What every row and slot is at."""
 
   prefix: kv_cache.PrefixCache  # [L, B, K, T, H] in all
@@ -85,7 +84,7 @@ def empty(
   )
   if layers_apart():
     prefix, cache = kv_cache.apart(prefix), kv_cache.apart(cache)
-  slots = Slots(
+  made = Slots(
     prefix=prefix,
     cache=cache,
     prefix_length=jnp.zeros(rows, jnp.int32),
@@ -100,7 +99,7 @@ def empty(
     live=jnp.zeros(shape, bool),
     ended=zeros(),
   )
-  return laid_out(slots)
+  return laid_out(made)
 
 
 def layers_apart() -> bool:

@@ -72,7 +72,7 @@ def complete(
     held = max(map(len, stop), default=1) - 1
     held = max(held, len(text) - len(text.rstrip("\ufffd")))
     stable = text[: max(len(text) - held, 0)]
-    if len(stable) > stream.shown:
+    if len(stable) > stream.shown and on_text is not None:
       on_text(prompt, sample, stable[stream.shown :])
       stream.shown = len(stable)
 
@@ -94,7 +94,7 @@ def complete(
   ]
   for (prompt, sample), stream in streams.items():
     rest = out[prompt][sample].text[stream.shown :]
-    if rest:
+    if rest and on_text is not None:
       on_text(prompt, sample, rest)
   return out
 

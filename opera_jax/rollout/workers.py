@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def _turn(
 class _Here(concurrent.futures.Executor):
   """Runs at once what it is given, in the calling thread."""
 
-  def submit(self, function, /, *arguments):
-    future = concurrent.futures.Future()
-    future.set_result(function(*arguments))
+  def submit(self, function, /, *arguments, **keywords):
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(function(*arguments, **keywords))
     return future

@@ -308,7 +308,8 @@ def setup(
   graphdef, shapes = qwen3.abstract(config)
   axes = qwen3.logical_axes(shapes)
   layout.check(shapes, axes, device_mesh, rules.TRAIN)
-  kept, dropped = {}, {}
+  kept: dict[str, Any] = {}
+  dropped: dict[str, int] = {}
   for name in ("synthesis", "rl", "held_out"):
     every = getattr(tasks, name)
     lengths = exchange.each(
@@ -454,7 +455,7 @@ def _tokenizer(
 ) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str]]:
   """The run's tokenizer, and the digest of its files; a stage of its own."""
   if path:
-    given = {"tokenizer": {"path": path}}
+    given: dict[str, Any] = {"tokenizer": {"path": path}}
     made_from = exchange.by_lead(
       lambda: directory_inputs(
         "tokenizer.path",

@@ -153,7 +153,8 @@ class Parts:
 
   def _found(self, index: int) -> dict[str, traces.Trace]:
     """The traces of a part's file by id; what is no whole line is not there."""
-    path, out = self._path(index), {}
+    path = self._path(index)
+    out: dict[str, traces.Trace] = {}
     wanted = {self._ids[i] for i in self._items(index)}
     if not path.exists():
       return out

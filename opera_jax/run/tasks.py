@@ -183,7 +183,7 @@ def load(
       f"{len(bare)} open-ended tasks have no reference; they serve the cold "
       "start alone."
     )
-  made = []
+  made: list[Any] = []
   if documents:
     responses = digest.Source(exchange.read)
     made, drafted = _drafted(
@@ -343,7 +343,8 @@ def _drafted(
     for_maths = count
   out, notes = [], []
   if opened:
-    responses, empty, source = {}, 0, "the references"
+    responses: dict[str, list[tuple[float, str]]] = {}
+    empty, source = 0, "the references"
     if responses_path:
       responses, empty = drafts.read_responses(
         responses_path, {p.id for p in opened}, read_file

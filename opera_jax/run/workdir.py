@@ -79,7 +79,7 @@ def held(
     preemption: ends the wait, and the run after the block, once it was told.
   """
   with contextlib.ExitStack() as stack:
-    told = []
+    told: list[str] = []
 
     def wait() -> None:
       if not told:
@@ -195,12 +195,13 @@ class Stage:
         "and that has not been made yet. Run the stage that makes it first: "
         f"add {missing[0].partition('/')[0]} to config.stages."
       )
+    inputs = {k: v for k, v in self._inputs.items() if v is not None}
     record = {
       "format": _FORMAT,
       "settings": self._settings,
       "made_from": {
         name: {"place": place, "sha256": digest}
-        for name, (place, digest) in self._inputs.items()
+        for name, (place, digest) in inputs.items()
       },
     }
     write(self.path / _BEGUN, record)
@@ -449,7 +450,7 @@ def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   if not isinstance(tree, dict):
     return {prefix: tree}
-  out = {}
+  out: dict[str, Any] = {}
   for name, value in tree.items():
     out |= _flat(value, f"{prefix}.{name}" if prefix else name)
   return out

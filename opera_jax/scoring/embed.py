@@ -66,7 +66,7 @@ class Embedder:
     Returns:
       [N, D] float32, in the order given, of no particular length.
     """
-    out: list[np.ndarray | None] = [None] * len(texts)
+    out: list[Any] = [None] * len(texts)
     cut = [text[: self._buckets[-1]] for text in texts]
     order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
     for start in range(0, len(order), self._rows):

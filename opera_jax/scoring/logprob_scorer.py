@@ -210,7 +210,7 @@ class LogprobScorer:
       )
     self._vocab_size = vocab_size
     self._mesh = mesh
-    self._pack = {
+    self._pack: dict[str, Any] = {
       "batch_size": batch_size,
       "prefix_buckets": tuple(prefix_buckets),
       "slot_buckets": tuple(slot_buckets),
@@ -410,7 +410,8 @@ class LogprobScorer:
 def _distinct(items: Sequence[Any], keys: Sequence[Any]):
   """(place of each item among the distinct ones, the distinct ones)."""
   first: dict[Any, int] = {}
-  places, kept = [], []
+  places: list[int] = []
+  kept: list[Any] = []
   for item, key in zip(items, keys):
     if key not in first:
       first[key] = len(kept)

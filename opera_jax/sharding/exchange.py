@@ -71,7 +71,7 @@ def each(
     done = pool.submit(lambda: list(work(mine)) if mine else [])
   raised = done.exception()
   if raised is None:
-    told = {"values": done.result()}
+    told: dict[str, Any] = {"values": done.result()}
   else:
     told = {"error": f"{type(raised).__name__}: {raised}"}
   heard = [json.loads(one) for one in gather(json.dumps(told).encode())]

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 import types
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ FOLDER = "runtime"  # in the run's folder
 EXIT_CODE = 1
 _TAIL = 64 * 2**10  # bytes read of what the runtime wrote
 _STDERR = 2
-_IN_USE = []  # what C calls must outlive whoever made it
+_IN_USE: list[Any] = []  # what C calls must outlive whoever made it
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 # "stopped sending heartbeats):\n1\n2\n", or "/job:x/replica:0/task:1".
 _SILENT = re.compile(r"heartbeats\):((?:[\s,]+\d+)+)\s*\n")

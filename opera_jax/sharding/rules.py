@@ -38,7 +38,7 @@ ACTIVATIONS = {
 }
 
 
-def spec(axes: tuple[str | None, ...], rules: dict[str, Any]) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], rules: dict[Any, Any]) -> PartitionSpec:
   """The PartitionSpec of one array with logical `axes`."""
   return PartitionSpec(*(rules[name] for name in axes))
 

@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,7 @@ def start(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   if not distributed:
     return
-  given = {}
+  given: dict[str, Any] = {}
   if distributed != "auto":
     match = _ADDRESS.fullmatch(distributed)
     if match is None or int(match["index"]) >= int(match["count"]):
@@ -166,9 +167,9 @@ def count_compiled() -> list[float]:
   """Starts to count, once a process: the seconds of each program."""
   seconds: list[float] = []
 
-  def listen(event: str, duration: float, **_) -> None:
+  def listen(event: str, duration_secs: float, **_: Any) -> None:
     if event == _COMPILED:
-      seconds.append(duration)
+      seconds.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   return seconds

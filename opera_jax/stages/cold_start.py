@@ -10,6 +10,7 @@ does not grow with what is done.
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -177,7 +178,7 @@ def _chosen(
   """The kept traces, or the rejected ones with the reason as their status."""
   for trace, word in zip(traces.read(source), why, strict=True):
     if (word is None) == kept:
-      yield trace if kept else dataclasses.replace(trace, status=word)
+      yield trace if word is None else dataclasses.replace(trace, status=word)
 
 
 def _whole(stage: workdir_lib.Stage) -> bool:
@@ -276,7 +277,7 @@ def _searcher(
   run: setup_lib.Run, settings: Search
 ) -> search.Searcher | rewrite.Rewriter:
   machines = run.engine, run.logprob_scorer, run.tokenizer
-  draw = {
+  draw: dict[str, Any] = {
     "candidates": settings.candidates,
     "temperature": settings.temperature,
     "top_k": settings.top_k,

@@ -161,8 +161,8 @@ def flag(value: Any) -> str:
 def ascending(value: Any) -> str:
   """Is a tuple of lengths."""
   whole = count()
-  fine = isinstance(value, Sequence) and not isinstance(value, str) and value
-  fine = fine and not any(map(whole, value))
+  some = isinstance(value, Sequence) and not isinstance(value, str) and value
+  fine = some and not any(map(whole, value))
   if fine and all(a < b for a, b in zip(value, value[1:])):
     return ""
   return "it must be whole numbers from 1 on, ascending, at least one"

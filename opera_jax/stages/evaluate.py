@@ -173,8 +173,12 @@ def _one_model(
     groups = kept_lib.samples_in(pieces.get(f"{name}-samples", draw))
 
     def measure(mine=mine, groups=groups) -> dict[str, list[float]]:
-      scored = run.measurer.score(load(), *mine, groups, advance=advance)
-      found = _measures(run, load(), *mine, groups, scored, told, advance)
+      scored = run.measurer.score(
+        load(), mine[0], mine[1], groups, advance=advance
+      )
+      found = _measures(
+        run, load(), mine[0], mine[1], groups, scored, told, advance
+      )
       return {key: value.tolist() for key, value in found.items()}
 
     every += groups
@@ -268,7 +272,8 @@ def thought_logprobs(
   """
   empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
   gap = run.tokenizer.encode("\n\n")
-  prefixes, continuations = [], []
+  prefixes: list[np.ndarray] = []
+  continuations = []
   for i, group, prompt in zip(ids, groups, prompts):
     reference = run.tokenizer.encode(prompt.reference)
     for context, tokens, skip in [
@@ -345,7 +350,7 @@ def _pooled_rank(
 def _table(values, opened, prompts, settings) -> list[table.Row]:
   """Open-ended measures over open-ended prompts, the rest over all."""
   if "facts" in values[MODELS[0]]:
-    general = (FACTS, *GENERAL)
+    general: tuple[table.Measure, ...] = (FACTS, *GENERAL)
   else:
     general = GENERAL
 

@@ -92,7 +92,9 @@ def measure(
     logprobs = evaluate.thought_logprobs(
       run,
       params,
-      *([every[b] for b in opened] for every in (prompts, ids, groups)),
+      [prompts[b] for b in opened],
+      [ids[b] for b in opened],
+      [groups[b] for b in opened],
       advance=advance,
     )
     out["logp_thought"] = logprobs["logp_thought"]

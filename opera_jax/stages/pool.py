@@ -219,7 +219,7 @@ def _view(
   rng = np.random.default_rng(seed)
   some = np.sort(rng.permutation(len(kept))[:_POINTS])
   place_N2 = cluster.project(vector_ND[some], seed)
-  by_reason = collections.defaultdict(list)
+  by_reason: dict[str, list] = collections.defaultdict(list)
   for one in rejected:
     if len(by_reason[one.reason]) < _SHOWN:
       by_reason[one.reason].append((one.prompt.prompt, one.detail))

@@ -48,10 +48,11 @@ def rl(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
   if not rl_select.asks_function(rules):
     return
   if not workdir_lib.result(run.workdir, "select_rl"):
-    exchange.each([rules.judge], lambda _: [_tried(run, rules)])
+    exchange.each([rules.judge], lambda _: _tried(run, rules))
 
 
-def _tried(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
+def _tried(run: setup_lib.Run, rules: rl_filter.Rules) -> list[None]:
   judge = rl_select.user_judge(run, rules)
   judge.probe([p for p in run.tasks.rl if p.task == "open_ended"])
   judge.process.close()
+  return [None]

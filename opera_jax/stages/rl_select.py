@@ -81,7 +81,7 @@ def select(
   return dataclasses.replace(
     run,
     tasks=dataclasses.replace(
-      run.tasks, rl=rl, digests=run.tasks.digests | digests
+      run.tasks, rl=rl, digests={**run.tasks.digests, **digests}
     ),
   )
 
@@ -169,7 +169,7 @@ def _found(
     return [float(value) for value in user_judge(run, rules).values(*said)]
 
   def asks(name, prompts, samples, work):
-    out = {}
+    out: dict[str, Any] = {}
     for block in kept_lib.blocks(len(prompts)):
       some = kept_lib.block(prompts, block)
 

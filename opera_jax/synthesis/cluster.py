@@ -68,7 +68,7 @@ def fit(
         f"clusters between 2 and half of the {len(some)} prompts it is tried "
         "on. Name config.pool.clusters, add smaller choices, or more prompts."
       )
-    clusters = max(tried, key=tried.get)
+    clusters = max(tried, key=tried.__getitem__)
   if not 1 <= clusters <= count:
     raise ValueError(
       f"config.pool.clusters is {clusters} and {count} prompts are left; there "
@@ -89,7 +89,9 @@ def _means(vector_ND: np.ndarray, clusters: int, seed: int):
   )
 
 
-def quotas(sizes: Sequence[int], total: int, minimum: int) -> np.ndarray:
+def quotas(
+  sizes: Sequence[int] | np.ndarray, total: int, minimum: int
+) -> np.ndarray:
   """How many to take of each cluster.
 
   Proportional to size, rounded by largest remainders, where that is no less

@@ -180,7 +180,9 @@ class _Index:
     # datasketch knows how many bands of how many rows suit a threshold.
     bands = datasketch.MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
     self._ranges = bands.hashranges
-    self._buckets = [collections.defaultdict(list) for _ in self._ranges]
+    self._buckets: list[dict[bytes, list[int]]] = [
+      collections.defaultdict(list) for _ in self._ranges
+    ]
     self._hashes: dict[int, np.ndarray] = {}
     self.cut = 0
 
@@ -190,7 +192,8 @@ class _Index:
     Args:
       hashes: [_PERMUTATIONS] uint64.
     """
-    proposed, full = set(), False
+    proposed: set[int] = set()
+    full = False
     for (low, high), bucket in zip(self._ranges, self._buckets):
       found = bucket.get(hashes[low:high].tobytes(), ())
       full |= len(found) == _BUCKET

@@ -63,8 +63,11 @@ def column_scores(
   name, out = judge.removeprefix(COLUMN), {}
   for prompt in prompts:
     score = prompt.columns.get(name)
-    number = isinstance(score, int | float) and not isinstance(score, bool)
-    if not number or not math.isfinite(score):
+    if (
+      not isinstance(score, int | float)
+      or isinstance(score, bool)
+      or not math.isfinite(score)
+    ):
       raise ValueError(
         f"Prompt {prompt.id!r}: config.select.rl.judge={judge!r} needs a "
         f"number in its column {name!r}, which is {score!r}; the prompt has "

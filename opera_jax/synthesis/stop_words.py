@@ -68,7 +68,7 @@ class StopWords:
       )
       for phase, strings in self._stops.items()
     }
-    close = (tokenizer.think_close_id,)
+    close: tuple[int, ...] = (tokenizer.think_close_id,)
     table, starts = regions.join(
       [
         (tables.get(phase), () if phase == "answer" else close)
@@ -104,7 +104,7 @@ class StopWords:
     found = stops and automaton.find_first(
       tokens, vocab, stops, right_boundary=self._words
     )
-    if not found:
+    if not stops or not found:
       return tokens, none, TURN_ENDED
     if not self._words:
       return tokens[: found.token_after], none, "candidate"

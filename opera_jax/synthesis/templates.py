@@ -4,9 +4,10 @@ The text is one user turn in the policy's chat layout (`Tokenizer.chat_prompt`,
 which is Qwen3's to the token); tags in it are plain text, as in a prompt.
 """
 
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
+
+from opera_jax import shipped
 
 SUFFIX = ".txt"
 
@@ -26,7 +27,7 @@ def load(value: str, names: Sequence[str], setting: str) -> str:
   """
   text, shown = value, repr(value[:60])
   if value.endswith(SUFFIX) and "\n" not in value and "{" not in value:
-    path, shown = pathlib.Path(value), value
+    path, shown = shipped.path(value), value
     if not path.is_file():
       raise FileNotFoundError(
         f"{setting}={value}: no such file. Name one such as "

@@ -34,14 +34,25 @@ MIDDLE_SHIFT = 7  # above: 0, or a 1 and then a keyword bit for each whole step
 MAX_MIDDLE = 16
 
 
+Table = jax.Array | np.ndarray
+
+
 @struct.dataclass
 class Automaton:
   """Tables over tokens, in numpy as built; state 0 is the start."""
 
-  token_class: jax.Array  # [V + 1] uint16 or int32; the last: ids beyond V
-  next_state: jax.Array  # [S, C] smallest unsigned int that holds S
-  event: jax.Array  # [S, C] smallest unsigned int that holds the codes
-  end_event: jax.Array  # [S] as event, where the text ends in this state
+  token_class: (
+    jax.Array | np.ndarray
+  )  # [V + 1] uint16 or int32; the last: ids beyond V
+  next_state: (
+    jax.Array | np.ndarray
+  )  # [S, C] smallest unsigned int that holds S
+  event: (
+    jax.Array | np.ndarray
+  )  # [S, C] smallest unsigned int that holds the codes
+  end_event: (
+    jax.Array | np.ndarray
+  )  # [S] as event, where the text ends in this state
 
 
 def step(

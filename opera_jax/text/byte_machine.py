@@ -99,7 +99,7 @@ def build(
       found += [i for i, _ in whole]
       spelled.difference_update(whole)
     stands = 0
-    if separator is not None:
+    if separator is not None and restarts is not None:
       stands = restarts[state.separator][byte]
       if stands == len(separator):
         return _State(frozenset(), False, 0), best(found), True

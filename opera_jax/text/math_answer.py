@@ -279,7 +279,7 @@ def _sentence(text: str, begin: int) -> Stated | None:
       return Stated(ends[1], not re.search(r"\d", content[: ends.start(1)]))
     denied = NUMBER.fullmatch(content.removeprefix("not "))
     single = len(content.split()) == 1 or re.match(r"\([A-Z]\) ", content)
-    alone = single and not _UNCERTAIN.search(content)
+    alone = bool(single) and not _UNCERTAIN.search(content)
     return Stated(content, bool(alone or denied))
   rest = content[hit.end() :]
   several = re.search(r"\d", rest) is not None or _UNCERTAIN.search(words)

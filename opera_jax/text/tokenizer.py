@@ -110,7 +110,8 @@ class Tokenizer:
       ValueError: a required token is missing, the model is not byte-level, or
         an end id is outside the vocabulary.
     """
-    missing = [name for name in REQUIRED if backend.token_to_id(name) is None]
+    ids: dict[str, Any] = {n: backend.token_to_id(n) for n in REQUIRED}
+    missing = [name for name, index in ids.items() if index is None]
     if missing:
       raise ValueError(
         f"The tokenizer lacks {', '.join(missing)}. The method needs each of"
@@ -131,10 +132,10 @@ class Tokenizer:
     self._special = {index for index, token in added.items() if token.special}
     self._plain = self._without_added_tokens()
     self.vocab_size = 1 + highest
-    self.pad_id = backend.token_to_id(PAD)
-    self.end_id = backend.token_to_id(TURN_CLOSE)
-    self.think_open_id = backend.token_to_id(THINK_OPEN)
-    self.think_close_id = backend.token_to_id(THINK_CLOSE)
+    self.pad_id: int = ids[PAD]
+    self.end_id: int = ids[TURN_CLOSE]
+    self.think_open_id: int = ids[THINK_OPEN]
+    self.think_close_id: int = ids[THINK_CLOSE]
     self.vocab_bytes = self._vocab_bytes()
     self.end_ids = tuple(dict.fromkeys((self.end_id, *end_ids)))
     beyond = [i for i in self.end_ids if not 0 <= i < self.vocab_size]
@@ -411,7 +412,7 @@ def _download(hub_id: str) -> dict[str, pathlib.Path | None]:
   import huggingface_hub
   from huggingface_hub import errors
 
-  files = {}
+  files: dict[str, pathlib.Path | None] = {}
   hub_id, revision = hub.split(hub_id)
   for name in _FILES:
     try:

@@ -136,7 +136,7 @@ def cached(
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file.replacing(path, "wb") as file:
-      np.savez_compressed(file, **tables)
+      np.savez_compressed(file, allow_pickle=False, **tables)
   except OSError as error:
     warnings.warn(
       f"{path} cannot be written ({error}); it is built at every start.",

@@ -77,7 +77,7 @@ class Checkpoints:
     self._lock = contextlib.ExitStack()
     # One process looks at the files, and all go by it.
     self._writes, self._latest = exchange.by_lead(lambda: self._begin(write))
-    self._manager = None
+    self._manager: Any = None  # where there is a folder
     if self._writes or self._directory.exists():
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -262,7 +262,7 @@ class Preemption:
 
   def __init__(self):
     self._flag = self._now = False
-    self._before = signal.SIG_DFL
+    self._before: Any = signal.SIG_DFL
 
   def __enter__(self) -> "Preemption":
     self._before = signal.signal(signal.SIGTERM, self._on_signal)

@@ -42,7 +42,8 @@ class Metrics:
     """
     workdir = pathlib.Path(workdir)
     self.path = workdir / f"{name}.jsonl"
-    self._file = self._board = None
+    self._file: Any = None  # of process 0 alone
+    self._board: Any = None
     if not runtime.is_main_process():
       return
     workdir.mkdir(parents=True, exist_ok=True)

@@ -8,18 +8,17 @@ import optax
 from flax import struct
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """Parameters and optimizer after `step` updates; `key` never changes.
 
   A random key of update i is `jax.random.fold_in(state.key, i)`, so a resumed
   run draws what a straight one draws.
   """
 
-  step: jax.Array  # [] int32, updates made so far
+  step: Any  # [] int32, updates made so far
   params: Any  # tree of arrays
   opt_state: optax.OptState
-  key: jax.Array  # [] typed PRNG key
+  key: Any  # [] typed PRNG key
 
 
 def create(

@@ -9,8 +9,8 @@ import time
 import growth
 import pytest
 
-from configs import common
 from opera_jax import structs
+from opera_jax.configs import common
 from opera_jax.data import prompts
 from opera_jax.text import tokenizer
 

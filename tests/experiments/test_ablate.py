@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from configs import ablations, cold_start
-from experiments import ablate
+from opera_jax.configs import ablations, cold_start
+from opera_jax.experiments import ablate
 from opera_jax.stages import held_out
 
 

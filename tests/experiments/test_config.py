@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from configs import common, tiny
-from experiments import opera_rl
+from opera_jax.configs import common, tiny
+from opera_jax.experiments import opera_rl
 from opera_jax.models import qwen3
 from opera_jax.rl import learner, score
 from opera_jax.rollout import engine, sampling
@@ -104,7 +104,7 @@ def test_every_field_is_read():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_are_locked_and_hold_common_fields_only(name):
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = importlib.import_module(f"opera_jax.configs.{name}").get_config()
   assert config.is_locked
   known = common.get_config()
   assert set(config) == set(known)
@@ -175,7 +175,8 @@ def test_a_command_imports_jax_when_it_needs_it(name):
   done = subprocess.run(
     [
       *(sys.executable, "-c"),
-      f"import sys, experiments.{name}; print({heavy} & set(sys.modules))",
+      f"import sys, opera_jax.experiments.{name}; "
+      f"print({heavy} & set(sys.modules))",
     ],
     cwd=ROOT,
     capture_output=True,

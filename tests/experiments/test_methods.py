@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs import common
+from opera_jax.configs import common
 from opera_jax.rewards import compose
 from opera_jax.rl import advantages, learner
 from opera_jax.train import metrics
@@ -23,7 +23,8 @@ METHODS = sorted(
 
 
 def _config(name, arg):
-  return importlib.import_module(f"configs.methods.{name}").get_config(arg)
+  module = importlib.import_module(f"opera_jax.configs.methods.{name}")
+  return module.get_config(arg)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -41,7 +42,7 @@ def test_configs_name_real_parts(name, arg):
   assert config.rl.loss in learner.LOSSES
   assert config.rl.prompts % config.rl.mini_batch == 0
   assert set(options) <= set(compose.weights(config.reward.terms))
-  text = importlib.import_module(f"configs.methods.{name}").__doc__
+  text = importlib.import_module(f"opera_jax.configs.methods.{name}").__doc__
   cited = ("arXiv", "Williams", "teacher", "taught")
   assert any(word in text for word in cited), text
 
@@ -55,10 +56,10 @@ ONE_STEP = [name for name in METHODS if name != "judge"]
 # One process on one device, as on a laptop, so that programs are shared.
 SCRIPT = """
 import importlib, pathlib, shutil, sys
-from experiments import opera_rl
+from opera_jax.experiments import opera_rl
 
 def config(name, stages):
-  module = importlib.import_module(f"configs.methods.{name}")
+  module = importlib.import_module(f"opera_jax.configs.methods.{name}")
   made = module.get_config("smoke").unlock()
   made.stages = stages
   return made

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.perplexity_reward import api, pallas_tpu, xla
+from opera_jax.kernels.perplexity_reward import api, pallas_tpu, xla
 
 IMPLEMENTATIONS = ["reference", "xla"]
 

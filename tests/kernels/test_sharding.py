@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels.perplexity_reward import api as perplexity_reward
-from kernels.shared_prefix_attention import api as shared_prefix_attention
-from kernels.token_logprob import api as token_logprob
+from opera_jax.kernels.perplexity_reward import api as perplexity_reward
+from opera_jax.kernels.shared_prefix_attention import (
+  api as shared_prefix_attention,
+)
+from opera_jax.kernels.token_logprob import api as token_logprob
 
 
 @pytest.fixture(scope="module")

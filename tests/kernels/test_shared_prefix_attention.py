@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.shared_prefix_attention import api, limited_plan
+from opera_jax.kernels.shared_prefix_attention import api, limited_plan
 
 SCALE = 0.3
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from kernels import target
-from kernels.token_logprob import api as token_logprob
+from opera_jax.kernels import target
+from opera_jax.kernels.token_logprob import api as token_logprob
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 

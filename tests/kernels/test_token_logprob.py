@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.token_logprob import api, pallas_tpu
+from opera_jax.kernels.token_logprob import api, pallas_tpu
 
 M, D, V = 23, 16, 37
 

@@ -14,9 +14,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from kernels.perplexity_reward import api as perplexity_reward
-from kernels.shared_prefix_attention import api as shared_prefix_attention
-from kernels.token_logprob import api as token_logprob
+from opera_jax.kernels.perplexity_reward import api as perplexity_reward
+from opera_jax.kernels.shared_prefix_attention import (
+  api as shared_prefix_attention,
+)
+from opera_jax.kernels.token_logprob import api as token_logprob
 
 # Compiling needs no chip, so two processes may load libtpu at once.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

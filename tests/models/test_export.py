@@ -16,7 +16,7 @@ from opera_jax.models import attention
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A run of the smoke sizes whose SFT stage has left a model."""
-  from configs import tiny
+  from opera_jax.configs import tiny
   from opera_jax.run import setup
 
   config = tiny.get_config("smoke")

@@ -6,7 +6,7 @@ import os
 import jax
 import pytest
 
-from configs import qwen3_8b, tiny
+from opera_jax.configs import qwen3_8b, tiny
 from opera_jax.plan import analyse, hardware, programs, whole
 from opera_jax.sharding import mesh as mesh_lib
 

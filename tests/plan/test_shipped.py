@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from configs import qwen3_0_6b, qwen3_8b
+from opera_jax.configs import qwen3_0_6b, qwen3_8b
 from opera_jax.models import presets
 from opera_jax.plan import programs, table
 

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from configs.methods import judge as method
 from opera_jax import structs
+from opera_jax.configs.methods import judge as method
 from opera_jax.rewards import compose, endpoint, judge, replies
 
 from rewards import hostile_server  # isort: skip

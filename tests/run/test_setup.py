@@ -7,7 +7,7 @@ import shutil
 import jax
 import pytest
 
-from configs import tiny
+from opera_jax.configs import tiny
 from opera_jax.data import storyworld
 from opera_jax.models import qwen3, qwen3_params
 from opera_jax.run import setup, workdir

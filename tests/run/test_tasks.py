@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs import common, open_ended
-from experiments import opera_rl
 from opera_jax import structs
+from opera_jax.configs import common, open_ended
 from opera_jax.data import drafts
+from opera_jax.experiments import opera_rl
 from opera_jax.rl import score, step_metrics
 from opera_jax.run import tasks
 from opera_jax.text import words

@@ -78,7 +78,7 @@ def test_what_is_no_folder_is_named(home):
 
 
 def test_the_default_is_not_in_the_working_directory():
-  from configs import common
+  from opera_jax.configs import common
 
   assert common.get_config().runtime.compile_cache == "auto"
 

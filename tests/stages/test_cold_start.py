@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
-from configs import tiny
+from opera_jax.configs import tiny
 from opera_jax.data import traces
 from opera_jax.rewards import function
 from opera_jax.run import setup, workdir

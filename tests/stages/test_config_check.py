@@ -5,7 +5,7 @@ import importlib
 import pytest
 from conftest import ROOT
 
-from configs import common, tiny
+from opera_jax.configs import common, tiny
 from opera_jax.losses import kl, reduce
 from opera_jax.rewards import compose, opera, verifiable
 from opera_jax.rl import learner, score

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
+from opera_jax.configs import tiny
 from opera_jax.data import traces
 from opera_jax.models import qwen3
 from opera_jax.rollout import sampling

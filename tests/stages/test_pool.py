@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs import common
 from opera_jax import structs
+from opera_jax.configs import common
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.stages import pool
 from opera_jax.train import checkpoint

@@ -2,8 +2,8 @@
 
 import pytest
 
-from configs import tiny
-from experiments import opera_rl
+from opera_jax.configs import tiny
+from opera_jax.experiments import opera_rl
 from opera_jax.rewards import endpoint
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs.methods import base
+from opera_jax.configs.methods import base
 from opera_jax.evals import probes
 from opera_jax.rl import score
 from opera_jax.run import setup

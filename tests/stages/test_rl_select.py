@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from configs import tiny
 from opera_jax import structs
+from opera_jax.configs import tiny
 from opera_jax.rollout import sampling
 from opera_jax.run import setup, workdir
 from opera_jax.stages import rl_select

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny
+from opera_jax.configs import tiny
 from opera_jax.models import qwen3, qwen3_params
 from opera_jax.run import setup
 from opera_jax.stages import supervised

@@ -41,3 +41,10 @@ def test_values_are_not_searched():
   values = {"prompt": "a {reference} \\1", "reference": "{prompt}"}
   filled = templates.fill("<{prompt}|{reference}|{other}>", values)
   assert filled == "<a {reference} \\1|{prompt}|{other}>"
+
+
+def test_the_shipped_ones_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  value = "configs/templates/rewrite.txt"
+  text = (ROOT / value).read_text("utf-8").strip()
+  assert templates.load(value, ("prompt", "reference"), "f") == text

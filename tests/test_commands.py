@@ -1,0 +1,86 @@
+"""The installed commands are the drivers, from any folder."""
+
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+from opera_jax import commands
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+  "scripts"
+]
+
+
+def test_each_command_runs_a_driver(monkeypatch):
+  ran = []
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  monkeypatch.setattr(
+    runpy, "run_module", lambda name, **how: ran.append((name, how))
+  )
+  for target in SCRIPTS.values():
+    module, _, function = target.partition(":")
+    assert module == commands.__name__
+    getattr(commands, function)()
+  assert [name for name, _ in ran] == [
+    f"opera_jax.experiments.{name}" for name in ("opera_rl", "plan", "chat")
+  ]
+  for name, how in ran:
+    assert importlib.util.find_spec(name)
+    assert how == {"run_name": "__main__", "alter_sys": True}
+
+
+def test_functions_lie_in_the_working_directory_and_hide_nothing(tmp_path):
+  """`my_module` is found there; `numpy.py` there takes no one's place."""
+  (tmp_path / "my_module.py").write_text("value = 3\n")
+  (tmp_path / "numpy.py").write_text("raise SystemExit('taken')\n")
+  (tmp_path / "opera_jax.py").write_text("raise SystemExit('taken')\n")
+  script = (
+    "import runpy; from opera_jax import commands\n"
+    "def run_module(*_, **__):\n"
+    "  import numpy, opera_jax, my_module\n"
+    "  print(numpy.ones(1), my_module.value)\n"
+    "runpy.run_module = run_module\n"
+    "commands.opera_rl()\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-P", "-c", script],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
+  assert done.stdout.strip() == "[1.] 3", done.stderr
+
+
+@pytest.mark.parametrize(
+  "function, said",
+  [
+    ("opera_rl", ("OPERA, top to bottom", "--config:", "--workdir:")),
+    ("plan", ("Proves a run on a TPU slice", "--topology:", "--config:")),
+    ("chat", ("Tries a checkpoint by hand", "--prompt:", "--config:")),
+  ],
+)
+def test_help_is_the_drivers_own(tmp_path, function, said):
+  done = subprocess.run(
+    [
+      *(sys.executable, "-P", "-c"),
+      f"from opera_jax import commands; commands.{function}()",
+      "--help",
+    ],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
+  for words in said:
+    assert words in done.stdout, done.stdout + done.stderr
