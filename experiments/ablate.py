@@ -69,7 +69,7 @@ def grid(config, root: pathlib.Path, preemption) -> None:
     )
   # 2. That model, then every row and seed.
   held = functools.partial(
-    held_out, run, config=config, task=task, preemption=preemption
+    measured, run, config=config, task=task, preemption=preemption
   )
   values = {config.first: {0: held(config.first, start / "measured.json")}}
   cost: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def load(path: str, changes):
   return config
 
 
-def held_out(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
+def measured(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
   """Numbers of a model on the held-out prompts; measured once."""
   sampling = {
     "samples": config.samples,

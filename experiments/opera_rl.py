@@ -419,7 +419,7 @@ def packed_rows(
   """
   completions = scored.rollouts.completions
   mini_batches = rl.prompts // rl.mini_batch
-  old, ref = scored.of_completions(old), scored.of_completions(ref)
+  old_R, ref_R = scored.of_completions(old), scored.of_completions(ref)
   # Where each completion's tokens stand in the packed rows.
   sizes = scored.completion_sizes()
   placement = rl_data.place(
@@ -429,7 +429,7 @@ def packed_rows(
     completions_per_row=rl.completions_per_row,
     padded_prompt=max(map(run.engine.bucket, scored.rollouts.prompt_ids)),
   )
-  rows = rl_data.rows(placement, scored.prefixes, old, ref)
+  rows = rl_data.rows(placement, scored.prefixes, old_R, ref_R)
   # Advantages of every token, from rewards, KL and a critic's values.
   value = learn.critic_values(
     params, rows, placement, mesh=run.mesh, mini_batches=mini_batches
@@ -437,10 +437,10 @@ def packed_rows(
   estimate = estimators.estimate(
     models,
     scored,
-    old,
+    old_R,
     penalty=advantages.kl_penalties(
-      old,
-      ref,
+      old_R,
+      ref_R,
       coef=rl.kl_coef if rl.kl_in == "reward" else 0.0,
       estimator=rl.kl_estimator,
     ),
@@ -448,7 +448,7 @@ def packed_rows(
   )
   # Corrected for what the sampler did, as far as the cap lets it.
   weighted = advantages.importance_weighted(
-    estimate.advantage, old, completions, rl.importance_cap
+    estimate.advantage, old_R, completions, rl.importance_cap
   )
   extra = learn.extra_targets(
     placement,

@@ -67,9 +67,7 @@ class AdvantageInputs:
     taken_R = np.asarray([p.sum() for p in self.penalty], np.float32)
     return self.reward_BN - taken_R.reshape(self.reward_BN.shape)
 
-  def broadcast(
-    self, advantage_BN: np.ndarray | jax.Array
-  ) -> list[np.ndarray]:
+  def broadcast(self, advantage_BN: np.ndarray | jax.Array) -> list[np.ndarray]:
     """One number a sequence, repeated on each of its tokens, [R] of [C_r]."""
     return [
       np.full(len(tokens), a, np.float32)

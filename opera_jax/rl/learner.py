@@ -139,6 +139,7 @@ class Learner:
           'teacher. Add "0*sdpo" or "0*distillation" to config.rl.advantage.'
         )
       top_ids, top_logprob = self._teacher_top_tokens(
+        self.teacher_top,
         rollouts.after(request.turns),
         [len(s.tokens) for s in rollouts.completions],
         models[request.model],
@@ -152,6 +153,7 @@ class Learner:
 
   def _teacher_top_tokens(
     self,
+    fn: Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]],
     prefixes: Sequence[np.ndarray],
     sizes: Sequence[int],
     params: Any,
@@ -173,9 +175,7 @@ class Learner:
         row[length - size : length]
         for row, length, size in zip(top, lengths, sizes)
       ]
-      for top in _by_mini_batch(
-        self.teacher_top, params, batch, mesh, mini_batches
-      )
+      for top in _by_mini_batch(fn, params, batch, mesh, mini_batches)
     )
     return top_ids, top_logprob
 
