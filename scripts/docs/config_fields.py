@@ -69,15 +69,15 @@ class Section:
   fields: tuple[Field, ...]
 
 
-def on_page_markdown(page: str, **_: Any) -> str:
+def on_page_markdown(text: str, **_: Any) -> str:
   """Replaces the mark of a page by the tables; MkDocs calls this.
 
   Raises:
     UndocumentedError: a field has no comment.
   """
-  if MARK not in page:
-    return page
-  return page.replace(MARK, markdown(read(SOURCE.read_text("utf-8"))))
+  if MARK not in text:
+    return text
+  return text.replace(MARK, markdown(read(SOURCE.read_text("utf-8"))))
 
 
 def read(source: str) -> list[Section]:
