@@ -22,6 +22,8 @@ PAGES = {
   for path in sorted(DOCS.rglob("*.md"))
 }
 OURS = {name: text for name, text in PAGES.items() if name not in MEASURED}
+# A reading of the clock, and no metric.
+_NOT_METRICS = {"time/start"}
 FOLDERS = "benchmarks|configs|docs|experiments|kernels|notebooks|opera_jax"
 PATH = re.compile(rf"`((?:{FOLDERS}|scripts|tests)/[\w./]*)`")
 # No call, such as config.lock().
@@ -47,6 +49,27 @@ def test_config_fields_exist(page):
   for name in FIELD.findall(OURS[page]):
     inside = any(name.startswith(f"{mapping}.") for mapping in free)
     assert name in known or inside, f"docs/{page} names config.{name}"
+
+
+def _examples(page) -> dict[str, dict]:
+  """What the Python examples of a page define, by the file they name."""
+  out = {}
+  for name, code in re.findall(
+    r"```python\n# (\S+\.py)\n(.*?)```", PAGES[page], re.DOTALL
+  ):
+    out[name] = {}
+    exec(compile(code, name, "exec"), out[name])
+  return out
+
+
+def test_the_examples_of_your_own_work():
+  made = _examples("your_own.md")
+  reward = made["my_rewards.py"]["short"]
+  texts = ["one two", "word " * 300]
+  assert reward(["p", "p"], texts, id=["1", "2"]) == [1.0, 0.0]
+  config = made["configs/mine.py"]["get_config"]()
+  assert (config.rl.steps, config.data.path) == (50, "tasks.jsonl")
+  assert config.is_locked
 
 
 @pytest.mark.parametrize("page", OURS)
@@ -90,10 +113,6 @@ def _written(path) -> set[str]:
         found = re.fullmatch(r"(?:out|metrics)\['([\w/]+)'\]", name)
         out |= {found[1]} if found else set()
   return out
-
-
-# A difference of clock readings, and no metric.
-_NOT_METRICS = {"time/start", "nats/token"}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def site(tmp_path_factory) -> pathlib.Path:
   """The built site; a warning is an error."""
   folder = tmp_path_factory.mktemp("site")
   done = subprocess.run(
-    [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    # --quiet would drop the warnings that --strict counts.
+    [sys.executable, "-m", "mkdocs", "build", "--strict"]
     + ["--site-dir", str(folder)],
     cwd=ROOT,
     capture_output=True,
