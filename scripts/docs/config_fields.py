@@ -24,6 +24,8 @@ _TAGS = {"P": PAPER, "C": RELEASE}
 # A tag before a number speaks of that number and not of the default.
 _TAG = re.compile(r"\[([PC])\](?! \d)[;,.]?\s*")
 _TAG_OF_NUMBER = re.compile(r"\[([PC])\] (?=\d)")
+# Characters of a comment that Markdown would take for something else.
+_LITERAL = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*"})
 _TYPES = {
   bool: "true or false",
   int: "integer",
@@ -114,21 +116,17 @@ def markdown(sections: list[Section]) -> str:
   for section in sections:
     lines += [f"## {section.name or 'The run'}", ""]
     if section.text:
-      lines += [section.text, ""]
+      lines += [section.text.translate(_LITERAL), ""]
     lines += [
       "| Field | Default | Type | From | What it does |",
       "|---|---|---|---|---|",
     ]
     for field in section.fields:
       name = f"`{field.name}`{{ #{field.name} }}"
-      row = [
-        name,
-        f"`{shown(field.default)}`",
-        field.kind,
-        field.source,
-        field.text,
-      ]
-      lines.append("| " + " | ".join(_cell(text) for text in row) + " |")
+      default = f"`{shown(field.default)}`"  # code may hold a bar as it is
+      text = field.text.translate(_LITERAL)
+      row = [name, default, field.kind, field.source, text]
+      lines.append("| " + " | ".join(row) + " |")
     lines.append("")
   return "\n".join(lines)
 
@@ -144,10 +142,6 @@ def shown(value: Any) -> str:
     pairs = [f"{shown(k)}: {shown(v)}" for k, v in value.items()]
     return "{" + ", ".join(pairs) + "}"
   return repr(value)
-
-
-def _cell(text: str) -> str:
-  return text.replace("|", "\\|")
 
 
 class _Reader:

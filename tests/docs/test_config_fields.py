@@ -83,18 +83,18 @@ def test_a_statement_that_is_no_field_is_named():
     config_fields.read("def get_config():\n  other = 1\n")
 
 
-def test_cells_keep_their_columns():
-  source = EXAMPLE.replace('"flag": True,', '"flag": True,  # yes | no')
+def test_what_a_comment_holds_is_shown_as_it_is():
+  source = EXAMPLE.replace('"flag": True,', '"flag": True,  # yes | a*b*c </x>')
   source = source.replace('"\\n",  # [C]', '"\\n",  # [C] a line')
-  row = next(
-    line
-    for line in config_fields.markdown(config_fields.read(source)).split("\n")
-    if line.startswith("| `second.inner.text`")
-  )
-  assert row == (
+  rows = config_fields.markdown(config_fields.read(source)).splitlines()
+  assert (
+    "| `second.flag`{ #second.flag } | `True` | true or false | ours | "
+    "Yes \\| a\\*b\\*c &lt;/x>. |"
+  ) in rows
+  assert (
     '| `second.inner.text`{ #second.inner.text } | `"\\n"` | text | '
     "released code | A line. |"
-  )
+  ) in rows
 
 
 def test_every_field_of_the_config_is_read_with_its_value():
