@@ -166,7 +166,7 @@ def _ours(folder, workload) -> dict:
   config.data.documents = 200
   config.data.rl = (WARM + w.steps) * w.prompts
   config.model = dataclasses.asdict(model_config())
-  config.engine.rows, config.engine.slots = w.prompts, w.samples
+  config.engine.prompt_slots, config.engine.slots = w.prompts, w.samples
   config.engine.prompt_buckets = (w.prompt_tokens,)
   config.engine.cache_buckets = (w.new_tokens,)
   config.scoring.batch_size = w.prompts

@@ -198,7 +198,7 @@ def _ours(folder, workload, prompts, stops, batch):
     qwen3.abstract(config)[0],
     config,
     mesh=one,
-    rows=batch,
+    prompt_slots=batch,
     slots=workload.samples,
     prompt_buckets=(workload.prompt_tokens,),
     cache_buckets=(128,),

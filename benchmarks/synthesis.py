@@ -246,7 +246,7 @@ def main() -> None:
       graphdef,
       config,
       mesh=one,
-      rows=rows,
+      prompt_slots=rows,
       prompt_buckets=(64, 128, 256, 512),
       cache_buckets=(128,),
       steps=16,

@@ -68,7 +68,7 @@ def get_config(arg: str = ""):
 
   config.engine.prompt_buckets = (128, 224, 352, 576)
   config.engine.cache_buckets = (256, 512)
-  config.engine.rows = 16
+  config.engine.prompt_slots = 16
   config.rollout.max_new_tokens = 256
   config.scoring.prefix_buckets = (256, 352, 480)
   config.scoring.slot_buckets = (1, 4, 8, 16)

@@ -20,7 +20,7 @@ def get_config():
   config.model.intermediate_size = 3_072
   config.mesh.fsdp = 2
   config.mesh.tensor = 2
-  config.engine.rows = 2
+  config.engine.prompt_slots = 2
   config.engine.slots = 8
   config.scoring.batch_size = 2
   config.sft.micro_batches = 8

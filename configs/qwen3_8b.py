@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
   config.model.tie_word_embeddings = False
   (
     (config.mesh.fsdp, config.mesh.tensor),
-    config.engine.rows,
+    config.engine.prompt_slots,
     config.scoring.batch_size,
     config.sft.micro_batches,
     config.rl.micro_batches,

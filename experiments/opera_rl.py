@@ -98,7 +98,7 @@ def run_stages(config, folder: str, preemption) -> None:
     memory_floor.floor(
       run.model,
       run.mesh,
-      prompts=config.engine.rows,
+      prompts=config.engine.prompt_slots,
       samples=min(config.engine.slots, config.rl.samples),
       prompt_tokens=max(config.engine.prompt_buckets),
       new_tokens=config.rollout.max_new_tokens,

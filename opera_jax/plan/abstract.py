@@ -49,7 +49,7 @@ class Values:
     self, rows: int, slots: int, prefix: int, capacity: int, dtype: str
   ) -> slots_lib.Slots:
     """The engine's slots; see `slots.empty`."""
-    self.rows("engine.rows", (rows,), jnp.int32)
+    self.rows("engine.prompt_slots", (rows,), jnp.int32)
     with jax.set_mesh(self._mesh):  # caches lie as its devices like it
       shapes = jax.eval_shape(
         functools.partial(

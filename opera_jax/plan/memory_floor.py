@@ -121,7 +121,7 @@ def check(parts: dict[str, int], limit: int | None) -> None:
   raise ValueError(
     f"Sampling holds at least {total / GIB:.2f} GiB on every device "
     f"({listed} GiB) and a device has {limit / GIB:.2f} GiB. Lower "
-    "config.engine.rows or config.rollout.max_new_tokens for the caches, set "
-    "config.engine.cache_dtype or config.model.dtype to bfloat16, raise "
-    "config.mesh.tensor or config.mesh.fsdp, or take more devices."
+    "config.engine.prompt_slots or config.rollout.max_new_tokens for the "
+    "caches, set config.engine.cache_dtype or config.model.dtype to bfloat16, "
+    "raise config.mesh.tensor or config.mesh.fsdp, or take more devices."
   )

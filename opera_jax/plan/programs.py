@@ -279,7 +279,7 @@ class _Run:
   def decode(self) -> Program:
     """One call of the loop, caches at their largest, contexts half full."""
     config = self._config
-    B, P = self._engine["rows"], max(self._engine["prompt_buckets"])
+    B, P = self._engine["prompt_slots"], max(self._engine["prompt_buckets"])
     S, C = self._slots_a_prompt(), self._rollout["max_new_tokens"]
     steps = min(self._engine["steps"], C)
     settings = sampling.Sampling(
@@ -340,7 +340,7 @@ class _Run:
 
   def _waves(self) -> int:
     """How often the slots fill up in one step."""
-    rows = -(-self._rl["prompts"] // self._engine["rows"])
+    rows = -(-self._rl["prompts"] // self._engine["prompt_slots"])
     return rows * -(-self._rl["samples"] // self._slots_a_prompt())
 
   def _beside(self) -> int:
@@ -353,8 +353,8 @@ class _Run:
 
   def _rollout_turns(self) -> tuple[str, ...]:
     return (
-      f"config.engine.rows ({self._engine['rows']}; a multiple of "
-      f"{self._ways}) or config.engine.slots ({self._engine['slots']})",
+      f"config.engine.prompt_slots ({self._engine['prompt_slots']}; a multiple "
+      f"of {self._ways}) or config.engine.slots ({self._engine['slots']})",
       f"config.engine.cache_dtype ({self._engine['cache_dtype']})",
       "config.mesh (a larger tensor axis splits weights and cache)",
     )
@@ -362,7 +362,7 @@ class _Run:
   def _slots(self, capacity: int = 0) -> slots_lib.Slots:
     """All slots, their caches at the longest response or `capacity`."""
     return self._values.slots(
-      self._engine["rows"],
+      self._engine["prompt_slots"],
       self._slots_a_prompt(),
       self._whole_blocks(max(self._engine["prompt_buckets"])),
       capacity or self._whole_blocks(self._rollout["max_new_tokens"]),

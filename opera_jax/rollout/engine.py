@@ -43,7 +43,7 @@ class Engine:
     config: qwen3.Config,
     *,
     mesh: jax.sharding.Mesh,
-    rows: int = 16,
+    prompt_slots: int = 16,
     slots: int = 8,
     prompt_buckets: Sequence[int] = (64, 128, 256, 512),
     cache_buckets: Sequence[int] = (256, 1024, 4096),
@@ -56,7 +56,7 @@ class Engine:
       graphdef: of the model.
       config: its sizes.
       mesh: rows are split over its data axes.
-      rows: prompts in flight, a multiple of the mesh's data axes.
+      prompt_slots: prompts in flight, a multiple of the mesh's data axes.
       slots: samples of one prompt in flight; further ones wait for a slot.
       prompt_buckets: allowed padded prompt lengths, ascending.
       cache_buckets: lengths that a sample's cache grows through, ascending;
@@ -68,10 +68,10 @@ class Engine:
       ValueError: rows do not divide over the mesh, no slot, no step.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows < 1 or rows % ways:
+    if prompt_slots < 1 or prompt_slots % ways:
       raise ValueError(
-        f"A call samples {rows} prompts over {ways} data shards, which does "
-        "not divide. Make config.engine.rows a multiple."
+        f"A call samples {prompt_slots} prompts over {ways} data shards, which "
+        "does not divide. Make config.engine.prompt_slots a multiple."
       )
     if slots < 1 or steps < 1:
       raise ValueError(
@@ -79,7 +79,7 @@ class Engine:
         f"steps={steps}. Raise config.engine.slots or config.engine.steps."
       )
     self._config, self._mesh = config, mesh
-    self._rows, self._slots, self._steps = rows, slots, steps
+    self._prompt_slots, self._slots, self._steps = prompt_slots, slots, steps
     self._prompt_buckets = tuple(prompt_buckets)
     with jax.set_mesh(mesh):
       self._prefix_buckets, self._cache_buckets = (
@@ -139,7 +139,7 @@ class Engine:
       key=lambda i: (self.bucket(prompts[i]), i),
     )
     width = min(self._slots, samples)
-    schedule = schedule_lib.Schedule(self._rows, width, order, samples)
+    schedule = schedule_lib.Schedule(self._prompt_slots, width, order, samples)
     out: list[list[Any]] = [[None] * samples for _ in prompts]
     growing: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     with self.rows(params, width, settings, stops, contexts=prompts) as rows:
@@ -213,7 +213,9 @@ class Engine:
     """How many programs one setting of sampling can need."""
     prefixes, caches = self._prefix_buckets, len(self._cache_buckets)
     with jax.set_mesh(self._mesh):
-      rows = self._rows // workers_lib.count(self._rows, self._slots)
+      rows = self._prompt_slots // workers_lib.count(
+        self._prompt_slots, self._slots
+      )
       sizes, active_slots = [rows], 1
       apart = slots_lib.layers_apart()
       if prompt_slots_lib.packs():
@@ -254,11 +256,11 @@ class Engine:
     with jax.set_mesh(self._mesh):
       if slots_lib.layers_apart():
         layers = self._programs["apart"](params)
-      parts = workers_lib.count(self._rows, width)
+      num_workers = workers_lib.count(self._prompt_slots, width)
       slots = [
         self._programs["empty"](
           self._config,
-          self._rows // parts,
+          self._prompt_slots // num_workers,
           width,
           packing_lib.bucket(longest, self._prefix_buckets),
           packing_lib.bucket(steps, self._cache_buckets),

@@ -271,7 +271,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   }),
   "base": (_BASE, _SUPERVISED),
   "engine": ((), {
-    "rows": count(),
+    "prompt_slots": count(),
     "slots": count(),
     "prompt_buckets": ascending,
     "cache_buckets": ascending,

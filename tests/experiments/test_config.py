@@ -120,7 +120,7 @@ def test_configs_are_locked_and_hold_common_fields_only(name):
     ("model.num_key_value_heads", 3, "multiple of model.num_key_value_heads"),
     ("mesh.tensor", 3, "config.mesh"),
     ("data.kind", "books", "config.data.kind"),
-    ("engine.rows", 0, "config.engine.rows"),
+    ("engine.prompt_slots", 0, "config.engine.prompt_slots"),
     ("scoring.batch_size", 12, "config.scoring.batch_size"),
     ("rl.samples", 1, "config.rl.samples"),
     ("rl.mini_batch", 3, "config.rl.mini_batch"),

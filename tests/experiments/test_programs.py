@@ -33,7 +33,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     graphdef,
     config,
     mesh=one_device,
-    rows=PROMPTS,
+    prompt_slots=PROMPTS,
     prompt_buckets=(8, 16),
     cache_buckets=(128,),
   )

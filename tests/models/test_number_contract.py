@@ -44,7 +44,7 @@ def test_sampled_tokens_are_scored_alike(
     graphdef,
     config,
     mesh=one_device,
-    rows=4,
+    prompt_slots=4,
     prompt_buckets=(16,),
     cache_dtype=cache,
   )

@@ -171,7 +171,7 @@ def test_greedy_tokens(pair, one_device):
     pair.graphdef,
     pair.config,
     mesh=one_device,
-    rows=4,
+    prompt_slots=4,
     prompt_buckets=(32,),
   )
   prompts = _sequences(pair.config.vocab_size)

@@ -49,7 +49,9 @@ def test_too_much_names_its_parts_and_what_to_turn():
   parts = {"parameters": 3 << 30, "caches": 2 << 30}
   memory_floor.check(parts, 5 << 30)
   memory_floor.check(parts, None)
-  with pytest.raises(ValueError, match="5.00 GiB.*caches 2.00.*engine.rows"):
+  with pytest.raises(
+    ValueError, match="5.00 GiB.*caches 2.00.*engine.prompt_slots"
+  ):
     memory_floor.check(parts, (5 << 30) - 1)
 
 

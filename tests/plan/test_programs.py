@@ -78,7 +78,9 @@ def test_update_takes_the_bytes_and_flops_of_a_hand_count(nothing_cached):
 
 
 def test_decoding_holds_its_caches_once(nothing_cached):
-  config = _config(**{"engine.rows": 64, "rollout.max_new_tokens": 1024})
+  config = _config(
+    **{"engine.prompt_slots": 64, "rollout.max_new_tokens": 1024}
+  )
   mesh, [decode] = _programs(config, ("decode",))
   cost = analyse.analyse(decode, mesh, hardware.CHIPS["v5e"])
   token = 2 * 8 * 2 * 128 * 2  # keys and values, layers, heads, features, bf16
@@ -135,7 +137,9 @@ def test_too_large_says_what_to_turn(nothing_cached):
 
 
 def test_what_the_compiler_refuses_does_not_fit(nothing_cached):
-  config = _config(**{"rollout.max_new_tokens": 65_536, "engine.rows": 512})
+  config = _config(
+    **{"rollout.max_new_tokens": 65_536, "engine.prompt_slots": 512}
+  )
   mesh, [decode] = _programs(config, ("decode",))
   cost = analyse.analyse(decode, mesh, hardware.CHIPS["v5e"])
   assert not cost.fits and cost.argument_bytes is None
@@ -147,7 +151,7 @@ def test_what_the_compiler_refuses_does_not_fit(nothing_cached):
   [
     ("model.vocab_size", 0, "config.model.vocab_size"),
     ("model.vocab_size", 1023, "config.mesh"),
-    ("engine.rows", 3, "config.engine.rows"),
+    ("engine.prompt_slots", 3, "config.engine.prompt_slots"),
     ("scoring.batch_size", 5, "config.scoring.batch_size"),
     ("sft.batch_size", 7, "config.sft.batch_size"),
   ],

@@ -113,7 +113,10 @@ def test_what_does_not_fit_ends_the_command_with_an_error(tmp_path):
   done = _run(
     *CONFIG,
     *("--topology=v5e:2x2", "--programs=decode"),
-    *("--config.engine.rows=4096", "--config.rollout.max_new_tokens=16384"),
+    *(
+      "--config.engine.prompt_slots=4096",
+      "--config.rollout.max_new_tokens=16384",
+    ),
   )
   assert done.returncode == 1
   assert "decode does not fit" in done.stdout

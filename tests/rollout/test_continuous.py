@@ -21,7 +21,12 @@ KEY = 5
 
 def _engine(tiny_model, device_mesh, **changes):
   config, graphdef, _ = tiny_model
-  values = {"rows": 3, "slots": 2, "prompt_buckets": (8, 16), "steps": 8}
+  values = {
+    "prompt_slots": 3,
+    "slots": 2,
+    "prompt_buckets": (8, 16),
+    "steps": 8,
+  }
   return engine.Engine(graphdef, config, mesh=device_mesh, **values | changes)
 
 
@@ -101,7 +106,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   monkeypatch.setattr(prompt_slots, "MIN_PROMPT_SLOTS", 4)
   monkeypatch.setattr(workers, "count", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
-  sampler = _engine(wide_model, one_device, rows=16, slots=4, steps=4)
+  sampler = _engine(wide_model, one_device, prompt_slots=16, slots=4, steps=4)
   rng = np.random.default_rng(1)
   prompts = [rng.integers(20, 300, 9).astype(np.int32) for _ in range(20)]
 
@@ -172,7 +177,12 @@ def test_one_prompt_is_computed_once(tiny_model, one_device):
 def test_caches_grow(tiny_model, one_device, slow_logprob):
   settings = sampling.Sampling(max_new_tokens=150)
   sampler = _engine(
-    tiny_model, one_device, rows=1, slots=2, cache_buckets=(128,), steps=64
+    tiny_model,
+    one_device,
+    prompt_slots=1,
+    slots=2,
+    cache_buckets=(128,),
+    steps=64,
   )
   prompt = _prompts()[0]
   ((one, two),) = sampler.sample(
@@ -270,7 +280,7 @@ def test_meshes_give_the_same_samples(tiny_model, usual):
   params = layout.move(
     tiny_model[2], qwen3.logical_axes(tiny_model[2]), many, rules.ROLLOUT
   )
-  got = _engine(tiny_model, many, rows=4).sample(
+  got = _engine(tiny_model, many, prompt_slots=4).sample(
     params, _prompts(), SETTINGS, jax.random.key(KEY), samples=5
   )
   for a, b in zip(usual, got, strict=True):
@@ -325,7 +335,7 @@ def test_a_kept_sample_becomes_prefix(
   """Kept tokens are context: twice over, past what the prefix first held."""
   monkeypatch.setattr(workers, "count", lambda *_: cut)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
-  sampler = _engine(tiny_model, one_device, rows=2, slots=3, steps=16)
+  sampler = _engine(tiny_model, one_device, prompt_slots=2, slots=3, steps=16)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
   with sampler.rows(

@@ -16,7 +16,11 @@ STOP = 7
 def _engine(tiny_model, device_mesh, rows=8):
   config, graphdef, _ = tiny_model
   return engine.Engine(
-    graphdef, config, mesh=device_mesh, rows=rows, prompt_buckets=(8, 16)
+    graphdef,
+    config,
+    mesh=device_mesh,
+    prompt_slots=rows,
+    prompt_buckets=(8, 16),
   )
 
 

@@ -27,7 +27,7 @@ def parts(one_device):
   )
   graphdef, params = qwen3.create(config, 0)
   sampler = engine.Engine(
-    graphdef, config, mesh=one_device, rows=2, slots=2, steps=8
+    graphdef, config, mesh=one_device, prompt_slots=2, slots=2, steps=8
   )
   return sampler, words, params
 

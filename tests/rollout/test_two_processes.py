@@ -40,8 +40,8 @@ prompts = [
   rng.integers(20, 300, n).astype(np.int32) for n in rng.integers(1, 17, 7)
 ]
 sampler = engine.Engine(
-  graphdef, config, mesh=devices, rows=4, slots=2, prompt_buckets=(8, 16),
-  steps=8,
+  graphdef, config, mesh=devices, prompt_slots=4, slots=2, prompt_buckets=(8,
+  16), steps=8,
 )
 groups = sampler.sample(
   params,

@@ -122,7 +122,7 @@ HOSTILE = [
   ("data.held_out", -1, "at least 0"),
   ("data.held_out", 0, "needs tasks"),
   ("data.documents", 0, "nothing to train one on"),
-  ("engine.rows", 0, "at least 1"),
+  ("engine.prompt_slots", 0, "at least 1"),
   ("engine.steps", 0, "at least 1"),
   ("engine.prompt_buckets", (128, 64), "ascending"),
   ("engine.prompt_buckets", (), "at least one"),

@@ -83,7 +83,7 @@ def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
   settings = dataclasses.replace(STOP_OFTEN, **changes)
   prompts = _prompts(4)
   ours = _search(teller, words, one_device, prompts, settings)
-  alone = _engine(teller, one_device, rows=1, prompt_buckets=(512,))
+  alone = _engine(teller, one_device, prompt_slots=1, prompt_buckets=(512,))
   rounds = 0
   for prompt, trace in zip(prompts, ours, strict=True):
     theirs, _ = synthesis.naive(
@@ -105,7 +105,9 @@ def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
   few = [prompts[i] for i in order]
   got = _search(teller, words, one_device, few, STOP_OFTEN)
   assert got == [usual[i] for i in order]  # every bit, scores too
-  got = _search(teller, words, one_device, few, STOP_OFTEN, rows=2, steps=5)
+  got = _search(
+    teller, words, one_device, few, STOP_OFTEN, prompt_slots=2, steps=5
+  )
   for index, trace in zip(order, got, strict=True):
     synthesis.check_equal(trace, usual[index])
 
