@@ -13,7 +13,7 @@ from opera_jax import config_flag
 config = config_flag.define("configs/tiny.py")
 def main(_):
   c = config.value
-  print(c.rl.steps, c.reward.parts, flags.FLAGS["config"].config_filename)
+  print(c.rl.steps, c.reward.terms, flags.FLAGS["config"].config_filename)
 app.run(main)
 """
 

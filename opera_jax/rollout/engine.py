@@ -267,7 +267,7 @@ class Engine:
           recent=settings.loop_tokens if settings.loop_period else 0,
           dtype=self._dtype,
         )
-        for _ in range(parts)
+        for _ in range(num_workers)
       ]
     return workers_lib.Workers(
       [

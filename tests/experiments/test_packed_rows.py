@@ -7,8 +7,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import opera_rl
 from opera_jax import structs
+from opera_jax.experiments import opera_rl
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
 from opera_jax.rl import advantages, learner, score

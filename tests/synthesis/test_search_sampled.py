@@ -16,7 +16,7 @@ from opera_jax.synthesis import search
 def _engine(teller, device, **changes):
   config, graphdef, _ = teller
   values = {
-    "rows": 4, "prompt_buckets": (64, 128), "cache_buckets": (128,),
+    "prompt_slots": 4, "prompt_buckets": (64, 128), "cache_buckets": (128,),
     "steps": 16,
   }  # fmt: skip
   return engine_lib.Engine(graphdef, config, mesh=device, **values | changes)
