@@ -7,7 +7,8 @@ export JAX_PLATFORMS ?= cpu
 export TPU_SKIP_MDS_QUERY ?= 1
 
 # A file of tests stays with one worker: what it compiles is compiled once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# At the end: the ten dearest tests.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 
 # Every version below the pinned ones, too; `make lock` renews it.
 PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock

@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
   config.engine.prompt_slots = 16
   config.rollout.max_new_tokens = 224
   config.scoring.prefix_buckets = (160, 224, 288, 352)
-  config.scoring.slot_buckets = (1, 4, 8, 16)
+  config.scoring.slot_buckets = (1, 8)
   config.scoring.continuation_buckets = (64, 96)
 
   config.synthesis.batch = 96

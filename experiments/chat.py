@@ -20,6 +20,7 @@ with epy.lazy_imports():
 
   from opera_jax.rollout import text
   from opera_jax.run import setup
+  from opera_jax.text import terminal
 
 _CONFIG = config_flag.define("configs/tiny.py")
 _WORKDIR = flags.DEFINE_string(
@@ -31,10 +32,6 @@ _STAGE = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_string("prompt", None, "Answer this and leave.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Answers a prompt.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-# A terminal obeys control characters, and a model may write any: they are
-# shown as their pictures instead.
-_SAFE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
-_SAFE |= {127: 0x2421} | {c: 0xFFFD for c in range(128, 160)}
 _STOP = flags.DEFINE_multi_string("stop", [], "Strings that end an answer.")
 
 
@@ -85,7 +82,7 @@ def _prompts():
 
 def _show(prompt: int, sample: int, more: str) -> None:
   del prompt, sample
-  sys.stdout.write(more.translate(_SAFE))
+  sys.stdout.write(terminal.visible(more))
   sys.stdout.flush()
 
 

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from etils import epy
 
 from opera_jax import config_flag
+from opera_jax.sharding import clock  # the run's clock starts here
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
@@ -42,9 +43,11 @@ with epy.lazy_imports():
     config_check,
     dataset_card,
     evaluate,
+    first_sample,
     preflight,
     reporting,
     rl_select,
+    stage_times,
     supervised,
     training_loop,
   )
@@ -81,6 +84,7 @@ def opera(config, folder: str) -> None:
 
 def run_stages(config, folder: str, preemption) -> None:
   """The method's stages, one after the other."""
+  times = stage_times.StageTimes(clock.began())
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
   searching = cold_start.Search(**config.synthesis)
@@ -122,6 +126,7 @@ def run_stages(config, folder: str, preemption) -> None:
   if "synthesize" in stages:
     preflight.synthesis(run, searching)
   # 1. A base model that thinks, badly.
+  times.enter("base")
   supervised.base(
     run,
     supervised.Recipe(**config.base),
@@ -131,6 +136,7 @@ def run_stages(config, folder: str, preemption) -> None:
   # 2. Cold start: stop at reflection words, continuation, keep what the policy
   #    finds least perplexing.
   if "synthesize" in stages:
+    times.enter("synthesize")
     cold_start.synthesize(
       run,
       searching,
@@ -138,6 +144,7 @@ def run_stages(config, folder: str, preemption) -> None:
       preemption,
     )
   if "select" in stages:
+    times.enter("select")
     cold_start.select(
       run,
       rules,
@@ -147,10 +154,12 @@ def run_stages(config, folder: str, preemption) -> None:
     )
   # 3. SFT on what was selected.
   if "sft" in stages:
+    times.enter("sft")
     supervised.sft(run, supervised.Recipe(**config.sft), preemption)
   # 4. RL: reflections that make the reference likelier are rewarded, on
   #    prompts that the SFT model neither masters nor fails.
   if "rl" in stages:
+    times.enter("rl")
     chosen = rl_select.select(
       run,
       rl_rules,
@@ -161,6 +170,7 @@ def run_stages(config, folder: str, preemption) -> None:
     reinforce(chosen, config.rl, config.rollout, preemption)
   # 5. Was it real? Held-out prompts, all three models, an outside measure.
   if "evaluate" in stages:
+    times.enter("evaluate")
     evaluate.evaluate(
       run,
       evaluate.Settings(
@@ -169,8 +179,10 @@ def run_stages(config, folder: str, preemption) -> None:
       preemption,
     )
   if "report" in stages:
+    times.enter("report")
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(folder)
+  times.finish(folder)
 
 
 def check(config, ways: int) -> None:
@@ -272,7 +284,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
-  step, ema, total_tokens = 0, None, 0
+  step, ema, total_tokens, shown = 0, None, 0, False
   restored = saves.restore(state)
   if restored is not None:
     step, state, host = restored
@@ -324,6 +336,14 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         raise
       scored = sampled.scored
       total_tokens += sampled.sampled_tokens
+      if not shown:
+        shown = True
+        first_sample.show(
+          "rl",
+          f"the policy after {step} steps",
+          scored.rollouts.prompts[0].prompt,
+          scored.rollouts.texts[0],
+        )
       if scored.opened_B.any() and "score" in scored.terms:
         ema = smoothing.update_ema(ema, scored.terms["score"][scored.opened_B])
       seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds

@@ -80,7 +80,11 @@ def has_spread(reward_BN: jax.Array | np.ndarray) -> jax.Array:
     bool [B]: the range of a group is above 8 units in the last place of its
     largest reward by size.
   """
-  reward_BN = jnp.asarray(reward_BN, jnp.float32)
+  return _has_spread(jnp.asarray(reward_BN, jnp.float32))
+
+
+@jax.jit
+def _has_spread(reward_BN: jax.Array) -> jax.Array:
   range_B = jnp.max(reward_BN, axis=1) - jnp.min(reward_BN, axis=1)
   noise_B = _NOISE * jnp.max(jnp.abs(reward_BN), axis=1)
   return range_B > noise_B

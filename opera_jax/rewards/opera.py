@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from opera_jax import structs
@@ -32,6 +31,9 @@ from opera_jax.kernels.perplexity_reward import api as perplexity_reward
 MODES = ("both", "r_self", "r_ppl", "one_hot")
 COMPARED = ("previous", "reflective", "start")
 _NONE = -1
+# Called outside of a program they would be one a line and shape.
+_compared = jax.jit(perplexity_reward.perplexity_reward, static_argnames="tau")
+_ranked = jax.jit(perplexity_reward.group_rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,16 +300,16 @@ def rewards(
     )
   logprob_RM, continuation_RM = _pack(continuation_logprob, layout)
   # How many prompts are open-ended differs from step to step: few shapes.
-  mean_RS, _, count_RX, self_RX = perplexity_reward.perplexity_reward(
+  mean_RS, _, count_RX, self_RX = _compared(
     _more_rows(logprob_RM, 0.0),
     _more_rows(continuation_RM, _NONE),
     _more_rows(layout.previous, _NONE),
-    tau=tau,
+    tau=float(tau),
   )
   count_R, self_R = np.asarray(count_RX)[:rows], np.asarray(self_RX)[:rows]
   score_R = np.asarray(mean_RS)[np.arange(rows), layout.last]
   score_BN = score_R.reshape(-1, samples)
-  rank_XN = perplexity_reward.group_rank(_more_rows(score_BN, 0.0))
+  rank_XN = _ranked(_more_rows(score_BN, 0.0))
   rank_BN = np.asarray(rank_XN)[: len(score_BN)]
   if mode == "one_hot":
     rank_BN = (rank_BN == 1.0).astype(np.float32)
@@ -360,10 +362,10 @@ def _steps_of_row(
   return end_J, np.asarray(thoughts.reflective[row, :count])
 
 
-def _more_rows(x_RX: np.ndarray, value: float) -> jax.Array:
+def _more_rows(x_RX: np.ndarray, value: float) -> np.ndarray:
   """Rows of `value` added, up to a bucket."""
   more = _bucket(len(x_RX)) - len(x_RX)
-  return jnp.asarray(np.pad(x_RX, ((0, more), (0, 0)), constant_values=value))
+  return np.pad(x_RX, ((0, more), (0, 0)), constant_values=value)
 
 
 def _bucket(size: int) -> int:

@@ -8,6 +8,7 @@ Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class Scored:
     ]
 
 
+# Rows whose steps are found in one call, and their shortest width.
+_ROWS_AT_ONCE, _LEAST_WIDTH = 128, 128
 # Arguments of `build_rewards` that are fields of config.reward.
 OF_TERMS = (
   *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
@@ -143,6 +146,18 @@ def build_rewards(
     )
     for name in weights
   }
+
+
+@functools.partial(jax.jit, static_argnames="max_steps")
+def _find(
+  table: automaton.Automaton,
+  tokens_RT: np.ndarray,
+  length_R: np.ndarray,
+  max_steps: int,
+) -> tuple[structs.Thoughts, jax.Array]:
+  """Steps of rows, and how many each has in truth, as one program."""
+  codes_RT = automaton.run(table, tokens_RT, length_R)
+  return thought.from_codes(codes_RT, max_steps), thought.total_steps(codes_RT)
 
 
 class Scorer:
@@ -243,17 +258,28 @@ class Scorer:
       exchange.each(range(len(probes)), work)
 
   def thoughts(self, samples: Sequence[structs.Sample]):
-    """Where the steps lie: host `Thoughts`, and each row's true count."""
+    """Where the steps lie: host `Thoughts`, and each row's true count.
+
+    Few shapes serve all numbers and lengths of samples: blocks of equally many
+    rows, and lengths that double.
+    """
     longest = max(len(s.tokens) for s in samples)
-    tokens_RT, length_R = batching.pad_rows(
-      [s.tokens for s in samples],
-      length=-(-longest // 128) * 128,
-      pad_id=self._tokenizer.pad_id,
-    )
-    codes = automaton.run(self._table, tokens_RT, length_R)
-    return jax.device_get(
-      (thought.from_codes(codes, self._max_steps), thought.total_steps(codes))
-    )
+    width = _LEAST_WIDTH << max(0, (longest - 1) // _LEAST_WIDTH).bit_length()
+    found = []
+    for start in range(0, len(samples), _ROWS_AT_ONCE):
+      rows = [s.tokens for s in samples[start : start + _ROWS_AT_ONCE]]
+      more = _ROWS_AT_ONCE - len(rows)
+      tokens_RT, length_R = batching.pad_rows(
+        rows + [np.zeros(0, np.int32)] * more,
+        length=width,
+        pad_id=self._tokenizer.pad_id,
+      )
+      block = jax.device_get(
+        _find(self._table, tokens_RT, length_R, self._max_steps)
+      )
+      count = len(rows)
+      found.append(jax.tree.map(lambda x, n=count: x[:n], block))
+    return jax.tree.map(lambda *blocks: np.concatenate(blocks), *found)
 
   def score(
     self,

@@ -242,15 +242,21 @@ class Engine:
     stops: automaton.Automaton | None,
     *,
     contexts: Sequence[np.ndarray] = (),
+    more: int = 0,
     whole_rows: bool = False,
     with_model_logprob: bool = False,
   ) -> workers_lib.Workers:
     """Empty rows of `width` slots each, to be driven in a `with` block.
 
-    Room is made at once for the `contexts` to come. See
+    Room is made at once for the `contexts` to come; on a CPU also for `more`
+    tokens that `PromptSlots.keep` may add, up to the largest bucket: there a
+    longer prefix costs less than compiling every program for two lengths. See
     `prompt_slots.PromptSlots` for the other arguments.
     """
     longest = max(map(len, contexts), default=1)
+    with jax.set_mesh(self._mesh):
+      if prompt_slots_lib.packs():
+        longest = max(longest, min(longest + more, self._prefix_buckets[-1]))
     steps = min(self._steps, settings.max_new_tokens)
     layers = None
     with jax.set_mesh(self._mesh):

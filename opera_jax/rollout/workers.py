@@ -19,6 +19,7 @@ import numpy as np
 
 from opera_jax.models import small_batch_matmul
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
+from opera_jax.sharding import clock
 
 
 class Workers:
@@ -104,9 +105,10 @@ class Workers:
     self._resting -= calls
     if not self._running:
       raise ValueError("No slot is live; fork a sample first.")
-    done, _ = concurrent.futures.wait(
-      self._running, return_when=concurrent.futures.FIRST_COMPLETED
-    )
+    with clock.waiting():
+      done, _ = concurrent.futures.wait(
+        self._running, return_when=concurrent.futures.FIRST_COMPLETED
+      )
     back = sorted((self._running.pop(call), call) for call in done)
     self._resting.update(worker for worker, _ in back)
     return [

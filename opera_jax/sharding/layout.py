@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from opera_jax.sharding import clock
 from opera_jax.sharding import rules as rules_lib
 
 
@@ -150,7 +151,9 @@ def to_host(tree: Any) -> Any:
     whole = _gather(mesh)([leaves[i] for i in apart])
     for i, leaf in zip(apart, whole):
       leaves[i] = leaf
-  return jax.tree.unflatten(shape, jax.device_get(leaves))
+  with clock.waiting():
+    leaves = jax.device_get(leaves)
+  return jax.tree.unflatten(shape, leaves)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -5,7 +5,6 @@ and holds the shards of its own devices. They share the folder of the run; only
 process 0 writes to it, but for checkpoints, which all write together.
 """
 
-import functools
 import os
 import re
 import warnings
@@ -15,9 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opera_jax.sharding import last_words
+from opera_jax.sharding import compile_log, last_words
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 _ADDRESS = re.compile(r"(?P<address>.+:\d+),(?P<count>\d+),(?P<index>\d+)")
 
 
@@ -159,17 +157,9 @@ def from_main_process(values: np.ndarray) -> np.ndarray:
 
 def compiled() -> int:
   """Programs compiled, or read from the cache, since `count_compiled`."""
-  return len(count_compiled())
+  return compile_log.programs(compile_log.spans())
 
 
-@functools.cache
-def count_compiled() -> list[float]:
-  """Starts to count, once a process: the seconds of each program."""
-  seconds: list[float] = []
-
-  def listen(event: str, duration_secs: float, **_: Any) -> None:
-    if event == _COMPILED:
-      seconds.append(duration_secs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  return seconds
+def count_compiled() -> None:
+  """Starts to count; calls after the first change nothing."""
+  compile_log.spans()

@@ -23,6 +23,7 @@ from opera_jax.run import shards as shards_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, layout, runtime
 from opera_jax.stages import dataset_card as dataset_card_lib
+from opera_jax.stages import first_sample
 from opera_jax.synthesis import filters, rewrite, search, templates
 from opera_jax.train import checkpoint, metrics
 
@@ -224,6 +225,7 @@ def _make(
   searcher = _searcher(machine, settings)
   seed = run.seed if settings.seed < 0 else settings.seed
   key = jax.random.key(seed + 1)
+  shown: list[str] = []
   with metrics.Progress(
     len(prompts), "synthesize", unit="trace", done=done
   ) as progress:
@@ -236,6 +238,14 @@ def _make(
       def ended(trace: traces.Trace, index: int = index) -> None:
         if own is not None or runtime.is_main_process():
           parts.add(index, trace)
+        if not shown:
+          shown.append(trace.id)
+          first_sample.show(
+            "synthesize",
+            "the base model",
+            trace.prompt,
+            run.tokenizer.decode(trace.completion, skip_special=True),
+          )
         progress.update()
         leave()
 

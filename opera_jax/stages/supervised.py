@@ -158,6 +158,12 @@ def _train(
     seed=run.seed if recipe.seed < 0 else recipe.seed,
     pad_id=run.tokenizer.pad_id,
   )
+  cells = data.counts["rows"] * recipe.row_tokens
+  print(
+    f"{stage.name}: {data.counts['rows']:,} rows of {recipe.row_tokens:,} "
+    f"tokens, {data.counts['tokens'] / cells:.0%} filled",
+    flush=True,
+  )
   rate = optimizer.schedule(
     recipe.learning_rate,
     len(data),

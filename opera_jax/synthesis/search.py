@@ -196,6 +196,7 @@ class Searcher:
       self._settings,
       self._stop_words.table,
       contexts=heads,
+      more=self._max_thought_tokens,
       whole_rows=True,
       with_model_logprob=self._budget > 0,
     ) as rows:

@@ -15,6 +15,8 @@ import tensorflow_datasets as tfds
 from conftest import ROOT
 
 from opera_jax.clock_metrics import depends_on_clock
+from opera_jax.experiments import opera_rl
+from opera_jax.stages import stage_times
 from opera_jax.train import metrics
 
 pytestmark = pytest.mark.slow
@@ -85,6 +87,17 @@ def test_every_stage_leaves_what_it_should(straight):
   assert list((workdir / "rl" / "tensorboard").rglob("events*"))
   for word in ("tokens/s", "s left", "facts kept"):
     assert word in output
+  for whose in (
+    "synthesize: a first sample of the base model, ",
+    "rl: a first",
+  ):
+    assert output.count(whose) == 1
+  times = {s.name: s for s in stage_times.read(workdir)}
+  assert list(times) == [stage_times.SETUP, *opera_rl.STAGES]
+  for stage in ("base", "synthesize", "sft", "rl", "evaluate"):
+    assert times[stage].programs > 0
+    assert 0 < times[stage].compiling < times[stage].seconds
+  assert "\nin all " in output
   source = tfds.builder_from_directory(
     workdir / "synthesize" / "traces" / "tfds" / "traces" / "1.0.0"
   ).as_data_source("train")

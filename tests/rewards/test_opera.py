@@ -6,6 +6,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.rewards import opera, smoothing
+from opera_jax.sharding import compile_log
 
 LENGTH = 40
 TOKENS = 6
@@ -200,3 +201,17 @@ def test_bad_input_is_refused():
   logprobs[2] = np.asarray([-1.0, np.nan])
   with pytest.raises(ValueError, match=r"continuation 2 \(row .*\) holds nan"):
     opera.rewards(logprobs, layout, samples=4)
+
+
+def test_the_arithmetic_is_two_programs_of_few_shapes():
+  spans = compile_log.spans()
+
+  def compiled(rows, seed):
+    continuations, layout = _scored(*_case(seed, rows))
+    before = len(spans)
+    opera.rewards(continuations, layout, samples=2, tau=1.75)
+    return compile_log.programs(spans[before:])
+
+  assert compiled(40, 0) <= 2
+  # More completions, up to a power of two of them, compile nothing.
+  assert compiled(44, 1) == compiled(64, 2) == 0

@@ -9,6 +9,7 @@ from opera_jax.data import storyworld
 from opera_jax.models import qwen3
 from opera_jax.rl import score
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.sharding import compile_log
 from opera_jax.text import thought
 from opera_jax.text import tokenizer as tokenizer_lib
 
@@ -225,3 +226,28 @@ def test_empty_reference_and_single_sample_are_refused(world):
   task = structs.Prompt("a", "open_ended", "Tell.", "A story.")
   with pytest.raises(ValueError, match="config.rl.samples"):
     scorer.score(params, [task], ids, [[sample]])
+
+
+def test_steps_are_found_by_one_program_whatever_the_number_of_samples(world):
+  words, _, _, logprob_scorer = world
+  scorer = score.Scorer(logprob_scorer, words)
+  texts = [text for group in GROUPS for text in group]
+  own = [
+    structs.Sample(t, np.zeros(len(t), np.float32), True)
+    for t in (_tokens(words, text) for text in texts)
+  ]
+  spans = compile_log.spans()
+  before = len(spans)
+  each = [scorer.thoughts([sample]) for sample in own]
+  assert compile_log.programs(spans[before:]) <= 1
+  before = len(spans)
+  # 144 of them are more than one block holds.
+  found, total_R = scorer.thoughts(own * 12)
+  assert compile_log.programs(spans[before:]) == 0
+  assert len(total_R) == len(found.count) == 12 * len(own)
+  for index in range(12 * len(own)):
+    one, total = each[index % len(own)]
+    assert total_R[index] == total[0]
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(one)):
+      np.testing.assert_array_equal(got[index], want[0])
+  assert {int(n) for n in total_R} > {0, 2}

@@ -66,6 +66,7 @@ class ScriptedEngine:
     stops,
     *,
     contexts,
+    more,
     whole_rows,
     with_model_logprob,
   ):

@@ -135,3 +135,27 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
     assert sum(len(t.rounds) for t in traces) > 4
     assert len(admitted) == 6 + (times - 1) * answers
     admitted.clear()
+
+
+def test_on_a_cpu_thoughts_have_room_from_the_start(teller, words, one_device):
+  """Longer prefixes would compile every program that acts on them again."""
+  engine = _engine(teller, one_device, prompt_buckets=(128, 256))
+  grown, begun = [], []
+  grow, empty = engine._programs["grow_prefix"], engine._programs["empty"]
+  engine._programs["grow_prefix"] = lambda *a, **k: (
+    grown.append(k["capacity"]) or grow(*a, **k)
+  )
+  engine._programs["empty"] = lambda *a, **k: (
+    begun.append(a[3]) or empty(*a, **k)
+  )
+  searcher = search.Searcher(
+    engine,
+    _logprob_scorer(teller, one_device),
+    words,
+    **dataclasses.asdict(
+      dataclasses.replace(STOP_OFTEN, max_thought_tokens=150)
+    ),
+  )
+  found = searcher.run(teller[2], teller[2], _prompts(4), jax.random.key(5))
+  assert any(len(trace.completion) > 64 for trace in found)
+  assert set(begun) == {256} and not grown
