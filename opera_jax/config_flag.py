@@ -4,12 +4,15 @@ A relative path means the working directory; the configs that ship with the
 package are found from any other folder too, see `shipped.path`.
 """
 
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from opera_jax import shipped
+from opera_jax import config_fields, shipped
 
 # `--help` lists the flag as the driver's own.
 flags.disclaim_key_flags()
@@ -25,11 +28,39 @@ class _Parser(flags.ArgumentParser):
   def parse(self, argument: str) -> Any:
     """The config of "PATH" or "PATH:ARG"."""
     name, colon, arg = argument.partition(":")
-    return self._parser.parse(f"{shipped.path(name)}{colon}{arg}")
+    config = self._parser.parse(f"{shipped.path(name)}{colon}{arg}")
+    known = set(_paths(config))
+    faults = [
+      config_fields.fault(path, known)
+      for path in _overridden(sys.argv)
+      if path not in known
+    ]
+    if faults:
+      # The default is parsed where the flag is defined: no traceback there.
+      sys.exit(f"{'; '.join(faults)}. Nothing has been started.")
+    return config
 
   def flag_type(self) -> str:
     """What `--help` calls it."""
     return self._parser.flag_type()
+
+
+def _overridden(argv: list[str]) -> Iterator[str]:
+  """Fields that the command line sets: "rl.steps" of --config.rl.steps=3."""
+  for argument in argv[1:]:
+    if argument == "--":
+      return
+    found = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
+    if found:
+      yield found[1]
+
+
+def _paths(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+  """Every field and section of a config."""
+  for name, value in config.items():
+    yield prefix + name
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+      yield from _paths(value, f"{prefix}{name}.")
 
 
 def define(default: str) -> flags.FlagHolder:

@@ -13,17 +13,18 @@ RL = {
 RUN = RL | {
     "rl", "models", "synthesis", "atomic_file", "file_lock", "hub", "shipped",
 }  # fmt: skip
-STAGES = RUN | {"run", "evals", "report"}
+STAGES = RUN | {"run", "evals", "report", "config_fields"}
 ALLOWED = {
     "configs": set(),
     "kernels": set(),
     "structs": set(),
     "atomic_file": set(),
     "clock_metrics": set(),
+    "config_fields": set(),
     "file_lock": {"sharding"},
     "hub": set(),
     "shipped": set(),
-    "config_flag": {"shipped"},
+    "config_flag": {"config_fields", "shipped"},
     "commands": set(),
     "sharding": {"structs"},
     "losses": {"structs"},

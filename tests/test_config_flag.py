@@ -67,3 +67,42 @@ def test_a_file_that_is_nowhere_is_named_as_it_was_asked_for(tmp_path):
   done = _run(tmp_path, "--config=configs/none.py")
   assert done.returncode
   assert "'configs/none.py'" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "argument, said",
+  [
+    ("--config.rl.credit=grpo", "config.rl.credit is now config.rl.advantage"),
+    ("--config.price.rows=4", "is now config.scoring.batch_size"),
+    ("--config.rl.draws=4", "config.rl.max_resamples (the number of draws"),
+    (
+      "--config.rl.stepz=4",
+      "config.rl.stepz is no field; did you mean config.rl.steps?",
+    ),
+    ("--config.qwerty=4", "config.qwerty is no field"),
+  ],
+)
+def test_a_field_that_is_none_is_named_with_the_one_that_is(
+  tmp_path, argument, said
+):
+  done = _run(tmp_path, argument)
+  assert done.returncode != 0 and not done.stdout
+  assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_old_name_leads_to_a_field():
+  from opera_jax import config_fields
+  from opera_jax.configs import common
+
+  config = common.get_config().to_dict()
+
+  def there(path):
+    value = config
+    for part in path.split("."):
+      if not isinstance(value, dict) or part not in value:
+        return False
+      value = value[part]
+    return True
+
+  for old, new in config_fields.RENAMED.items():
+    assert there(new.partition(" ")[0]) and not there(old), old

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from opera_jax import config_fields
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
@@ -79,6 +80,10 @@ def _faults(
   stages: set[str],
   workdir: str | os.PathLike | None,
 ) -> Iterator[str]:
+  strange = list(_no_fields(config))
+  if strange:
+    yield from strange
+    return
   wrong: set[str] = set()  # sections with a value that its rule refuses
   for section, fault in _by_rules(config, stages):
     wrong.add(section)
@@ -401,6 +406,28 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "resamples": count(),
   }),
 }  # fmt: skip
+
+
+# The driver parses `stages`; records check the other two.
+_CHECKED_ELSEWHERE = {"stages", "card", "pool"}
+
+
+def _no_fields(config: Mapping[str, Any]) -> Iterator[str]:
+  """Fields that a config file sets and that no config has."""
+  known = {
+    f"{section}.{name}" if section else name
+    for section, (_, rules) in RULES.items()
+    for name in rules
+  }
+  sections = {section for section in RULES if section}
+  for section in ("", *sections):
+    value: Any = config
+    for part in filter(None, section.split(".")):
+      value = value[part]
+    for name in value:
+      path = f"{section}.{name}" if section else name
+      if path not in known | sections | _CHECKED_ELSEWHERE:
+        yield config_fields.fault(path, known)
 
 
 def _by_rules(

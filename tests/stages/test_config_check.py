@@ -382,3 +382,18 @@ def test_one_field_says_how_maths_is_checked_in_every_term():
   )
   assert made["verifiable"].method == made["length"].method == "math_verify"
   assert made["length"].kind == "efficient"
+
+
+@pytest.mark.parametrize(
+  "section, name, said",
+  [
+    ("rl", "credit", "config.rl.credit is now config.rl.advantage"),
+    ("rl", "stepz", "config.rl.stepz is no field; did you mean config.rl.step"),
+    ("", "price", "config.price is now config.scoring"),
+  ],
+)
+def test_fields_that_are_none_are_named(section, name, said):
+  config = tiny.get_config().to_dict()
+  (config[section] if section else config)[name] = {}
+  with pytest.raises(config_check.ConfigError, match=said):
+    config_check.check(config, ["rl"])
