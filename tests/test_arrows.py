@@ -6,14 +6,6 @@ import pytest
 from conftest import ROOT
 
 KERNEL_APIS = "kernels.api"
-RL = {
-    "rollout", "scoring", "rewards", "advantages", "losses", "train", "data",
-    "text", "sharding", "structs",
-}  # fmt: skip
-RUN = RL | {
-    "rl", "models", "synthesis", "atomic_file", "file_lock", "hub", "shipped",
-}  # fmt: skip
-STAGES = RUN | {"run", "evals", "report", "config_fields"}
 ALLOWED = {
     "configs": set(),
     "kernels": set(),
@@ -29,32 +21,49 @@ ALLOWED = {
     "sharding": {"structs"},
     "losses": {"structs"},
     "advantages": {"structs"},
-    "models": {"sharding", "hub", KERNEL_APIS},
+    "models": {"hub", "sharding", KERNEL_APIS},
     "text": {"structs", "atomic_file", "hub", KERNEL_APIS},
     "rewards": {"structs", "text", KERNEL_APIS},
     "data": {"structs", "atomic_file", "hub", "text"},
-    "scoring": {"models", "text", "sharding", "structs", KERNEL_APIS},
+    "scoring": {"structs", "sharding", "models", "text", KERNEL_APIS},
     "rollout": {
-        "models", "text", "sharding", "structs", "scoring", KERNEL_APIS,
+        "structs", "sharding", "models", "text", "scoring", KERNEL_APIS,
     },
     "synthesis": {
-        "rollout", "scoring", "rewards", "data", "text", "structs", "hub",
-        "shipped",
+        "structs", "hub", "shipped", "text", "data", "rollout", "scoring",
+        "rewards",
     },
-    "evals": {"rollout", "scoring", "rewards", "data", "text", "structs"},
+    "evals": {"structs", "text", "data", "rollout", "scoring", "rewards"},
     "train": {
-        "losses", "sharding", "structs", "atomic_file", "clock_metrics",
-        "file_lock",
+        "structs", "atomic_file", "clock_metrics", "file_lock", "sharding",
+        "losses",
     },
     "report": {"structs", "atomic_file", "clock_metrics", "evals"},
-    "rl": RL,
-    "run": RUN,
-    "stages": STAGES,
+    "rl": {
+        "structs", "sharding", "text", "data", "rollout", "scoring",
+        "rewards", "advantages", "losses", "train",
+    },
+    "run": {
+        "structs", "atomic_file", "file_lock", "hub", "shipped", "sharding",
+        "models", "text", "data", "rollout", "scoring", "rewards",
+        "advantages", "losses", "synthesis", "train", "rl",
+    },
+    "stages": {
+        "structs", "atomic_file", "config_fields", "file_lock", "hub",
+        "shipped", "sharding", "models", "text", "data", "rollout", "scoring",
+        "rewards", "advantages", "losses", "synthesis", "train", "rl",
+        "evals", "report", "run",
+    },
     "plan": {
         "structs", "sharding", "models", "rollout", "scoring", "train", "rl",
         "run",
     },
-    "experiments": STAGES | {"stages", "plan", "config_flag"},
+    "experiments": {
+        "structs", "atomic_file", "config_fields", "config_flag", "file_lock",
+        "hub", "shipped", "sharding", "models", "text", "data", "rollout",
+        "scoring", "rewards", "advantages", "losses", "synthesis", "train",
+        "rl", "evals", "report", "run", "stages", "plan",
+    },
 }  # fmt: skip
 
 
