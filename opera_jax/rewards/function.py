@@ -41,7 +41,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -85,7 +85,9 @@ class _Named:
 
 @dataclasses.dataclass(frozen=True)
 class Reward(_Named):
-  """Calls the function once a step."""
+  """Calls the function once a step, on each process with its own prompts."""
+
+  by_host: ClassVar[bool] = True
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
     """Loads the function, and checks the names of the columns.

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -101,6 +101,8 @@ class Reward:
     prompt_price: cost of a million prompt tokens, in your currency.
     completion_price: cost of a million completion tokens.
   """
+
+  by_host: ClassVar[bool] = True
 
   endpoint: str
   model: str

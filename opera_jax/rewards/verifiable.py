@@ -13,6 +13,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -48,6 +49,8 @@ class Reward:
     timeout: seconds, whole or not, that one check may take in math-verify.
     workers: processes of math-verify.
   """
+
+  by_host: ClassVar[bool] = True
 
   method: str = "exact"
   timeout: float = 5.0

@@ -449,12 +449,30 @@ def _given(
 ) -> dict[str, np.ndarray]:
   """A reward's terms, [B, N] each, the same on every process.
 
-  What has been scored is arithmetic, which all processes do alike. A reward
-  that scored nothing may ask a judge, a user's function or a clock instead:
-  each process asks for its own prompts, and all take its word.
+  Every process computes every reward on all prompts, and they must agree. A
+  reward that is expensive or not reproducible (a judge, a user's function, a
+  checker in processes of its own) says `by_host = True`: each process then
+  computes its own prompts, and all take its values.
+
+  Raises:
+    ValueError: a reward by host that asked for log-probabilities.
+    RuntimeError: processes computed different values.
   """
+  name = type(reward).__module__
+  if not getattr(reward, "by_host", False):
+    everywhere = reward.rewards(rollouts, result)
+    exchange.check_same(
+      {term: np.asarray(value) for term, value in everywhere.items()},
+      f"The reward {name} gives different values on different processes. Make "
+      "it a function of its arguments alone, or set by_host = True in its "
+      "class, so that each process computes its own prompts",
+    )
+    return everywhere
   if asked.prefixes or asked.continuations:
-    return reward.rewards(rollouts, result)
+    raise ValueError(
+      f"The reward {name} has by_host = True and asks for log-probabilities, "
+      "which all processes score together. Drop one of the two."
+    )
 
   def terms(indices: Sequence[int]) -> list[dict[str, list[float]]]:
     mine = rollouts.of(indices)

@@ -7,11 +7,12 @@ all go on with the same numbers. With one process nothing is sent.
 Every process must call these functions in the same order.
 """
 
+import hashlib
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -81,6 +82,28 @@ def each(
     if "error" in one:
       raise RuntimeError(f"Process {index} of the run: {one['error']}")
   return [value for one in heard for value in one["values"]]
+
+
+def check_same(values: Mapping[str, np.ndarray], message: str) -> None:
+  """Refuses values that differ between processes, bit for bit.
+
+  Args:
+    values: arrays by name, of equal shape on every process.
+    message: of the error, without its full stop.
+
+  Raises:
+    RuntimeError: on every process alike; names the first array that differs.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = {
+    name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    for name, value in values.items()
+  }
+  heard = [json.loads(one) for one in gather(json.dumps(mine).encode())]
+  for name in sorted(set().union(*heard)):
+    if len({one.get(name) for one in heard}) > 1:
+      raise RuntimeError(f"{message}: {name!r} differs.")
 
 
 def read(path: str | os.PathLike) -> bytes:
