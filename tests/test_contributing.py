@@ -1,6 +1,7 @@
 """CONTRIBUTING's worked examples are files that work as they stand."""
 
 import re
+import sqlite3
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from conftest import ROOT
 import opera_jax.advantages
 import opera_jax.rewards
 from opera_jax import structs
+from opera_jax.configs import tiny
+from opera_jax.data import rows
 from opera_jax.rewards import compose
 from opera_jax.rl import advantages, score
 
@@ -33,8 +36,47 @@ def test_the_examples_are_there():
   assert [path for path, _ in CODE] == [
     "opera_jax/rewards/brevity.py",
     "opera_jax/advantages/first_half.py",
+    "configs/short_stories.py",
+    "configs/methods/half_grpo.py",
+    "opera_jax/data/sqlite.py",
   ]
   assert set(FLAGS) == {"reward.terms", "rl.advantage"}
+
+
+def _load(path):
+  """The module of an example."""
+  namespace: dict = {}
+  exec(compile(dict(CODE)[path], path, "exec"), namespace)
+  return namespace
+
+
+def test_a_config_changes_what_it_says_and_nothing_else():
+  made = _load("configs/short_stories.py")["get_config"]("smoke")
+  base = tiny.get_config("smoke").copy_and_resolve_references().unlock()
+  base.rl.samples, base.rollout.max_new_tokens = 16, 160
+  assert made.is_locked and made.to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize("arg, prompts", [("", 128), ("smoke", 4)])
+def test_a_recipe_has_its_papers_sizes_and_a_smoke(added, arg, prompts):
+  config = _load("configs/methods/half_grpo.py")["get_config"](arg)
+  assert config.rl.prompts == prompts
+  assert list(advantages.build(config.rl.advantage, {})) == ["first_half"]
+
+
+def test_a_source_is_one_function_and_one_entry(tmp_path, monkeypatch):
+  base = sqlite3.connect(tmp_path / "tasks.db")
+  base.execute("CREATE TABLE tasks (prompt TEXT, reference TEXT)")
+  base.executemany("INSERT INTO tasks VALUES (?, ?)", [("a", "b"), ("c", "d")])
+  base.commit()
+  base.close()
+  rows_of = _load("opera_jax/data/sqlite.py")["rows_of"]
+  assert re.search(r'^"sqlite:": sqlite\.rows_of$', TEXT, re.MULTILINE)
+  monkeypatch.setitem(rows.SOURCES, "sqlite:", rows_of)
+  assert list(rows.read(f"sqlite:{tmp_path}/tasks.db#tasks")) == [
+    (1, {"prompt": "a", "reference": "b"}),
+    (2, {"prompt": "c", "reference": "d"}),
+  ]
 
 
 def test_one_file_and_one_line_are_enough(added):
