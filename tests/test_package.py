@@ -287,3 +287,34 @@ def test_every_module_of_an_installed_copy_imports(installed, tmp_path):
   modules, files = map(int, counts.split())
   assert modules == files > 150
   assert (top, generic) == (str(installed / "opera_jax"), "set()")
+
+
+@pytest.mark.slow
+def test_a_run_of_an_installed_copy(installed, tmp_path):
+  """Shipped config, a function of the working directory, no checkout."""
+  (tmp_path / "mine.py").write_text(
+    "def score(prompts, completions, **columns):\n"
+    "  return [len(text) / 1000 for text in completions]\n"
+  )
+  done = subprocess.run(
+    [
+      *(sys.executable, "-P", "-c"),
+      "from opera_jax import commands; commands.opera_rl()",
+      "--config=configs/tiny.py:smoke",
+      f"--workdir={tmp_path / 'run'}",
+      "--config.reward.parts=opera + verifiable + 0.1*mine:score",
+    ],
+    cwd=tmp_path,
+    env=os.environ
+    | {
+      "PYTHONPATH": str(installed),
+      "XDG_CACHE_HOME": str(tmp_path / "cache"),
+      "XLA_FLAGS": "",
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=1200,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert (tmp_path / "run" / "report.html").exists()

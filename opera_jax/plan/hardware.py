@@ -98,6 +98,6 @@ def devices(topology: str) -> list[Any]:
   except RuntimeError as error:
     raise RuntimeError(
       f"Cannot describe {topology}: {error}. Compiling for a TPU needs libtpu "
-      "(requirements-dev.txt), TPU_SKIP_MDS_QUERY=1 and, next to another "
-      "process that has it loaded, ALLOW_MULTIPLE_LIBTPU_LOAD=1."
+      "(the extra tpu), TPU_SKIP_MDS_QUERY=1 and, next to another process "
+      "that has it loaded, ALLOW_MULTIPLE_LIBTPU_LOAD=1."
     ) from error

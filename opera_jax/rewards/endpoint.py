@@ -572,5 +572,6 @@ def _chat() -> Any:
   except ModuleNotFoundError as error:
     raise ImportError(
       "The judge asks its endpoint by the `openai` client, which is not "
-      "installed. Install it with `pip install -r requirements-judge.txt`."
+      "installed. Install it with `pip install opera-jax[judge]` or, in a "
+      "checkout, with `pip install -r requirements-judge.txt`."
     ) from error

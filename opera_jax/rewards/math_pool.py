@@ -201,8 +201,8 @@ def _ended(code: int | None) -> str:
 
 def _no_start(why: str) -> RuntimeError:
   return RuntimeError(
-    f"The processes of math-verify cannot start: {why}. Install what "
-    "requirements.txt names (math-verify), and look at what "
+    f"The processes of math-verify cannot start: {why}. Install "
+    "math-verify as the package asks for it, and look at what "
     f"`{sys.executable} -P {math_worker.__file__} 5 []` prints."
   )
 

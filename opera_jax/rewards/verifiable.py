@@ -252,7 +252,7 @@ def _check_settings(method: str, timeout: float, workers: int) -> None:
   if method == "math_verify" and not math_pool.available():
     raise ValueError(
       "Method 'math_verify' needs the package math-verify, which is not "
-      "installed. Install requirements.txt, or use 'exact'."
+      "installed. Install math-verify, or use 'exact'."
     )
 
 
