@@ -28,7 +28,7 @@ class _Parser(flags.ArgumentParser):
   def parse(self, argument: str) -> Any:
     """The config of "PATH" or "PATH:ARG"."""
     name, colon, arg = argument.partition(":")
-    config = self._parser.parse(f"{shipped.path(name)}{colon}{arg}")
+    config: Any = self._parser.parse(f"{shipped.path(name)}{colon}{arg}")
     known = set(_paths(config))
     faults = [
       config_fields.fault(path, known)
