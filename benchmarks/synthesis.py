@@ -57,16 +57,18 @@ class Settings:
   template: str = "{prompt}"
 
 
-def train(words, config, mesh, *, steps, batch_size, row_length):
+def train(tokenizer, config, mesh, *, steps, batch_size, row_length):
   """A storyteller: (graphdef, params) of a model that thinks and answers."""
   graphdef, params = qwen3.create(config, 0)
   pairs = []
   for made in storyworld.corpus(4 * steps * batch_size, 1):
     text = f"<think>\n{made.thought}\n</think>\n\n{made.answer}<|im_end|>"
-    pairs.append((words.chat_prompt(made.prompt), words.encode_template(text)))
+    pairs.append(
+      (tokenizer.chat_prompt(made.prompt), tokenizer.encode_template(text))
+    )
   data = sft.build(
     pairs, row_length=row_length, batch_size=batch_size, epochs=1, seed=0,
-    pad_id=words.pad_id, packed=True,
+    pad_id=tokenizer.pad_id, packed=True,
   )  # fmt: skip
   adamw = optimizer_lib.adamw(3e-3)
   update = step_lib.make_sft_update(scorer_lib.row_logprob(graphdef), adamw)
@@ -80,24 +82,24 @@ def train(words, config, mesh, *, steps, batch_size, row_length):
 def naive(
   engine: engine_lib.Engine,
   logprob_scorer: scorer_lib.LogprobScorer,
-  words: tokenizer_lib.Tokenizer,
+  tokenizer: tokenizer_lib.Tokenizer,
   params,
   prompt: structs.Prompt,
   key: jax.Array,
   settings: Settings,
 ) -> tuple[traces.Trace, int]:
   """One trace with nothing shared, and the tokens that were sampled."""
-  stop_words = stop_words_lib.StopWords(settings.stop_words, words)
+  stop_words = stop_words_lib.StopWords(settings.stop_words, tokenizer)
   draw = sampling.Sampling(
     max_new_tokens=max(settings.max_step_tokens, settings.max_answer_tokens),
-    stop_ids=(words.end_id,),
+    stop_ids=(tokenizer.end_id,),
     temperature=settings.temperature,
     top_k=settings.top_k,
     top_p=settings.top_p,
   )
   # One row is one part, which has no thread to end.
   rows = engine.rows(params, 1, draw, stop_words.table)
-  opened = words.encode_template("<think>\n")
+  opened = tokenizer.encode_template("<think>\n")
   sampled = 0
 
   def sample(context, phase, number, candidate=0):
@@ -127,7 +129,7 @@ def naive(
     return float(np.exp(-logprob.mean(dtype=np.float64)))
 
   head = settings.template.replace("{prompt}", prompt.prompt)
-  head = np.concatenate([words.chat_prompt(head), opened])
+  head = np.concatenate([tokenizer.chat_prompt(head), opened])
   thought, trigger, status = stop_words.cut(sample(head, "stop", 0), "stop")
   rounds, answer = [], opened[:0]
   while status == "candidate" and len(thought) <= settings.max_thought_tokens:
@@ -150,10 +152,10 @@ def naive(
         key=lambda c: (cuts[c][2] not in stop_words_lib.PHASES, logprobs[c]),
       )
       candidates = tuple(
-        traces.Candidate(words.decode(tokens), logprob, len(tokens))
+        traces.Candidate(tokenizer.decode(tokens), logprob, len(tokens))
         for tokens, logprob in zip(made, logprobs)
       )
-      rounds.append(traces.Round(words.decode(trigger), best, candidates))
+      rounds.append(traces.Round(tokenizer.decode(trigger), best, candidates))
     kept, following, status = cuts[best]
     thought = np.concatenate([thought, trigger, kept])
     trigger = following
@@ -161,21 +163,21 @@ def naive(
     status = stop_words_lib.TOO_LONG
   if status == "answer":
     context = np.concatenate(
-      [words.chat_prompt(prompt.prompt), opened, thought]
+      [tokenizer.chat_prompt(prompt.prompt), opened, thought]
     )
     one = sample(context, "answer", settings.budget + 2)
     answer, status = one.tokens, "answer too long"
     if one.finished:
       status = "complete"
-  closed = len(thought) and thought[-1] == words.think_close_id
-  ended = len(answer) and answer[-1] == words.end_id
+  closed = len(thought) and thought[-1] == tokenizer.think_close_id
+  ended = len(answer) and answer[-1] == tokenizer.end_id
   return (
     traces.Trace(
       id=prompt.id,
       prompt=prompt.prompt,
       reference=prompt.reference,
-      thought=words.decode(thought[:-1] if closed else thought),
-      answer=words.decode(answer[:-1] if ended else answer).strip(),
+      thought=tokenizer.decode(thought[:-1] if closed else thought),
+      answer=tokenizer.decode(answer[:-1] if ended else answer).strip(),
       completion=np.concatenate([opened, thought, answer]),
       rounds=tuple(rounds),
       status=status,
@@ -215,11 +217,11 @@ def check_equal(ours: traces.Trace, theirs: traces.Trace) -> None:
 def main() -> None:
   one = mesh_lib.create(devices=jax.devices()[:1])
   made = storyworld.corpus(400, 0)
-  words = tokenizer_lib.Tokenizer.train_bpe(
+  tokenizer = tokenizer_lib.Tokenizer.train_bpe(
     [t for d in made for t in (d.prompt, d.thought, d.answer)], 1024
   )
   config = qwen3.Config(
-    vocab_size=words.vocab_size,
+    vocab_size=tokenizer.vocab_size,
     hidden_size=256,
     num_hidden_layers=4,
     num_attention_heads=8,
@@ -228,7 +230,7 @@ def main() -> None:
     intermediate_size=768,
   )
   graphdef, params = train(
-    words, config, one, steps=TRAINING, batch_size=8, row_length=256
+    tokenizer, config, one, steps=TRAINING, batch_size=8, row_length=256
   )
   print("trained", flush=True)
   # Steps of its thoughts open with these, so that a thought has a few rounds.
@@ -260,7 +262,7 @@ def main() -> None:
       slot_buckets=(1,),
       continuation_buckets=(1,),
     )
-    return engine, logprob_scorer, words
+    return engine, logprob_scorer, tokenizer
 
   searcher = search_lib.Searcher(
     *parts(PROMPTS), **dataclasses.asdict(settings)

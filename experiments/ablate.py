@@ -261,7 +261,7 @@ def probe(run, config, task, every):
       config_of(path, config), [*every, *split(changes)]
     ).reward.to_dict()
     if reward not in [known for known, _ in scorers.values()]:
-      made = score.Scorer(run.logprob_scorer, run.tokenizer, **reward)
+      made = score.RewardScorer(run.logprob_scorer, run.tokenizer, **reward)
       scorers[name] = (reward, made)
   return reward_probes.answers(
     run,

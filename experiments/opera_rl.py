@@ -317,7 +317,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       try:
         sampled = rollouts.collect(
           run.engine,
-          run.scorer,
+          run.reward_scorer,
           policy,
           run.for_rollout(policy),
           [

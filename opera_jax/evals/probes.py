@@ -77,17 +77,17 @@ def make(
 
 def sample(
   text: Text,
-  words: tokenizer_lib.Tokenizer,
+  tokenizer: tokenizer_lib.Tokenizer,
   separator: str = thought_lib.SEPARATOR,
 ) -> structs.Sample:
   """A probe as if it had been sampled: only our own tags are special."""
   tokens = np.concatenate(
     [
-      words.encode_template("<think>\n"),
-      words.encode(separator.join(text.steps)),
-      words.encode_template("\n</think>\n\n"),
-      words.encode(text.answer),
-      words.encode_template("<|im_end|>"),
+      tokenizer.encode_template("<think>\n"),
+      tokenizer.encode(separator.join(text.steps)),
+      tokenizer.encode_template("\n</think>\n\n"),
+      tokenizer.encode(text.answer),
+      tokenizer.encode_template("<|im_end|>"),
     ]
   ).astype(np.int32)
   return structs.Sample(tokens, np.zeros(len(tokens), np.float32), True)

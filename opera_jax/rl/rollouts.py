@@ -46,7 +46,7 @@ class Collected:
 
 def collect(
   engine: engine_lib.Engine,
-  scorer: score_lib.Scorer,
+  scorer: score_lib.RewardScorer,
   params: Any,
   rollout_params: Any,
   batches: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],

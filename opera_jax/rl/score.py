@@ -96,17 +96,17 @@ def build_rewards(
 
   Args:
     encode: text of ours to token ids.
-    terms: see `Scorer`; and so on.
-    options: see `Scorer`.
-    timeout: see `Scorer`.
-    environment: see `Scorer`.
-    alpha: see `Scorer`.
-    tau: see `Scorer`.
-    mode: see `Scorer`.
-    compare: see `Scorer`.
-    bridge: see `Scorer`.
-    match: see `Scorer`.
-    math_check: see `Scorer`.
+    terms: see `RewardScorer`; and so on.
+    options: see `RewardScorer`.
+    timeout: see `RewardScorer`.
+    environment: see `RewardScorer`.
+    alpha: see `RewardScorer`.
+    tau: see `RewardScorer`.
+    mode: see `RewardScorer`.
+    compare: see `RewardScorer`.
+    bridge: see `RewardScorer`.
+    match: see `RewardScorer`.
+    math_check: see `RewardScorer`.
 
   Raises:
     ValueError: an unknown reward or setting, a setting of a reward that is no
@@ -160,7 +160,7 @@ def _find(
   return thought.from_codes(codes_RT, max_steps), thought.total_steps(codes_RT)
 
 
-class Scorer:
+class RewardScorer:
   """Scores completions under the policy given at each call."""
 
   def __init__(
@@ -371,16 +371,16 @@ class Scorer:
     """What rewards see of the samples, and each row's true count of steps."""
     flat = [s for group in groups for s in group]
     thoughts, total_R = self.thoughts(flat)
-    words = self._tokenizer
+    tokenizer = self._tokenizer
     return structs.Rollouts(
       prompts=prompts,
       samples=len(groups[0]),
       prompt_ids=prompt_ids,
       completions=flat,
-      texts=[words.decode(s.tokens, skip_special=True) for s in flat],
+      texts=[tokenizer.decode(s.tokens, skip_special=True) for s in flat],
       thoughts=thoughts,
-      encode=words.encode,
-      chat_prompt=words.chat_prompt,
+      encode=tokenizer.encode,
+      chat_prompt=tokenizer.chat_prompt,
     ), total_R
 
   def _separate_tokens(self, rollouts, prefixes, rows) -> int:

@@ -76,8 +76,8 @@ class Run:
   policy_logprob_scorer: (
     scorer_lib.LogprobScorer
   )  # at the policy's; the same where equal
-  scorer: score_lib.Scorer  # of the run's rewards
-  measurer: score_lib.Scorer  # of OPERA's, for evaluation
+  reward_scorer: score_lib.RewardScorer  # of the run's rewards
+  measurer: score_lib.RewardScorer  # of OPERA's, for evaluation
   settings: dict[str, Any]  # what outcomes depend on; see `stage`
   reward: dict[str, Any]  # and those of stages that reward
   tokenizer_digest: tuple[str, str]  # its place, the SHA-256 of its files
@@ -292,17 +292,17 @@ def setup(
     "max_reference_tokens": max_reference_tokens,
   }
   dropped_stages = workdir_lib.redo(workdir, redo)
-  words, tokenizer_digest = _tokenizer(
+  loaded_tokenizer, tokenizer_digest = _tokenizer(
     workdir, tasks, checkpoint, settings, dropped_stages, **tokenizer
   )
   sizes = dict(model)
   if sizes["vocab_size"] <= 0:
-    sizes["vocab_size"] = words.vocab_size
-  if sizes["vocab_size"] < words.vocab_size:
+    sizes["vocab_size"] = loaded_tokenizer.vocab_size
+  if sizes["vocab_size"] < loaded_tokenizer.vocab_size:
     raise ValueError(
-      f"The tokenizer has {words.vocab_size} ids and config.model.vocab_size "
-      f"is {sizes['vocab_size']}; every id needs a row. Raise it, or set 0 "
-      "to take the tokenizer's."
+      f"The tokenizer has {loaded_tokenizer.vocab_size} ids and "
+      f"config.model.vocab_size is {sizes['vocab_size']}; every id needs a "
+      "row. Raise it, or set 0 to take the tokenizer's."
     )
   config = qwen3.Config(**sizes)
   graphdef, shapes = qwen3.abstract(config)
@@ -313,7 +313,7 @@ def setup(
   for name in ("synthesis", "rl", "held_out"):
     every = getattr(tasks, name)
     lengths = exchange.each(
-      every, lambda share: prompts_lib.token_lengths(share, words)
+      every, lambda share: prompts_lib.token_lengths(share, loaded_tokenizer)
     )
     kept[name], counts = prompts_lib.filter_by_length(
       every,
@@ -350,7 +350,7 @@ def setup(
     workdir=workdir,
     seed=seed,
     mesh=device_mesh,
-    tokenizer=words,
+    tokenizer=loaded_tokenizer,
     model=config,
     graphdef=graphdef,
     axes=axes,
@@ -368,11 +368,11 @@ def setup(
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
     reward=reward,
-    scorer=score_lib.Scorer(
-      logprob_scorer, words, cache_dir=automata, **reward
+    reward_scorer=score_lib.RewardScorer(
+      logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
     ),
-    measurer=score_lib.Scorer(
-      logprob_scorer, words, cache_dir=automata, **reward | measured
+    measurer=score_lib.RewardScorer(
+      logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward | measured
     ),
   )
 
@@ -474,8 +474,8 @@ def _tokenizer(
 
   def make() -> str:
     if not stage.finished():
-      words = _new_tokenizer(tasks, path, bpe_size)
-      words.with_ends(ends).save(stage.path)
+      tokenizer = _new_tokenizer(tasks, path, bpe_size)
+      tokenizer.with_ends(ends).save(stage.path)
       found = digest.folder(stage.path, _SAVED_TOKENIZER)
       workdir_lib.write(stage.path / "DONE.json", {"sha256": found})
     found = digest.folder(stage.path, _SAVED_TOKENIZER)
@@ -490,8 +490,8 @@ def _tokenizer(
 
   with stage.alone():
     found = exchange.by_lead(make)
-  words = tokenizer_lib.Tokenizer.load(stage.path)
-  return words, (str(stage.path), found)
+  tokenizer = tokenizer_lib.Tokenizer.load(stage.path)
+  return tokenizer, (str(stage.path), found)
 
 
 def _checkpoint_ends(checkpoint: str) -> tuple[int, ...]:

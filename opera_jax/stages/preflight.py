@@ -44,7 +44,7 @@ def rl(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
   """
   if workdir_lib.result(run.workdir, "rl"):
     return
-  run.scorer.probe(run.tasks.rl)
+  run.reward_scorer.probe(run.tasks.rl)
   if not rl_select.asks_function(rules):
     return
   if not workdir_lib.result(run.workdir, "select_rl"):

@@ -16,7 +16,7 @@ from opera_jax.run import setup as setup_lib
 
 def answers(
   run: setup_lib.Run,
-  scorers: Mapping[str, score_lib.Scorer],
+  scorers: Mapping[str, score_lib.RewardScorer],
   params: Any,
   prompts: Sequence[structs.Prompt],
   texts: Sequence[str],

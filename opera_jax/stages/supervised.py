@@ -87,9 +87,9 @@ def _base(
   path: str,
 ) -> None:
   count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
-  words, documents = run.tokenizer, run.tasks.documents
+  tokenizer, documents = run.tokenizer, run.tasks.documents
   print(
-    f"base: {count:,} parameters, vocabulary {words.vocab_size:,}, "
+    f"base: {count:,} parameters, vocabulary {tokenizer.vocab_size:,}, "
     + (f"loaded from {path}" if path else f"{len(documents):,} documents"),
     flush=True,
   )
@@ -100,7 +100,8 @@ def _base(
     stage.finish({"path": path, "model": run.save("base", loaded)})
     return
   pairs = [
-    (words.chat_prompt(d.prompt), _completion(words, d)) for d in documents
+    (tokenizer.chat_prompt(d.prompt), _completion(tokenizer, d))
+    for d in documents
   ]
   _train(run, stage, run.initial(), pairs, recipe, preemption)
 
@@ -126,17 +127,19 @@ def sft(
 
 
 def _completion(
-  words: tokenizer_lib.Tokenizer, document: structs.Document
+  tokenizer: tokenizer_lib.Tokenizer, document: structs.Document
 ) -> np.ndarray:
   """Only our own tags become special tokens, whatever the text spells."""
   return np.concatenate(
     [
-      words.encode_template("<think>\n"),
-      words.encode(document.thought),
-      words.encode_template("\n</think>\n\n" if document.closed else "\n\n"),
-      words.encode(document.answer),
-      words.encode_template("<|im_end|>"),
-      words.encode(document.after),
+      tokenizer.encode_template("<think>\n"),
+      tokenizer.encode(document.thought),
+      tokenizer.encode_template(
+        "\n</think>\n\n" if document.closed else "\n\n"
+      ),
+      tokenizer.encode(document.answer),
+      tokenizer.encode_template("<|im_end|>"),
+      tokenizer.encode(document.after),
     ]
   ).astype(np.int32)
 

@@ -63,7 +63,7 @@ WHOLE = {
   - {"stop_ids", "vocab_size"},  # of the tokenizer
   "scoring": _keywords(logprob_scorer.LogprobScorer)
   - {"graphdef", "vocab_size", "mesh", "temperature"},
-  "reward": _keywords(score.Scorer)
+  "reward": _keywords(score.RewardScorer)
   - {"logprob_scorer", "tokenizer", "cache_dir"},
   "synthesis": _fields(cold_start.Search),
   "select": _fields(filters.Rules) | {"rl"},

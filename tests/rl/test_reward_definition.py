@@ -161,7 +161,7 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
     ]
     for group in groups
   ]
-  scorer = score.Scorer(logprob_scorer, words, bridge=bridge, match=match)
+  scorer = score.RewardScorer(logprob_scorer, words, bridge=bridge, match=match)
   got = scorer.score(params, tasks, prompt_ids, samples)
   references = [words.encode(t.reference) for t in tasks]
   count, r_self, r_ppl = _definition(
@@ -206,7 +206,9 @@ def test_maths_rows_get_zero_or_one(world):
     for _ in tasks
   ]
   ids = [words.chat_prompt(t.prompt) for t in tasks]
-  got = score.Scorer(logprob_scorer, words).score(params, tasks, ids, samples)
+  got = score.RewardScorer(logprob_scorer, words).score(
+    params, tasks, ids, samples
+  )
   np.testing.assert_array_equal(got.total_BN[0], [1, 0])
   for part in ("r_self", "r_ppl", "count"):
     np.testing.assert_array_equal(got.terms[part][0], [0, 0])
@@ -215,7 +217,7 @@ def test_maths_rows_get_zero_or_one(world):
 
 def test_empty_reference_and_single_sample_are_refused(world):
   words, _, params, logprob_scorer = world
-  scorer = score.Scorer(logprob_scorer, words)
+  scorer = score.RewardScorer(logprob_scorer, words)
   task = structs.Prompt("a", "open_ended", "Tell.", "")
   sample = structs.Sample(
     _tokens(words, GROUPS[0][0]), np.zeros(3, np.float32), True
@@ -230,7 +232,7 @@ def test_empty_reference_and_single_sample_are_refused(world):
 
 def test_steps_are_found_by_one_program_whatever_the_number_of_samples(world):
   words, _, _, logprob_scorer = world
-  scorer = score.Scorer(logprob_scorer, words)
+  scorer = score.RewardScorer(logprob_scorer, words)
   texts = [text for group in GROUPS for text in group]
   own = [
     structs.Sample(t, np.zeros(len(t), np.float32), True)

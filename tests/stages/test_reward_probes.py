@@ -37,7 +37,7 @@ def paid(tmp_path_factory):
   params, prompts = run.load("base"), run.tasks.held_out
   groups = held_out.draw(run, params, prompts, samples=1, max_new_tokens=120)
   scorers = {
-    name: score.Scorer(run.logprob_scorer, run.tokenizer, **settings)
+    name: score.RewardScorer(run.logprob_scorer, run.tokenizer, **settings)
     for name, settings in PARTS.items()
   }
   texts = [run.tokenizer.decode(g[0].tokens, skip_special=True) for g in groups]
