@@ -158,7 +158,7 @@ def test_an_unknown_field_fails_with_its_nearest_name(tmp_path):
     timeout=300,
   )
   assert done.returncode != 0
-  assert 'Did you mean "learning_rate"' in done.stderr
+  assert "did you mean config.rl.learning_rate?" in done.stderr
 
 
 DRIVERS = sorted(
