@@ -116,7 +116,7 @@ class WeightedEstimators:
 
 
 def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
-  """How right each sample is, 0 to 1: of maths whether it is correct, where
+  """Success of each sample, 0 to 1: for maths whether it is correct, where
   that was checked; else the reward, clipped."""
   clipped_BN = np.clip(scored.total_BN, 0.0, 1.0)
   if "correct" not in scored.terms:

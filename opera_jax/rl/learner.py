@@ -48,13 +48,13 @@ class Learner:
   )
 
   def initial(self, params: Any, hidden: int) -> Any:
-    """What the update changes, from the policy's parameters."""
+    """The parameters that the update trains, from the policy's."""
     if not self.critic:
       return params
     return {"policy": params, "value": heads.init_value(hidden)}
 
   def policy(self, params: Any) -> Any:
-    """The policy's parameters out of what the update changes."""
+    """The policy's parameters, of those that the update trains."""
     return params["policy"] if self.critic else params
 
   def mean(self, opt_state: Any) -> Any:
@@ -73,7 +73,7 @@ class Learner:
     """The critic's value before each completion token; None without a critic.
 
     Args:
-      params: what the update changes; the critic's are among them.
+      params: what the update trains, with the critic's parameters.
       rows: of the step.
       placement: of the completions in them.
       mesh: over which rows are split.
@@ -283,7 +283,7 @@ def programs(
   completions_per_row: int,
   prompt_lengths: Sequence[int],
 ) -> int:
-  """How many programs updates can need: one a shape; see `data.rl`."""
+  """Largest number of update programs: one a shape; see `data.rl`."""
   return len(row_buckets) * (
     len(prompt_lengths) if completions_per_row > 1 else 1
   )

@@ -27,7 +27,7 @@ from opera_jax.rollout import sampling
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-  """A step's groups, and what it took to get them."""
+  """A step's groups, with counts of tokens and seconds."""
 
   samples: list[list[structs.Sample]]  # [B][N]
   scored: score_lib.Scored
@@ -57,7 +57,7 @@ def collect(
   filter_reward: str = "",
   advance: Callable[[int], None] | None = None,
 ) -> Collected:
-  """Samples and scores a batch of prompts; and others, if asked for.
+  """Samples and scores a batch of prompts, and further batches if needed.
 
   Args:
     engine: samples.

@@ -1,7 +1,7 @@
-"""Stops a run whose sampler and trainer have come apart.
+"""Stops a run whose sampler and trainer disagree.
 
-The two score the same tokens by the same weights, so the mean |difference| of
-their log-probabilities is rounding (0.02 at the most in bfloat16). More, step
+Both compute log-probabilities of the same tokens with the same weights, so the
+mean |difference| is rounding (0.02 at most in bfloat16). A larger one, step
 after step, means that the policy learns from samples that are not its own.
 """
 

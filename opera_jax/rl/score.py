@@ -1,7 +1,7 @@
-"""Completions to rewards: mark the steps, score one pass, weigh and add.
+"""Completions to rewards: find the steps, score in one pass, add the terms.
 
-All questions of all rewards go into one scoring pass. The prefix pass that
-scores a completion's continuations also gives its own tokens'
+The log-probability requests of all rewards go into one scoring pass. The prefix
+pass that scores a completion's continuations also gives its own tokens'
 log-probabilities, which the update needs as those of the old policy.
 
 Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
@@ -26,7 +26,8 @@ from opera_jax.text import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-  """Rewards of B prompts x N samples, and what they were made of."""
+  """Rewards of B prompts x N samples, with their terms and
+  log-probabilities."""
 
   total_BN: np.ndarray
   terms: dict[str, np.ndarray]  # [B, N] each: r_ppl, r_self, count, score, ...
@@ -35,7 +36,9 @@ class Scored:
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
   deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not scored
   opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
-  separate_tokens: int  # what one row for each prefix of every step would cost
+  separate_tokens: (
+    int  # tokens that one row for each prefix of every step would take
+  )
   rollouts: structs.Rollouts
 
   def completion_sizes(self) -> list[int]:
@@ -61,7 +64,7 @@ OF_TERMS = (
   *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
   *("compare", "bridge", "match", "math_check"),
 )
-# What a term is told by fields of config.reward, and by which.
+# Settings of a term that fields of config.reward give, and which field.
 _OWN: dict[str, dict[str, str | None]] = {
   "opera": {
     "alpha": "alpha",
@@ -155,7 +158,7 @@ def _find(
   length_R: np.ndarray,
   max_steps: int,
 ) -> tuple[structs.Thoughts, jax.Array]:
-  """Steps of rows, and how many each has in truth, as one program."""
+  """Steps of each row, and their true number, in one program."""
   codes_RT = automaton.run(table, tokens_RT, length_R)
   return thought.from_codes(codes_RT, max_steps), thought.total_steps(codes_RT)
 
@@ -191,7 +194,7 @@ class RewardScorer:
       tokenizer: of the policy.
       terms: which rewards, with which weights; see `compose.weights`.
       options: settings of rewards by name, where their defaults do not do;
-        what is an argument here is none of them.
+        arguments of this function cannot be among them.
       timeout: seconds that a user's function may take for one step.
       environment: variables that it sees although they look like keys.
       alpha: weight of R_ppl.
@@ -237,10 +240,10 @@ class RewardScorer:
     )
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
-    """Tries every reward that has a `probe`, once for all processes.
+    """Tries every reward that has a `probe`, on one process each.
 
-    What lies outside of the run (an endpoint, a user's function) is asked
-    before anything expensive is done for its sake.
+    A judge's endpoint or a user's function fails here, before anything
+    expensive runs.
 
     Args:
       prompts: that will be rewarded; none leaves nothing to try.
@@ -260,8 +263,8 @@ class RewardScorer:
   def thoughts(self, samples: Sequence[structs.Sample]):
     """Where the steps lie: host `Thoughts`, and each row's true count.
 
-    Few shapes serve all numbers and lengths of samples: blocks of equally many
-    rows, and lengths that double.
+    Rows come in blocks of one size, and lengths are padded to powers of two
+    times the shortest, so that few programs are compiled.
     """
     longest = max(len(s.tokens) for s in samples)
     width = _LEAST_WIDTH << max(0, (longest - 1) // _LEAST_WIDTH).bit_length()

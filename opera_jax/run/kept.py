@@ -1,4 +1,4 @@
-"""What a stage has done so far, piece by piece, in files of a folder.
+"""Intermediate results of a stage, one file a piece, so that it can resume.
 
 A piece is a JSON value that is made once; a stage that is ended goes on with
 the next. Pieces are the same whenever the stage is begun, so that what comes

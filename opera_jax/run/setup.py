@@ -1,4 +1,4 @@
-"""What every stage of a run shares: mesh, tokenizer, model, tasks, machines."""
+"""What every stage of a run shares: mesh, tokenizer, model, tasks, engine."""
 
 import dataclasses
 import os
@@ -43,10 +43,10 @@ SECTIONS = (
   "redo",
 )
 MEASURED = "opera + verifiable"
-# Of a model's or a tokenizer's directory, what is read of it.
+# Files that are read of a model's or a tokenizer's directory.
 MODEL_FILES = ("*.safetensors", "*.json")
 TOKENIZER_FILES = ("*.json", "*.jinja")
-# What tasks are read from, known by what it holds and not by its name.
+# Fields that name files of tasks; a file is identified by its digest.
 _READ = ("path", "math_path", "responses_path")
 # Fields of config.data that matter to these tasks alone.
 _SAVED_TOKENIZER = ("tokenizer*.json", "generation_config.json")
@@ -75,12 +75,12 @@ class Run:
   logprob_scorer: scorer_lib.LogprobScorer  # at temperature 1, for rewards
   policy_logprob_scorer: (
     scorer_lib.LogprobScorer
-  )  # at the policy's; the same where equal
+  )  # at the policy's temperature; the same object where both are 1
   reward_scorer: score_lib.RewardScorer  # of the run's rewards
   measurer: score_lib.RewardScorer  # of OPERA's, for evaluation
-  settings: dict[str, Any]  # what outcomes depend on; see `stage`
-  reward: dict[str, Any]  # and those of stages that reward
-  tokenizer_digest: tuple[str, str]  # its place, the SHA-256 of its files
+  settings: dict[str, Any]  # settings that results depend on; see `stage`
+  reward: dict[str, Any]  # and those of stages that compute rewards
+  tokenizer_digest: tuple[str, str]  # path and SHA-256 of its files
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
   # The engine and the scorer at temperature 1, made for a mesh.
   build_engine: Callable[
@@ -146,7 +146,7 @@ class Run:
     return [np.asarray(t, np.int32) for t in exchange.each(prompts, tokens)]
 
   def sampling(self, **settings: Any) -> sampling_lib.Sampling:
-    """How to draw from the run's models; fields of `sampling.Sampling`."""
+    """Sampling settings for the run's models; fields of `sampling.Sampling`."""
     return sampling_lib.for_tokenizer(
       sampling_lib.Sampling(**settings), self.tokenizer, self.model.vocab_size
     )
@@ -158,7 +158,7 @@ class Run:
     )
 
   def on_own_devices(self) -> "Run | None":
-    """The run on this process's devices alone, with no other in step.
+    """The run on this process's own devices, independent of other processes.
 
     None where the model is split over hosts, see `sharding.mesh.own`.
     """
@@ -173,7 +173,7 @@ class Run:
     )
 
   def initial(self) -> Any:
-    """Random parameters in the TRAIN layout, whole on no device."""
+    """Random parameters, created sharded in the TRAIN layout."""
     create = jax.jit(
       lambda: qwen3.create(self.model, self.seed)[1],
       out_shardings=rules.shardings(self.axes, self.mesh, rules.TRAIN),
@@ -278,7 +278,7 @@ def setup(
     redo: stages to be dropped first, see `workdir.redo`.
 
   Raises:
-    ValueError: whatever of this does not fit together.
+    ValueError: settings that contradict one another.
   """
   workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
@@ -320,7 +320,7 @@ def setup(
       lengths,
       max_prompt_tokens,
       max_reference_tokens,
-      # The search of the cold start does not look at references.
+      # The search of the cold start does not read references.
       require_reference=name != "synthesis",
     )
     dropped |= {f"{name}/{key}": count for key, count in counts.items()}

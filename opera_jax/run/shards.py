@@ -1,8 +1,8 @@
-"""The parts of a long synthesis: files that grow line by line, and survive.
+"""The shards of a long synthesis: JSONL files that survive a kill.
 
-Part i holds the traces of items [i * size, (i + 1) * size), a JSONL file to
+Shard i holds the traces of items [i * size, (i + 1) * size), a JSONL file to
 which a line is added as each item ends; when all have, it is put in order. What
-a file lacks, cut short by whatever means, is missing, item by item.
+a file lacks, after a crash or a kill, is made again, item by item.
 """
 
 import contextlib
@@ -14,26 +14,26 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from opera_jax import atomic_file, file_lock
 from opera_jax.data import traces
 
-_POLL = 1.0  # seconds between two looks at what others work on
+_POLL = 1.0  # seconds between two checks of other processes' locks
 
 
-class Parts:
+class Shards:
   """Which items are done, in a folder that several processes may share."""
 
   def __init__(self, folder: str | os.PathLike, ids: Sequence[str], size: int):
     """Opens the folder, making it if need be.
 
     Args:
-      folder: of the parts.
+      folder: of the shards.
       ids: of the items, distinct; the same at every start.
-      size: items of a part, likewise.
+      size: items of a shard, likewise.
 
     Raises:
-      ValueError: an id twice, or no item a part.
+      ValueError: an id twice, or no item a shard.
     """
     if size < 1:
       raise ValueError(
-        f"A part needs at least 1 item, got {size}. Raise "
+        f"A shard needs at least 1 item, got {size}. Raise "
         "config.synthesis.batch."
       )
     if len(set(ids)) < len(ids):
@@ -54,7 +54,7 @@ class Parts:
     return sum(len(self.missing(index)) for index in range(len(self)))
 
   def missing(self, index: int) -> list[int]:
-    """The items of a part that have no trace yet."""
+    """The items of a shard that have no trace yet."""
     if index in self._whole:
       return []
     found = self._found(index)
@@ -66,17 +66,17 @@ class Parts:
   def work(
     self, own: Collection[int], wait: Callable[[], None] = lambda: None
   ) -> Iterator[tuple[int, list[int]]]:
-    """Claims parts that lack items, one at a time, until no part does.
+    """Claims shards that lack items, one at a time, until no shard does.
 
-    Where another process works on a part, it is waited for at the end; if
-    that process dies, the part is claimed here.
+    Where another process works on a shard, it is waited for at the end; if
+    that process dies, the shard is claimed here.
 
     Args:
-      own: the parts to claim; of the others the end is waited for.
+      own: the shards to claim; of the others the end is waited for.
       wait: called again and again meanwhile; what it raises ends the wait.
 
     Yields:
-      A part and the items that it lacks, which `add` is to add before the
+      A shard and the items that it lacks, which `add` is to add before the
       next is asked for.
     """
     left = [i for i in range(len(self)) if self.missing(i)]
@@ -94,17 +94,17 @@ class Parts:
         time.sleep(_POLL)
 
   def add(self, index: int, trace: traces.Trace) -> None:
-    """Adds a trace to a part; its claimant calls it.
+    """Adds a trace to a shard; its claimant calls it.
 
     Raises:
       OSError: the disk is full, or the like.
-      ValueError: a trace of no item of the part, or one that
+      ValueError: a trace of no item of the shard, or one that
         `traces.to_line` refuses.
     """
     wanted = [self._ids[i] for i in self._items(index)]
     if trace.id not in wanted:
       raise ValueError(
-        f"Part {index} holds items {wanted[0]!r} to {wanted[-1]!r}, and "
+        f"Shard {index} holds items {wanted[0]!r} to {wanted[-1]!r}, and "
         f"{trace.id!r} is none of them."
       )
     line = traces.to_line(trace)
@@ -115,7 +115,7 @@ class Parts:
       file.write(line)
 
   def _mend(self, index: int) -> None:
-    """Puts a part's whole lines in order, on the disk; drops what is none."""
+    """Puts a shard's whole lines in order, on the disk; drops what is none."""
     found, path = self._found(index), self._path(index)
     wanted = [self._ids[i] for i in self._items(index)]
     lines = [traces.to_line(found[name]) for name in wanted if name in found]
@@ -124,7 +124,7 @@ class Parts:
       traces.sync(self._folder)
 
   def read(self) -> Iterator[traces.Trace]:
-    """Every trace, in the order of the items, one part in memory at a time.
+    """Every trace, in the order of the items, one shard in memory at a time.
 
     Raises:
       ValueError: an item has none.
@@ -152,7 +152,8 @@ class Parts:
     return file_lock.claim(self._path(index).with_suffix(".lock"))
 
   def _found(self, index: int) -> dict[str, traces.Trace]:
-    """The traces of a part's file by id; what is no whole line is not there."""
+    """The traces of a shard's file by id; what is no whole line is not
+    there."""
     path = self._path(index)
     out: dict[str, traces.Trace] = {}
     wanted = {self._ids[i] for i in self._items(index)}

@@ -33,7 +33,7 @@ class Tasks:
   rl: list[structs.Prompt]
   held_out: list[structs.Prompt]
   documents: list[structs.Document]  # for pretraining
-  notes: tuple[str, ...] = ()  # what was left out or cut, in sentences
+  notes: tuple[str, ...] = ()  # messages on tasks that were dropped or cut
   # By field of config.data, or by stage and name of what it chose, the place
   # and the SHA-256 of what was read there.
   digests: Mapping[str, tuple[str, str]] = dataclasses.field(

@@ -71,7 +71,7 @@ def held(
   name: str,
   preemption: checkpoint.Preemption | None = None,
 ) -> Iterator[None]:
-  """Keeps other runs out of what `lock` stands for; waits for them.
+  """Holds a lock file against other runs; waits until it is free.
 
   Args:
     lock: file.
@@ -153,7 +153,7 @@ class Stage:
   def alone(
     self, preemption: checkpoint.Preemption | None = None
   ) -> Iterator[None]:
-    """Keeps other runs on the same folder out of the stage; waits for them.
+    """Holds the stage's lock against other runs; waits until it is free.
 
     Ask `finished` inside: another run may have done the stage meanwhile. See
     `held` for the rest.
@@ -173,7 +173,7 @@ class Stage:
 
   def _open(self, may_drop: bool) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    # Two that begin at once must not both find nothing.
+    # Two runs that begin at once must not both find an empty folder.
     with file_lock.claim(self.path / _BEGINNING, wait=lambda: None):
       changed = self._changed()
       if changed and may_drop:
@@ -207,7 +207,8 @@ class Stage:
     write(self.path / _BEGUN, record)
 
   def _changed(self) -> str:
-    """What differs from what the stage was begun with; "" if nothing does."""
+    """The settings and inputs that changed since the stage began; "" if
+    none."""
     if not os.path.lexists(self.path / _BEGUN):
       return ""
     record = _record(self.path / _BEGUN, self.name)
@@ -220,7 +221,7 @@ class Stage:
     then, inputs = record["made_from"], []
     for name in sorted(then.keys() | self._inputs.keys()):
       if self._inputs.get(name, ()) is None and self.finished():
-        continue  # it is gone, and no longer needed
+        continue  # the input is gone, and a finished stage does not need it
       place, digest = self._inputs.get(name) or ("not there", "none")
       before_digest = then.get(name, {}).get("sha256", "none")
       if before_digest != digest:
@@ -287,7 +288,7 @@ def redo_names(asked: str) -> tuple[str, ...]:
 
 
 def redone(workdir: str | os.PathLike) -> None:
-  """Says that what was asked for by `redo` is done."""
+  """Marks the `redo` as done."""
   if runtime.is_main_process():
     (pathlib.Path(workdir) / _REDO).unlink(missing_ok=True)
 
@@ -301,7 +302,7 @@ def _redo(
     if record.get("asked") == chosen:
       print(f"redo: goes on with that of {', '.join(chosen)}.", flush=True)
       return
-  # The last first: none is left that was made from one that is gone.
+  # The last stage first, so that no stage outlives one it was made from.
   for name in reversed(names):
     if (workdir / name).exists():
       _drop(workdir, name)
@@ -332,7 +333,7 @@ def _drop(workdir: pathlib.Path, name: str) -> None:
     aside = workdir / DROPPED / f"{name}-{number}"
     print(f"redo: drops {name}; what it left is now {aside}.", flush=True)
     aside.mkdir()
-    # The mark of the end first: a kill meanwhile leaves no finished stage.
+    # DONE.json first: a kill in between leaves no stage that seems finished.
     for one in sorted(left, key=lambda path: path.name != _DONE):
       one.rename(aside / one.name)
 

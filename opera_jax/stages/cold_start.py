@@ -1,10 +1,10 @@
 """The cold start: synthesise traces with the base model, then select.
 
-Synthesis is divided into parts of `Search.batch` prompts. Any number of
-processes may share the folder of the run: each part is made by one of them,
+Synthesis is divided into shards of `Search.batch` prompts. Any number of
+processes may share the folder of the run: each shard is made by one of them,
 and what a process that dies leaves undone is done by another, now or at the
-next start. A kill loses the traces in flight, no ended one. What is in memory
-does not grow with what is done.
+next start. A kill loses only the traces in flight. Memory does not grow with
+the number of finished traces.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ METHODS = ("search", "rewrite")
 class Search:
   """Settings of `search.Searcher` or `rewrite.Rewriter`, and of the batches."""
 
-  batch: int  # prompts of a part, which one process makes
+  batch: int  # prompts of a shard, which one process makes
   candidates: int
   budget: int
   score: str
@@ -52,10 +52,10 @@ class Search:
   method: str  # "search", or "rewrite" (REER, without stop words)
   rounds: int  # of rewriting
   guide: str  # template of rewriting, with the reference
-  seed: int = -1  # of the draws; below 0 takes the run's
+  seed: int = -1  # random seed of this stage; below 0 takes the run's
 
   def __post_init__(self):
-    """Reads the templates: what a stage was made with is their text."""
+    """Reads the templates, so that the stage records their text."""
     if self.method not in METHODS:
       raise ValueError(
         f"Unknown config.synthesis.method {self.method!r}; use one of "
@@ -81,7 +81,7 @@ def synthesize(
   """Writes `synthesize/traces`: one trace a prompt, complete or not.
 
   Where each host holds a whole model (`sharding.mesh.own`), the hosts divide
-  the parts between them; else all work on each together.
+  the shards between them; else all work on each together.
 
   Args:
     run: the run, with a finished base model.
@@ -90,7 +90,7 @@ def synthesize(
     preemption: asked after every call; all traces that have ended are kept.
 
   Raises:
-    OSError: a part cannot be written.
+    OSError: a shard cannot be written.
   """
   asked = dataclasses.asdict(settings)
   stage = run.stage(
@@ -105,16 +105,16 @@ def synthesize(
       "template and are left out.",
       flush=True,
     )
-  parts = shards_lib.Parts(
-    stage.path / "parts", [p.id for p in prompts], settings.batch
+  shards = shards_lib.Shards(
+    stage.path / "shards", [p.id for p in prompts], settings.batch
   )
-  _make(run, prompts, parts, settings, preemption)
+  _make(run, prompts, shards, settings, preemption)
 
   def write() -> dict[str, int]:
     with preemption.at_once():
       return traces.write(
         stage.path / "traces",
-        parts.read(),
+        shards.read(),
         card=lambda counts: dataset_card_lib.write(
           run, card, counts, {"Search": asked}
         ),
@@ -144,7 +144,7 @@ def select(
   source = run.workdir / "synthesize" / "traces"
 
   def write() -> dict[str, int]:
-    # Two passes, so that only a word and a number a trace are in memory.
+    # Two passes: memory holds only an id and a number of each trace.
     why, counts = filters.verdicts(traces.read(source), settings, keywords)
     tables = {"Filters": asked | {"keywords": tuple(keywords)}}
     tables["Of all traces"] = counts
@@ -198,28 +198,28 @@ def _whole(stage: workdir_lib.Stage) -> bool:
 def _make(
   run: setup_lib.Run,
   prompts: list[structs.Prompt],
-  parts: shards_lib.Parts,
+  shards: shards_lib.Shards,
   settings: Search,
   preemption: checkpoint.Preemption,
 ) -> None:
-  """Makes every trace that the parts lack, unless another process does."""
+  """Makes every trace that the shards lack, unless another process does."""
   done = len(prompts) - int(
-    runtime.from_main_process(np.asarray(parts.lacking()))
+    runtime.from_main_process(np.asarray(shards.lacking()))
   )
   if done == len(prompts):
     return
   own, params = run.on_own_devices(), run.load("base")
   if own is None:
-    machine, work = run, _agreed(parts, preemption)
+    machine, work = run, _agreed(shards, preemption)
     leave = preemption.leave
   else:
     machine = own
-    mine = range(jax.process_index(), len(parts), jax.process_count())
+    mine = range(jax.process_index(), len(shards), jax.process_count())
     if jax.process_count() > 1:
-      print(f"this host makes {len(mine)} of {len(parts)} parts", flush=True)
-    work = parts.work(mine, preemption.leave_alone)
+      print(f"this host makes {len(mine)} of {len(shards)} shards", flush=True)
+    work = shards.work(mine, preemption.leave_alone)
     params = layout.own_copy(params, own.mesh)
-    # Hosts are not in step, so none can ask the others.
+    # Hosts run independently here, so no collective may be called.
     leave = preemption.leave_alone
   rollout_params = machine.for_rollout(params)
   searcher = _searcher(machine, settings)
@@ -231,13 +231,13 @@ def _make(
   ) as progress:
 
     def count_others() -> None:
-      progress.update(len(prompts) - parts.lacking() - progress.done)
+      progress.update(len(prompts) - shards.lacking() - progress.done)
 
     for index, items in work:
 
       def ended(trace: traces.Trace, index: int = index) -> None:
         if own is not None or runtime.is_main_process():
-          parts.add(index, trace)
+          shards.add(index, trace)
         if not shown:
           shown.append(trace.id)
           first_sample.show(
@@ -253,7 +253,7 @@ def _make(
         progress.update(0, tokens=tokens)
         leave()
 
-      # A trace depends on its prompt's id and the key, not on its part.
+      # A trace depends on its prompt's id and the key, not on its shard.
       searcher.run(
         rollout_params,
         params,
@@ -267,10 +267,10 @@ def _make(
 
 
 def _agreed(
-  parts: shards_lib.Parts, preemption: checkpoint.Preemption
+  shards: shards_lib.Shards, preemption: checkpoint.Preemption
 ) -> Iterator[tuple[int, list[int]]]:
   """What process 0 claims, on every process."""
-  work = parts.work(range(len(parts)), preemption.leave_alone)
+  work = shards.work(range(len(shards)), preemption.leave_alone)
   while True:
     note = np.asarray(exchange.by_lead(lambda: _note(next(work, None))))
     if not note.size:
@@ -279,7 +279,7 @@ def _agreed(
 
 
 def _note(claimed: tuple[int, list[int]] | None) -> list[int]:
-  """A part and its items in one list; [] where no part is left."""
+  """A shard and its items in one list; [] where no shard is left."""
   return [] if claimed is None else [claimed[0], *claimed[1]]
 
 

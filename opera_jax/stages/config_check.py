@@ -1,10 +1,10 @@
-"""All that a config says, checked before any stage starts.
+"""Checks all of a config before any stage starts.
 
-A run takes hours, and its stages read their values one after the other: what
-is wrong in the last is found at once here, together with all else that is
-wrong. Checked are names (with the nearest there is), ranges, lengths against
-buckets, settings of rewards and advantage estimators, stages whose inputs
-nobody made, and values that were changed and that nothing in this run reads.
+A run takes hours, and its stages read their values one after the other. Here
+all mistakes are found at once, before the first stage. Checked are names (with
+the nearest there is), ranges, lengths against buckets, settings of rewards and
+advantage estimators, stages whose inputs nobody made, and values that were
+changed and that nothing in this run reads.
 
 Values come as plain nested mappings. What needs devices (rows against data
 shards) or data (how many tasks there are) is checked where those are at hand.
@@ -30,7 +30,7 @@ from opera_jax.stages import cold_start
 from opera_jax.synthesis import filters, rl_filter, search
 from opera_jax.train import optimizer
 
-# Says what a value must be; "" where it is.
+# Returns what a value must be, or "" where it is valid.
 Rule = Callable[[Any], str]
 
 DTYPES = ("float32", "bfloat16")
@@ -47,7 +47,7 @@ OURS = (*ALONE, "oppo", "sdpo", "distillation")
 
 
 class ConfigError(ValueError):
-  """What a config says cannot be run; names every fault that was found."""
+  """A config that cannot be run; the message names every mistake."""
 
 
 def check(
@@ -192,7 +192,7 @@ def table(rule: Rule) -> Rule:
 
 
 def anything(value: Any) -> str:
-  """Is checked by whoever takes it."""
+  """Accepts any value; the record that takes it checks it."""
   return ""
 
 
@@ -460,7 +460,7 @@ def _by_rules(
 def _built(
   config: Mapping[str, Any], stages: set[str], wrong: set[str]
 ) -> Iterator[str]:
-  """Records that check what they are given."""
+  """Builds the records that check their own arguments."""
   model = dict(config["model"])
   model["vocab_size"] = model["vocab_size"] or 1
   rollout = dict(config["rollout"])
@@ -704,7 +704,7 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
   try:
     rules = advantages.build(rl["advantage"], rl["advantage_options"])
   except (ValueError, TypeError):
-    return  # told already
+    return  # reported above
   ours = set(rules) <= set(OURS)
   if rl["value_coef"] and "gae" not in rules and ours:
     yield (
@@ -733,7 +733,7 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """When a value matters; changed where it does not, it is a mistake."""
+  """When a value is read. Changing one that nothing reads is a mistake."""
 
   default: Any  # of configs/common.py
   when: Callable[[Mapping[str, Any], set[str]], bool]

@@ -12,7 +12,7 @@ from opera_jax.run import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """What of a data set only its owner knows."""
+  """What only the owner of a data set knows: its name and licence."""
 
   name: str
   license: str  # identifier of the Hugging Face hub, "unknown" if undecided

@@ -58,7 +58,9 @@ class Settings:
   resamples: int  # of the bootstrap
 
 
-Advance = Callable[[int], None]  # is told of tokens done; may end the run
+Advance = Callable[
+  [int], None
+]  # progress callback, takes a number of tokens; may raise SystemExit
 
 
 def evaluate(
@@ -66,7 +68,7 @@ def evaluate(
 ) -> None:
   """Writes `evaluate/DONE.json`: measures, table, and samples to read.
 
-  What is done is kept in `evaluate/parts`, some prompts of a model at a time.
+  What is done is kept in `evaluate/pieces`, some prompts of a model at a time.
 
   Args:
     run: the run, with its three models.
@@ -102,7 +104,7 @@ def _evaluate(
 ) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  pieces = kept_lib.Pieces(stage.path / "parts")
+  pieces = kept_lib.Pieces(stage.path / "pieces")
   samples, values = {}, {}
   with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
 
@@ -256,7 +258,7 @@ def thought_logprobs(
   groups: Sequence[Sequence[structs.Sample]],
   advance: Advance | None = None,
 ) -> dict[str, np.ndarray]:
-  """What the reference costs after an empty thought, and after the model's own.
+  """Log-probability of the reference after an empty thought and after its own.
 
   Args:
     run: its scorer.

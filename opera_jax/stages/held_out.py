@@ -1,4 +1,4 @@
-"""One model on held-out prompts: numbers a prompt, by measures no reward sets.
+"""One model on held-out prompts, by measures that no reward uses.
 
 Shape key: B prompts, N samples a prompt.
 """

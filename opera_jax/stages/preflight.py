@@ -1,4 +1,4 @@
-"""What lies outside of a run is tried before anything expensive.
+"""Tries everything external to a run before anything expensive.
 
 A judge's endpoint, a user's reward, the functions that choose among candidates
 or RL prompts: a run that would end at the first of them ends before its base

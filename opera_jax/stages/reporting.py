@@ -1,4 +1,4 @@
-"""The run's page: what was done, what it measured, what the models wrote."""
+"""Writes the run's page: settings, measures, curves and samples."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a reward pays for completions that are made to be paid.
+"""What each reward gives completions that are built to exploit it.
 
 Shape key: B prompts, K probes.
 """

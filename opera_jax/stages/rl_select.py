@@ -1,4 +1,4 @@
-"""The prompts that RL is run on, chosen by what the SFT model makes of them."""
+"""Chooses the prompts of RL by how well the SFT model answers them."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def select(
   settings: sampling.Sampling,
   preemption: checkpoint.Preemption,
 ) -> setup_lib.Run:
-  """Drops RL prompts; the run itself where the rules drop nothing.
+  """Drops RL prompts; returns the run unchanged where no rule is active.
 
   Writes `select_rl/prompts.jsonl` and `select_rl/rejected.jsonl`, each with
   its number of right samples or its score, and counts by reason.
@@ -38,7 +38,7 @@ def select(
     rules: what is kept.
     settings: how to sample.
     preemption: asked after every call; what is done is kept, some prompts at
-      a time, in `select_rl/parts`.
+      a time, in `select_rl/pieces`.
   """
   if not rules.active():
     return run
@@ -52,7 +52,7 @@ def select(
   )
   with stage.alone(preemption):
     if not stage.finished():
-      pieces = kept_lib.Pieces(stage.path / "parts")
+      pieces = kept_lib.Pieces(stage.path / "pieces")
       found = _found(run, rules, settings, pieces, preemption)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
       if runtime.is_main_process():

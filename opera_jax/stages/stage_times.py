@@ -1,4 +1,4 @@
-"""Where a run's time went, stage by stage: running, compiling, waiting.
+"""How long each stage of a run took: compiling, waiting, in all.
 
 The run prints the table when it ends, and leaves it with every program's name
 in `timing.json` of its folder.

@@ -41,7 +41,7 @@ class Recipe:
   reduction: str  # see `losses.reduce`
   micro_batches: int
   checkpoint_every: int  # updates
-  seed: int = -1  # of the order of the rows; below 0 takes the run's
+  seed: int = -1  # random seed of the order of rows; below 0 takes the run's
 
 
 def base(
@@ -129,7 +129,7 @@ def sft(
 def _completion(
   tokenizer: tokenizer_lib.Tokenizer, document: structs.Document
 ) -> np.ndarray:
-  """Only our own tags become special tokens, whatever the text spells."""
+  """Tokens of a document; only our own tags become special tokens."""
   return np.concatenate(
     [
       tokenizer.encode_template("<think>\n"),

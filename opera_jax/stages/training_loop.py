@@ -15,7 +15,7 @@ from opera_jax.train import step as step_lib
 
 
 def place(state: train_state.TrainState, mesh: jax.sharding.Mesh):
-  """Puts what has no layout yet (counters, keys) whole on every device."""
+  """Replicates leaves without a layout (counters, keys) on every device."""
   whole = layout.replicated(mesh)
   return jax.tree.map(
     lambda x: (

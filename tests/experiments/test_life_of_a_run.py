@@ -119,7 +119,7 @@ def _done(folder, stage) -> dict:
 
 
 def _traces(folder) -> int:
-  parts = (folder / "run" / "synthesize" / "parts").glob("*.jsonl")
+  parts = (folder / "run" / "synthesize" / "shards").glob("*.jsonl")
   return sum(part.read_bytes().count(b"\n") for part in parts)
 
 
@@ -141,7 +141,7 @@ def test_new_content_in_the_middle_of_a_synthesis_is_refused(start, tmp_path):
   # Asked to, it does all of it again with what is there now.
   _end(start("synthesize", "--config.redo=tokenizer"))
   assert _traces(tmp_path) == 24
-  assert (tmp_path / "run" / "dropped" / "synthesize-1" / "parts").exists()
+  assert (tmp_path / "run" / "dropped" / "synthesize-1" / "shards").exists()
 
 
 def test_other_prompts_after_a_checkpoint_of_rl_are_refused(
@@ -192,7 +192,7 @@ TOLD = {
   "base": lambda run: (run / "base" / "metrics.jsonl").exists(),
   "synthesize": lambda run: _traces(run.parent) >= 2,
   "sft": lambda run: (run / "sft" / "metrics.jsonl").exists(),
-  "select_rl": lambda run: (run / "select_rl" / "parts").exists(),
+  "select_rl": lambda run: (run / "select_rl" / "pieces").exists(),
   "rl": lambda run: len(metrics.read(run / "rl" / "metrics.jsonl")) >= 1,
   "evaluate": lambda run: len(list((run / "evaluate").glob("parts/*"))) >= 1,
 }

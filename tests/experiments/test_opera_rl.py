@@ -158,7 +158,7 @@ def test_killed_in_every_stage_equals_straight_bit_for_bit(straight, tmp_path):
   workdir, _ = straight
   killed = [
     ("base", lambda: _checkpoints(tmp_path / "base" / "checkpoints")),
-    ("synthesize", lambda: (tmp_path / "synthesize" / "parts").exists()),
+    ("synthesize", lambda: (tmp_path / "synthesize" / "shards").exists()),
     ("sft", lambda: (tmp_path / "sft" / "metrics.jsonl").exists()),
     ("rl", lambda: _checkpoints(tmp_path / "rl" / "checkpoints")),
     ("rl", lambda: "2" in _checkpoints(tmp_path / "rl" / "checkpoints")),

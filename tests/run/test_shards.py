@@ -44,25 +44,25 @@ def _fill(made, stop=None):
 
 
 def test_everything_once_and_in_order(tmp_path):
-  made = shards.Parts(tmp_path, IDS, 4)
+  made = shards.Shards(tmp_path, IDS, 4)
   assert len(made) == 3 and made.lacking() == 10
   assert _fill(made) == list(range(10))
   assert made.lacking() == 0
   assert [t.id for t in made.read()] == IDS
-  again = shards.Parts(tmp_path, IDS, 4)
+  again = shards.Shards(tmp_path, IDS, 4)
   assert _fill(again) == [] and again.lacking() == 0
 
 
 def test_a_second_start_goes_on(tmp_path):
-  """Item by item: one that has ended is there, whatever its part lacks."""
-  assert _fill(shards.Parts(tmp_path, IDS, 4), stop=5) == [0, 1, 2, 3, 4]
+  """Item by item: one that has ended is there, whatever its shard lacks."""
+  assert _fill(shards.Shards(tmp_path, IDS, 4), stop=5) == [0, 1, 2, 3, 4]
   with pytest.raises(ValueError, match="lacks item 'item-5'"):
-    list(shards.Parts(tmp_path, IDS, 4).read())
-  assert _fill(shards.Parts(tmp_path, IDS, 4)) == [5, 6, 7, 8, 9]
+    list(shards.Shards(tmp_path, IDS, 4).read())
+  assert _fill(shards.Shards(tmp_path, IDS, 4)) == [5, 6, 7, 8, 9]
 
 
 def test_the_order_in_which_items_end_is_forgotten(tmp_path):
-  made = shards.Parts(tmp_path, IDS, 10)
+  made = shards.Shards(tmp_path, IDS, 10)
   for index, items in made.work([0]):
     for item in reversed(items):
       made.add(index, _trace(IDS[item]))
@@ -73,29 +73,29 @@ def test_the_order_in_which_items_end_is_forgotten(tmp_path):
 
 @pytest.mark.parametrize("lost", [1, 7, 120, 170, 10_000])
 def test_what_was_cut_off_is_made_again_and_nothing_else(tmp_path, lost):
-  _fill(shards.Parts(tmp_path, IDS, 4))
+  _fill(shards.Shards(tmp_path, IDS, 4))
   path = tmp_path / "00000004.jsonl"
   whole = path.read_bytes()
   path.write_bytes(whole[: max(0, len(whole) - lost)])
   left = path.read_bytes().count(b"\n")
-  asked = _fill(shards.Parts(tmp_path, IDS, 4))
+  asked = _fill(shards.Shards(tmp_path, IDS, 4))
   assert asked == list(range(4 + left, 8)) and asked
   assert path.read_bytes() == whole
 
 
 def test_a_cut_inside_a_letter_or_a_line_of_something_else(tmp_path):
-  _fill(shards.Parts(tmp_path, IDS, 4))
+  _fill(shards.Shards(tmp_path, IDS, 4))
   path = tmp_path / "00000000.jsonl"
   lines = path.read_bytes().split(b"\n")
   letter = lines[3].index("日".encode()) + 1
   path.write_bytes(b"\n".join([lines[0], b"\0" * 9, lines[2], b""]))
-  assert shards.Parts(tmp_path, IDS, 4).missing(0) == [1, 3]
+  assert shards.Shards(tmp_path, IDS, 4).missing(0) == [1, 3]
   path.write_bytes(b"\n".join([*lines[:3], lines[3][:letter]]))
-  assert shards.Parts(tmp_path, IDS, 4).missing(0) == [3]
+  assert shards.Shards(tmp_path, IDS, 4).missing(0) == [3]
 
 
 def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
-  made = shards.Parts(tmp_path, IDS, 4)
+  made = shards.Shards(tmp_path, IDS, 4)
   assert _fill(made, stop=1) == [0]
 
   def full(path):
@@ -104,7 +104,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
   monkeypatch.setattr(traces, "sync", full)
   with pytest.raises(OSError, match="No space left.*same command again"):
     _fill(made)
-  assert shards.Parts(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
+  assert shards.Shards(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
   with pytest.raises(ValueError, match="'item-9' is none of them"):
     made.add(0, _trace(IDS[9]))
   bad = dataclasses.replace(
@@ -113,20 +113,20 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
   )
   with pytest.raises(ValueError, match="kept 1 of the perplexities"):
     made.add(0, bad)
-  assert shards.Parts(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
+  assert shards.Shards(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
 
 
 def test_bad_items(tmp_path):
   with pytest.raises(ValueError, match="'item-3' is given twice"):
-    shards.Parts(tmp_path, [*IDS, "item-3"], 4)
+    shards.Shards(tmp_path, [*IDS, "item-3"], 4)
   with pytest.raises(ValueError, match="config.synthesis.batch"):
-    shards.Parts(tmp_path, IDS, 0)
+    shards.Shards(tmp_path, IDS, 0)
 
 
 def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
   """A static split: each process claims its own, and ends with the last."""
   naps = []
-  made = shards.Parts(tmp_path, IDS, 4)
+  made = shards.Shards(tmp_path, IDS, 4)
 
   def other(seconds):
     naps.append(seconds)
@@ -134,7 +134,7 @@ def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
       made.add(1, _trace(name))
 
   monkeypatch.setattr(time, "sleep", other)
-  mine = shards.Parts(tmp_path, IDS, 4)
+  mine = shards.Shards(tmp_path, IDS, 4)
   asked = []
   for index, items in mine.work([0, 2]):
     asked += items
@@ -152,11 +152,11 @@ def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
     raise SystemExit(143)
 
   with pytest.raises(SystemExit):
-    for index, items in shards.Parts(tmp_path, IDS, 4).work([0], leave):
+    for index, items in shards.Shards(tmp_path, IDS, 4).work([0], leave):
       for item in items:
-        shards.Parts(tmp_path, IDS, 4).add(index, _trace(IDS[item]))
+        shards.Shards(tmp_path, IDS, 4).add(index, _trace(IDS[item]))
   assert asked == [1]
-  assert shards.Parts(tmp_path, IDS, 4).lacking() == len(IDS) - 4
+  assert shards.Shards(tmp_path, IDS, 4).lacking() == len(IDS) - 4
 
 
 # A worker notes each item it makes before it adds its trace. It begins when the
@@ -169,7 +169,7 @@ from opera_jax.run import shards
 
 folder, name, hang, other = sys.argv[1:]
 ids = [f"item-{i}" for i in range(200)]
-made = shards.Parts(folder, ids, 4)
+made = shards.Shards(folder, ids, 4)
 log = open(os.path.join(folder, name + ".log"), "a", buffering=1)
 while not os.path.exists(os.path.join(folder, other + ".log")):
   time.sleep(0.001)
@@ -208,7 +208,7 @@ def test_processes_at_once_and_one_of_them_killed(tmp_path):
   while not (_log(tmp_path, "b") and _log(tmp_path, "c")):
     assert time.monotonic() < deadline
     time.sleep(0.01)
-  time.sleep(1)  # all that is left is the part of the one that hangs
+  time.sleep(1)  # all that is left is the shard of the one that hangs
   made_by_others = {int(i) for i in _log(tmp_path, "b") + _log(tmp_path, "c")}
   assert not made_by_others & set(range(32, 36))
   hanging.send_signal(signal.SIGKILL)
@@ -221,5 +221,5 @@ def test_processes_at_once_and_one_of_them_killed(tmp_path):
   assert {item for item, count in times.items() if count > 1} == {34}
   assert max(times.values()) == 2
   assert len(_log(tmp_path, "b")) and len(_log(tmp_path, "c"))
-  final = shards.Parts(tmp_path, [f"item-{i}" for i in range(200)], 4)
+  final = shards.Shards(tmp_path, [f"item-{i}" for i in range(200)], 4)
   assert [t.id for t in final.read()] == [f"item-{i}" for i in range(200)]

@@ -146,8 +146,8 @@ def test_a_part_cut_short_is_searched_again_for_what_it_lost(make):
   synthesize()
   want = list(traces.read(workdir / "synthesize" / "traces"))
   (workdir / "synthesize" / "DONE.json").unlink()
-  part = workdir / "synthesize" / "parts" / "00000012.jsonl"
-  part.write_bytes(part.read_bytes()[:-10])
+  shard = workdir / "synthesize" / "shards" / "00000012.jsonl"
+  shard.write_bytes(shard.read_bytes()[:-10])
   synthesize()
   assert searched == [want[-1].id]
   assert list(traces.read(workdir / "synthesize" / "traces")) == want
@@ -158,8 +158,8 @@ def test_progress_counts_what_was_there_and_what_others_make(make, capsys):
   synthesize()
   assert "synthesize: 24/24 traces" in capsys.readouterr().err
   (workdir / "synthesize" / "DONE.json").unlink()
-  part = workdir / "synthesize" / "parts" / "00000012.jsonl"
-  part.write_bytes(part.read_bytes()[:-10])
+  shard = workdir / "synthesize" / "shards" / "00000012.jsonl"
+  shard.write_bytes(shard.read_bytes()[:-10])
   synthesize()
   assert len(searched) == 1
   shown = capsys.readouterr().err
@@ -222,14 +222,14 @@ def test_killed_and_two_at_once_equal_one_straight_run(tmp_path):
 
   # Two processes begin with nothing, tokenizer and base model included.
   both = [_start(tmp_path / "two") for _ in range(2)]
-  parts = tmp_path / "two" / "synthesize" / "parts"
+  shards = tmp_path / "two" / "synthesize" / "shards"
   deadline = time.monotonic() + 900
-  while sum(b"\n" in p.read_bytes() for p in parts.glob("*.jsonl")) < 2:
+  while sum(b"\n" in p.read_bytes() for p in shards.glob("*.jsonl")) < 2:
     assert time.monotonic() < deadline
     time.sleep(0.01)
   both[0].send_signal(signal.SIGKILL)
   both[0].communicate()
-  there = b"".join(p.read_bytes() for p in parts.glob("*.jsonl"))
+  there = b"".join(p.read_bytes() for p in shards.glob("*.jsonl"))
   ended = {line for line in there.split(b"\n") if line.endswith(b"}")}
   _finish(both[1])
   assert ended and ended <= set(want[1].split(b"\n"))

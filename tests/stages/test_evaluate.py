@@ -77,7 +77,7 @@ def evaluated(tmp_path, monkeypatch):
 
   monkeypatch.setattr(evaluate, "_measures", measures)
 
-  def one(run, stop=None, folder="parts"):
+  def one(run, stop=None, folder="pieces"):
     calls = []
 
     def advance(tokens):
