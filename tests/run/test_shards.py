@@ -164,7 +164,7 @@ def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
 WORKER = """
 import os, sys, time
 sys.path.insert(0, "tests/stages")
-import test_parts
+import test_shards
 from opera_jax.run import shards
 
 folder, name, hang, other = sys.argv[1:]
@@ -180,7 +180,7 @@ for index, items in made.work(range(len(made))):
     if item == int(hang):
       log.write("hangs\\n")
       time.sleep(600)
-    made.add(index, test_parts._trace(ids[item]))
+    made.add(index, test_shards._trace(ids[item]))
 """
 
 

@@ -113,7 +113,7 @@ def test_sets_and_their_cards(make):
     "| answer missing | 5 |",
     "| min_reflections | 0 |",
     "| candidates | 4 |",
-    "| hidden | 128 |",
+    "| hidden_size | 128 |",
     "| seed | 0 |",
     "| data.kind | storyworld |",
   ):
