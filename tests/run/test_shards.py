@@ -163,7 +163,7 @@ def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
 # one that it is told to wait for is there, too.
 WORKER = """
 import os, sys, time
-sys.path.insert(0, "tests/stages")
+sys.path.insert(0, "tests/run")
 import test_shards
 from opera_jax.run import shards
 
