@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock
 .PHONY: demo test test-slow test-all test-newer bench lint types docs build lock clean
 
 demo: $(VENV)/base.done
-	@echo "Running the whole method on the embedded task (4 to 11 minutes on 2 cores); progress follows."
+	@echo "Running the whole method on the embedded task (about 5 minutes on 2 cores); progress follows."
 	$(BIN)/python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 	@echo "Open runs/tiny/report.html in a browser."
 
@@ -79,7 +79,7 @@ $(VENV)/base.done: requirements.txt requirements.lock | $(VENV)/bin/python
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-dev.txt requirements.lock | $(VENV)/bin/python
+$(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-docs.txt requirements-dev.txt requirements.lock | $(VENV)/bin/python
 	@echo "Installing what the tests need (requirements-dev.txt); a few minutes, torch among it ..."
 	$(PIP) -r requirements-dev.txt
 	@touch $@
