@@ -93,8 +93,14 @@ def devices(topology: str) -> list[Any]:
   parse(topology)
   from jax.experimental import topologies
 
+  sides = topology.partition(":")[2].split("x")
+  # A host has four chips by default, more than a slice of one chip.
+  options = {"chips_per_host_bounds": (1, 1, 1)} if set(sides) == {"1"} else {}
   try:
-    return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    described = topologies.get_topology_desc(
+      topology, platform="tpu", **options
+    )
+    return list(described.devices)
   except RuntimeError as error:
     raise RuntimeError(
       f"Cannot describe {topology}: {error}. Compiling for a TPU needs libtpu "

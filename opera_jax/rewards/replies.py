@@ -9,9 +9,12 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+
 _Value = TypeVar("_Value")
 TAIL = 65_536  # characters at the end of a reply that are searched
 WORK = 5_000_000  # characters parsed before the search is given up
+LEVELS = 900  # of nested objects that are parsed
 _OBJECT = re.compile(r'\{\s*"')
 _SKIPPED = 100  # braces passed over where nesting is deeper than any sense
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -87,9 +90,13 @@ def last_object(
   decoder = json.JSONDecoder()
   found, why = None, "it holds no JSON object"
   work, begin = WORK, _next(text, 0)
+  height = _heights(text)
   while begin >= 0:
     end = begin + 1
     try:
+      # How deep a parser goes before it gives up differs between Pythons.
+      if height[begin] > LEVELS:
+        raise RecursionError
       value, stop = decoder.raw_decode(text, begin)
     except json.JSONDecodeError as error:
       work -= max(error.pos - begin, 1)
@@ -116,6 +123,19 @@ def last_object(
   if found is None:
     raise Unreadable(why)
   return found
+
+
+def _heights(text: str) -> np.ndarray:
+  """Brackets that are open at once behind each place, at most; int64 [C].
+
+  Brackets inside of strings count too: it is a bound for a parser, no more.
+  """
+  codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+  opens_C = np.isin(codes_C, [ord("{"), ord("[")]).astype(np.int64)
+  closes_C = np.isin(codes_C, [ord("}"), ord("]")])
+  depth_C = np.cumsum(opens_C - closes_C)
+  highest_C = np.maximum.accumulate(depth_C[::-1])[::-1]
+  return highest_C - depth_C
 
 
 def _next(text: str, begin: int) -> int:
