@@ -102,7 +102,7 @@ def test_sharded_tokens_are_scored_where_they_lie(mesh):
 
 @pytest.mark.skipif(
   jax.__version__ == "0.11.2",
-  reason="XLA's CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
+  reason="the CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
   "a mesh of CPU devices (a segmentation fault); for TPUs it compiles",
 )
 def test_rows_and_heads_of_continuations_over_the_mesh(mesh):

@@ -91,7 +91,7 @@ def test_token_logprob_keeps_the_vocabulary_split(tpu_mesh):
 
 @pytest.mark.skipif(
   jax.__version__ == "0.11.2",
-  reason="XLA's CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
+  reason="the CPU compiler of jaxlib 0.11.2 crashes on the keys' gradient over "
   "a mesh of CPU devices (a segmentation fault); for TPUs it compiles",
 )
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 4}, {"fsdp": 8}])
