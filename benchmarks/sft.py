@@ -230,7 +230,7 @@ def _ours(folder, pairs):
 
   from opera_jax.data import sft
   from opera_jax.models import qwen3, qwen3_params
-  from opera_jax.scoring import logprob_scorer
+  from opera_jax.scoring import packed_rows
   from opera_jax.sharding import layout, mesh, rules
   from opera_jax.stages import training_loop
   from opera_jax.train import optimizer, state, step
@@ -252,7 +252,7 @@ def _ours(folder, pairs):
   )
   batches = [data[i] for i in range(len(data))]
   adamw = optimizer.adamw(RATE, weight_decay=DECAY, max_grad_norm=CLIP)
-  logprob = logprob_scorer.row_logprob(graphdef)
+  logprob = packed_rows.logprob_fn(graphdef)
   update = step.make_sft_update(logprob, adamw)
   held = [
     training_loop.place(state.create(params, adamw, jax.random.key(0)), one)

@@ -26,6 +26,7 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import packed_rows
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.synthesis import search as search_lib
 from opera_jax.synthesis import stop_words as stop_words_lib
@@ -71,7 +72,7 @@ def train(tokenizer, config, mesh, *, steps, batch_size, row_length):
     pad_id=tokenizer.pad_id, packed=True,
   )  # fmt: skip
   adamw = optimizer_lib.adamw(3e-3)
-  update = step_lib.make_sft_update(scorer_lib.row_logprob(graphdef), adamw)
+  update = step_lib.make_sft_update(packed_rows.logprob_fn(graphdef), adamw)
   state = train_state.create(params, adamw, jax.random.key(0))
   with jax.set_mesh(mesh):
     for index in range(min(steps, len(data))):

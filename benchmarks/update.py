@@ -22,7 +22,7 @@ from benchmarks import harness, rl_step
 from opera_jax.data import rl as rl_data
 from opera_jax.models import qwen3
 from opera_jax.plan import cost
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
@@ -49,11 +49,13 @@ def batch(workload: rl_step.Workload, shared: bool):
   values = [draw.normal(size=n).astype(np.float32) for n in sizes]
   old = [np.full(n, -8.0, np.float32) for n in sizes]
   if shared:
-    place = rl_data.shared(sizes, w.samples, w.prompt_tokens, (w.new_tokens,))
+    place = rl_data.several_per_row(
+      sizes, w.samples, w.prompt_tokens, (w.new_tokens,)
+    )
   else:
     longest = w.prompt_tokens + w.new_tokens
-    place = rl_data.whole([w.prompt_tokens] * count, sizes, (longest,))
-  rows = rl_data.rows(place, prefixes, old, old)
+    place = rl_data.one_per_row([w.prompt_tokens] * count, sizes, (longest,))
+  rows = rl_data.build_batch(place, prefixes, old, old)
   return jax.device_put(rl_data.with_advantages(rows, place, values))
 
 
@@ -78,7 +80,7 @@ def measure(workload: rl_step.Workload) -> list[tuple]:
       rl_step.RATE, weight_decay=rl_step.DECAY, max_grad_norm=rl_step.CLIP
     )
     update = step_lib.make_policy_update(
-      logprob_scorer.row_logprob(graphdef), adamw, kl_coef=0.0
+      packed_rows.logprob_fn(graphdef), adamw, kl_coef=0.0
     )
     state = train_state.create(params, adamw, jax.random.key(0))
     rows = batch(workload, shared)

@@ -449,7 +449,7 @@ def packed_rows(
     completions_per_row=rl.completions_per_row,
     padded_prompt=max(map(run.engine.bucket, scored.rollouts.prompt_ids)),
   )
-  rows = rl_data.rows(placement, scored.prefixes, old_R, ref_R)
+  rows = rl_data.build_batch(placement, scored.prefixes, old_R, ref_R)
   # Advantages of every token, from rewards, KL and a critic's values.
   value = learn.critic_values(
     params, rows, placement, mesh=run.mesh, mini_batches=mini_batches

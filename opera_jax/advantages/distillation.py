@@ -23,7 +23,7 @@ class AdvantageEstimator:
   ) -> dict[str, inputs_lib.ScoringRequest]:
     """The completions after their own prompts, by the teacher."""
     turns = [
-      rollouts.prompts[rollouts.owner(r)].prompt
+      rollouts.prompts[rollouts.prompt_index(r)].prompt
       for r in range(len(rollouts.completions))
     ]
     return {"teacher": inputs_lib.ScoringRequest("teacher", turns)}

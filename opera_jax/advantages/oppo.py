@@ -75,7 +75,9 @@ class AdvantageEstimator:
   ) -> dict[str, inputs_lib.ScoringRequest]:
     """Each completion after the prompt with its answer; and, for a teacher,
     after the prompt alone."""
-    tasks = [rollouts.prompts[rollouts.owner(r)] for r in _rows(rollouts)]
+    tasks = [
+      rollouts.prompts[rollouts.prompt_index(r)] for r in _rows(rollouts)
+    ]
     told = [
       self.prompt.format(prompt=t.prompt, answer=answer(t)) for t in tasks
     ]

@@ -52,7 +52,7 @@ class AdvantageEstimator:
     shown = self.shown(reward_BN)
     turns = []
     for row, other in enumerate(shown):
-      prompt = rollouts.prompts[rollouts.owner(row)].prompt
+      prompt = rollouts.prompts[rollouts.prompt_index(row)].prompt
       if other >= 0:
         prompt = self.prompt.format(
           prompt=prompt, solution=rollouts.texts[other]

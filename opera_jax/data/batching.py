@@ -1,6 +1,6 @@
-"""Ragged rows to few static shapes, and the order of the data.
+"""Packs ragged sequences into few static shapes, and orders the data.
 
-Shape key: R rows, T tokens of a row.
+Shape key: R packed rows, T tokens of a row, N sequences.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from opera_jax import structs
 
 
 def bucket_sizes(smallest: int, largest: int) -> list[int]:
-  """Lengths that grow by a third to a half: 64, 96, 128, 192, 256, 384, ...
+  """Lengths that grow by a third or a half: 64, 96, 128, 192, 256, 384, ...
 
   Args:
-    smallest: the first power of two at or above it opens the list.
-    largest: closes the list, whatever it is.
+    smallest: the list begins with the first power of two at or above it.
+    largest: the last entry, whether it fits the pattern or not.
 
   Raises:
     ValueError: not 1 <= smallest <= largest.
@@ -39,7 +39,7 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
   """The smallest bucket that holds `length`.
 
   Raises:
-    ValueError: length is beyond the largest bucket.
+    ValueError: `length` exceeds the largest bucket.
   """
   fitting = [size for size in buckets if size >= length]
   if not fitting:
@@ -57,8 +57,8 @@ def pad_rows(
 
   Args:
     rows: R arrays [t] of int32.
-    length: T, or buckets of which the smallest that holds all rows is T.
-    pad_id: what fills; readers go by the lengths, never by this id.
+    length: T, or buckets; T is then the smallest that holds all rows.
+    pad_id: padding; readers use the lengths to tell it from tokens.
 
   Returns:
     (tokens_RT int32, length_R int32).
@@ -76,14 +76,14 @@ def pad_rows(
 
 
 def first_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-  """Puts sequences in rows, each in the first row with room, longest first.
+  """First-fit decreasing: puts each sequence in the first row with room.
 
   Args:
     lengths: tokens of each sequence, each at least 1.
     row_length: tokens of a row.
 
   Returns:
-    The indices of each row's sequences, rows in the order they were opened.
+    The sequence indices of each row, in the order the rows were opened.
 
   Raises:
     ValueError: a sequence is empty or longer than a row.
@@ -113,23 +113,23 @@ def assemble(
   row_length: int,
   pad_id: int,
 ) -> structs.Batch:
-  """Lays sequences side by side in rows.
+  """Concatenates sequences into packed rows.
 
   Args:
-    rows: indices of the sequences of each row.
+    rows: sequence indices of each row.
     sequences: int32 tokens of each sequence.
-    loss_masks: [len of it], 1 where a token is a target.
+    loss_masks: as long as its sequence, 1 where a token is a target.
     row_length: T.
-    pad_id: fills what is left.
+    pad_id: fills the end of a row.
 
   Returns:
-    A batch of numpy arrays [R, T]: segments count from 1 in each row, 0 is
-    padding; positions restart with each segment. Advantage and the
-    log-probabilities are zeros.
+    A batch of numpy arrays [R, T]: segment ids start at 1 in each row, 0 is
+    padding; positions restart with each segment. Advantage and
+    log-probabilities are 0.
 
   Raises:
-    ValueError: a row overflows, a mask has another length than its sequence,
-      or asks for the first token, which nothing predicts.
+    ValueError: a row overflows, a mask and its sequence differ in length, or a
+      mask makes the first token a target, which has no context.
   """
   shape = (len(rows), row_length)
   tokens_RT = np.full(shape, pad_id, np.int32)
@@ -137,22 +137,22 @@ def assemble(
   segments_RT = np.zeros(shape, np.int32)
   mask_RT = np.zeros(shape, np.float32)
   for row, indices in enumerate(rows):
-    at = 0
+    begin = 0
     for segment, index in enumerate(indices, start=1):
       size, mask = len(sequences[index]), loss_masks[index]
-      if len(mask) != size or not size or mask[0] or at + size > row_length:
+      if len(mask) != size or not size or mask[0] or begin + size > row_length:
         raise ValueError(
           f"Sequence {index} with {size} tokens and a loss mask of {len(mask)}"
-          f" cannot start at {at} of a row of {row_length}: it must fit, mask"
-          " and tokens must be as long, and its first token has no context to"
-          " be a target."
+          f" cannot start at {begin} of a row of {row_length}. Both must have"
+          " the same length and fit the row; the first token has no context,"
+          " so it cannot be a target."
         )
-      span = slice(at, at + size)
+      span = slice(begin, begin + size)
       tokens_RT[row, span] = sequences[index]
       positions_RT[row, span] = np.arange(size)
       segments_RT[row, span] = segment
       mask_RT[row, span] = mask
-      at += size
+      begin += size
   zeros_RT = np.zeros(shape, np.float32)
   return structs.Batch(
     tokens=tokens_RT,
@@ -171,7 +171,7 @@ def pack(
   row_length: int,
   pad_id: int,
 ) -> structs.Batch:
-  """`assemble` of `first_fit`: as few rows as first fit finds."""
+  """Packs sequences by `first_fit` and builds the batch by `assemble`."""
   rows = first_fit([len(tokens) for tokens in sequences], row_length)
   return assemble(rows, sequences, loss_masks, row_length, pad_id)
 
@@ -179,31 +179,31 @@ def pack(
 def batch_order(
   n: int, batch_size: int, epochs: int, seed: int
 ) -> Sequence[np.ndarray]:
-  """Which items make the batch of a step: a pure function of (seed, step).
+  """The items of each step's batch, a pure function of (seed, step).
 
-  Every epoch is a new shuffle of all items. Epochs follow one another without
-  a gap, so a batch may straddle two; no batch holds an item twice, for an epoch
-  then opens with items that the batch does not hold yet. The last batch holds
-  what is left, which may be less than a batch. A checkpoint's data position is
-  the step alone.
+  Every epoch is a new shuffle of all items. A batch may straddle two epochs;
+  the second epoch then begins with items that the batch does not contain yet,
+  so that no batch contains an item twice. The last batch may be smaller. As the
+  order is a pure function, a checkpoint only stores the step.
 
   Args:
-    n: items of the data set.
+    n: items of the dataset.
     batch_size: items of a batch.
-    epochs: passes over the data; the order of a step does not depend on it.
+    epochs: passes over the data; they do not affect the order.
     seed: any int.
 
   Returns:
-    By step the items of its batch, int64; ceil(n * epochs / batch_size) steps.
+    For each step the items of its batch, int64; ceil(n * epochs / batch_size)
+    steps.
 
   Raises:
-    ValueError: fewer items than a batch, or no epoch.
+    ValueError: fewer items than a batch, or `epochs` below 1.
   """
   return _Order(n, batch_size, epochs, seed)
 
 
 class _Order(Sequence):
-  """See `batch_order`; nothing is shuffled before it is asked for."""
+  """See `batch_order`; an epoch is shuffled when it is first read."""
 
   def __init__(self, n: int, batch_size: int, epochs: int, seed: int):
     if batch_size < 1 or n < batch_size or epochs < 1:
@@ -221,9 +221,9 @@ class _Order(Sequence):
   def __len__(self) -> int:
     return -(-self._total // self._batch)
 
-  # mypy: a Sequence takes slices too; nobody asks for one.
+  # mypy: a Sequence also accepts slices; this one does not.
   def __getitem__(self, step: int) -> np.ndarray:  # type: ignore[override]
-    """The items of a step, int64 [batch_size] or, of the last, fewer.
+    """The items of a step, int64 [batch_size]; the last may be shorter.
 
     Raises:
       IndexError: step outside [0, len).
@@ -231,28 +231,28 @@ class _Order(Sequence):
     if not 0 <= step < len(self):
       raise IndexError(f"Step {step} is outside the {len(self)} steps.")
     begin = step * self._batch
-    places = range(begin, min(begin + self._batch, self._total))
+    indices = range(begin, min(begin + self._batch, self._total))
     return np.asarray(
-      [self._epoch(p // self._n)[p % self._n] for p in places], np.int64
+      [self._epoch(i // self._n)[i % self._n] for i in indices], np.int64
     )
 
   def _epoch(self, epoch: int) -> np.ndarray:
-    """The order of an epoch, which depends on how the last one ended."""
+    """The order of an epoch, which depends on the end of the one before."""
     while len(self._epochs) <= epoch:
       begin = len(self._epochs) * self._n
       order = np.asarray(
         [self._shuffled[i] for i in range(begin, begin + self._n)], np.int64
       )
-      held = begin % self._batch  # items of the batch that straddles
-      if held:
-        held_items = set(self._epochs[-1][self._n - held :].tolist())
-        _move_back(order, held_items, self._batch - held)
+      carried = begin % self._batch  # items of a batch that straddles epochs
+      if carried:
+        carried_items = set(self._epochs[-1][self._n - carried :].tolist())
+        _move_back(order, carried_items, self._batch - carried)
       self._epochs.append(order)
     return self._epochs[epoch]
 
 
 def _move_back(order: np.ndarray, items: set[int], head: int) -> None:
-  """Swaps `items` out of the first `head` places, in place."""
+  """Swaps `items` out of the first `head` entries of `order`, in place."""
   others = (i for i in range(head, len(order)) if int(order[i]) not in items)
   for i in range(head):
     if int(order[i]) in items:

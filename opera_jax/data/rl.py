@@ -1,11 +1,12 @@
-"""Rows of a policy update from completions, scores and advantages.
+"""Packed rows of a policy update, from completions, log-probabilities and
+advantages.
 
-Shape key: R completions, rows of T tokens; P tokens of a shared prompt, S
-completions that share it, G tokens of each.
+Shape key: R completions, T tokens of a packed row; P tokens of a shared prompt,
+S completions that share it, G tokens of each.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,26 +17,26 @@ from opera_jax.data import batching
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Where the completions of a step stand in the rows of its update.
+  """The packed row and offset of every completion of a step.
 
   Attributes:
-    row: [R] the row of each completion.
-    begin: [R] the place of its first token there.
-    size: [R] its tokens.
-    shape: rows, and tokens of a row.
-    prefix: P, or 0 where every row is one prompt and its completion.
-    continuations: S, or 0.
+    row: [R] the packed row of each completion.
+    begin: [R] the offset of its first token in that row.
+    size: [R] its number of tokens.
+    shape: number of packed rows, and T.
+    prefix_length: P, or 0 if every row is one prompt and its completion.
+    num_continuations: S, or 0 likewise.
   """
 
   row: np.ndarray
   begin: np.ndarray
   size: np.ndarray
   shape: tuple[int, int]
-  prefix: int = 0
-  continuations: int = 0
+  prefix_length: int = 0
+  num_continuations: int = 0
 
   def scatter(self, values: Sequence[np.ndarray]) -> np.ndarray:
-    """Puts values of completion tokens at their places, and 0 elsewhere.
+    """Writes values of completion tokens into packed rows, 0 elsewhere.
 
     Args:
       values: [size, ...] of each completion.
@@ -44,15 +45,15 @@ class Placement:
       [*shape, ...], dtype of the values.
     """
     out = np.zeros((*self.shape, *values[0].shape[1:]), values[0].dtype)
-    for place, value in zip(self._places(), values, strict=True):
-      out[place] = value
+    for index, value in zip(self._indices(), values, strict=True):
+      out[index] = value
     return out
 
   def gather(self, array: np.ndarray) -> list[np.ndarray]:
-    """Undoes `scatter`: [size, ...] of each completion."""
-    return [array[place] for place in self._places()]
+    """The inverse of `scatter`: [size, ...] of each completion."""
+    return [array[index] for index in self._indices()]
 
-  def _places(self):
+  def _indices(self) -> Iterator[tuple[int, slice]]:
     for row, begin, size in zip(self.row, self.begin, self.size):
       yield row, slice(begin, begin + size)
 
@@ -65,57 +66,60 @@ def place(
   completions_per_row: int,
   padded_prompt: int,
 ) -> Placement:
-  """Where the completions of a step stand: alone in a row, or several.
+  """Assigns the completions of a step to packed rows.
 
   Args:
     prompt_lengths: [R] prompt tokens before each completion.
     sizes: [R] tokens of each completion, prompt-major.
-    buckets: allowed lengths of a row, or of a completion where several share a
-      row.
-    completions_per_row: 1 gives each completion a row with its own prompt.
-    padded_prompt: P, padded tokens of a prompt that several share.
+    buckets: allowed lengths of a row; of a completion if several share a row.
+    completions_per_row: 1 gives every completion its own copy of the prompt.
+    padded_prompt: P, padded tokens of a shared prompt.
 
   Raises:
     ValueError: a row or completion longer than the largest bucket.
   """
   if completions_per_row > 1:
-    return shared(sizes, completions_per_row, padded_prompt, buckets)
-  return whole(prompt_lengths, sizes, buckets)
+    return several_per_row(sizes, completions_per_row, padded_prompt, buckets)
+  return one_per_row(prompt_lengths, sizes, buckets)
 
 
-def whole(
+def one_per_row(
   begins: Sequence[int], sizes: Sequence[int], buckets: Sequence[int]
 ) -> Placement:
-  """A row a completion: its prompt, then itself.
+  """One packed row per completion: its prompt, then the completion.
 
   Args:
     begins: prompt tokens of each.
     sizes: tokens of each.
-    buckets: allowed T, of which the smallest that holds every row is taken.
+    buckets: allowed T; the smallest that holds every row is used.
 
   Raises:
     ValueError: a row longer than the largest bucket.
   """
   begin, size = np.asarray(begins), np.asarray(sizes)
   length = batching.bucket(int((begin + size).max()), buckets)
-  return Placement(np.arange(len(size)), begin, size, (len(size), length))
+  return Placement(
+    row=np.arange(len(size)),
+    begin=begin,
+    size=size,
+    shape=(len(size), length),
+  )
 
 
-def shared(
+def several_per_row(
   sizes: Sequence[int],
   completions_per_row: int,
-  prefix: int,
+  prefix_length: int,
   buckets: Sequence[int],
 ) -> Placement:
-  """A row for every `completions_per_row` completions of a prompt, behind one
-  copy of it.
+  """One packed row per `completions_per_row` completions, which share one copy
+  of their prompt.
 
   Args:
     sizes: tokens of each completion, prompt-major.
     completions_per_row: S, which divides the completions of a prompt.
-    prefix: P, padded tokens of a prompt.
-    buckets: allowed G, of which the smallest that holds every completion is
-      taken.
+    prefix_length: P, padded tokens of a prompt.
+    buckets: allowed G; the smallest that holds every completion is used.
 
   Raises:
     ValueError: a completion longer than the largest bucket.
@@ -123,29 +127,32 @@ def shared(
   size = np.asarray(sizes)
   length = batching.bucket(int(size.max()), buckets)
   row, slot = np.divmod(np.arange(len(size)), completions_per_row)
-  shape = (
-    len(size) // completions_per_row,
-    prefix + completions_per_row * length,
-  )
   return Placement(
-    row, prefix + slot * length, size, shape, prefix, completions_per_row
+    row=row,
+    begin=prefix_length + slot * length,
+    size=size,
+    shape=(
+      len(size) // completions_per_row,
+      prefix_length + completions_per_row * length,
+    ),
+    prefix_length=prefix_length,
+    num_continuations=completions_per_row,
   )
 
 
-def rows(
+def build_batch(
   placement: Placement,
   prefixes: Sequence[np.ndarray],
   old_logprob: Sequence[np.ndarray],
   ref_logprob: Sequence[np.ndarray],
 ) -> structs.Batch:
-  """Puts completions where `placement` says; their tokens are the targets.
+  """Writes completions into packed rows; their tokens are the targets.
 
   Args:
     placement: of the completions.
     prefixes: int32, prompt + completion.
-    old_logprob: float32 [size] of each under the policy that the updates start
-      from.
-    ref_logprob: float32 [size] under the reference policy.
+    old_logprob: float32 [size] of each, under the policy before the updates.
+    ref_logprob: float32 [size] of each, under the reference policy.
 
   Returns:
     A host batch whose advantages are 0; see `with_advantages`.
@@ -153,7 +160,8 @@ def rows(
   tokens = np.zeros(placement.shape, np.int32)
   segments = np.zeros(placement.shape, np.int32)
   positions = np.zeros(placement.shape, np.int32)
-  if not placement.continuations:
+  P, S = placement.prefix_length, placement.num_continuations
+  if not S:
     positions[:] = np.arange(placement.shape[1])
   for r, (row, begin, size) in enumerate(
     zip(placement.row, placement.begin, placement.size)
@@ -162,11 +170,8 @@ def rows(
     tokens[row, :prompt] = prefixes[r][:prompt]
     tokens[row, begin : begin + size] = prefixes[r][prompt:]
     segments[row, :prompt] = 1
-    if placement.continuations:
-      P, G = (
-        placement.prefix,
-        (placement.shape[1] - placement.prefix) // placement.continuations,
-      )
+    if S:
+      G = (placement.shape[1] - P) // S
       positions[row, :P] = np.arange(P)
       positions[row, begin : begin + G] = prompt + np.arange(G)
       segments[row, begin : begin + size] = 2 + (begin - P) // G
@@ -182,8 +187,8 @@ def rows(
     advantage=np.zeros(placement.shape, np.float32),
     old_logprob=placement.scatter(old_logprob),
     ref_logprob=placement.scatter(ref_logprob),
-    prefix=placement.prefix,
-    continuations=placement.continuations,
+    prefix_length=P,
+    num_continuations=S,
   )
 
 
@@ -193,13 +198,13 @@ def with_advantages(
   advantages: Sequence[np.ndarray],
   extra: Mapping[str, np.ndarray] | None = None,
 ) -> structs.Batch:
-  """The rows with an advantage at every completion token.
+  """Adds an advantage for every completion token.
 
   Args:
-    batch: of `rows`.
+    batch: from `build_batch`.
     placement: of the completions.
     advantages: float32 [size] of each completion.
-    extra: what else the loss reads, [*shape, ...] by name.
+    extra: further arrays that the loss reads, [*shape, ...] by name.
   """
   return batch.replace(
     advantage=placement.scatter(advantages), extra=dict(extra or {})
@@ -207,10 +212,12 @@ def with_advantages(
 
 
 def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
-  """`count` batches of consecutive rows, so that groups stay together.
+  """Splits a batch into `count` runs of consecutive rows.
+
+  Groups stay together, as their rows are consecutive.
 
   Raises:
-    ValueError: the rows do not divide.
+    ValueError: the number of rows is not divisible by `count`.
   """
   rows = batch.tokens.shape[0]
   if rows % count:
@@ -226,31 +233,33 @@ def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
 
 
 def pairs(batch: structs.Batch, samples: int, count: int) -> structs.Batch:
-  """Two rows of each group: its better sample, and its worse one.
+  """Keeps two rows of each group: the chosen and the rejected completion.
 
   Args:
-    batch: rows of whole groups, whose advantage is above 0 on the tokens of
-      the better sample and below on those of the worse.
+    batch: rows of whole groups; the advantage is positive on the tokens of the
+      chosen completion, negative on those of the rejected one.
     samples: N, rows of a group.
-    count: mini-batches to come; in each, the better rows come first.
+    count: mini-batches that will be cut; in each, chosen rows come first.
 
   Returns:
-    The batch of 2 rows a group. A group that names no pair keeps its first
-    two rows, without targets.
+    The batch with 2 rows per group. A group without a pair keeps its first two
+    rows, with the loss mask 0.
   """
-  side_RT = batch.advantage * batch.loss_mask
-  side_BN = side_RT.sum(axis=1).reshape(-1, samples)
-  begin_B = np.arange(len(side_BN)) * samples
-  named_B = (side_BN.max(axis=1) > 0) & (side_BN.min(axis=1) < 0)
-  better_B = begin_B + np.where(named_B, side_BN.argmax(axis=1), 0)
-  worse_B = begin_B + np.where(named_B, side_BN.argmin(axis=1), 1)
+  sign_RT = batch.advantage * batch.loss_mask
+  sign_BN = sign_RT.sum(axis=1).reshape(-1, samples)
+  begin_B = np.arange(len(sign_BN)) * samples
+  paired_B = (sign_BN.max(axis=1) > 0) & (sign_BN.min(axis=1) < 0)
+  chosen_B = begin_B + np.where(paired_B, sign_BN.argmax(axis=1), 0)
+  rejected_B = begin_B + np.where(paired_B, sign_BN.argmin(axis=1), 1)
   order = np.concatenate(
     [
-      np.concatenate([b, w])
-      for b, w in zip(np.split(better_B, count), np.split(worse_B, count))
+      np.concatenate([chosen, rejected])
+      for chosen, rejected in zip(
+        np.split(chosen_B, count), np.split(rejected_B, count)
+      )
     ]
   )
-  chosen = jax.tree.map(lambda leaf: leaf[order], batch)
-  used_R = np.repeat(named_B.reshape(count, -1), 2, axis=0).reshape(-1)
-  mask_RT = chosen.loss_mask * used_R[:, None]
-  return chosen.replace(loss_mask=mask_RT.astype(np.float32))
+  kept = jax.tree.map(lambda leaf: leaf[order], batch)
+  paired_R = np.repeat(paired_B.reshape(count, -1), 2, axis=0).reshape(-1)
+  mask_RT = kept.loss_mask * paired_R[:, None]
+  return kept.replace(loss_mask=mask_RT.astype(np.float32))

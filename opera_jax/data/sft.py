@@ -1,4 +1,4 @@
-"""SFT batches: loss on the completion, none on the prompt."""
+"""SFT batches: the loss covers the completion, not the prompt."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from opera_jax.data import batching
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Batches by step: `batches[step]` depends on the data and the seed alone.
+  """Batches by step: `batches[step]` depends only on the data and the seed.
 
   Attributes:
-    counts: "kept" pairs, those "too_long" for a row and so dropped, "rows" of
-      an epoch, "tokens" and "target_tokens" of what was kept.
-    batch_size: rows of a batch.
+    counts: pairs "kept"; pairs dropped because they are "too_long" for a row;
+      "rows" of an epoch; "tokens" and "target_tokens" of the kept pairs.
+    batch_size: packed rows of a batch.
   """
 
   counts: dict[str, int]
@@ -34,7 +34,7 @@ class Batches:
   def __getitem__(self, step: int) -> structs.Batch:
     """The host batch [batch_size, row_length] of a step.
 
-    The last batch may have rows left over; they are padding, without targets.
+    The last batch may be filled up with padding rows, which have no targets.
 
     Raises:
       IndexError: step outside [0, len).
@@ -42,7 +42,11 @@ class Batches:
     return self.part(step, np.arange(self.batch_size))
 
   def part(self, step: int, rows: np.ndarray) -> structs.Batch:
-    """Some rows of a step's batch; no other is put together.
+    """Builds only some rows of a step's batch.
+
+    Args:
+      step: of the batch.
+      rows: int indices of the rows.
 
     Raises:
       IndexError: step outside [0, len).
@@ -59,9 +63,9 @@ class Batches:
     )
 
   def start_at(self, step: int) -> Iterator[structs.Batch]:
-    """Batches from a step on; a checkpoint's data position is that int."""
-    for later in range(step, len(self)):
-      yield self[later]
+    """Batches from `step` on; a checkpoint stores that int as its position."""
+    for index in range(step, len(self)):
+      yield self[index]
 
 
 def build(
@@ -74,24 +78,22 @@ def build(
   pad_id: int,
   packed: bool,
 ) -> Batches:
-  """Makes SFT batches of (prompt, completion) pairs.
+  """Builds SFT batches from (prompt, completion) pairs.
 
   Args:
     pairs: int32 ids of prompt and completion, neither empty; the completion
       ends with its stop token.
     row_length: tokens of a row; a longer pair is dropped and counted.
-    batch_size: rows of a batch.
+    batch_size: packed rows of a batch.
     epochs: passes over the rows.
     seed: of the order.
     pad_id: fills rows.
-    packed: several pairs a row, told apart by segment ids, or one a row.
-
-  Returns:
-    The batches.
+    packed: True puts several pairs in a row, separated by segment ids; False
+      puts one pair in a row.
 
   Raises:
-    ValueError: an empty prompt or completion, fewer rows than a batch, or no
-      epoch.
+    ValueError: an empty prompt or completion, fewer rows than one batch, or
+      `epochs` below 1.
   """
   sequences, masks = [], []
   for index, (prompt, completion) in enumerate(pairs):
@@ -106,8 +108,8 @@ def build(
       masks.append(np.arange(len(tokens)) >= len(prompt))
   too_long = len(pairs) - len(sequences)
   lengths = [len(tokens) for tokens in sequences]
-  one_each = [[index] for index in range(len(sequences))]
-  rows = batching.first_fit(lengths, row_length) if packed else one_each
+  one_per_row = [[index] for index in range(len(sequences))]
+  rows = batching.first_fit(lengths, row_length) if packed else one_per_row
   if len(rows) < batch_size:
     raise ValueError(
       f"{len(pairs)} pairs, of which {too_long} are longer than {row_length}"

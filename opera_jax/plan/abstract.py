@@ -108,8 +108,8 @@ class Values:
       advantage=real,
       old_logprob=real,
       ref_logprob=real,
-      prefix=prefix,
-      continuations=continuations,
+      prefix_length=prefix,
+      num_continuations=continuations,
     )
 
   def state(

@@ -23,6 +23,7 @@ from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import packed_rows, prefix_continuations
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.train import optimizer
 from opera_jax.train import step as train_step
@@ -156,7 +157,7 @@ class _Run:
     recipe = self._sft
     adamw = _optimizer(recipe, 1)
     update = train_step.make_sft_update(
-      scorer_lib.row_logprob(self._graphdef),
+      packed_rows.logprob_fn(self._graphdef),
       adamw,
       **named(train_step.make_sft_update, recipe),
     )
@@ -381,9 +382,7 @@ class _Run:
       name=name,
       shape=f"{B} prefixes x {T:,}, {S} continuations x {G:,}",
       jitted=jax.jit(
-        scorer_lib.prefixes_and_continuations(
-          self._graphdef, temperature=temperature
-        )
+        prefix_continuations.logprob_fn(self._graphdef, temperature=temperature)
       ),
       arguments=(
         self._params,

@@ -113,7 +113,7 @@ class Reward(_Named):
   ) -> dict[str, np.ndarray]:
     """What the function says, float32 [B, N]; see `values` for its errors."""
     tasks = [
-      rollouts.prompts[rollouts.owner(r)]
+      rollouts.prompts[rollouts.prompt_index(r)]
       for r in range(len(rollouts.completions))
     ]
     values_R = self.values(tasks, rollouts.texts)

@@ -412,7 +412,7 @@ def answer_text(text: str) -> str:
 
 
 def _task(rollouts: structs.Rollouts, row: int) -> dict[str, str]:
-  task = rollouts.prompts[rollouts.owner(row)]
+  task = rollouts.prompts[rollouts.prompt_index(row)]
   return {"prompt": task.prompt, "reference": task.reference}
 
 

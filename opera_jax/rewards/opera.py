@@ -71,7 +71,7 @@ class Reward:
       thoughts = thoughts.replace(
         reflective=steps[None] < thoughts.count[:, None]
       )
-    owners = [rollouts.owner(r) for r in rows]
+    owners = [rollouts.prompt_index(r) for r in rows]
     continuations, layout = queries(
       thoughts,
       np.asarray([len(rollouts.prompt_ids[b]) for b in owners]),
@@ -113,7 +113,7 @@ def _open_ended(rollouts: structs.Rollouts) -> list[int]:
   return [
     r
     for r in range(len(rollouts.completions))
-    if rollouts.prompts[rollouts.owner(r)].task == "open_ended"
+    if rollouts.prompts[rollouts.prompt_index(r)].task == "open_ended"
   ]
 
 

@@ -51,13 +51,13 @@ class Reward:
     """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
     null = [
       logprob[len(logprob) - len(row) :]
-      for logprob, row in zip(result.prefix_logprob, result.row_logprob)
+      for logprob, row in zip(result.prefix_logprob, result.completion_logprob)
     ]
-    reward_R = self_aligned(result.row_logprob, null, form=self.form)
+    reward_R = self_aligned(result.completion_logprob, null, form=self.form)
     gain_R = np.asarray(
       [
         np.mean(row - bare) if len(row) else 0.0
-        for row, bare in zip(result.row_logprob, null)
+        for row, bare in zip(result.completion_logprob, null)
       ]
     )
     shape = (len(rollouts.prompts), rollouts.samples)

@@ -217,7 +217,7 @@ def _checks(
 ) -> list[Check]:
   """One a row; open-ended prompts are not checked, and never right."""
   tasks = [
-    rollouts.prompts[rollouts.owner(r)]
+    rollouts.prompts[rollouts.prompt_index(r)]
     for r in range(len(rollouts.completions))
   ]
   maths = [r for r, task in enumerate(tasks) if task.task == "math"]

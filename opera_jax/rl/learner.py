@@ -13,7 +13,7 @@ from opera_jax import structs
 from opera_jax.advantages import inputs as inputs_lib
 from opera_jax.data import rl as rl_data
 from opera_jax.losses import policy as policy_loss
-from opera_jax.scoring import heads, logprob_scorer, packing
+from opera_jax.scoring import heads, packed_rows, packing
 from opera_jax.sharding import layout
 from opera_jax.train import ema as ema_lib
 from opera_jax.train import step as step_lib
@@ -164,12 +164,12 @@ class Learner:
     """The teacher's likeliest tokens in its own context, [R] of [C_r, K]."""
     lengths = [len(prefix) for prefix in prefixes]
     zeros = [np.zeros(length, np.float32) for length in lengths]
-    placement = rl_data.whole(
+    placement = rl_data.one_per_row(
       [0] * len(prefixes),
       lengths,
       (packing.bucket(max(lengths), buckets),),
     )
-    batch = rl_data.rows(placement, prefixes, zeros, zeros)
+    batch = rl_data.build_batch(placement, prefixes, zeros, zeros)
     top_ids, top_logprob = (
       [
         row[length - size : length]
@@ -235,7 +235,7 @@ def build(
   critic = value_coef > 0 or divergence_coef > 0
   if ema:
     optimizer = ema_lib.with_ema(optimizer, ema)
-  view = heads.row_heads if critic else logprob_scorer.row_logprob
+  view = heads.logprob_and_heads_fn if critic else packed_rows.logprob_fn
   logprob_fn = view(graphdef, temperature=temperature)
   if loss == "dpo":
     update = step_lib.make_preference_update(
@@ -264,7 +264,7 @@ def build(
       micro_batches=micro_batches,
       schedule=schedule,
     )
-  tops = heads.row_top(graphdef, teacher_top_k, temperature=temperature)
+  tops = heads.top_tokens_fn(graphdef, teacher_top_k, temperature=temperature)
   return Learner(
     optimizer=optimizer,
     update=update,

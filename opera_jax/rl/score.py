@@ -313,7 +313,7 @@ class RewardScorer:
     """
     rollouts, total_R = self._rollouts(prompts, prompt_ids, groups)
     prefixes = [
-      np.concatenate([prompt_ids[rollouts.owner(r)], s.tokens])
+      np.concatenate([prompt_ids[rollouts.prompt_index(r)], s.tokens])
       for r, s in enumerate(rollouts.completions)
     ]
     rewards = dict(self._rewards)
@@ -390,7 +390,7 @@ class RewardScorer:
     """Tokens of the released code's way: a row for P_0, every P_j, and L."""
     total, thoughts = 0, rollouts.thoughts
     for r in rows:
-      owner = rollouts.owner(r)
+      owner = rollouts.prompt_index(r)
       reference = len(rollouts.encode(rollouts.prompts[owner].reference))
       count = int(thoughts.count[r])
       ends = [len(prefixes[r])]
@@ -424,16 +424,22 @@ def _results(
 ) -> dict[str, structs.LogprobResult]:
   """Each reward's indices of the log-probabilities, in the order it asked."""
   rows = len(rollouts.completions)
-  begins = [len(rollouts.prompt_ids[rollouts.owner(r)]) for r in range(rows)]
-  row_logprob = [logprobs.prefix_logprob[r][b:] for r, b in enumerate(begins)]
-  row_entropy = [logprobs.prefix_entropy[r][b:] for r, b in enumerate(begins)]
+  begins = [
+    len(rollouts.prompt_ids[rollouts.prompt_index(r)]) for r in range(rows)
+  ]
+  completion_logprob = [
+    logprobs.prefix_logprob[r][b:] for r, b in enumerate(begins)
+  ]
+  completion_entropy = [
+    logprobs.prefix_entropy[r][b:] for r, b in enumerate(begins)
+  ]
   prefix, continuation, out = rows, 0, {}
   for name, request in asked.items():
     prefix_end = prefix + len(request.prefixes)
     continuation_end = continuation + len(request.continuations)
     out[name] = structs.LogprobResult(
-      row_logprob=row_logprob,
-      row_entropy=row_entropy,
+      completion_logprob=completion_logprob,
+      completion_entropy=completion_entropy,
       prefix_logprob=logprobs.prefix_logprob[prefix:prefix_end],
       continuation_logprob=logprobs.continuation_logprob[
         continuation:continuation_end
@@ -478,15 +484,15 @@ def _given(
     )
 
   def terms(indices: Sequence[int]) -> list[dict[str, list[float]]]:
-    mine = rollouts.of(indices)
+    mine = rollouts.select(indices)
     rows = [
       b * rollouts.samples + n for b in indices for n in range(mine.samples)
     ]
     got = reward.rewards(
       mine,
       structs.LogprobResult(
-        row_logprob=[result.row_logprob[r] for r in rows],
-        row_entropy=[result.row_entropy[r] for r in rows],
+        completion_logprob=[result.completion_logprob[r] for r in rows],
+        completion_entropy=[result.completion_entropy[r] for r in rows],
       ),
     )
     return [

@@ -1,6 +1,6 @@
-"""Embeddings of texts by the policy itself: its mean final hidden state.
+"""Embeds texts with the policy itself: the mean of its final hidden states.
 
-Shape key: B rows of a call, T tokens, N texts, D hidden.
+Shape key: B rows of a call, T tokens, N texts, D hidden size.
 """
 
 from collections.abc import Sequence
@@ -27,19 +27,19 @@ class Embedder:
     rows: int,
     length_buckets: Sequence[int],
   ):
-    """Compiles nothing yet; one program a length on first use.
+    """Compiles nothing yet; each padded length is compiled on first use.
 
     Args:
       graphdef: of the model.
-      mesh: rows are split over its data axes.
-      rows: texts a call, a multiple of the mesh's data axes.
-      length_buckets: allowed padded lengths, ascending; what is longer than
-        the last is cut there.
+      mesh: rows are sharded over its data axes.
+      rows: texts per call, a multiple of the mesh's data shards.
+      length_buckets: allowed padded lengths, ascending; longer texts are
+        truncated to the last.
     """
     self._mesh, self._rows = mesh, rows
     self._buckets = tuple(length_buckets)
 
-    def fn(params, token_BT, length_B):
+    def fn(params: Any, token_BT: jax.Array, length_B: jax.Array) -> jax.Array:
       model: qwen3.Qwen3 = nnx.merge(graphdef, params)
       position_T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)
       real_BT = position_T[None] < length_B[:, None]
@@ -64,19 +64,19 @@ class Embedder:
       texts: int32 tokens [T_i] each, T_i >= 1.
 
     Returns:
-      [N, D] float32, in the order given, of no particular length.
+      [N, D] float32, in the order given, not normalised.
     """
     out: list[Any] = [None] * len(texts)
-    cut = [text[: self._buckets[-1]] for text in texts]
-    order = sorted(range(len(cut)), key=lambda i: len(cut[i]))
+    truncated = [text[: self._buckets[-1]] for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(truncated[i]))
     for start in range(0, len(order), self._rows):
       group = order[start : start + self._rows]
-      size = packing.bucket(len(cut[group[-1]]), self._buckets)
+      size = packing.bucket(len(truncated[group[-1]]), self._buckets)
       token_BT = np.zeros((self._rows, size), np.int32)
       length_B = np.zeros(self._rows, np.int32)
-      for row, place in enumerate(group):
-        length_B[row] = len(cut[place])
-        token_BT[row, : length_B[row]] = cut[place]
+      for row, index in enumerate(group):
+        length_B[row] = len(truncated[index])
+        token_BT[row, : length_B[row]] = truncated[index]
       with jax.set_mesh(self._mesh):
         hidden_BD = layout.to_host(
           self._run(
@@ -84,6 +84,6 @@ class Embedder:
             *layout.to_devices((token_BT, length_B), layout.rows(self._mesh)),
           )
         )
-      for row, place in enumerate(group):
-        out[place] = hidden_BD[row]
+      for row, index in enumerate(group):
+        out[index] = hidden_BD[row]
     return np.stack(out)

@@ -1,11 +1,12 @@
 """Packs prefixes and their continuations into few static shapes.
 
-A continuation of G tokens enters the model as `[prefix[fork - 1],
-tokens[:-1]]`: the last token of its context is run again, so that every scored
-token has a hidden state of its own continuation before it, and the prefix needs
-no gather.
+The model's input for a continuation of G tokens is `[prefix[fork - 1],
+tokens[:-1]]`: the last context token is recomputed inside the continuation.
+Every scored token is then predicted by a state of its own continuation, and no
+state has to be gathered from the prefix.
 
-Shape key: B rows of a microbatch, T prefix tokens, S continuations, G tokens.
+Shape key: B rows of a microbatch (one prefix each), T tokens of a prefix, S
+continuations of a row, G tokens of a continuation.
 """
 
 import dataclasses
@@ -18,24 +19,36 @@ from opera_jax import structs
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-  """Host arrays of one call, and where its results belong."""
+  """Host arrays of one forward pass, and where its results belong.
 
-  token_BT: np.ndarray  # int32, right-padded
-  length_B: np.ndarray  # int32, 0 for a row that only fills the shape
-  input_BSG: np.ndarray  # int32 continuation inputs
-  target_BSG: np.ndarray  # int32 tokens to score
-  prefix_length_BS: (
-    np.ndarray
-  )  # int32 prefix tokens that a continuation sees, fork - 1
-  prefix_of: list[int]  # prefix index of each real row
-  continuation_of: list[tuple[int, int, int]]  # (row, slot, continuation index)
+  Attributes:
+    token_BT: int32 prefixes, right-padded.
+    length_B: int32 tokens of each prefix, 0 for a padding row.
+    input_BSG: int32 inputs of the continuations.
+    target_BSG: int32 tokens to score.
+    prefix_length_BS: int32 prefix tokens that a continuation attends to,
+      fork - 1.
+    prefix_of: prefix index of each real row.
+    continuation_of: (row, slot, continuation index) of each continuation.
+  """
+
+  token_BT: np.ndarray
+  length_B: np.ndarray
+  input_BSG: np.ndarray
+  target_BSG: np.ndarray
+  prefix_length_BS: np.ndarray
+  prefix_of: list[int]
+  continuation_of: list[tuple[int, int, int]]
 
 
 def bucket(size: int, buckets: Sequence[int]) -> int:
-  """The smallest bucket that holds `size`; past the last, its multiples."""
-  for b in buckets:
-    if size <= b:
-      return b
+  """The smallest bucket that holds `size`.
+
+  A size above the last bucket is rounded up to a multiple of it.
+  """
+  for length in buckets:
+    if size <= length:
+      return length
   last = buckets[-1]
   return -(-size // last) * last
 
@@ -45,7 +58,12 @@ def check(
   continuations: Sequence[structs.Continuation],
   vocab_size: int,
 ) -> None:
-  """Raises on anything that would be scored wrongly in silence.
+  """Refuses input that would silently be scored wrongly.
+
+  Args:
+    prefixes: int32 tokens [T_i] each.
+    continuations: of those prefixes.
+    vocab_size: token ids lie in [0, vocab_size).
 
   Raises:
     ValueError: an empty prefix or continuation, a fork outside its prefix, a
@@ -91,78 +109,89 @@ def pack(
   slot_buckets: Sequence[int],
   continuation_buckets: Sequence[int],
 ) -> list[MicroBatch]:
-  """Groups prefixes of like length and number of continuations into
-  microbatches.
+  """Groups prefixes of similar shape into microbatches.
 
-  A prefix with more continuations than the largest slot bucket comes again in a
-  further row; no continuation is dropped.
+  A prefix with more continuations than the largest slot bucket is repeated in
+  further rows; no continuation is dropped.
 
   Args:
     prefixes: int32 tokens [T_i] each.
     continuations: what to score after which prefix.
     batch_size: B, rows of every microbatch.
     prefix_buckets: allowed T, ascending.
-    slot_buckets: allowed S, ascending; a prefix without continuations takes the
-      smallest.
+    slot_buckets: allowed S, ascending; a prefix without continuations gets
+      the smallest.
     continuation_buckets: allowed G, ascending.
 
   Returns:
-    Microbatches, shapes grouped so that equal shapes follow each other.
+    Microbatches, ordered so that equal shapes are consecutive.
   """
-  most = slot_buckets[-1]
+  max_slots = slot_buckets[-1]
   by_prefix: list[list[int]] = [[] for _ in prefixes]
   for index, continuation in enumerate(continuations):
     by_prefix[continuation.prefix].append(index)
-  entries = []  # (T, S, G, prefix, continuation indices)
-  for prefix, mine in enumerate(by_prefix):
-    for start in range(0, max(len(mine), 1), most):
-      part = mine[start : start + most]
-      longest = max((len(continuations[i].tokens) for i in part), default=1)
-      entries.append(
-        (
-          bucket(len(prefixes[prefix]), prefix_buckets),
-          bucket(len(part), slot_buckets),
-          bucket(longest, continuation_buckets),
-          prefix,
-          part,
+  rows: list[_Row] = []
+  for prefix, indices in enumerate(by_prefix):
+    for start in range(0, max(len(indices), 1), max_slots):
+      chosen = indices[start : start + max_slots]
+      longest = max((len(continuations[i].tokens) for i in chosen), default=1)
+      rows.append(
+        _Row(
+          shape=(
+            bucket(len(prefixes[prefix]), prefix_buckets),
+            bucket(len(chosen), slot_buckets),
+            bucket(longest, continuation_buckets),
+          ),
+          prefix=prefix,
+          continuations=chosen,
         )
       )
-  entries.sort(key=lambda e: (e[2], e[1], e[0], e[3]))
+  # By G, then S, then T: a microbatch takes the largest shape of its rows.
+  rows.sort(key=lambda row: (*reversed(row.shape), row.prefix))
   batches = []
-  for start in range(0, len(entries), batch_size):
-    group = entries[start : start + batch_size]
-    shape = tuple(max(e[i] for e in group) for i in range(3))
-    batches.append(_fill(group, shape, prefixes, continuations, batch_size))
+  for start in range(0, len(rows), batch_size):
+    group = rows[start : start + batch_size]
+    T, S, G = (max(row.shape[axis] for row in group) for axis in range(3))
+    batches.append(_fill(group, (batch_size, T, S, G), prefixes, continuations))
   return batches
 
 
-def _fill(group, shape, prefixes, continuations, batch_size) -> MicroBatch:
-  T, S, G = shape
-  token_BT = np.zeros((batch_size, T), np.int32)
-  length_B = np.zeros(batch_size, np.int32)
-  input_BSG = np.zeros((batch_size, S, G), np.int32)
-  target_BSG = np.zeros((batch_size, S, G), np.int32)
-  prefix_length_BS = np.zeros((batch_size, S), np.int32)
-  prefix_of, continuation_of = [], []
-  for row, (_, _, _, prefix, part) in enumerate(group):
-    tokens = prefixes[prefix]
-    token_BT[row, : len(tokens)] = tokens
-    length_B[row] = len(tokens)
-    prefix_of.append(prefix)
-    for slot, index in enumerate(part):
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  """One row of a microbatch: a prefix and some of its continuations."""
+
+  shape: tuple[int, int, int]  # (T, S, G), padded
+  prefix: int  # index
+  continuations: list[int]  # indices
+
+
+def _fill(
+  rows: Sequence[_Row],
+  shape: tuple[int, int, int, int],
+  prefixes: Sequence[np.ndarray],
+  continuations: Sequence[structs.Continuation],
+) -> MicroBatch:
+  """Writes rows into padded arrays of shape (B, T, S, G)."""
+  B, T, S, G = shape
+  batch = MicroBatch(
+    token_BT=np.zeros((B, T), np.int32),
+    length_B=np.zeros(B, np.int32),
+    input_BSG=np.zeros((B, S, G), np.int32),
+    target_BSG=np.zeros((B, S, G), np.int32),
+    prefix_length_BS=np.zeros((B, S), np.int32),
+    prefix_of=[row.prefix for row in rows],
+    continuation_of=[],
+  )
+  for b, row in enumerate(rows):
+    tokens = prefixes[row.prefix]
+    batch.token_BT[b, : len(tokens)] = tokens
+    batch.length_B[b] = len(tokens)
+    for slot, index in enumerate(row.continuations):
       continuation = continuations[index]
       size = len(continuation.tokens)
-      input_BSG[row, slot, 0] = tokens[continuation.fork - 1]
-      input_BSG[row, slot, 1:size] = continuation.tokens[:-1]
-      target_BSG[row, slot, :size] = continuation.tokens
-      prefix_length_BS[row, slot] = continuation.fork - 1
-      continuation_of.append((row, slot, index))
-  return MicroBatch(
-    token_BT,
-    length_B,
-    input_BSG,
-    target_BSG,
-    prefix_length_BS,
-    prefix_of,
-    continuation_of,
-  )
+      batch.input_BSG[b, slot, 0] = tokens[continuation.fork - 1]
+      batch.input_BSG[b, slot, 1:size] = continuation.tokens[:-1]
+      batch.target_BSG[b, slot, :size] = continuation.tokens
+      batch.prefix_length_BS[b, slot] = continuation.fork - 1
+      batch.continuation_of.append((b, slot, index))
+  return batch

@@ -12,7 +12,7 @@ from opera_jax.data import traces
 from opera_jax.models import qwen3, qwen3_params
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
-from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import packed_rows
 from opera_jax.sharding import rules
 from opera_jax.stages import training_loop as training_loop_lib
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -181,7 +181,7 @@ def _train(
     moment_dtype=recipe.moment_dtype,
   )
   update = step_lib.make_sft_update(
-    scorer_lib.row_logprob(run.graphdef),
+    packed_rows.logprob_fn(run.graphdef),
     adamw,
     name=stage.name,
     reduction=recipe.reduction,

@@ -13,8 +13,8 @@ def _rows(advantages, begins=(2, 3, 2, 1)):
     for r, (b, s) in enumerate(zip(begins, sizes))
   ]
   half = [np.full(size, -0.5, np.float32) for size in sizes]
-  place = rl.whole(begins, sizes, (8,))
-  rows = rl.rows(place, prefixes, half, half)
+  place = rl.one_per_row(begins, sizes, (8,))
+  rows = rl.build_batch(place, prefixes, half, half)
   return rl.with_advantages(rows, place, advantages)
 
 
@@ -30,7 +30,7 @@ def test_advantages_stand_on_completion_tokens():
 
 
 def test_scatter_takes_further_axes():
-  place = rl.whole([1, 0], [2, 1], (4,))
+  place = rl.one_per_row([1, 0], [2, 1], (4,))
   values = [np.ones((2, 3)), np.ones((1, 3))]
   got = place.scatter(values)
   assert got.shape == (2, 4, 3)
@@ -46,12 +46,12 @@ def test_samples_share_a_prompt():
     for row in ([1, 2, 3], [1, 2, 4, 5], [6, 7, 8, 9], [6, 7, 8, 10, 11, 12])
   ]
   sizes = [1, 2, 1, 3]
-  place = rl.shared(sizes, 2, 4, (3, 8))
+  place = rl.several_per_row(sizes, 2, 4, (3, 8))
   advantages = [np.full(n, n, np.float32) for n in sizes]
-  batch = rl.rows(place, prefixes, advantages, advantages)
+  batch = rl.build_batch(place, prefixes, advantages, advantages)
   assert not batch.advantage.any()
   batch = rl.with_advantages(batch, place, advantages)
-  assert (batch.prefix, batch.continuations) == (4, 2)
+  assert (batch.prefix_length, batch.num_continuations) == (4, 2)
   np.testing.assert_array_equal(
     batch.tokens,
     [[1, 2, 0, 0, 3, 0, 0, 4, 5, 0], [6, 7, 8, 0, 9, 0, 0, 10, 11, 12]],
@@ -69,7 +69,7 @@ def test_samples_share_a_prompt():
     [[0, 0, 0, 0, 1, 0, 0, 2, 2, 0], [0, 0, 0, 0, 1, 0, 0, 3, 3, 3]],
   )
   with pytest.raises(ValueError, match="9"):
-    rl.shared([9], 1, 4, (3, 8))
+    rl.several_per_row([9], 1, 4, (3, 8))
 
 
 def test_mini_batches_cut_what_is_extra_too():

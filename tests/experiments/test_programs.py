@@ -8,6 +8,7 @@ from opera_jax import structs
 from opera_jax.data import rl as rl_data
 from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, runtime
 from opera_jax.stages import training_loop
 from opera_jax.train import optimizer, step
@@ -46,7 +47,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     **BUCKETS,
   )
   adamw = optimizer.adamw(1e-4)
-  update = step.make_policy_update(scorer_lib.row_logprob(graphdef), adamw)
+  update = step.make_policy_update(packed_rows.logprob_fn(graphdef), adamw)
   params = jax.tree.map(lambda x: x + 0, params)  # an update takes its buffers
   state = training_loop.place(
     train_state.create(params, adamw, jax.random.key(0)), one_device
@@ -79,9 +80,9 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
     begins = [len(p) for p in prompts for _ in range(SAMPLES)]
     sizes = [len(s.tokens) for group in groups for s in group]
     own = [row[b:] for row, b in zip(logprobs.prefix_logprob, begins)]
-    placement = rl_data.whole(begins, sizes, ROWS)
+    placement = rl_data.one_per_row(begins, sizes, ROWS)
     batch = rl_data.with_advantages(
-      rl_data.rows(placement, prefixes, own, own),
+      rl_data.build_batch(placement, prefixes, own, own),
       placement,
       [np.full(size, draw.normal(), np.float32) for size in sizes],
     )

@@ -9,7 +9,7 @@ import pytest
 from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 
 NEW = 40
 
@@ -70,7 +70,7 @@ def test_sampled_tokens_are_scored_alike(
   zeros = np.zeros(tokens.shape, np.float32)
   positions = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
   batch = structs.Batch(tokens, positions, segments, zeros, zeros, zeros, zeros)
-  logprob_RT, entropy_RT = jax.jit(logprob_scorer.row_logprob(graphdef))(
+  logprob_RT, entropy_RT = jax.jit(packed_rows.logprob_fn(graphdef))(
     params, batch
   )
   assert logprob_RT.dtype == entropy_RT.dtype == np.float32

@@ -17,7 +17,7 @@ from opera_jax import structs
 from opera_jax.losses import cross_entropy, reduce
 from opera_jax.models import attention, kv_cache, qwen3, qwen3_params
 from opera_jax.rollout import engine, sampling
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 
 LENGTHS = (19, 7, 12, 24)
 LAYOUTS = ("right", "left", "packed")
@@ -106,7 +106,7 @@ def test_logits(pair, layout, attention_by):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprob_and_entropy_of_every_token(pair, layout):
   batch, places = _batch(layout, pair.config.vocab_size)
-  logprob_RT, entropy_RT = jax.jit(logprob_scorer.row_logprob(pair.graphdef))(
+  logprob_RT, entropy_RT = jax.jit(packed_rows.logprob_fn(pair.graphdef))(
     pair.params, batch
   )
   for sequence, (row, start), logits in zip(
@@ -131,7 +131,7 @@ def test_gradient_of_the_sft_loss_in_every_parameter(pair, layout):
   import torch
 
   batch, _ = _batch(layout, pair.config.vocab_size)
-  logprob = logprob_scorer.row_logprob(pair.graphdef)
+  logprob = packed_rows.logprob_fn(pair.graphdef)
 
   @jax.jit
   @jax.grad

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from opera_jax import structs
 from opera_jax.models import qwen3, self_attention
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.train import optimizer, step
@@ -239,7 +239,7 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
   )
   graphdef, shapes = qwen3.abstract(config)
   adamw = optimizer.adamw(1e-3)
-  update = step.make_sft_update(logprob_scorer.row_logprob(graphdef), adamw)
+  update = step.make_sft_update(packed_rows.logprob_fn(graphdef), adamw)
   shardings = rules.shardings(qwen3.logical_axes(shapes), mesh, rules.TRAIN)
   params = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

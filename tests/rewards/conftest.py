@@ -50,8 +50,8 @@ def result():
     row = [logprob(len(s.tokens)) for s in rollouts.completions]
     prefixes = request.prefixes if request else ()
     return structs.LogprobResult(
-      row_logprob=row,
-      row_entropy=row,
+      completion_logprob=row,
+      completion_entropy=row,
       prefix_logprob=[logprob(len(t)) for t in prefixes],
     )
 

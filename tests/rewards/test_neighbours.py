@@ -17,7 +17,7 @@ def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, result):
   for form in sar.FORMS:
     got = sar.Reward(form).rewards(case, logprobs)
     for r in range(4):
-      given = logprobs.row_logprob[r]
+      given = logprobs.completion_logprob[r]
       bare = logprobs.prefix_logprob[r][2:]
       ppl_given, ppl = np.exp(-given.mean()), np.exp(-bare.mean())
       want = {
@@ -26,7 +26,7 @@ def test_sar_is_one_minus_exp_of_minus_mean_gain(rollouts, result):
         "log": np.clip(np.mean(given - bare), -1, 1),
       }[form]
       np.testing.assert_allclose(got["total"].flat[r], want, rtol=1e-4)
-    v = logprobs.row_logprob[1] - logprobs.prefix_logprob[1][2:]
+    v = logprobs.completion_logprob[1] - logprobs.prefix_logprob[1][2:]
     np.testing.assert_allclose(got["gain"][0, 1], v.mean(), rtol=1e-4)
   ratio = sar.Reward().rewards(case, logprobs)
   np.testing.assert_allclose(
@@ -45,7 +45,9 @@ def test_entropy_is_the_mean_log_probability(rollouts, result):
   case = rollouts([["abc", ""]])
   logprobs = result(case)
   got = entropy.Reward().rewards(case, logprobs)["total"]
-  np.testing.assert_allclose(got, [[logprobs.row_logprob[0].mean(), 0]], 1e-6)
+  np.testing.assert_allclose(
+    got, [[logprobs.completion_logprob[0].mean(), 0]], 1e-6
+  )
 
 
 def test_o1_pruner():

@@ -8,8 +8,7 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.models import attention
-from opera_jax.scoring import heads
-from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.scoring import heads, packed_rows
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def case(tiny_model):
 @pytest.mark.parametrize("block", [64, 8192])
 def test_top_tokens_are_those_of_the_whole_table(case, block):
   graphdef, params, batch, _, table = case
-  fn = jax.jit(heads.row_top(graphdef, 5, temperature=0.7, block=block))
+  fn = jax.jit(heads.top_tokens_fn(graphdef, 5, temperature=0.7, block=block))
   ids, logprob = fn(params, batch)
   want, order = jax.lax.top_k(table, 5)
   np.testing.assert_array_equal(ids[:, 1:], order[:, :-1])
@@ -57,9 +56,9 @@ def test_heads_logprob_as_the_plain_row_does_and_named_tokens_too(case):
     "kernel": jnp.asarray(rng.normal(size=hidden.shape[-1]), jnp.float32),
     "bias": jnp.float32(0.5),
   }
-  fn = jax.jit(heads.row_heads(graphdef, temperature=0.7))
+  fn = jax.jit(heads.logprob_and_heads_fn(graphdef, temperature=0.7))
   logprob, entropy, got = fn({"policy": params, "value": critic}, batch)
-  plain = jax.jit(scorer_lib.row_logprob(graphdef, temperature=0.7))
+  plain = jax.jit(packed_rows.logprob_fn(graphdef, temperature=0.7))
   want_logprob, want_entropy = plain(params, batch)
   np.testing.assert_allclose(logprob, want_logprob, atol=1e-5)
   np.testing.assert_allclose(entropy, want_entropy, atol=1e-5)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from opera_jax import structs
 from opera_jax.models import qwen3
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import training_loop
@@ -105,7 +105,7 @@ def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
 
 def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
   config = dataclasses.replace(CONFIG, **changes)
-  logprob_fn = logprob_scorer.row_logprob(qwen3.abstract(config)[0])
+  logprob_fn = packed_rows.logprob_fn(qwen3.abstract(config)[0])
   update = step.make_sft_update(
     logprob_fn, _adamw(), micro_batches=micro_batches
   )

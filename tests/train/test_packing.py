@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from opera_jax.data import sft
-from opera_jax.scoring import logprob_scorer
+from opera_jax.scoring import packed_rows
 from opera_jax.train import state as train_state
 from opera_jax.train import step
 
@@ -36,7 +36,7 @@ def _loss_and_gradient(tiny_model, pairs, reduction, *, rows, **change):
   )
   assert data.counts["rows"] == rows and len(data) == 1
   update = step.make_sft_update(
-    logprob_scorer.row_logprob(graphdef), optax.sgd(1.0), reduction=reduction
+    packed_rows.logprob_fn(graphdef), optax.sgd(1.0), reduction=reduction
   )
   before = jax.tree.map(np.array, params)
   state = train_state.create(

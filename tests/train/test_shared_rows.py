@@ -10,7 +10,7 @@ import pytest
 from opera_jax.data import rl as rl_data
 from opera_jax.models import qwen3
 from opera_jax.rl import learner
-from opera_jax.scoring import heads, logprob_scorer
+from opera_jax.scoring import heads, packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import training_loop
@@ -52,13 +52,13 @@ def _batches(completions_per_row):
   ]
   begins = [len(t) - n for t, n in zip(prefixes, sizes)]
   places = (
-    rl_data.whole(begins, sizes, (24,)),
-    rl_data.shared(sizes, completions_per_row, 12, (16,)),
+    rl_data.one_per_row(begins, sizes, (24,)),
+    rl_data.several_per_row(sizes, completions_per_row, 12, (16,)),
   )
   advantages, old, ref = rest
   return places, [
     rl_data.with_advantages(
-      rl_data.rows(place, prefixes, old, ref), place, advantages
+      rl_data.build_batch(place, prefixes, old, ref), place, advantages
     )
     for place in places
   ]
@@ -82,8 +82,8 @@ def test_scores_and_heads(completions_per_row):
     "kernel": jnp.asarray(np.random.default_rng(1).normal(size=48)),
     "bias": jnp.float32(0.5),
   }
-  fn = jax.jit(heads.row_heads(graphdef, temperature=0.9))
-  tops = jax.jit(heads.row_top(graphdef, 3, temperature=0.9))
+  fn = jax.jit(heads.logprob_and_heads_fn(graphdef, temperature=0.9))
+  tops = jax.jit(heads.top_tokens_fn(graphdef, 3, temperature=0.9))
   got = []
   for place, batch in zip(places, batches):
     ids, top_logprob = tops(params, batch)
@@ -172,12 +172,12 @@ def test_a_sample_sees_its_prompt_and_itself():
   prompt, samples = [1, 2], [[10, 11, 12], [20, 21, 22]]
   prefixes = [np.asarray(prompt + own, np.int32) for own in samples]
   zeros = [np.zeros(3, np.float32)] * 2
-  place = rl_data.shared([3, 3], 2, 4, (3,))
-  batch = rl_data.rows(place, prefixes, zeros, zeros)
+  place = rl_data.several_per_row([3, 3], 2, 4, (3,))
+  batch = rl_data.build_batch(place, prefixes, zeros, zeros)
   # Untied, so that only what is read shows.
   untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
   graphdef, params = qwen3.create(untied, 0)
-  fn = logprob_scorer.row_logprob(graphdef)
+  fn = packed_rows.logprob_fn(graphdef)
 
   def second_of_second(params):
     return place.gather(fn(params, batch)[0])[1][1]
