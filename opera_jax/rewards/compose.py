@@ -1,14 +1,16 @@
-"""Weighted sums of rewards, by name.
+"""Builds rewards by name, and sums them with weights.
 
-A reward is one file of this package with a frozen dataclass `Reward`, whose
-fields are its settings, and two pure methods:
+A reward is one file of this package with a frozen dataclass `Reward`. The
+fields are its settings; it has two pure methods:
 
-    logprob_request(rollouts) -> structs.LogprobRequest      what it wants
-    scored rewards(rollouts, result) -> dict            "total" and terms, [B,
-    N]
+    logprob_request(rollouts) -> structs.LogprobRequest
+    rewards(rollouts, result) -> dict[str, array [B, N]]
+
+The first returns what has to be scored. The second returns the reward as
+"total", and further terms that are logged.
 
 `config.reward.terms` names rewards and their weights, as in
-"verifiable + 0.2*sar"; a name with a colon is the import path of a user's
+"verifiable + 0.2*sar". A name with a colon is the import path of a user's
 function, see `rewards.function`.
 
 Shape key: B prompts, N samples a prompt.
@@ -30,11 +32,11 @@ _TERM = re.compile(
 
 
 def weights(text: str) -> dict[str, float]:
-  """Reads "verifiable + 0.2*sar" as {"verifiable": 1.0, "sar": 0.2}.
+  """Parses "verifiable + 0.2*sar" to {"verifiable": 1.0, "sar": 0.2}.
 
   Raises:
-    ValueError: a term that is no name, weight*name or weight*path:function;
-      a weight that is not finite; a name that comes twice; or no term.
+    ValueError: a term that is not name, weight*name or weight*path:function;
+      a weight that is not finite; a repeated name; or no term.
   """
   out: dict[str, float] = {}
   for term in text.split(" + "):
@@ -55,7 +57,7 @@ def weights(text: str) -> dict[str, float]:
 
 
 def nearest(value: Any, names: Collection[str]) -> str:
-  """`; did you mean 'NAME'?`, or "" where no name is near."""
+  """A hint `; did you mean 'NAME'?`, or "" if no name is similar."""
   found = difflib.get_close_matches(str(value), list(names), 1, 0.5)
   return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -76,15 +78,15 @@ def build(
   timeout: float,
   environment: Sequence[str] = (),
 ) -> Any:
-  """The reward of a name: `opera_jax.rewards.NAME`, or a user's function.
+  """Builds a reward: `opera_jax.rewards.NAME`, or a user's function.
 
-  A user's function is loaded at once, in the process that it will run in.
+  A user's function is loaded immediately, in the subprocess that will run it.
 
   Args:
     name: a file of this package, or "package.module:function".
-    settings: fields of its `Reward`; the rest keep their defaults.
+    settings: fields of its `Reward`; the others keep their defaults.
     timeout: seconds that a user's function may take.
-    environment: variables that it sees although they look like keys.
+    environment: variables passed on to it although they look like keys.
 
   Raises:
     ValueError: no such reward, or a setting that it does not have.
@@ -96,7 +98,7 @@ def build(
     reward.process.start()
     return reward
   try:
-    made = importlib.import_module(f"opera_jax.rewards.{name}").Reward
+    reward_class = importlib.import_module(f"opera_jax.rewards.{name}").Reward
   except (ModuleNotFoundError, AttributeError) as error:
     known = files("opera_jax.rewards", "Reward")
     raise ValueError(
@@ -105,11 +107,12 @@ def build(
       '"package.module:function".'
     ) from error
   try:
-    return made(**settings)
+    return reward_class(**settings)
   except TypeError as error:
     raise ValueError(
       f"Reward {name!r} takes the settings "
-      f"{sorted(made.__dataclass_fields__)}, got {sorted(settings)}: {error}."
+      f"{sorted(reward_class.__dataclass_fields__)}, got {sorted(settings)}: "
+      f"{error}."
     ) from error
 
 
@@ -117,11 +120,11 @@ def weighted_sum(
   rewards: Mapping[str, Mapping[str, np.ndarray]],
   weight: Mapping[str, float],
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """`sum of weight * total`, and every part by name.
+  """Computes `sum of weight * total`, and collects all terms by name.
 
   Args:
-    rewards: by reward name its terms, [B, N] each, `total` among them.
-    weight: by reward name; one of weight 0 is measured and not paid.
+    rewards: by reward name its terms, [B, N] each; one of them is `total`.
+    weight: by reward name; a reward with weight 0 is only logged.
 
   Returns:
     The sum, float32 [B, N], and the terms, float32 [B, N] each: a reward's
@@ -129,14 +132,14 @@ def weighted_sum(
 
   Raises:
     ValueError: terms of different shapes, a value that is not finite, or two
-      terms of one name.
+      terms with the same name.
   """
   terms: dict[str, np.ndarray] = {}
   total_BN: Any = np.float32(0.0)
   shape = None
-  for reward, mine in rewards.items():
-    for part, value_BN in mine.items():
-      name = reward if part == "total" else part
+  for reward, own_terms in rewards.items():
+    for term, value_BN in own_terms.items():
+      name = reward if term == "total" else term
       shape = shape or value_BN.shape
       _check(name, value_BN, shape, terms)
       terms[name] = value_BN.astype(np.float32)
@@ -144,19 +147,24 @@ def weighted_sum(
   return total_BN, terms
 
 
-def _check(name, value_BN, shape, terms) -> None:
+def _check(
+  name: str,
+  value_BN: np.ndarray,
+  shape: tuple[int, ...],
+  terms: Mapping[str, np.ndarray],
+) -> None:
   if name in terms:
-    raise ValueError(f"Two rewards have a part {name!r}. Rename one.")
+    raise ValueError(f"Two rewards have a term {name!r}. Rename one.")
   if value_BN.shape != shape:
     raise ValueError(
-      f"Reward part {name!r} has shape {value_BN.shape}, the others {shape}. "
+      f"Reward term {name!r} has shape {value_BN.shape}, the others {shape}. "
       "Give one number a sample."
     )
   wrong = np.argwhere(~np.isfinite(value_BN))
   if wrong.size:
     prompt, sample = wrong[0]
     raise ValueError(
-      f"Reward part {name!r} of prompt {prompt}, sample {sample} is "
+      f"Reward term {name!r} of prompt {prompt}, sample {sample} is "
       f"{value_BN[prompt, sample]}; rewards must be finite. Look at that "
       "sample's log-probabilities and reference."
     )

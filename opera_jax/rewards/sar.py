@@ -1,13 +1,14 @@
-"""SAR, the self-aligned reward (arXiv 2509.05489): does the answer need the
-question?
+"""SAR, the self-aligned reward (arXiv 2509.05489): how much the question helps
+to predict the answer.
 
     ppl(a|q) = exp(-lp(a | q)),   ppl(a) = exp(-lp(a | null prompt))
     R_SA = clip((ppl(a) - ppl(a|q)) / ppl(a), -1, 1)
          = clip(1 - exp(-mean_j v_j), -1, 1)
     v_j  = log p(a_j | q, a_<j) - log p(a_j | a_<j)
 
-The null prompt is the same chat template with an empty user turn. The end of
-turn is part of the answer; wrong and truncated answers are paid too.
+The null prompt is the same chat template with an empty user turn. The
+end-of-turn token is part of the answer. Wrong and truncated answers are
+rewarded too.
 """
 
 import dataclasses
@@ -18,16 +19,16 @@ import numpy as np
 from opera_jax import structs
 
 FORMS = ("ratio", "difference", "log")
-_MOST = 700.0  # nats whose exponential float64 holds
+_MAX_NATS = 700.0  # exp of more overflows float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """R_SA of every sample.
+  """R_SA of every completion.
 
   Attributes:
-    form: "ratio" is the paper's; "difference" is `clip(ppl(a) - ppl(a|q))`;
-      "log" is `clip(mean v)`; all clipped to -1..1.
+    form: "ratio" is the paper's R_SA; "difference" is ppl(a) - ppl(a|q); "log"
+      is mean v. All are clipped to -1..1.
   """
 
   form: str = "ratio"
@@ -40,7 +41,7 @@ class Reward:
   def logprob_request(
     self, rollouts: structs.Rollouts
   ) -> structs.LogprobRequest:
-    """Every completion after the null prompt."""
+    """Requests every completion after the null prompt."""
     return structs.LogprobRequest(
       prefixes=rollouts.after([""] * len(rollouts.completions))
     )
@@ -48,16 +49,21 @@ class Reward:
   def rewards(
     self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
-    """R_SA and `gain`, the mean v in nats a token, float32 [B, N]."""
-    null = [
-      logprob[len(logprob) - len(row) :]
-      for logprob, row in zip(result.prefix_logprob, result.completion_logprob)
+    """R_SA as `total`, and `gain`, the mean v in nats per token; float32
+    [B, N]."""
+    after_null = [
+      logprob[len(logprob) - len(completion) :]
+      for logprob, completion in zip(
+        result.prefix_logprob, result.completion_logprob
+      )
     ]
-    reward_R = self_aligned(result.completion_logprob, null, form=self.form)
+    reward_R = self_aligned(
+      result.completion_logprob, after_null, form=self.form
+    )
     gain_R = np.asarray(
       [
-        np.mean(row - bare) if len(row) else 0.0
-        for row, bare in zip(result.completion_logprob, null)
+        np.mean(with_q - without_q) if len(with_q) else 0.0
+        for with_q, without_q in zip(result.completion_logprob, after_null)
       ]
     )
     shape = (len(rollouts.prompts), rollouts.samples)
@@ -68,34 +74,33 @@ class Reward:
 
 
 def self_aligned(
-  given: Sequence[np.ndarray],
-  null: Sequence[np.ndarray],
+  with_question: Sequence[np.ndarray],
+  without_question: Sequence[np.ndarray],
   *,
   form: str = "ratio",
 ) -> np.ndarray:
-  """The formula above.
+  """Computes R_SA.
 
   Args:
-    given: [R] of float32 [C_r], log p of the answer's tokens after q.
-    null: the same after the null prompt.
+    with_question: [R] of float32 [C_r], log p(a_j | q, a_<j).
+    without_question: [R] of float32 [C_r], log p(a_j | a_<j).
     form: see `Reward`.
 
   Returns:
     float32 [R]; 0 for an answer without tokens.
   """
-  out = np.zeros(len(given), np.float32)
-  for row, (with_q, without) in enumerate(zip(given, null)):
+  out = np.zeros(len(with_question), np.float32)
+  for r, (with_q, without_q) in enumerate(zip(with_question, without_question)):
     if not len(with_q):
       continue
-    with_q, without = (
-      np.mean(with_q, dtype=float),
-      np.mean(without, dtype=float),
-    )
+    lp_with = np.mean(with_q, dtype=float)
+    lp_without = np.mean(without_q, dtype=float)
     value = {
-      "ratio": -np.expm1(min(without - with_q, _MOST)),
-      # Bounded, for the difference of two infinite perplexities is NaN.
-      "difference": np.exp(min(-without, _MOST)) - np.exp(min(-with_q, _MOST)),
-      "log": with_q - without,
+      "ratio": -np.expm1(min(lp_without - lp_with, _MAX_NATS)),
+      # Bounded, as the difference of two infinite perplexities is NaN.
+      "difference": np.exp(min(-lp_without, _MAX_NATS))
+      - np.exp(min(-lp_with, _MAX_NATS)),
+      "log": lp_with - lp_without,
     }[form]
-    out[row] = np.clip(value, -1, 1)
+    out[r] = np.clip(value, -1, 1)
   return out

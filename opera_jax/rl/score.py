@@ -17,7 +17,7 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.data import batching
-from opera_jax.rewards import compose, opera
+from opera_jax.rewards import compose, opera_reward
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange
 from opera_jax.text import automaton, thought
@@ -199,8 +199,8 @@ class RewardScorer:
       environment: variables that it sees although they look like keys.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
-      mode: see `opera.rewards`.
-      compare: what a reflective step must beat, see `opera.queries`.
+      mode: see `opera_reward.rewards`.
+      compare: what a reflective step must beat, see `opera_requests.plan`.
       keywords: words that make a step reflective.
       match: "word" or "substring"; "any" drops the condition: every step may
         count.
@@ -343,7 +343,9 @@ class RewardScorer:
     opened = np.flatnonzero(np.repeat(opened_B, rollouts.samples))
     if "opera" in rewards and opened.size:
       mine = result["opera"]
-      deltas_RJ[opened] = opera.step_deltas(mine.continuation_logprob, mine.aux)
+      deltas_RJ[opened] = opera_reward.step_deltas(
+        mine.continuation_logprob, mine.aux
+      )
     shape = total_BN.shape
     terms |= {
       "reflections": thoughts.reflective.sum(1).reshape(shape),

@@ -21,7 +21,7 @@ from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
 from opera_jax.models import qwen3
-from opera_jax.rewards import compose, opera, verifiable
+from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
 from opera_jax.run import workdir as workdir_lib
@@ -293,9 +293,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "timeout": number(above=0),
     "alpha": number(0, 1),
     "tau": number(above=0),
-    "mode": one_of(*opera.MODES),
+    "mode": one_of(*opera_reward.MODES),
     "match": one_of("word", "substring", "any"),
-    "compare": one_of(*opera.COMPARED),
+    "compare": one_of(*opera_requests.COMPARE),
     "keywords": each(text(empty=False)),
     "separator": text(empty=False),
     "bridge": text(),

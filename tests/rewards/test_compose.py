@@ -5,7 +5,7 @@ import pytest
 
 from opera_jax.rewards import compose, length, sar
 
-PARTS = {
+TERMS = {
   "sar": {"total": np.asarray([[0.5, -0.5]]), "gain": np.asarray([[1.0, 2.0]])},
   "verifiable": {"total": np.asarray([[1.0, 0.0]])},
 }
@@ -34,7 +34,7 @@ def test_what_is_no_sum_is_refused(text):
 
 
 def test_totals_add_up_and_parts_are_kept():
-  total, terms = compose.weighted_sum(PARTS, WEIGHT)
+  total, terms = compose.weighted_sum(TERMS, WEIGHT)
   assert total.dtype == np.float32
   np.testing.assert_allclose(total, [[1.1, -0.1]], rtol=1e-6)
   assert set(terms) == {"sar", "gain", "verifiable"}
@@ -42,7 +42,7 @@ def test_totals_add_up_and_parts_are_kept():
 
 
 def test_a_reward_of_weight_zero_is_measured_and_not_paid():
-  total, terms = compose.weighted_sum(PARTS, WEIGHT | {"sar": 0.0})
+  total, terms = compose.weighted_sum(TERMS, WEIGHT | {"sar": 0.0})
   np.testing.assert_array_equal(total, [[1, 0]])
   assert "sar" in terms
 
@@ -64,10 +64,10 @@ def test_nan_names_its_sample():
     compose.weighted_sum(broken, WEIGHT)
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_terms_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match=r"has shape \(1, 3\)"):
     compose.weighted_sum(
-      PARTS | {"verifiable": {"total": np.zeros((1, 3))}}, WEIGHT
+      TERMS | {"verifiable": {"total": np.zeros((1, 3))}}, WEIGHT
     )
-  with pytest.raises(ValueError, match="Two rewards have a part 'gain'"):
-    compose.weighted_sum(PARTS | {"verifiable": PARTS["sar"]}, WEIGHT)
+  with pytest.raises(ValueError, match="Two rewards have a term 'gain'"):
+    compose.weighted_sum(TERMS | {"verifiable": TERMS["sar"]}, WEIGHT)

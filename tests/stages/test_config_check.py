@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from opera_jax.configs import common, tiny
 from opera_jax.losses import kl, reduce
-from opera_jax.rewards import compose, opera, verifiable
+from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import learner, score
 from opera_jax.stages import cold_start, config_check
 from opera_jax.synthesis import search
@@ -291,8 +291,8 @@ _DEMANDING = (
     ("rl.kl_in", ("loss", "reward"), {}),
     ("base.decay", optimizer.DECAYS, {}),
     ("sft.moment_dtype", optimizer.MOMENT_DTYPES, {}),
-    ("reward.mode", opera.MODES, {}),
-    ("reward.compare", opera.COMPARED, {}),
+    ("reward.mode", opera_reward.MODES, {}),
+    ("reward.compare", opera_requests.COMPARE, {}),
     ("reward.match", ("word", "substring", "any"), {}),
     ("reward.math_check", verifiable.METHODS, {}),
     ("reward.terms", compose.files("opera_jax.rewards", "Reward"), {}),

@@ -1,12 +1,10 @@
 """Which prefixes OPERA scores: exactly those the reward reads."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.rewards import opera
+from opera_jax.rewards import opera_requests
 
 REFERENCE = np.asarray([7, 8, 9], np.int32)
 
@@ -33,9 +31,9 @@ def _thoughts(rows, steps=5):
   return thoughts
 
 
-def _queries(rows, **settings):
+def _plan(rows, **settings):
   count = len(rows)
-  return opera.queries(
+  return opera_requests.plan(
     _thoughts(rows),
     np.full(count, 10),
     np.full(count, 50),
@@ -82,7 +80,7 @@ def _forks(continuations):
   ],
 )
 def test_forks_are_reflective_ends_their_predecessors_and_the_end(row, forks):
-  continuations, _ = _queries([row])
+  continuations, _ = _plan([row])
   assert _forks(continuations) == [forks]
   for continuation in continuations:
     np.testing.assert_array_equal(continuation.tokens, REFERENCE)
@@ -92,7 +90,7 @@ def test_forks_are_reflective_ends_their_predecessors_and_the_end(row, forks):
 def test_a_thought_cut_off_is_read_as_none_whatever_its_slots_hold():
   thoughts = _thoughts([(1, [5, 9], [1, 1])])
   thoughts = thoughts.replace(closed=np.asarray([False]))
-  continuations, _ = opera.queries(
+  continuations, _ = opera_requests.plan(
     thoughts, np.asarray([10]), np.asarray([50]), [REFERENCE]
   )
   assert _forks(continuations) == [[50]]
@@ -100,31 +98,33 @@ def test_a_thought_cut_off_is_read_as_none_whatever_its_slots_hold():
 
 def test_all_steps_scores_every_step_once_and_keeps_the_comparisons():
   rows = [(1, [5, 9, 20, 30], [0, 0, 1, 0]), (2, [6], [0])]
-  continuations, layout = _queries(rows, all_steps=True)
+  continuations, index = _plan(rows, all_steps=True)
   assert _forks(continuations) == [[1, 5, 9, 20, 30, 50], [2, 6, 50]]
-  assert (layout.previous >= 0).sum() == 1
-  assert layout.previous[0, 3] == 2
-  np.testing.assert_array_equal(layout.before[0], [0, 1, 2, 3, -1])
-  np.testing.assert_array_equal(layout.after[0], [1, 2, 3, 4, -1])
+  assert (index.baseline >= 0).sum() == 1
+  assert index.baseline[0, 3] == 2
+  np.testing.assert_array_equal(index.before[0], [0, 1, 2, 3, -1])
+  np.testing.assert_array_equal(index.after[0], [1, 2, 3, 4, -1])
 
 
-def test_layout_reads_back_the_positions():
+def test_the_index_reads_back_the_positions():
   rows = [(1, [5, 9, 20], [1, 0, 1]), None, (3, [4, 8], [0, 1])]
-  continuations, layout = _queries(rows)
+  continuations, index = _plan(rows)
   position = {
     (row, slot): continuation.fork - 10
-    for row, slot, continuation in zip(layout.row, layout.slot, continuations)
+    for row, slot, continuation in zip(
+      index.completion, index.slot, continuations
+    )
   }
   compared = {
-    (row, position[row, slot], position[row, layout.previous[row, slot]])
-    for row, slot in zip(*np.nonzero(layout.previous >= 0))
+    (row, position[row, slot], position[row, index.baseline[row, slot]])
+    for row, slot in zip(*np.nonzero(index.baseline >= 0))
   }
   assert compared == {(0, 5, 1), (0, 20, 9), (2, 8, 4)}
-  assert [position[r, layout.last[r]] for r in range(3)] == [50, 50, 50]
+  assert [position[r, index.last[r]] for r in range(3)] == [50, 50, 50]
 
 
 def test_the_bridge_is_context_of_partial_thoughts_alone():
-  continuations, _ = _queries([(1, [5], [1])], bridge_ids=(3, 4))
+  continuations, _ = _plan([(1, [5], [1])], bridge_ids=(3, 4))
   assert [continuation.skip for continuation in continuations] == [2, 2, 0]
   assert [list(continuation.tokens) for continuation in continuations] == [
     [3, 4, 7, 8, 9],
@@ -134,21 +134,21 @@ def test_the_bridge_is_context_of_partial_thoughts_alone():
 
 
 def test_rows_name_the_prefixes_they_are_given():
-  continuations, _ = _queries([None, None], prefixes=[4, 2])
+  continuations, _ = _plan([None, None], prefixes=[4, 2])
   assert [continuation.prefix for continuation in continuations] == [4, 2]
 
 
 def test_bad_input_is_refused():
-  with pytest.raises(ValueError, match="reference of row 0 has no tokens"):
-    opera.queries(
+  with pytest.raises(ValueError, match="completion 0 has no tokens"):
+    opera_requests.plan(
       _thoughts([None]), np.asarray([10]), np.asarray([50]), [REFERENCE[:0]]
     )
-  with pytest.raises(ValueError, match="reference_ids has 2 rows"):
-    opera.queries(
+  with pytest.raises(ValueError, match="reference_ids has 2 entries"):
+    opera_requests.plan(
       _thoughts([None]), np.asarray([10]), np.asarray([50]), [REFERENCE] * 2
     )
   with pytest.raises(ValueError, match="steps must rise within"):
-    _queries([(1, [5, 60], [0, 1])])
+    _plan([(1, [5, 60], [0, 1])])
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_bad_input_is_refused():
 )
 def test_what_a_reflective_step_must_beat(compare, beaten):
   row = (1, [5, 9, 20, 30], [1, 0, 1, 1])
-  continuations, layout = _queries([row], compare=compare)
+  continuations, index = _plan([row], compare=compare)
   position = [b.fork - 10 for b in continuations]
   got = [
     (position[before], position[slot])
-    for slot, before in enumerate(layout.previous[0])
+    for slot, before in enumerate(index.baseline[0])
     if before >= 0
   ]
   assert got == beaten
@@ -173,30 +173,4 @@ def test_what_a_reflective_step_must_beat(compare, beaten):
 
 def test_an_unknown_comparison_is_refused():
   with pytest.raises(ValueError, match="Unknown comparison 'best'"):
-    _queries([None], compare="best")
-
-
-def test_without_the_keyword_condition_every_step_counts(rollouts):
-  thoughts = _thoughts([(1, [5, 9], [0, 0]), None])
-  tasks = [structs.Prompt("a", "open_ended", "q", "ref")]
-  case = dataclasses.replace(
-    rollouts([["x" * 30, "y" * 30]], tasks), thoughts=thoughts
-  )
-  plain = opera.Reward().logprob_request(case)
-  every = opera.Reward(every_step=True).logprob_request(case)
-  assert [b.fork for b in plain.continuations] == [31, 31]
-  assert [b.fork for b in every.continuations] == [2, 6, 10, 31, 31]
-  logprob = [np.full(3, v) for v in (-3.0, -2.0, -1.0, -1.0, -2.0)]
-  result = structs.LogprobResult(
-    [], [], continuation_logprob=logprob, aux=every.aux
-  )
-  got = opera.Reward(every_step=True).rewards(case, result)
-  np.testing.assert_array_equal(got["count"], [[2, 0]])
-
-
-def test_maths_prompts_ask_nothing_and_get_zero(rollouts):
-  case = rollouts([["4", "5"]])
-  asked = opera.Reward().logprob_request(case)
-  assert not asked.continuations
-  got = opera.Reward().rewards(case, structs.LogprobResult([], []))
-  np.testing.assert_array_equal(got["total"], [[0, 0]])
+    _plan([None], compare="best")
