@@ -25,7 +25,13 @@ from opera_jax.rewards import math_exact, verifiable
 from opera_jax.run import kept, workdir
 from opera_jax.stages import config_check
 from opera_jax.synthesis import templates
-from opera_jax.text import automaton, math_answer, thought, words
+from opera_jax.text import (
+  automaton,
+  math_answer,
+  thought,
+  thought_automaton,
+  words,
+)
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, metrics
 
@@ -155,7 +161,7 @@ def vocabulary():
   tokenizer = tokenizer_lib.Tokenizer.train_bpe(
     ["But wait, the user said so.\n\nHmm. However, let me think."] * 3, 300
   )
-  table = automaton.compile(
+  table = thought_automaton.compile(
     thought.KEYWORDS,
     thought.SEPARATOR,
     "word",

@@ -20,7 +20,7 @@ from opera_jax.data import batching
 from opera_jax.rewards import compose, opera_reward
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange
-from opera_jax.text import automaton, thought
+from opera_jax.text import automaton, thought, thought_automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
 
@@ -229,7 +229,7 @@ class RewardScorer:
       match=match,
       math_check=math_check,
     )
-    self._table = automaton.compile(
+    self._table = thought_automaton.compile(
       keywords,
       separator,
       "word" if match == "any" else match,

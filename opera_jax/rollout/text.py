@@ -10,7 +10,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.text import automaton
+from opera_jax.text import stop_automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
 
@@ -60,7 +60,7 @@ def complete(
     ValueError: a stop string that is empty, or that no tokens can spell; and
       what `Engine.sample` refuses.
   """
-  table = automaton.compile_stops(stop, tokenizer.vocab_bytes) if stop else None
+  table = stop_automaton.compile(stop, tokenizer.vocab_bytes) if stop else None
   settings = sampling_lib.for_tokenizer(settings, tokenizer, engine.head_rows())
   streams: dict[tuple[int, int], _Stream] = {}
 
@@ -112,7 +112,7 @@ def _spell(tokenizer, tokens, stop, keep_stop) -> str:
   text = tokenizer.decode(tokens, skip_special=True)
   if not stop:
     return text
-  found = automaton.find_first(tokens, tokenizer.vocab_bytes, stop)
+  found = stop_automaton.find_first(tokens, tokenizer.vocab_bytes, stop)
   if found is None:
     return text
   # `found` counts bytes, specials one each, so cut the bytes themselves.

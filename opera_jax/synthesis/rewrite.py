@@ -32,7 +32,7 @@ from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import stop_words as stop_words_lib
 from opera_jax.synthesis import templates
-from opera_jax.text import automaton
+from opera_jax.text import automaton, stop_automaton
 from opera_jax.text import thought as thought_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 
@@ -125,7 +125,7 @@ class Rewriter:
     )
     self._guide = templates.load(guide, ("prompt",), "config.synthesis.guide")
     self._most = max_thought_tokens
-    self._stops = automaton.compile_stops(
+    self._stops = stop_automaton.compile(
       (thought_lib.SEPARATOR,), tokenizer.vocab_bytes
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from opera_jax import structs
-from opera_jax.text import automaton, regions
+from opera_jax.text import automaton, regions, stop_automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
 WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
@@ -63,7 +63,7 @@ class StopWords:
       )
     self._stops = {"stop": self._stop_words, "candidate": heads}
     tables = {
-      phase: automaton.compile_stops(
+      phase: stop_automaton.compile(
         strings, tokenizer.vocab_bytes, right_boundary=self._words
       )
       for phase, strings in self._stops.items()
@@ -101,7 +101,7 @@ class StopWords:
       return tokens, none, "answer"
     stops = self._stops.get(phase)
     vocab = self._tokenizer.vocab_bytes
-    found = stops and automaton.find_first(
+    found = stops and stop_automaton.find_first(
       tokens, vocab, stops, right_boundary=self._words
     )
     if not stops or not found:

@@ -1,9 +1,8 @@
-"""Strings to a deterministic automaton over bytes (Aho-Corasick).
+"""Builds an automaton over bytes that finds strings (Aho-Corasick).
 
-A state is what the past means for the future: which strings are partly
-spelled and how far, whether the last byte was a word character, how much of
-the separator stands. States are found by walking every byte from the start,
-so the automaton holds only those that can occur.
+A state holds the partial matches of all strings, whether the last byte was a
+word character, and the partial match of the separator. States are enumerated
+breadth-first from the initial state, so that only reachable states exist.
 """
 
 import dataclasses
@@ -16,22 +15,23 @@ WORD = frozenset(
 )
 SPACE = frozenset(b" \t\n\r\x0b\x0c")
 
-# Stands for a token without bytes (a special token, an unused id). It occurs
-# in no UTF-8, so no string holds it; it is content, and no word character.
+# Represents a token without bytes (a special token, an unused id). The byte
+# does not occur in UTF-8, so it is part of no string. It is neither white space
+# nor a word character.
 SPECIAL = 0xFF
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteMachine:
-  """Tables over [S states, 256 bytes]; state 0 is the start.
+  """Tables over [S states, 256 bytes]; state 0 is the initial state.
 
   Attributes:
     next_state: [S, 256] int32.
     found: [S, 256] int32, 1 + index of the string that this byte completes
-      (or confirms, where a right boundary is asked for); 0 for none.
+      (with a right boundary: confirms); 0 for none.
     separates: [S, 256] bool, this byte completes the separator. A string
-      found at the same byte lies before the separator.
-    found_at_end: [S] int32, as `found`, where the text ends here.
+      found at the same byte is before the separator.
+    found_at_end: [S] int32, like `found`, if the text ends in this state.
   """
 
   next_state: np.ndarray
@@ -42,9 +42,9 @@ class ByteMachine:
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-  spelled: frozenset[tuple[int, int]]  # (string, bytes of it that stand)
-  after_word: bool  # only kept where a left boundary is asked for
-  separator: int  # bytes of the separator that stand
+  partial: frozenset[tuple[int, int]]  # (string, bytes of it that matched)
+  after_word: bool  # the last byte is a word character; for left boundaries
+  separator: int  # bytes of the separator that matched
 
 
 def build(
@@ -56,20 +56,18 @@ def build(
 ) -> ByteMachine:
   """Builds the automaton that finds `strings`.
 
-  A boundary means: no word character [A-Za-z0-9_] next to the string on that
-  side. A match with a right boundary is known one byte later. After the
-  separator the search starts anew. Of strings found at one byte the longest
-  counts, then the first.
+  A boundary means that no word character [A-Za-z0-9_] is next to the string on
+  that side. A match with a right boundary is known one byte later. The search
+  restarts after a separator. Of several strings found at one byte, the longest
+  is reported, of equally long ones the first.
 
   Args:
     strings: what to find, not empty, distinct.
-    left_boundary: ask for a boundary on the left.
-    right_boundary: ask for a boundary on the right.
-    ignore_case: fold the ASCII letters.
-    separator: bytes that cut the text, found left to right, not overlapping.
-
-  Returns:
-    The tables.
+    left_boundary: require a boundary on the left.
+    right_boundary: require a boundary on the right.
+    ignore_case: ignore the case of ASCII letters.
+    separator: bytes that separate the text, found left to right without
+      overlap; None for no separator.
   """
   if ignore_case:
     strings = [string.lower() for string in strings]
@@ -80,31 +78,31 @@ def build(
       return 0
     return 1 + min(indices, key=lambda i: (-len(strings[i]), i))
 
-  def advance(state: _State, byte: int) -> tuple[_State, int, bool]:
+  def step(state: _State, byte: int) -> tuple[_State, int, bool]:
     folded = byte + 32 if ignore_case and 65 <= byte <= 90 else byte
     is_word = byte in WORD
-    spelled, found = set(), []
-    for index, size in state.spelled:
+    partial, found = set(), []
+    for index, size in state.partial:
       if size == len(strings[index]):
         if not is_word:
           found.append(index)
       elif strings[index][size] == folded:
-        spelled.add((index, size + 1))
+        partial.add((index, size + 1))
     if not state.after_word:
-      spelled.update(
+      partial.update(
         (i, 1) for i, string in enumerate(strings) if string[0] == folded
       )
     if not right_boundary:
-      whole = [(i, size) for i, size in spelled if size == len(strings[i])]
-      found += [i for i, _ in whole]
-      spelled.difference_update(whole)
-    stands = 0
+      complete = [(i, size) for i, size in partial if size == len(strings[i])]
+      found += [i for i, _ in complete]
+      partial.difference_update(complete)
+    matched = 0  # bytes of the separator
     if separator is not None and restarts is not None:
-      stands = restarts[state.separator][byte]
-      if stands == len(separator):
+      matched = restarts[state.separator][byte]
+      if matched == len(separator):
         return _State(frozenset(), False, 0), best(found), True
     after_word = is_word and left_boundary
-    return _State(frozenset(spelled), after_word, stands), best(found), False
+    return _State(frozenset(partial), after_word, matched), best(found), False
 
   start = _State(frozenset(), False, 0)
   number = {start: 0}
@@ -112,7 +110,7 @@ def build(
   for state in states:
     row = []
     for byte in range(256):
-      target, found, separates = advance(state, byte)
+      target, found, separates = step(state, byte)
       if target not in number:
         number[target] = len(states)
         states.append(target)
@@ -120,7 +118,7 @@ def build(
     rows.append(row)
   table = np.asarray(rows, np.int32)
   at_end = [
-    best([i for i, size in state.spelled if size == len(strings[i])])
+    best([i for i, size in state.partial if size == len(strings[i])])
     for state in states
   ]
   return ByteMachine(
@@ -132,7 +130,7 @@ def build(
 
 
 def _restarts(separator: bytes) -> list[list[int]]:
-  """[bytes that stand][next byte] -> bytes that stand (Knuth-Morris-Pratt)."""
+  """Knuth-Morris-Pratt: [bytes matched][next byte] -> bytes matched."""
   table = []
   for size in range(len(separator)):
     row = []

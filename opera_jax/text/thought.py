@@ -1,13 +1,16 @@
-"""Steps and reflective states of a thought: the definition, and on the device.
+"""Finds the steps of a thought and which of them are reflective.
 
-A completion is read as bytes. Its thought lies between the first <think>
+`define` is the definition in plain Python, `find` computes the same on the
+device.
+
+A completion is read as bytes. Its thought is the text between the first <think>
 token and the first </think> token after it; without both there are no steps.
-The separator cuts the thought into pieces; a piece stripped of ASCII white
-space is a step, unless nothing is left. A step is reflective if it holds a
-keyword. Any other token without bytes (special, unused, a second <think>)
-counts as one byte that is content and no word character.
+The separator divides the thought into pieces. A piece, stripped of ASCII white
+space, is a step unless it is empty. A step is reflective if it contains a
+keyword. Any other token without bytes (a special token, an unused id, a second
+<think>) counts as one byte that is neither white space nor a word character.
 
-Shape key: R rows, T tokens, J steps kept.
+Shape key: R completions, T tokens, J steps kept.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.text import automaton as automaton_lib
+from opera_jax.text import thought_automaton
 
 KEYWORDS = ("But", "Wait", "Hmm", "However", "Let me think")
 SEPARATOR = "\n\n"
@@ -30,21 +34,21 @@ SEPARATOR = "\n\n"
 class Step:
   """One step of a thought."""
 
-  text: bytes  # stripped; b"\xff" stands for a token without bytes
-  end: int  # tokens of the completion once the step is complete
+  text: bytes  # stripped; a token without bytes is b"\xff"
+  end: int  # tokens of the completion up to the end of the step
   reflective: bool
 
 
 def is_reflective(
   step: bytes, keywords: Sequence[str] = KEYWORDS, match: str = "word"
 ) -> bool:
-  """Whether a step holds a keyword, whatever the case of its ASCII letters.
+  """Whether a step contains a keyword, ignoring the case of ASCII letters.
 
   Args:
     step: its bytes.
     keywords: the reflection keywords.
-    match: "word" asks that no [A-Za-z0-9_] touches the keyword; "substring"
-      does not, so that "attribute" holds "but".
+    match: "word" requires that no [A-Za-z0-9_] is next to the keyword;
+      "substring" does not, so that "attribute" contains "but".
   """
   if not keywords:
     return False
@@ -63,23 +67,23 @@ def define(
   separator: str = SEPARATOR,
   match: str = "word",
 ) -> list[Step]:
-  """The definition, in plain Python: the steps of one completion.
+  """Finds the steps of one completion, in plain Python.
 
-  A step ends after the token that completes the separator behind it, or
-  before </think> if no separator follows. Steps inside one token share a
+  A step ends after the token that completes the separator after it, or before
+  </think> if no separator follows. Steps within one token end at the same
   position.
 
   Args:
     tokens: token ids of the completion.
-    vocab_bytes: [V] bytes of each token, None where special.
+    vocab_bytes: [V] bytes of each token, None for special tokens.
     think_open_id: id of <think>.
     think_close_id: id of </think>.
     keywords: the reflection keywords.
-    separator: what cuts the thought into steps.
+    separator: separates the steps of a thought.
     match: "word" or "substring".
 
   Returns:
-    The steps in order; none where the thought is not closed.
+    The steps in order; none if the thought is not closed.
   """
   tokens = [int(token) for token in tokens]
   if think_open_id not in tokens:
@@ -109,17 +113,14 @@ def find(
   automaton: automaton_lib.Automaton,
   max_steps: int,
 ) -> structs.Thoughts:
-  """Finds the steps of completions on the device, equal to `define`.
+  """Finds the steps of completions on the device, the same as `define`.
 
   Args:
     tokens_RT: [R, T] int completions, right-padded.
-    length_R: [R] int, real tokens of each.
-    automaton: from `automaton.compile`.
-    max_steps: J, slots for steps. Steps beyond it are left out and `count`
-      is at most J; `total_steps` (or `check_total`) tells.
-
-  Returns:
-    The thoughts, [R] and [R, J].
+    length_R: [R] int, tokens of each without padding.
+    automaton: from `thought_automaton.compile`.
+    max_steps: J, entries for steps. Later steps are dropped, and `count` is at
+      most J; `total_steps` counts all of them.
   """
   codes_RT = automaton_lib.run(automaton, tokens_RT, length_R)
   return from_codes(codes_RT, max_steps)
@@ -127,38 +128,39 @@ def find(
 
 @functools.partial(jax.jit, static_argnames="max_steps")
 def from_codes(codes_RT: jax.Array, max_steps: int) -> structs.Thoughts:
-  """`find`, from the event codes [R, T] of `automaton.run`."""
-  return jax.vmap(lambda code_T: _row(code_T, max_steps))(codes_RT)
+  """The same as `find`, from the event codes [R, T] of `automaton.run`."""
+  return jax.vmap(lambda code_T: _thought(code_T, max_steps))(codes_RT)
 
 
 @jax.jit
 def total_steps(codes_RT: jax.Array) -> jax.Array:
-  """Steps of each row, however many: [R] int32; 0 where not closed."""
+  """Counts all steps of each thought: [R] int32; 0 if not closed."""
 
-  def row(code_T):
-    ended_T, _, _ = _ended(code_T)
-    return jnp.where(_bit(code_T, automaton_lib.CLOSE).any(), ended_T.sum(), 0)
+  def count(code_T: jax.Array) -> jax.Array:
+    ended_T, _, _ = _ended_steps(code_T)
+    closed = _bit(code_T, thought_automaton.CLOSE).any()
+    return jnp.where(closed, ended_T.sum(), 0)
 
-  return jax.vmap(row)(codes_RT)
+  return jax.vmap(count)(codes_RT)
 
 
 def check_total(total_R: np.ndarray, max_steps: int) -> None:
-  """Raises where a thought holds more steps than there are slots.
+  """Refuses thoughts with more steps than `find` keeps.
 
   Args:
     total_R: [R] int from `total_steps`.
-    max_steps: slots given to `find`.
+    max_steps: J of `find`.
 
   Raises:
-    ValueError: some row has more than max_steps steps.
+    ValueError: a thought with more than `max_steps` steps.
   """
   total_R = np.asarray(total_R)
-  over = np.flatnonzero(total_R > max_steps)
-  if over.size:
+  too_long = np.flatnonzero(total_R > max_steps)
+  if too_long.size:
     raise ValueError(
-      f"{over.size} of {total_R.size} thoughts have more than {max_steps}"
-      f" steps; row {over[0]} has {total_R[over[0]]}. Raise max_steps to at"
-      f" least {total_R.max()}."
+      f"{too_long.size} of {total_R.size} thoughts have more than {max_steps}"
+      f" steps; row {too_long[0]} has {total_R[too_long[0]]}. Raise max_steps"
+      f" to at least {total_R.max()}."
     )
 
 
@@ -166,39 +168,51 @@ def _bit(code: jax.Array, bit: int) -> jax.Array:
   return (code & bit) > 0
 
 
-def _ended(code_T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Steps that end at each token: (how many, whether the first of them began
-  before the token's first separator, whether that one is reflective)."""
-  lib = automaton_lib
-  # Three moments a token: its head, its separators (or the <think>), its tail.
+def _ended_steps(
+  code_T: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Finds the steps that end at each token.
+
+  A token can end several steps. The first of them, the head step, began before
+  the token or in its head; the others are whole steps inside the token.
+
+  Returns:
+    The number of steps that end at each token [T] int32, whether a head step
+    is among them [T] bool, and whether that head step is reflective [T] bool.
+  """
+  lib = thought_automaton
+  # Each token has three moments, in order: its head, its separators (or the
+  # <think>), its tail.
   moment_T = 3 * jnp.arange(code_T.shape[0], dtype=jnp.int32)
 
-  def latest(head: int, tail: int) -> jax.Array:
-    """The last moment before each token at which a bit was set."""
+  def last_before(head: int, tail: int) -> jax.Array:
+    """The last moment before each token at which a bit was set; -1 if none."""
     now_T = jnp.where(_bit(code_T, head), moment_T, -1)
     now_T = jnp.where(_bit(code_T, tail), moment_T + 2, now_T)
     return jnp.pad(jax.lax.cummax(now_T), (1, 0), constant_values=-1)[:-1]
 
   cut_T = jnp.where(_bit(code_T, lib.SEPARATOR | lib.OPEN), moment_T + 1, -1)
   cut_T = jnp.pad(jax.lax.cummax(cut_T), (1, 0), constant_values=-1)[:-1]
-  content_T = latest(lib.HEAD_CONTENT, lib.TAIL_CONTENT) > cut_T
-  keyword_T = latest(lib.HEAD_KEYWORD, lib.TAIL_KEYWORD) > cut_T
+  # Content and keywords since the last separator belong to the current step.
+  content_T = last_before(lib.HEAD_CONTENT, lib.TAIL_CONTENT) > cut_T
+  keyword_T = last_before(lib.HEAD_KEYWORD, lib.TAIL_KEYWORD) > cut_T
   ends_T = _bit(code_T, lib.SEPARATOR | lib.CLOSE)
   head_T = ends_T & (content_T | _bit(code_T, lib.HEAD_CONTENT))
   reflective_T = keyword_T | _bit(code_T, lib.HEAD_KEYWORD)
-  ended_T = head_T.astype(jnp.int32) + _bit_length(code_T)
+  ended_T = head_T.astype(jnp.int32) + _whole_steps(code_T)
   return ended_T, head_T, reflective_T
 
 
-def _bit_length(code_T: jax.Array) -> jax.Array:
+def _whole_steps(code_T: jax.Array) -> jax.Array:
   """Number of whole steps inside each token."""
-  middle_T = code_T >> automaton_lib.MIDDLE_SHIFT
+  middle_T = code_T >> thought_automaton.MIDDLE_SHIFT
   return jnp.maximum(31 - jax.lax.clz(middle_T), 0)
 
 
-def _row(code_T: jax.Array, max_steps: int) -> structs.Thoughts:
-  lib = automaton_lib
-  ended_T, head_T, reflective_T = _ended(code_T)
+def _thought(code_T: jax.Array, max_steps: int) -> structs.Thoughts:
+  """`from_codes` of one completion."""
+  lib = thought_automaton
+  ended_T, head_T, reflective_T = _ended_steps(code_T)
   done_T = jnp.cumsum(ended_T)
   closed = _bit(code_T, lib.CLOSE).any()
   close = jnp.argmax(_bit(code_T, lib.CLOSE)).astype(jnp.int32)
@@ -206,16 +220,17 @@ def _row(code_T: jax.Array, max_steps: int) -> structs.Thoughts:
   total = jnp.where(closed, done_T[-1], 0)
   step_J = jnp.arange(max_steps, dtype=jnp.int32)
   real_J = step_J < total
+  # The token at which each step ends.
   token_J = jnp.searchsorted(done_T, step_J, side="right")
   token_J = jnp.minimum(token_J, code_T.shape[0] - 1).astype(jnp.int32)
-  # Place of the step among those that end at its token; -1 is the head.
-  place_J = step_J - (done_T[token_J] - ended_T[token_J])
-  place_J = place_J - head_T[token_J].astype(jnp.int32)
-  whole_J = _bit_length(code_T[token_J])
+  # The step's index among the whole steps of its token; -1 for the head step.
+  index_J = step_J - (done_T[token_J] - ended_T[token_J])
+  index_J = index_J - head_T[token_J].astype(jnp.int32)
+  whole_J = _whole_steps(code_T[token_J])
   middle_J = code_T[token_J] >> lib.MIDDLE_SHIFT
-  shift_J = jnp.clip(whole_J - 1 - place_J, 0, 31)
+  shift_J = jnp.clip(whole_J - 1 - index_J, 0, 31)
   inside_J = ((middle_J >> shift_J) & 1) > 0
-  reflective_J = jnp.where(place_J < 0, reflective_T[token_J], inside_J)
+  reflective_J = jnp.where(index_J < 0, reflective_T[token_J], inside_J)
   end_J = token_J + jnp.where(_bit(code_T[token_J], lib.CLOSE), 0, 1)
   return structs.Thoughts(
     closed=closed,

@@ -1,4 +1,4 @@
-"""A byte automaton folded over a vocabulary, and the store of such tables.
+"""Turns a byte automaton into one over tokens, and caches the tables on disk.
 
 Shape key: S states, C columns, V tokens of the vocabulary.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from opera_jax import atomic_file
 
 _FORMAT = b"automaton 1"
-# What reading a damaged file raises.
+# The exceptions that reading a damaged file can raise.
 DAMAGE = (
   EOFError,
   NotImplementedError,
@@ -32,15 +32,19 @@ _TABLES = ("token_class", "next_state", "event", "end_event")
 def fold(
   table_SB: np.ndarray,
   tokens: Sequence[bytes],
-  act: Callable[[np.ndarray, np.ndarray], None],
+  record: Callable[[np.ndarray, np.ndarray], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Runs every token from every state, byte column by byte column.
+  """Runs the bytes of every token from every state.
+
+  All tokens are processed together: first their first bytes, then their second
+  bytes, and so on.
 
   Args:
     table_SB: [S, 256] next state.
     tokens: the bytes of each token.
-    act: called as act(flat, code) with flat [S, n] = state * 256 + byte, and
-      code [S, n] int32 to change in place, a view on the n longest tokens.
+    record: called as record(flat, code) before each transition. `flat` [S, n]
+      is state * 256 + byte; `code` [S, n] int32 is updated in place. It is a
+      view of the n tokens that have such a byte.
 
   Returns:
     (next_state [S, tokens], code [S, tokens]), int32.
@@ -55,25 +59,26 @@ def fold(
     active = int(np.count_nonzero(lengths > column))
     byte = np.asarray([tokens[i][column] for i in order[:active]], np.int32)
     flat = state[:, :active] * 256 + byte
-    act(flat, code[:, :active])
+    record(flat, code[:, :active])
     state[:, :active] = flat_table[flat]
-  back = np.argsort(np.asarray(order, np.int64))
-  return state[:, back], code[:, back]
+  inverse = np.argsort(np.asarray(order, np.int64))
+  return state[:, inverse], code[:, inverse]
 
 
 def distinct_tokens(
-  table_SX: np.ndarray, vocab_bytes: Sequence[bytes | None]
+  table_SBK: np.ndarray, vocab_bytes: Sequence[bytes | None]
 ) -> tuple[list[bytes], np.ndarray]:
-  """Tokens up to bytes that act alike, and which of them each token is.
+  """Replaces bytes by a representative of equal behaviour; merges equal tokens.
 
   Args:
-    table_SX: [S, 256, k] all that the automaton knows of a byte.
-    vocab_bytes: [V] bytes of each token.
+    table_SBK: [S, 256, k] everything that the automaton does at a byte.
+    vocab_bytes: [V] bytes of each token, None for special tokens.
 
   Returns:
-    (distinct tokens, index [V + 1] into them, -1 where special).
+    The distinct tokens, and the index [V + 1] into them of each token; -1 for
+    special tokens and, last, for ids outside the vocabulary.
   """
-  rows = table_SX.transpose(1, 0, 2).reshape(256, -1)
+  rows = table_SBK.transpose(1, 0, 2).reshape(256, -1)
   _, first, group = np.unique(
     rows, axis=0, return_index=True, return_inverse=True
   )
@@ -89,6 +94,7 @@ def distinct_tokens(
 
 
 def _smallest(array: np.ndarray) -> np.ndarray:
+  """Casts to the smallest unsigned integer type that holds all values."""
   return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
@@ -98,15 +104,25 @@ def compress(
   index: np.ndarray,
   end_event: np.ndarray,
 ) -> dict[str, np.ndarray]:
-  """Keeps one column of each kind."""
+  """Keeps one column of each distinct behaviour.
+
+  Args:
+    next_state: [S, n] of n token kinds.
+    code: [S, n] event codes.
+    index: [V + 1] kind of each token.
+    end_event: [S] event codes at the end of the text.
+
+  Returns:
+    The arrays of an `automaton.Automaton` by name.
+  """
   columns = np.ascontiguousarray(np.concatenate([next_state, code]).T)
   seen: dict[bytes, int] = {}
-  kind = np.asarray(
-    [seen.setdefault(row.tobytes(), len(seen)) for row in columns]
+  column_of = np.asarray(
+    [seen.setdefault(column.tobytes(), len(seen)) for column in columns]
   )
-  _, first = np.unique(kind, return_index=True)
+  _, first = np.unique(column_of, return_index=True)
   return {
-    "token_class": _smallest(kind[index]),
+    "token_class": _smallest(column_of[index]),
     "next_state": _smallest(next_state[:, first]),
     "event": _smallest(code[:, first]),
     "end_event": _smallest(np.asarray(end_event)),
@@ -119,7 +135,16 @@ def cached(
   key: Sequence,
   vocab_bytes: Sequence[bytes | None],
 ) -> dict[str, np.ndarray]:
-  """Builds, or reads what was built from the same strings and vocabulary."""
+  """Returns cached tables, or builds and caches them.
+
+  A cache file that cannot be read is rebuilt with a warning.
+
+  Args:
+    build: builds the tables.
+    cache_dir: folder of the cache; None does not cache.
+    key: everything that `build` depends on besides the vocabulary.
+    vocab_bytes: [V] bytes of each token.
+  """
   if cache_dir is None:
     return build()
   digest = hashlib.sha256(_FORMAT + repr(list(key)).encode())
@@ -130,7 +155,7 @@ def cached(
       return _read(path)
     except DAMAGE as error:
       warnings.warn(
-        f"{path} cannot be read ({error}); built anew.", stacklevel=3
+        f"{path} cannot be read ({error}); it is rebuilt.", stacklevel=3
       )
   tables = build()
   try:
@@ -139,18 +164,18 @@ def cached(
       np.savez_compressed(file, allow_pickle=False, **tables)
   except OSError as error:
     warnings.warn(
-      f"{path} cannot be written ({error}); it is built at every start.",
+      f"{path} cannot be written ({error}); it is rebuilt at every start.",
       stacklevel=3,
     )
   return tables
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tables of a file.
+  """Reads the tables of a cache file.
 
   Raises:
-    ValueError: it is no plain file, or holds something else; and whatever
-      numpy raises of a damaged file.
+    ValueError: the path is not a plain file, or it holds something else. A
+      damaged file raises any of `DAMAGE`.
   """
   if path.is_symlink() or not path.is_file():
     raise ValueError("it is no plain file")

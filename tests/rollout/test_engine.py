@@ -8,7 +8,7 @@ import pytest
 from opera_jax.models import qwen3
 from opera_jax.rollout import engine, sampling
 from opera_jax.sharding import layout, mesh, rules
-from opera_jax.text import automaton
+from opera_jax.text import stop_automaton
 
 STOP = 7
 
@@ -140,7 +140,7 @@ def test_mesh_does_not_change_samples(tiny_model, one_device):
 
 def test_stop_strings_end_a_sample(tiny_model, one_device):
   letters = [bytes([65 + i % 26]) for i in range(300)]
-  stops = automaton.compile_stops(["AB", "C"], letters)
+  stops = stop_automaton.compile(["AB", "C"], letters)
   settings = sampling.Sampling(max_new_tokens=24, stop_ids=(STOP,))
   out = _engine(tiny_model, one_device).sample(
     tiny_model[2],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opera_jax.text import automaton, regions
+from opera_jax.text import automaton, regions, stop_automaton
 
 VOCAB = [b"a", b"b", b"ab", b"\n", b"\n\n", b" stop", b"stop", None, None]
 
@@ -18,8 +18,8 @@ def _events(table, start, tokens):
 
 @pytest.mark.slow
 def test_regions_act_as_their_automata():
-  one = automaton.compile_stops(["stop"], VOCAB, right_boundary=True)
-  two = automaton.compile_stops(["\n\n", "ba"], VOCAB)
+  one = stop_automaton.compile(["stop"], VOCAB, right_boundary=True)
+  two = stop_automaton.compile(["\n\n", "ba"], VOCAB)
   parts = [(one, [7]), (two, []), (None, [8]), (None, [])]
   table, starts = regions.join(parts, len(VOCAB))
   rng = np.random.default_rng(0)
@@ -39,6 +39,6 @@ def test_regions_act_as_their_automata():
 )
 def test_strangers_are_refused(part, message):
   if part[0] == 3:
-    part = automaton.compile_stops(["a"], VOCAB[:3]), []
+    part = stop_automaton.compile(["a"], VOCAB[:3]), []
   with pytest.raises(ValueError, match=message):
     regions.join([(None, []), part], len(VOCAB))

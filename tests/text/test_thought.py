@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from opera_jax.text import automaton, thought
+from opera_jax.text import automaton, thought, thought_automaton
 
 LENGTH, STEPS = 64, 48
 
 
 def table(tokenizer, match="word", separator="\n\n", keywords=thought.KEYWORDS):
-  return automaton.compile(
+  return thought_automaton.compile(
     keywords,
     separator,
     match,
