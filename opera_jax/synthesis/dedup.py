@@ -1,15 +1,16 @@
-"""Prompts that say again what an earlier one said, found and named.
+"""Finds exact and near duplicates among prompts.
 
-Exact: equal once case, width and spacing are out of the way. Near: the sets
-of word n-grams overlap by at least a threshold (Jaccard index). MinHash with
-locality-sensitive hashing proposes pairs; each is decided by the true index,
-so no prompt is dropped that is not as near as the threshold says. Pairs are
-proposed from 0.8 of the threshold on: at a threshold of 0.8 a pair right on it
-is missed in 5 of 100 cases, a pair of index 0.85 in 1 of 100.
+Exact duplicates are equal after normalising case, width and spacing. Near
+duplicates have sets of word n-grams whose Jaccard index is at least a
+threshold. MinHash with locality-sensitive hashing proposes pairs, and the true
+Jaccard index of every proposed pair is computed, so there are no false
+positives. The hashing is tuned to 0.8 of the threshold: at a threshold of 0.8
+it misses 5 of 100 pairs whose index is 0.8, and 1 of 100 whose index is 0.85.
 
-Where many prompts share much and are yet no duplicates (a template with other
-names), each is compared with the `_MOST` likeliest of those proposed, so that
-the time stays linear in the prompts. A warning counts them.
+If many prompts are similar without being duplicates (one template with
+different names), each prompt is only compared with the `_MAX_COMPARED` most
+similar proposals, so that the time stays linear in the number of prompts. A
+warning reports how many prompts this affects.
 """
 
 import collections
@@ -23,11 +24,11 @@ from opera_jax import structs
 from opera_jax.text import words
 
 _PERMUTATIONS = 128
-_PROPOSED = 0.8  # of the threshold
+_PROPOSED = 0.8  # fraction of the threshold to which the hashing is tuned
 _BATCH = 4096
-_MOST = 64  # true indices taken for one prompt
-_KEPT = 1024  # prompts whose n-grams are kept between two comparisons
-_BUCKET = 128  # earlier prompts remembered under one hash
+_MAX_COMPARED = 64  # true Jaccard indices computed for one prompt
+_CACHED = 1024  # prompts whose n-grams are cached between comparisons
+_BUCKET = 128  # prompts stored under one hash
 
 
 def repeats(
@@ -36,19 +37,19 @@ def repeats(
   threshold: float,
   ngram: int = 3,
 ) -> list[tuple[str, str] | None]:
-  """Which prompts repeat an earlier one that was kept.
+  """Finds prompts that duplicate an earlier prompt that is kept.
 
   Args:
-    prompts: in the order of preference, the first of equals is kept.
-    threshold: Jaccard index in (0, 1] from which two are near; 0 looks for
-      exact repetitions alone.
+    prompts: in order of preference; the first of several duplicates is kept.
+    threshold: Jaccard index in (0, 1] of near duplicates; 0 finds exact
+      duplicates only.
     ngram: words of an n-gram.
 
   Returns:
-    For each prompt None, or ("exact" or "near", id of the prompt it repeats).
+    For each prompt None, or ("exact" or "near", id of the earlier prompt).
 
   Raises:
-    ValueError: a threshold outside [0, 1], an n-gram of no word.
+    ValueError: a threshold outside [0, 1], or `ngram` below 1.
   """
   _check(threshold, ngram)
   found: list[tuple[str, str] | None] = []
@@ -57,28 +58,29 @@ def repeats(
     first = owner.setdefault(words.normal(prompt.prompt), prompt.id)
     found.append(None if first == prompt.id else ("exact", first))
   if threshold:
-    left = [i for i, one in enumerate(found) if one is None]
-    for place, twins in _near(prompts, left, threshold, ngram, chains=False):
-      found[place] = ("near", prompts[twins[0]].id)
+    unique = [i for i, duplicate in enumerate(found) if duplicate is None]
+    for index, similar in _near(
+      prompts, unique, threshold, ngram, chains=False
+    ):
+      found[index] = ("near", prompts[similar[0]].id)
   return found
 
 
 def clusters(
   prompts: Sequence[structs.Prompt], *, threshold: float, ngram: int = 3
 ) -> list[str]:
-  """Names of groups that a split must keep together.
+  """Groups prompts that a data split must not separate.
 
-  Two prompts are in one group if they are near, or if a chain of near ones
-  leads from one to the other.
+  Groups are the connected components of the near-duplicate relation.
 
   Args:
     prompts: any prompts.
-    threshold: see `repeats`; 0 groups exact repetitions alone.
+    threshold: see `repeats`; 0 groups exact duplicates only.
     ngram: words of an n-gram.
 
   Returns:
-    For each prompt the normalised text of one of its group, the same for all
-    of the group.
+    For each prompt the name of its group, which is the normalised text of one
+    of its members.
 
   Raises:
     ValueError: see `repeats`.
@@ -86,21 +88,22 @@ def clusters(
   _check(threshold, ngram)
   normal = [words.normal(prompt.prompt) for prompt in prompts]
   first: dict[str, int] = {}
-  root = [first.setdefault(text, place) for place, text in enumerate(normal)]
+  # Union-find; the root of a group is its first prompt.
+  parent = [first.setdefault(text, index) for index, text in enumerate(normal)]
 
-  def find(place: int) -> int:
-    while root[place] != place:
-      root[place] = root[root[place]]
-      place = root[place]
-    return place
+  def find(index: int) -> int:
+    while parent[index] != index:
+      parent[index] = parent[parent[index]]
+      index = parent[index]
+    return index
 
   if threshold:
-    left = list(first.values())
-    for place, twins in _near(prompts, left, threshold, ngram, chains=True):
-      for twin in twins:
-        low, high = sorted((find(place), find(twin)))
-        root[high] = low
-  return [normal[find(place)] for place in range(len(prompts))]
+    unique = list(first.values())
+    for index, similar in _near(prompts, unique, threshold, ngram, chains=True):
+      for other in similar:
+        low, high = sorted((find(index), find(other)))
+        parent[high] = low
+  return [normal[find(index)] for index in range(len(prompts))]
 
 
 def _check(threshold: float, ngram: int) -> None:
@@ -114,35 +117,36 @@ def _check(threshold: float, ngram: int) -> None:
 
 def _near(
   prompts: Sequence[structs.Prompt],
-  places: Sequence[int],
+  indices: Sequence[int],
   threshold: float,
   ngram: int,
   *,
   chains: bool,
 ) -> Iterator[tuple[int, list[int]]]:
-  """Prompts that are near to earlier ones.
+  """Finds prompts that are near duplicates of earlier ones.
 
   Args:
-    prompts: all of them.
-    places: those to look at, in this order.
+    prompts: all prompts.
+    indices: of the prompts to compare, in this order.
     threshold: Jaccard index.
     ngram: words of an n-gram.
-    chains: whether one that is near to another is compared with later ones.
+    chains: whether later prompts are also compared with near duplicates.
 
   Yields:
-    The place of each, and those of the earlier ones, the nearest first.
+    The index of a near duplicate, and the indices of the earlier prompts that
+    it duplicates, the most similar first.
   """
   import datasketch  # imports scipy
 
-  index = _Index(_PROPOSED * threshold)
+  lsh = _BoundedLsh(_PROPOSED * threshold)
 
-  # Prompts that are compared with many are compared with the same ones.
-  @functools.lru_cache(maxsize=_KEPT)
-  def shingles(place: int) -> set[tuple[str, ...]]:
-    return _shingles(prompts[place], ngram)
+  # Similar prompts are compared with the same earlier ones.
+  @functools.lru_cache(maxsize=_CACHED)
+  def shingles(prompt: int) -> set[tuple[str, ...]]:
+    return _shingles(prompts[prompt], ngram)
 
-  for begin in range(0, len(places), _BATCH):
-    batch = places[begin : begin + _BATCH]
+  for begin in range(0, len(indices), _BATCH):
+    batch = indices[begin : begin + _BATCH]
     hashes = datasketch.MinHash.bulk(
       [
         [" ".join(gram).encode() for gram in _shingles(prompts[i], ngram)]
@@ -150,47 +154,57 @@ def _near(
       ],
       num_perm=_PERMUTATIONS,
     )
-    for place, minhash in zip(batch, hashes):
-      own = _shingles(prompts[place], ngram)
-      likeness = [
-        (-_jaccard(own, shingles(twin)), twin)
-        for twin in index.likeliest(minhash.hashvalues)
-      ]
-      twins = [twin for alike, twin in sorted(likeness) if -alike >= threshold]
-      if twins:
-        yield place, twins
-      if chains or not twins:
-        index.insert(place, minhash.hashvalues)
-  if index.cut:
+    for prompt, minhash in zip(batch, hashes):
+      own = _shingles(prompts[prompt], ngram)
+      jaccard = {
+        other: _jaccard(own, shingles(other))
+        for other in lsh.most_similar(minhash.hashvalues)
+      }
+      similar = sorted(
+        (other for other in jaccard if jaccard[other] >= threshold),
+        key=lambda other, jaccard=jaccard: (-jaccard[other], other),
+      )
+      if similar:
+        yield prompt, similar
+      if chains or not similar:
+        lsh.insert(prompt, minhash.hashvalues)
+  if lsh.truncated:
     warnings.warn(
-      f"{index.cut:,} of {len(places):,} prompts share much with more than "
-      f"{_MOST} others; each was compared with the {_MOST} likeliest to be its "
-      "near duplicates.",
+      f"{lsh.truncated:,} of {len(indices):,} prompts share much with more "
+      f"than {_MAX_COMPARED} others; each was compared with the "
+      f"{_MAX_COMPARED} likeliest to be its near duplicates.",
       RuntimeWarning,
       stacklevel=2,
     )
 
 
-class _Index:
-  """Locality-sensitive hashing whose answers are bounded."""
+class _BoundedLsh:
+  """Locality-sensitive hashing that returns a bounded number of matches.
+
+  Attributes:
+    truncated: number of queries for which matches were dropped.
+  """
 
   def __init__(self, threshold: float):
     import datasketch
 
-    # datasketch knows how many bands of how many rows suit a threshold.
+    # datasketch chooses the number and width of bands for the threshold.
     bands = datasketch.MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
     self._ranges = bands.hashranges
     self._buckets: list[dict[bytes, list[int]]] = [
       collections.defaultdict(list) for _ in self._ranges
     ]
     self._hashes: dict[int, np.ndarray] = {}
-    self.cut = 0
+    self.truncated = 0
 
-  def likeliest(self, hashes: np.ndarray) -> list[int]:
-    """At most `_MOST` places whose hashes agree most, the earliest first.
+  def most_similar(self, hashes: np.ndarray) -> list[int]:
+    """The stored prompts whose hashes agree most, in ascending order.
 
     Args:
       hashes: [_PERMUTATIONS] uint64.
+
+    Returns:
+      At most `_MAX_COMPARED` indices.
     """
     proposed: set[int] = set()
     full = False
@@ -198,25 +212,26 @@ class _Index:
       found = bucket.get(hashes[low:high].tobytes(), ())
       full |= len(found) == _BUCKET
       proposed.update(found)
-    places = sorted(proposed)
-    if len(places) <= _MOST:
-      self.cut += full
-      return places
-    self.cut += 1
-    same = [np.count_nonzero(self._hashes[p] == hashes) for p in places]
-    best = np.argsort(-np.asarray(same), kind="stable")[:_MOST]
-    return [places[i] for i in sorted(best)]
+    indices = sorted(proposed)
+    if len(indices) <= _MAX_COMPARED:
+      self.truncated += full
+      return indices
+    self.truncated += 1
+    agreeing = [np.count_nonzero(self._hashes[i] == hashes) for i in indices]
+    best = np.argsort(-np.asarray(agreeing), kind="stable")[:_MAX_COMPARED]
+    return [indices[i] for i in sorted(best)]
 
-  def insert(self, place: int, hashes: np.ndarray) -> None:
-    """Remembers a place under each of its bands that is not yet full."""
-    self._hashes[place] = hashes
+  def insert(self, index: int, hashes: np.ndarray) -> None:
+    """Stores a prompt under each of its bands, unless that bucket is full."""
+    self._hashes[index] = hashes
     for (low, high), bucket in zip(self._ranges, self._buckets):
       found = bucket[hashes[low:high].tobytes()]
       if len(found) < _BUCKET:
-        found.append(place)
+        found.append(index)
 
 
 def _shingles(prompt: structs.Prompt, ngram: int) -> set[tuple[str, ...]]:
+  """The word n-grams of a prompt."""
   return set(words.ngrams(words.split(words.normal(prompt.prompt)), ngram))
 
 

@@ -1,7 +1,7 @@
-"""Which synthesised traces become SFT data; every rejection is counted.
+"""Filters synthesised traces for SFT, and counts rejections by reason.
 
-A trace is counted under the first rule that it breaks, in the order of
-`reason`; outliers and the share to keep are judged among those that pass.
+A trace is rejected by the first rule that it breaks, in the order of `reason`.
+The perplexity rules are then applied to the traces that passed.
 """
 
 import collections
@@ -17,39 +17,40 @@ from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")
 _UNCLOSED = (stop_words_lib.TOO_LONG, stop_words_lib.TURN_ENDED)
-_FEWEST = 10  # searched traces from which an outlier can be told
-_NORMAL = 1.4826  # standard deviations of a normal in its median deviation
+_MIN_FOR_OUTLIERS = 10  # searched traces
+_MAD_TO_STD = 1.4826  # of a normal distribution
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Settings of the filters; a largest share of 1 rules nothing out.
+  """Settings of the filters; a maximum fraction of 1 disables its rule.
 
   Attributes:
-    min_reflections: fewest reflective steps of the thought.
-    max_repeat: largest share of its steps that repeat an earlier one.
-    ngram: words of an n-gram of the next two rules.
-    max_ngram_repeat: largest share of the n-grams of thought and answer that
-      repeat an earlier one.
-    max_copied: largest share of the answer's n-grams that stand in the
-      prompt; an answer that is the prompt's text is always copied.
-    max_foreign: largest share of the letters of thought or answer that are of
-      a script which neither prompt nor reference uses. A change between
-      languages of one script goes unseen.
-    think_tags: whether a think tag may stand in thought or answer.
-    stop_words: words that open a sentence of thinking and hardly one of an
-      answer.
-    max_stop_words: most of them in the answer; with more, the thought goes on
-      after it.
-    min_thought_words: shortest thought; a Chinese character is a word.
-    max_thought_words: longest, 0 for no limit.
-    min_answer_words: shortest answer.
-    max_answer_words: longest, 0 for no limit.
-    max_deviation: how far a trace's perplexity may lie from the median, in
-      robust standard deviations of its logarithm, either way; 0 for no
-      limit. Its perplexity is the mean over its kept candidates.
-    keep_share: of the traces that pass all this, the part kept, ordered by
-      perplexity; traces that were never searched come last.
+    min_reflections: minimum number of reflective steps of the thought.
+    max_repeat: maximum fraction of steps that repeat an earlier step.
+    ngram: words of an n-gram, for the next two rules.
+    max_ngram_repeat: maximum fraction of the n-grams of thought and answer that
+      repeat an earlier n-gram.
+    max_copied: maximum fraction of the answer's n-grams that occur in the
+      prompt; an answer equal to the prompt is always rejected.
+    max_foreign: maximum fraction of the letters of thought or answer in a
+      script that neither prompt nor reference uses. A switch between languages
+      of the same script is not detected.
+    think_tags: whether thought and answer may contain think tags.
+    stop_words: words that often begin a sentence of a thought and rarely one of
+      an answer.
+    max_stop_words: maximum number of them in the answer; more mean that the
+      thought continues after </think>.
+    min_thought_words: minimum length of the thought; a Chinese character counts
+      as a word.
+    max_thought_words: maximum length, 0 for no limit.
+    min_answer_words: minimum length of the answer.
+    max_answer_words: maximum length, 0 for no limit.
+    max_deviation: maximum distance of a trace's log perplexity from the median,
+      in robust standard deviations; 0 for no limit. The perplexity of a trace
+      is the mean over its kept candidates.
+    keep_share: fraction of the passing traces to keep, lowest perplexity first;
+      traces without search rounds come last.
   """
 
   min_reflections: int = 1
@@ -69,16 +70,16 @@ class Rules:
   keep_share: float = 1.0
 
   def __post_init__(self):
-    """Refuses shares that are none."""
+    """Refuses fractions outside [0, 1] and other invalid settings."""
     for name in ("max_repeat", "max_ngram_repeat", "max_copied", "max_foreign"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(
-          f"{name} is a share, in [0, 1], got {getattr(self, name)}. Change "
+          f"{name} is a fraction in [0, 1], got {getattr(self, name)}. Change "
           f"config.select.{name}."
         )
     if not 0 < self.keep_share <= 1:
       raise ValueError(
-        f"keep_share is a share, in (0, 1], got {self.keep_share}. Change "
+        f"keep_share is a fraction in (0, 1], got {self.keep_share}. Change "
         "config.select.keep_share."
       )
     if self.ngram < 1 or self.max_deviation < 0:
@@ -91,12 +92,14 @@ class Rules:
 def reason(
   trace: traces.Trace, rules: Rules, keywords: Sequence[str]
 ) -> str | None:
-  """Why a trace is rejected, or None.
+  """The reason why a trace is rejected, or None if it passes.
+
+  Perplexity rules are not included; see `verdicts`.
 
   Args:
     trace: a synthesised trace.
-    rules: what it must keep to.
-    keywords: reflection keywords, matched on word boundaries.
+    rules: settings.
+    keywords: reflection keywords, matched as whole words.
   """
   if trace.status in _UNCLOSED:
     return f"unclosed thought: {trace.status}"
@@ -108,7 +111,7 @@ def reason(
   for name, text in texts.items():
     if not rules.think_tags and any(tag in text for tag in _TAGS):
       return f"think tag in the {name}"
-  if _stop_words(trace.answer, rules.stop_words) > rules.max_stop_words:
+  if _count_stop_words(trace.answer, rules.stop_words) > rules.max_stop_words:
     return "thought goes on after the answer"
   steps = [s.strip() for s in trace.thought.split(thought.SEPARATOR)]
   steps = [s for s in steps if s]
@@ -117,17 +120,19 @@ def reason(
     return f"fewer than {rules.min_reflections} reflections"
   if steps and 1 - len(set(steps)) / len(steps) > rules.max_repeat:
     return "repeated steps"
-  said = {name: words.split(words.normal(text)) for name, text in texts.items()}
+  words_of = {
+    name: words.split(words.normal(text)) for name, text in texts.items()
+  }
   for name in texts:
     low = getattr(rules, f"min_{name}_words")
     high = getattr(rules, f"max_{name}_words") or np.inf
-    if len(said[name]) < low:
+    if len(words_of[name]) < low:
       return f"{name} too short"
-    if len(said[name]) > high:
+    if len(words_of[name]) > high:
       return f"{name} has too many words"
-  if _repeated(said.values(), rules.ngram) > rules.max_ngram_repeat:
+  if _repeated(words_of.values(), rules.ngram) > rules.max_ngram_repeat:
     return "repeated n-grams"
-  if _copied(said["answer"], trace.prompt, rules):
+  if _copied(words_of["answer"], trace.prompt, rules):
     return "answer copied from the prompt"
   known = words.scripts(trace.prompt + trace.reference)
   for name, text in texts.items():
@@ -141,87 +146,94 @@ def verdicts(
   rules: Rules,
   keywords: Sequence[str] = thought.KEYWORDS,
 ) -> tuple[list[str | None], dict[str, int]]:
-  """Filters traces, then keeps the share of lowest kept-candidate perplexity.
+  """Filters traces by all rules.
 
-  Every trace is looked at once and let go: what stays is a word and a number.
+  The traces are read as a stream: only a reason and a perplexity are stored for
+  each of them.
 
   Args:
     candidates: synthesised traces.
-    rules: what they must keep to.
+    rules: settings.
     keywords: see `reason`.
 
   Returns:
-    Why each trace is rejected, None for those that are kept; and counts by
-    reason ("kept" among them).
+    For each trace the reason why it is rejected, None if it is kept; and the
+    number of traces by reason, with "kept" for those that pass.
 
   Raises:
-    ValueError: nothing kept.
+    ValueError: no trace passed.
   """
-  why: list[str | None] = []
-  passed: list[tuple[float, int]] = []
-  for place, trace in enumerate(candidates):
-    why.append(reason(trace, rules, keywords))
-    if why[-1] is None:
+  reasons: list[str | None] = []
+  passed: list[tuple[float, int]] = []  # (perplexity, index of the trace)
+  for index, trace in enumerate(candidates):
+    reasons.append(reason(trace, rules, keywords))
+    if reasons[-1] is None:
       kept = [r.candidates[r.kept].perplexity for r in trace.rounds]
-      passed.append((float(np.mean(kept)) if kept else np.inf, place))
-  outside = _outliers(
+      passed.append((float(np.mean(kept)) if kept else np.inf, index))
+  outliers = _outliers(
     [perplexity for perplexity, _ in passed], rules.max_deviation
   )
-  for (_, place), out in zip(passed, outside):
-    if out:
-      why[place] = "perplexity outlier"
-  passed = sorted(one for one, out in zip(passed, outside) if not out)
-  for _, place in passed[max(1, round(rules.keep_share * len(passed))) :]:
-    why[place] = "perplexity"
-  counts = collections.Counter(word for word in why if word is not None)
-  if len(why) == counts.total():
+  for (_, index), is_outlier in zip(passed, outliers):
+    if is_outlier:
+      reasons[index] = "perplexity outlier"
+  passed = sorted(
+    trace for trace, is_outlier in zip(passed, outliers) if not is_outlier
+  )
+  for _, index in passed[max(1, round(rules.keep_share * len(passed))) :]:
+    reasons[index] = "perplexity"
+  counts = collections.Counter(r for r in reasons if r is not None)
+  if len(reasons) == counts.total():
     raise ValueError(
       f"No synthesised trace passed the filters: {dict(counts)}. Loosen "
       "config.select, or synthesise with a better base model."
     )
-  return why, {"kept": len(why) - counts.total(), **counts}
+  return reasons, {"kept": len(reasons) - counts.total(), **counts}
 
 
-def _stop_words(answer: str, stop_words: Sequence[str]) -> int:
-  """Sentences of the answer that open with a stop word, exact case, whole
-  word."""
+def _count_stop_words(answer: str, stop_words: Sequence[str]) -> int:
+  """Number of sentences of the answer that begin with a stop word (exact case,
+  whole word)."""
   if not stop_words:
     return 0
   opening = "|".join(re.escape(word) for word in stop_words)
   return len(re.findall(rf"(?:^|\n|[.!?] )(?:{opening})\b", answer))
 
 
-def _repeated(said: Iterable[Sequence[str]], n: int) -> float:
-  """The share of n-grams, none across texts, that repeat an earlier one."""
-  grams = [gram for text in said for gram in words.ngrams(text, n)]
+def _repeated(texts: Iterable[Sequence[str]], n: int) -> float:
+  """The fraction of n-grams within texts that repeat an earlier one."""
+  grams = [gram for text in texts for gram in words.ngrams(text, n)]
   return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _copied(answer: Sequence[str], prompt: str, rules: Rules) -> bool:
-  asked = words.split(words.normal(prompt))
-  if list(answer) == asked:
+  """Whether the answer is the prompt or repeats too many of its n-grams."""
+  prompt_words = words.split(words.normal(prompt))
+  if list(answer) == prompt_words:
     return True
   if len(answer) < rules.ngram:
     return False
-  known = set(words.ngrams(asked, rules.ngram))
+  known = set(words.ngrams(prompt_words, rules.ngram))
   grams = words.ngrams(answer, rules.ngram)
   return sum(gram in known for gram in grams) / len(grams) > rules.max_copied
 
 
 def _foreign(text: str, known: collections.Counter[str]) -> float:
-  """The share of letters in scripts that are not among the known ones."""
+  """The fraction of letters whose script is not in `known`."""
   found = words.scripts(text)
   return sum(n for name, n in found.items() if name not in known) / max(
     found.total(), 1
   )
 
 
-def _outliers(perplexity: Sequence[float], most: float) -> list[bool]:
-  """Which perplexities lie too far from the median; too few are all near."""
+def _outliers(perplexity: Sequence[float], max_deviation: float) -> list[bool]:
+  """Which perplexities are too far from the median.
+
+  None of them is if fewer than `_MIN_FOR_OUTLIERS` are finite.
+  """
   log_N = np.log(perplexity)
   real_N = np.isfinite(log_N)
-  if not most or real_N.sum() < _FEWEST:
+  if not max_deviation or real_N.sum() < _MIN_FOR_OUTLIERS:
     return [False] * len(perplexity)
-  middle = np.median(log_N[real_N])
-  scale = _NORMAL * np.median(np.abs(log_N[real_N] - middle))
-  return (real_N & (np.abs(log_N - middle) > most * scale)).tolist()
+  median = np.median(log_N[real_N])
+  scale = _MAD_TO_STD * np.median(np.abs(log_N[real_N] - median))
+  return (real_N & (np.abs(log_N - median) > max_deviation * scale)).tolist()

@@ -1,4 +1,4 @@
-"""From many prompts to the pool: screened, embedded, clustered, sampled."""
+"""Screens prompts for the pool, and embeds them for clustering."""
 
 import collections
 import dataclasses
@@ -15,10 +15,10 @@ Embed = Callable[[Sequence[str]], np.ndarray]  # N texts -> [N, D] float32
 
 @dataclasses.dataclass(frozen=True)
 class Rejection:
-  """A prompt that did not come into the pool."""
+  """A prompt that is not in the pool."""
 
   prompt: structs.Prompt
-  reason: str  # what is counted
+  reason: str  # rejections are counted by reason
   detail: str = ""  # the value that decided
 
 
@@ -33,23 +33,23 @@ def screen(
   near_duplicate: float,
   ngram: int,
 ) -> tuple[list[structs.Prompt], list[Rejection]]:
-  """Drops prompts by length, language and repetition, in this order.
+  """Drops prompts by length, by language and as duplicates, in this order.
 
   Args:
     prompts: of all sources, with distinct ids.
-    min_chars: fewest characters of a prompt.
-    max_chars: most, 0 for no limit.
-    max_reference_chars: most characters of a reference, 0 for no limit.
-    languages: ISO 639-1 codes that stay; none keeps every language. The
-      language is what py3langid (naive Bayes over byte n-grams) finds likeliest
-      for the prompt as a whole; parts in another language go unseen.
+    min_chars: minimum characters of a prompt.
+    max_chars: maximum characters, 0 for no limit.
+    max_reference_chars: maximum characters of a reference, 0 for no limit.
+    languages: ISO 639-1 codes to keep; none keeps every language. py3langid
+      (naive Bayes over byte n-grams) classifies the prompt as a whole; passages
+      in another language are not detected.
     certainty: a prompt is dropped only if another language has at least this
-      probability, so that "1 + 1?", which is of no language, stays.
+      probability, so that "1 + 1?", which has no language, is kept.
     near_duplicate: see `dedup.repeats`.
     ngram: see `dedup.repeats`.
 
   Returns:
-    (prompts that stay in their order, rejections).
+    (prompts that are kept in their order, rejections).
 
   Raises:
     ValueError: an unknown language, a certainty outside (0, 1]; see
@@ -60,9 +60,9 @@ def screen(
       f"config.pool.certainty is a probability in (0, 1], got {certainty}."
     )
   identifier = _identifier(languages)
-  fit, rejected = [], []
+  passed, rejected = [], []
   for prompt in prompts:
-    why = _length(prompt, min_chars, max_chars, max_reference_chars)
+    why = _check_length(prompt, min_chars, max_chars, max_reference_chars)
     if not why and languages:
       code, probability = identifier.classify(prompt.prompt)
       if code not in languages and probability >= certainty:
@@ -70,13 +70,13 @@ def screen(
     if why:
       rejected.append(Rejection(prompt, *why))
     else:
-      fit.append(prompt)
+      passed.append(prompt)
   kept = []
-  found = dedup.repeats(fit, threshold=near_duplicate, ngram=ngram)
-  for prompt, twin in zip(fit, found):
-    if twin:
-      kind, of = twin
-      rejected.append(Rejection(prompt, f"{kind} duplicate", f"of {of}"))
+  found = dedup.repeats(passed, threshold=near_duplicate, ngram=ngram)
+  for prompt, duplicate in zip(passed, found):
+    if duplicate:
+      kind, original = duplicate
+      rejected.append(Rejection(prompt, f"{kind} duplicate", f"of {original}"))
     else:
       kept.append(prompt)
   return kept, rejected
@@ -88,12 +88,15 @@ def counts(rejected: Sequence[Rejection]) -> dict[str, int]:
 
 
 def unit(vector_ND: np.ndarray, *, centre: bool) -> np.ndarray:
-  """Vectors of length 1, so that distance is angle.
+  """Scales vectors to length 1, so that distances measure angles.
 
   Args:
     vector_ND: embeddings.
-    centre: take their mean off first. Hidden states of a language model share
-      a large mean that would hide what tells them apart.
+    centre: subtract their mean first. Hidden states of a language model share a
+      large mean, which dominates the angles otherwise.
+
+  Raises:
+    ValueError: an embedding that is not finite.
   """
   if centre:
     vector_ND = vector_ND - vector_ND.mean(axis=0)
@@ -107,14 +110,14 @@ def unit(vector_ND: np.ndarray, *, centre: bool) -> np.ndarray:
 
 
 def sentence_transformer(name: str) -> Embed:
-  """Embeds by a sentence-transformers model.
+  """Loads a sentence-transformers model for embedding.
 
   Args:
-    name: hub id, see `hub.split`, or directory; texts are cut at the model's
-      own limit.
+    name: hub id, see `hub.split`, or directory; the model truncates texts at
+      its own limit.
 
   Raises:
-    ValueError: the package is not installed, or no such model can be had.
+    ValueError: the package is not installed, or the model cannot be loaded.
   """
   try:
     import sentence_transformers
@@ -141,7 +144,13 @@ def sentence_transformer(name: str) -> Embed:
   return embed
 
 
-def _length(prompt, min_chars, max_chars, max_reference_chars):
+def _check_length(
+  prompt: structs.Prompt,
+  min_chars: int,
+  max_chars: int,
+  max_reference_chars: int,
+) -> tuple[str, str] | None:
+  """Reason and detail of a rejection by length, or None."""
   size, reference = len(prompt.prompt), len(prompt.reference)
   if size < min_chars:
     return "prompt too short", f"{size} characters"
@@ -153,6 +162,7 @@ def _length(prompt, min_chars, max_chars, max_reference_chars):
 
 
 def _identifier(languages: Sequence[str]) -> langid.LanguageIdentifier:
+  """Loads the language identifier and checks the language codes."""
   identifier = langid.LanguageIdentifier.from_model_file(
     langid.MODEL_FILE, norm_probs=True
   )

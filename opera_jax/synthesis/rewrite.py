@@ -1,21 +1,21 @@
-"""REER: a thought rewritten step by step until the reference is likelier.
+"""REER: rewrites a thought step by step to make the reference more likely.
 
-Reverse-engineered reasoning (arXiv 2509.06160) looks for
-z* = argmin_z PPL(y_ref | x, z). Here, for every prompt:
+Reverse-engineered reasoning (arXiv 2509.06160) searches for
+z* = argmin_z PPL(y_ref | x, z). For every prompt:
 
-1. draft: sample a thought after the meta-prompt;
-2. rewrite: for one step of it after the other, sample k steps in its place, by
-   a policy that is shown the thought up to there, and by its own template the
-   reference;
-3. score: mean log p(y_ref | x, z') of each whole thought z' after the ORIGINAL
-   prompt, which says nothing of the reference;
-4. keep the best of them if it is above the thought as it stands;
-5. a round takes each step once; stop after a round without gain, or the last;
-6. the answer is sampled from the original prompt followed by the thought, as
-   in `search`, of which this is the ablation.
+1. Draft: sample a thought after the meta-prompt.
+2. Rewrite: for each step in turn, sample k replacements. The policy is given
+   the thought up to that step and, in the template `guide`, the reference.
+3. Score: mean log p(y_ref | x, z') of every resulting thought z', after the
+   ORIGINAL prompt, which does not contain the reference.
+4. Keep the best replacement if it scores higher than the current step.
+5. A round rewrites each step once. Stop after a round without improvement, or
+   after the last round.
+6. Sample the answer after the original prompt and the thought, as in `search`,
+   of which this is an ablation.
 
-Prompts advance together, some at a time. What a prompt draws is folded from
-(key, round, step, its id, candidate), so that a trace depends on no other.
+Prompts are processed in groups. Random keys are folded from (key, round, step,
+prompt id, candidate), so that a trace does not depend on the other prompts.
 """
 
 import dataclasses
@@ -36,20 +36,20 @@ from opera_jax.text import automaton, stop_automaton
 from opera_jax.text import thought as thought_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 
-_TOGETHER = 64  # prompts; what a kill loses at most
-_DRAFT, _ANSWER = 1 << 30, 1 << 31  # beside the numbers of the rounds
+_GROUP = 64  # prompts processed together; a kill loses at most these
+_DRAFT, _ANSWER = 1 << 30, 1 << 31  # folded into the key like a round's index
 
 
 @dataclasses.dataclass
 class _Draft:
-  """One prompt on its way; the thought is its steps, </think> left out."""
+  """The state of one prompt; the thought is its steps, without </think>."""
 
   prompt: structs.Prompt
   head: np.ndarray  # tokens of the original prompt, <think> included
-  guide: np.ndarray  # of the prompt with its reference, <think> included
+  guide: np.ndarray  # tokens of the prompt with its reference, and <think>
   reference: np.ndarray
   steps: list[np.ndarray]
-  logprob: float = -np.inf  # mean log p of the reference, nats a token
+  logprob: float = -np.inf  # mean log p of the reference, nats per token
   rounds: list[traces.Round] = dataclasses.field(default_factory=list)
   answer: np.ndarray = dataclasses.field(
     default_factory=lambda: np.zeros(0, np.int32)
@@ -58,11 +58,11 @@ class _Draft:
 
 
 def check(prompt: structs.Prompt) -> None:
-  """Raises a ValueError where there is nothing to rewrite against."""
+  """Raises a ValueError if the prompt has no reference to score."""
   if not prompt.reference:
     raise ValueError(
-      f"Prompt {prompt.id!r} has no reference, against which its thought "
-      "would be rewritten. Drop such prompts, or set "
+      f"Prompt {prompt.id!r} has no reference, whose log-probability scores "
+      "rewrites of the thought. Drop such prompts, or set "
       "config.synthesis.method=search."
     )
 
@@ -91,20 +91,20 @@ class Rewriter:
 
     Args:
       engine: samples; its prompt buckets must hold prompt and thought.
-      scorer: scores references.
+      logprob_scorer: scores references.
       tokenizer: of the policy.
       candidates: k.
-      rounds: most of them.
+      rounds: maximum number of rounds.
       temperature: of all sampling here.
       top_k: of all sampling here.
       top_p: of all sampling here.
-      max_step_tokens: a longer step is not taken.
-      max_thought_tokens: a longer draft is given up, a rewrite that makes a
-        longer thought is not taken.
-      max_answer_tokens: a longer answer is given up.
+      max_step_tokens: a longer replacement is rejected.
+      max_thought_tokens: a longer draft is abandoned; a replacement that makes
+        the thought longer is rejected.
+      max_answer_tokens: a longer answer is abandoned.
       template: the meta-prompt of the draft, with one `{prompt}`.
-      guide: that of a rewrite, with one `{prompt}`; without `{reference}` the
-        rewriter does not see it, and steps are but sampled anew.
+      guide: the meta-prompt of a rewrite, with one `{prompt}`. Without
+        `{reference}`, steps are resampled without knowledge of the reference.
 
     Raises:
       ValueError: no candidate, no round, a template without its placeholder.
@@ -114,25 +114,23 @@ class Rewriter:
         f"Rewriting needs at least 1 candidate and 1 round, got candidates="
         f"{candidates}, rounds={rounds}. Change config.synthesis."
       )
-    self._engine, self._logprob_scorer, self._tokenizer = (
-      engine,
-      logprob_scorer,
-      tokenizer,
-    )
+    self._engine = engine
+    self._logprob_scorer = logprob_scorer
+    self._tokenizer = tokenizer
     self._candidates, self._rounds = candidates, rounds
     self._template = templates.load(
       template, ("prompt",), "config.synthesis.template"
     )
     self._guide = templates.load(guide, ("prompt",), "config.synthesis.guide")
-    self._most = max_thought_tokens
+    self._max_thought_tokens = max_thought_tokens
     self._stops = stop_automaton.compile(
       (thought_lib.SEPARATOR,), tokenizer.vocab_bytes
     )
 
-    def drawing(most: int, *stop_ids: int) -> sampling.Sampling:
+    def settings(max_new_tokens: int, *stop_ids: int) -> sampling.Sampling:
       return sampling.for_tokenizer(
         sampling.Sampling(
-          max_new_tokens=most,
+          max_new_tokens=max_new_tokens,
           stop_ids=stop_ids,
           temperature=temperature,
           top_k=top_k,
@@ -142,14 +140,13 @@ class Rewriter:
         engine.head_rows(),
       )
 
-    self._draft, self._step = (
-      drawing(most, tokenizer.think_close_id)
-      for most in (max_thought_tokens, max_step_tokens)
-    )
-    self._last = drawing(max_answer_tokens)
+    close_id = tokenizer.think_close_id
+    self._draft_sampling = settings(max_thought_tokens, close_id)
+    self._step_sampling = settings(max_step_tokens, close_id)
+    self._answer_sampling = settings(max_answer_tokens)
     self._opened = tokenizer.encode_template("<think>\n")
     self._close = np.asarray([tokenizer.think_close_id], np.int32)
-    self._gap = tokenizer.encode(thought_lib.SEPARATOR)
+    self._separator = tokenizer.encode(thought_lib.SEPARATOR)
 
   def run(
     self,
@@ -161,118 +158,149 @@ class Rewriter:
     advance: Callable[[int], None] | None = None,
     ended: Callable[[traces.Trace], None] | None = None,
   ) -> list[traces.Trace]:
-    """Synthesises one trace a prompt.
+    """Synthesises one trace per prompt.
 
     Args:
       sample_params: the policy in the ROLLOUT layout.
       score_params: the policy in the TRAIN layout.
       prompts: tasks with references.
       key: random key.
-      advance: called with the tokens sampled as they come.
+      advance: called with the number of tokens sampled after each step.
       ended: called with each trace when it has ended.
 
     Returns:
-      A trace for each prompt, in order. A round of it is a step that was
-      tried: `trigger` is empty, candidate 0 the step as it stood, and the
+      A trace for each prompt, in order. A round of a trace is a step that was
+      rewritten: `trigger` is empty, candidate 0 is the step before, and the
       perplexities are those of the reference.
 
     Raises:
-      ValueError: a prompt without a reference, or one that is too long for the
-        sampler together with a thought.
+      ValueError: a prompt without a reference, or a prompt that together with a
+        thought exceeds the engine's largest bucket.
     """
     drafts = [self._new(prompt) for prompt in prompts]
     out = []
-    for start in range(0, len(drafts), _TOGETHER):
-      group = drafts[start : start + _TOGETHER]
+    for start in range(0, len(drafts), _GROUP):
+      group = drafts[start : start + _GROUP]
       self._run(sample_params, score_params, group, key, advance)
-      for one in group:
-        out.append(self._trace(one))
+      for draft in group:
+        out.append(self._trace(draft))
         if ended is not None:
           ended(out[-1])
     return out
 
-  def _run(self, sample_params, score_params, drafts, key, advance) -> None:
-    def sample(group, contexts, settings, at, samples=1, stops=None):
-      round_index, place = at
+  def _run(
+    self,
+    sample_params: Any,
+    score_params: Any,
+    drafts: Sequence[_Draft],
+    key: jax.Array,
+    advance: Callable[[int], None] | None,
+  ) -> None:
+    """Runs a group of prompts to their end."""
+
+    def sample(
+      group: Sequence[_Draft],
+      contexts: Sequence[np.ndarray],
+      settings: sampling.Sampling,
+      *,
+      round_index: int,
+      step: int = 0,
+      samples: int = 1,
+      stops: automaton.Automaton | None = None,
+    ) -> list[list[structs.Sample]]:
       return self._engine.sample(
         sample_params,
         contexts,
         settings,
-        jax.random.fold_in(jax.random.fold_in(key, round_index), place),
+        jax.random.fold_in(jax.random.fold_in(key, round_index), step),
         samples=samples,
-        ids=[one.prompt.id for one in group],
+        ids=[draft.prompt.id for draft in group],
         stops=stops,
         advance=advance,
       )
 
-    heads = [self._head(self._template, one.prompt) for one in drafts]
-    drawn = sample(drafts, heads, self._draft, (_DRAFT, 0))
-    for one, (draft,) in zip(drafts, drawn):
-      self._begin(one, draft)
-    open_ = [one for one in drafts if one.status == "rewrite"]
-    logprobs = self._logprobs(score_params, open_, [one.steps for one in open_])
-    for one, logprob in zip(open_, logprobs):
-      one.logprob = logprob
-    active = open_
+    heads = [self._head(self._template, draft.prompt) for draft in drafts]
+    thoughts = sample(drafts, heads, self._draft_sampling, round_index=_DRAFT)
+    for draft, (thought,) in zip(drafts, thoughts):
+      self._begin(draft, thought)
+    rewritable = [draft for draft in drafts if draft.status == "rewrite"]
+    logprobs = self._logprobs(
+      score_params, rewritable, [draft.steps for draft in rewritable]
+    )
+    for draft, logprob in zip(rewritable, logprobs):
+      draft.logprob = logprob
+    active = rewritable
     for round_index in range(self._rounds):
-      before = [one.logprob for one in active]
-      for place in range(max((len(one.steps) for one in active), default=0)):
-        group = [one for one in active if place < len(one.steps)]
-        drawn = sample(
+      before = [draft.logprob for draft in active]
+      longest = max((len(draft.steps) for draft in active), default=0)
+      for step in range(longest):
+        group = [draft for draft in active if step < len(draft.steps)]
+        replacements = sample(
           group,
-          [np.concatenate([one.guide, *one.steps[:place]]) for one in group],
-          self._step,
-          (round_index, place),
-          self._candidates,
-          self._stops,
+          [np.concatenate([d.guide, *d.steps[:step]]) for d in group],
+          self._step_sampling,
+          round_index=round_index,
+          step=step,
+          samples=self._candidates,
+          stops=self._stops,
         )
-        self._keep_best(score_params, group, place, drawn)
-      active = [one for one, old in zip(active, before) if one.logprob > old]
+        self._keep_best(score_params, group, step, replacements)
+      active = [
+        draft for draft, old in zip(active, before) if draft.logprob > old
+      ]
     contexts = [
-      np.concatenate([one.head, *one.steps, self._close]) for one in open_
+      np.concatenate([draft.head, *draft.steps, self._close])
+      for draft in rewritable
     ]
-    drawn = sample(open_, contexts, self._last, (_ANSWER, 0))
-    for one, (answer,) in zip(open_, drawn):
-      one.answer = answer.tokens
-      one.status = "complete" if answer.finished else "answer too long"
+    answers = sample(
+      rewritable, contexts, self._answer_sampling, round_index=_ANSWER
+    )
+    for draft, (answer,) in zip(rewritable, answers):
+      draft.answer = answer.tokens
+      draft.status = "complete" if answer.finished else "answer too long"
 
   def _new(self, prompt: structs.Prompt) -> _Draft:
     check(prompt)
-    made = _Draft(
+    draft = _Draft(
       prompt=prompt,
       head=self._head("{prompt}", prompt),
       guide=self._head(self._guide, prompt),
       reference=self._tokenizer.encode(prompt.reference),
       steps=[],
     )
-    longest = max(len(made.head), len(made.guide)) + self._most
-    self._engine.check([np.zeros(longest, np.int32)], self._step)
-    return made
+    longest = max(len(draft.head), len(draft.guide)) + self._max_thought_tokens
+    self._engine.check([np.zeros(longest, np.int32)], self._step_sampling)
+    return draft
 
   def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
+    """Tokens of the templated chat prompt and the opening <think>."""
     values = {"prompt": prompt.prompt, "reference": prompt.reference}
     text = templates.fill(template, values)
     return np.concatenate([self._tokenizer.chat_prompt(text), self._opened])
 
-  def _begin(self, one: _Draft, draft: structs.Sample) -> None:
-    tokens = draft.tokens
-    closed = draft.finished and tokens[-1] == self._tokenizer.think_close_id
+  def _begin(self, draft: _Draft, sample: structs.Sample) -> None:
+    """Splits the sampled thought into the draft's steps."""
+    tokens = sample.tokens
+    closed = sample.finished and tokens[-1] == self._tokenizer.think_close_id
     if not closed:
-      one.status = (
-        stop_words_lib.TURN_ENDED if draft.finished else stop_words_lib.TOO_LONG
+      draft.status = (
+        stop_words_lib.TURN_ENDED
+        if sample.finished
+        else stop_words_lib.TOO_LONG
       )
-    one.steps = self._split(tokens[:-1] if draft.finished else tokens)
-    if closed and not one.steps:
-      one.status = "thought missing"
+    draft.steps = self._split(tokens[:-1] if sample.finished else tokens)
+    if closed and not draft.steps:
+      draft.status = "thought missing"
 
   def _split(self, tokens: np.ndarray) -> list[np.ndarray]:
-    """Steps with the separators behind them; together they are the tokens."""
+    """Splits tokens into steps, each with the separator that ends it."""
     text, ends = automaton.spell(tokens, self._tokenizer.vocab_bytes)
-    mark, cuts, at = thought_lib.SEPARATOR.encode(), [], 0
-    while (at := text.find(mark, at)) >= 0:
-      at += len(mark)
-      cuts.append(int(np.searchsorted(ends, at)) + 1)
-    return [part for part in np.split(tokens, sorted(set(cuts))) if len(part)]
+    separator = thought_lib.SEPARATOR.encode()
+    cuts, offset = [], 0
+    while (offset := text.find(separator, offset)) >= 0:
+      offset += len(separator)
+      cuts.append(int(np.searchsorted(ends, offset)) + 1)
+    return [step for step in np.split(tokens, sorted(set(cuts))) if len(step)]
 
   def _logprobs(
     self,
@@ -280,65 +308,92 @@ class Rewriter:
     group: Sequence[_Draft],
     thoughts: Sequence[Sequence[np.ndarray]],
   ) -> list[float]:
-    """Mean log p of each one's reference after the thought, nats a token."""
+    """Mean log p of the reference after each thought, nats per token.
+
+    Args:
+      params: the policy in the TRAIN layout.
+      group: a draft for each thought.
+      thoughts: the steps of each thought.
+    """
     prefixes = [
-      np.concatenate([one.head, *steps, self._close])
-      for one, steps in zip(group, thoughts)
+      np.concatenate([draft.head, *steps, self._close])
+      for draft, steps in zip(group, thoughts)
     ]
     continuations = [
       structs.Continuation(
-        prefix=place,
+        prefix=index,
         fork=len(prefix),
-        tokens=np.concatenate([self._gap, one.reference]),
-        skip=len(self._gap),
+        tokens=np.concatenate([self._separator, draft.reference]),
+        skip=len(self._separator),
       )
-      for place, (one, prefix) in enumerate(zip(group, prefixes))
+      for index, (draft, prefix) in enumerate(zip(group, prefixes))
     ]
     scored = self._logprob_scorer.score(
       params, prefixes, continuations
     ).continuation_logprob
     return [float(logprob.mean(dtype=np.float64)) for logprob in scored]
 
-  def _keep_best(self, params, group, place, drawn) -> None:
-    """Takes the best rewrite of a step, where one is better than the step."""
+  def _keep_best(
+    self,
+    params: Any,
+    group: Sequence[_Draft],
+    step: int,
+    replacements: Sequence[Sequence[structs.Sample]],
+  ) -> None:
+    """Replaces a step by its best replacement, if that improves the score.
+
+    Args:
+      params: the policy in the TRAIN layout.
+      group: drafts, updated in place.
+      step: index of the step.
+      replacements: k samples for each draft.
+    """
     owners, tried, thoughts = [], [], []
-    for one, samples in zip(group, drawn):
+    for draft, samples in zip(group, replacements):
       for sample in samples:
-        step = self._whole(sample, last=place + 1 == len(one.steps))
-        steps = [*one.steps[:place], step, *one.steps[place + 1 :]]
-        if len(step) and sum(map(len, steps)) <= self._most:
-          owners.append(one)
-          tried.append(step)
+        tokens = self._clean(sample, last=step + 1 == len(draft.steps))
+        steps = [*draft.steps[:step], tokens, *draft.steps[step + 1 :]]
+        if len(tokens) and sum(map(len, steps)) <= self._max_thought_tokens:
+          owners.append(draft)
+          tried.append(tokens)
           thoughts.append(steps)
-    found: dict[int, list[tuple[float, np.ndarray]]] = {
-      id(one): [(one.logprob, one.steps[place])] for one in group
+    scored: dict[int, list[tuple[float, np.ndarray]]] = {
+      id(draft): [(draft.logprob, draft.steps[step])] for draft in group
     }
-    for one, step, logprob in zip(
+    for draft, tokens, logprob in zip(
       owners, tried, self._logprobs(params, owners, thoughts)
     ):
-      found[id(one)].append((logprob, step))
-    for one in group:
-      mine = found[id(one)]
-      # The first of equals is the step as it stands.
-      kept = max(range(len(mine)), key=lambda i: (mine[i][0], -i))
-      one.rounds.append(
+      scored[id(draft)].append((logprob, tokens))
+    for draft in group:
+      options = scored[id(draft)]
+      # On a tie the first wins; option 0 is the current step.
+      kept = max(range(len(options)), key=lambda i: (options[i][0], -i))
+      draft.rounds.append(
         traces.Round(
           trigger="",
           kept=kept,
           candidates=tuple(
             traces.Candidate(
-              text=self._tokenizer.decode(step),
+              text=self._tokenizer.decode(tokens),
               perplexity=float(np.exp(-logprob)),
-              tokens=len(step),
+              tokens=len(tokens),
             )
-            for logprob, step in mine
+            for logprob, tokens in options
           ),
         )
       )
-      one.logprob, one.steps[place] = mine[kept]
+      draft.logprob, draft.steps[step] = options[kept]
 
-  def _whole(self, sample: structs.Sample, *, last: bool) -> np.ndarray:
-    """A drawn step as it would stand in the thought; empty if it broke off."""
+  def _clean(self, sample: structs.Sample, *, last: bool) -> np.ndarray:
+    """A sampled step with the right separator after it.
+
+    Args:
+      sample: of one step.
+      last: whether the step is the last of its thought.
+
+    Returns:
+      int32 tokens; none if the sample broke off or is only white space.
+    """
     tokens = sample.tokens
     if not sample.finished or tokens[-1] in self._tokenizer.end_ids:
       return tokens[:0]
@@ -347,24 +402,25 @@ class Rewriter:
     text = self._tokenizer.decode(tokens)
     if not text.strip():
       return tokens[:0]
-    # It may have closed the thought, or not closed it: set that right.
-    said, end = text.rstrip(), "\n" if last else thought_lib.SEPARATOR
-    return tokens if text == said + end else self._tokenizer.encode(said + end)
+    # The sample may close the thought in its middle, or not close it at its
+    # end. In both cases the text after the step is replaced.
+    body, end = text.rstrip(), "\n" if last else thought_lib.SEPARATOR
+    return tokens if text == body + end else self._tokenizer.encode(body + end)
 
-  def _trace(self, one: _Draft) -> traces.Trace:
+  def _trace(self, draft: _Draft) -> traces.Trace:
     none = np.zeros(0, np.int32)
-    body = np.concatenate([none, *one.steps])
-    closed = self._close if len(one.answer) else none
-    answer = one.answer
+    thought = np.concatenate([none, *draft.steps])
+    close = self._close if len(draft.answer) else none
+    answer = draft.answer
     if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
     return traces.Trace(
-      id=one.prompt.id,
-      prompt=one.prompt.prompt,
-      reference=one.prompt.reference,
-      thought=self._tokenizer.decode(body),
+      id=draft.prompt.id,
+      prompt=draft.prompt.prompt,
+      reference=draft.prompt.reference,
+      thought=self._tokenizer.decode(thought),
       answer=self._tokenizer.decode(answer).strip(),
-      completion=np.concatenate([self._opened, body, closed, one.answer]),
-      rounds=tuple(one.rounds),
-      status=one.status,
+      completion=np.concatenate([self._opened, thought, close, draft.answer]),
+      rounds=tuple(draft.rounds),
+      status=draft.status,
     )

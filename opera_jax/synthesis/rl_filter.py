@@ -1,7 +1,8 @@
-"""Which prompts RL learns from: those the policy neither masters nor fails.
+"""Filters RL prompts by difficulty: drops those the policy always or never
+solves.
 
-arXiv 2606.25757 keeps a maths prompt if exactly 1 of 8 samples is right, and
-an open-ended one if a judge gives the policy's answer 2 to 3 of 5.
+arXiv 2606.25757 keeps a maths prompt if exactly 1 of 8 samples is right, and an
+open-ended prompt if a judge gives the policy's answer 2 to 3 of 5 points.
 """
 
 import collections
@@ -16,14 +17,16 @@ COLUMN = "column:"
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Settings of the filter; as they stand they drop nothing.
+  """Settings of the filter; the defaults drop nothing.
 
   Attributes:
-    samples: n, completions sampled of a maths prompt; 0 keeps all of them.
-    right: the numbers of right ones among n with which it is kept.
-    judge: scores an open-ended prompt: "column:NAME" of the data set, or
-      "package.module:function" on one completion of the policy (see
-      `rewards.function`); "" keeps all of them.
+    samples: n, completions sampled for each maths prompt; 0 keeps all maths
+      prompts.
+    right: a maths prompt is kept if the number of right completions is one of
+      these.
+    judge: scores open-ended prompts: "column:NAME" reads a column of the
+      dataset, "package.module:function" is called on one completion of the
+      policy (see `rewards.function`); "" keeps all open-ended prompts.
     band: lowest and highest score that are kept.
   """
 
@@ -33,7 +36,7 @@ class Rules:
   band: tuple[float, float] = (2.0, 3.0)
 
   def __post_init__(self):
-    """Refuses what no prompt could fulfil."""
+    """Refuses settings that no prompt can satisfy."""
     if self.samples and not (
       self.right and all(0 <= k <= self.samples for k in self.right)
     ):
@@ -48,17 +51,20 @@ class Rules:
       )
 
   def active(self) -> bool:
-    """Whether anything may be dropped."""
+    """Whether the filter can drop any prompt."""
     return bool(self.samples or self.judge)
 
 
 def column_scores(
   prompts: Sequence[structs.Prompt], judge: str
 ) -> dict[str, float]:
-  """Scores of open-ended prompts by id, from the column that `judge` names.
+  """Reads the scores of open-ended prompts from the column of `judge`.
+
+  Returns:
+    Scores by prompt id.
 
   Raises:
-    ValueError: a prompt without the column, or with no finite number in it.
+    ValueError: a prompt without the column, or without a finite number in it.
   """
   name, out = judge.removeprefix(COLUMN), {}
   for prompt in prompts:
@@ -88,35 +94,36 @@ def verdicts(
 
   Args:
     prompts: of both tasks.
-    rules: what is kept.
-    right: right samples of each maths prompt by id, where `rules.samples`.
-    score: of each open-ended prompt by id, where `rules.judge`.
+    rules: settings.
+    right: number of right completions by id of the maths prompt; read if
+      `rules.samples` is set.
+    score: by id of the open-ended prompt; read if `rules.judge` is set.
 
   Returns:
-    Why each prompt is dropped, None for those that are kept; and counts by
-    reason ("kept" among them).
+    For each prompt the reason why it is dropped, None if it is kept; and the
+    number of prompts by reason, with "kept" for those that pass.
 
   Raises:
-    ValueError: nothing kept.
+    ValueError: no prompt passed.
   """
   low, high = rules.band
-  why: list[str | None] = []
+  reasons: list[str | None] = []
   for prompt in prompts:
-    word = None
+    reason = None
     if prompt.task == "math" and rules.samples:
       count = right[prompt.id]
       if count not in rules.right:
-        word = f"{count} of {rules.samples} right"
+        reason = f"{count} of {rules.samples} right"
     elif prompt.task == "open_ended" and rules.judge:
       if score[prompt.id] < low:
-        word = f"score below {low:g}"
+        reason = f"score below {low:g}"
       elif score[prompt.id] > high:
-        word = f"score above {high:g}"
-    why.append(word)
-  counts = collections.Counter(word for word in why if word is not None)
-  if counts.total() == len(why):
+        reason = f"score above {high:g}"
+    reasons.append(reason)
+  counts = collections.Counter(r for r in reasons if r is not None)
+  if counts.total() == len(reasons):
     raise ValueError(
       f"No RL prompt passed the filters: {dict(counts)}. Loosen "
       "config.select.rl, or give more prompts."
     )
-  return why, {"kept": len(why) - counts.total(), **counts}
+  return reasons, {"kept": len(reasons) - counts.total(), **counts}

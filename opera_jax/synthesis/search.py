@@ -1,22 +1,25 @@
 """Perplexity-guided trace synthesis: stop, fork, score, keep.
 
-Every prompt has a row of the sampler, which computes it once; then, by itself:
+Every prompt occupies a prompt slot of the engine and is prefilled once. Each
+prompt advances independently of the others:
 
-1. stop: sample the thought until a reflection word appears; what follows the
-   word is dropped, the word becomes the trigger;
-2. fork: from the prefix's end sample k candidates that open with the trigger
-   and run to the next reflection word that opens a sentence, or to </think>;
-3. score: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
-   temperature 1 and untruncated, from what sampling computed anyway;
-4. keep the candidate of lowest perplexity: its keys and values become prefix;
-5. past the budget of reflections the thought runs on to </think>;
-6. sample the answer from the ORIGINAL prompt and the thought: from the same
-   prefix, or, where a template stood around the prompt, after one more pass.
+1. Stop: sample the thought until a reflection word appears. Tokens after the
+   word are dropped; the word is the trigger of the next round.
+2. Fork: from the end of the prefix sample k candidates. A candidate begins with
+   the trigger and ends before the next reflection word that opens a sentence,
+   or at </think>.
+3. Score: PPL_i = exp(-mean log p(X_i)), X_i = prompt + thought so far + c_i, at
+   temperature 1 and untruncated. The log-probabilities come from sampling.
+4. Keep the candidate with the lowest perplexity: its keys and values are
+   appended to the prefix.
+5. After `budget` rounds, sample the rest of the thought up to </think>.
+6. Sample the answer after the ORIGINAL prompt and the thought. The prefix is
+   reused, unless the prompt stood in a template; then it is prefilled again.
 
-A row that is through takes the next prompt. The trigger opens the candidate,
-and the log-probability covers exactly what is kept. What a prompt draws is
-folded from (key, round, its id, candidate), so that a trace depends on no other
-prompt.
+A finished prompt frees its slot for the next one. The trigger belongs to the
+candidate, so the score covers exactly the tokens that are kept. Random keys are
+folded from (key, round, prompt id, candidate), so that a trace does not depend
+on the other prompts.
 """
 
 import collections
@@ -45,30 +48,35 @@ SCORES = ("sequence", "candidate")
 Choose = Callable[[str, str, Sequence[str]], int]
 
 
+def _no_tokens() -> np.ndarray:
+  return np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass
 class _Search:
-  """One prompt on its way; `status` is its phase, or how it ended."""
+  """The state of one prompt; `status` is its phase, or how it ended."""
 
   index: int
   prompt: structs.Prompt
   head: np.ndarray  # tokens of the meta-prompt, <think> included
-  thought: np.ndarray  # tokens after <think>, up to and with </think> at last
-  trigger: np.ndarray
-  rounds: list[traces.Round]
-  answer: np.ndarray
-  logprob: float = 0.0  # of head and thought, summed, at temperature 1
+  # Tokens after <think>; in the end including </think>.
+  thought: np.ndarray = dataclasses.field(default_factory=_no_tokens)
+  trigger: np.ndarray = dataclasses.field(default_factory=_no_tokens)
+  answer: np.ndarray = dataclasses.field(default_factory=_no_tokens)
+  rounds: list[traces.Round] = dataclasses.field(default_factory=list)
+  logprob: float = 0.0  # sum over head and thought, at temperature 1
   trigger_logprob: float = 0.0
   status: str = "stop"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretch:
-  """What one slot drew, cut."""
+class _Segment:
+  """A sampled piece of thought, cut at its stop word."""
 
   kept: np.ndarray
   trigger: np.ndarray
   status: str
-  logprob: float  # of the kept tokens, summed, at temperature 1
+  logprob: float  # sum over the kept tokens, at temperature 1
   trigger_logprob: float
 
 
@@ -94,34 +102,35 @@ class Searcher:
     max_answer_tokens: int = 2048,
     template: str = "{prompt}",
   ):
-    """Builds the stop word automata.
+    """Compiles the stop words.
 
     Args:
-      engine: samples; its rows are the prompts that advance together, each
-        with a slot for every candidate.
-      scorer: scores the prompts, once each.
+      engine: samples; each of its prompt slots holds one prompt and has a
+        sample slot per candidate.
+      logprob_scorer: scores each prompt once.
       tokenizer: of the policy.
       stop_words: reflection words, or ("\\n\\n",) to search at every step; see
         `stop_words.StopWords`.
       candidates: k.
-      budget: reflections searched before the thought runs on unsearched; 0 is
-        plain sampling.
-      score: "sequence" (the paper's) or "candidate" (its tokens alone).
-      choose: takes (prompt, thought so far, candidates that came to an end) as
-        text and returns the index to keep, in place of the perplexities, which
-        are recorded all the same. Every process asks it, and must hear the
-        same.
+      budget: maximum number of rounds; 0 is plain sampling.
+      score: "sequence" scores prompt, thought and candidate (the paper);
+        "candidate" scores the candidate's tokens only.
+      choose: chooses a candidate instead of the perplexity, which is still
+        recorded. It is called with (prompt, thought so far, candidates that
+        ended properly) as text and returns the index to keep. Every process
+        calls it and must get the same result.
       temperature: of all sampling here.
       top_k: of all sampling here.
       top_p: of all sampling here.
-      max_step_tokens: longest stretch sampled at once.
-      max_thought_tokens: a longer thought is given up.
-      max_answer_tokens: a longer answer is given up.
+      max_step_tokens: maximum tokens of a candidate and of every other piece of
+        thought that is sampled at once.
+      max_thought_tokens: a longer thought is abandoned.
+      max_answer_tokens: a longer answer is abandoned.
       template: the meta-prompt, with one `{prompt}`; see `templates.load`.
 
     Raises:
       ValueError: an unknown score, no candidate, a negative budget, a template
-        without its placeholder, stop words that cannot be.
+        without its placeholder, invalid stop words.
     """
     if score not in SCORES:
       raise ValueError(f"score must be one of {SCORES}, got {score!r}.")
@@ -131,20 +140,18 @@ class Searcher:
       raise ValueError(
         f"budget must be at least 0, got {budget}. Use 0 for plain sampling."
       )
-    self._engine, self._logprob_scorer, self._tokenizer = (
-      engine,
-      logprob_scorer,
-      tokenizer,
-    )
+    self._engine = engine
+    self._logprob_scorer = logprob_scorer
+    self._tokenizer = tokenizer
     self._candidates, self._budget = candidates, budget
     self._score, self._choose = score, choose
     self._stop_words = stop_words_lib.StopWords(stop_words, tokenizer)
-    self._most = dict.fromkeys(stop_words_lib.PHASES, max_step_tokens)
-    self._most["answer"] = max_answer_tokens
+    self._max_tokens = dict.fromkeys(stop_words_lib.PHASES, max_step_tokens)
+    self._max_tokens["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
     self._settings = sampling.for_tokenizer(
       sampling.Sampling(
-        max_new_tokens=max(self._most.values()),
+        max_new_tokens=max(self._max_tokens.values()),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -166,26 +173,29 @@ class Searcher:
     advance: Callable[[int], None] | None = None,
     ended: Callable[[traces.Trace], None] | None = None,
   ) -> list[traces.Trace]:
-    """Synthesises one trace a prompt.
+    """Synthesises one trace per prompt.
 
     Args:
       sample_params: the policy in the ROLLOUT layout.
       score_params: the policy in the TRAIN layout.
       prompts: tasks.
       key: random key.
-      advance: called with the tokens sampled as they come.
-      ended: called with each trace when it has ended, in whatever order.
+      advance: called with the number of tokens sampled after each step.
+      ended: called with each trace when it has ended, in any order.
 
     Returns:
       A trace for each prompt, in order; `status` is "complete" or the reason
       why it is not.
 
     Raises:
-      ValueError: a prompt beyond the largest bucket, or `choose` returns no
-        index of what it was given.
+      ValueError: a prompt longer than the largest bucket, or `choose` returns
+        an invalid index.
       FloatingPointError: logits that are not finite.
     """
-    searches = self._searches(prompts)
+    searches = [
+      _Search(index=i, prompt=p, head=self._head(self._template, p))
+      for i, p in enumerate(prompts)
+    ]
     heads = [search.head for search in searches]
     self._engine.check(heads, self._settings)
     if self._budget and self._score == "sequence":
@@ -203,96 +213,104 @@ class Searcher:
       self._drive(rows, searches, key, advance, ended)
     return [self._trace(search) for search in searches]
 
-  def _drive(self, rows, searches, key, advance, ended) -> None:
-    """Runs all searches to their ends."""
+  def _drive(
+    self,
+    rows: Any,
+    searches: Sequence[_Search],
+    key: jax.Array,
+    advance: Callable[[int], None] | None,
+    ended: Callable[[traces.Trace], None] | None,
+  ) -> None:
+    """Runs all searches to their end on the engine's prompt slots."""
 
     @functools.cache
-    def keys(number: int) -> np.ndarray:
-      folded = jax.random.fold_in(key, number)
-      names = [search.prompt.id for search in searches]
-      return engine_lib.keys(folded, names, rows.width)
+    def keys(round_index: int) -> np.ndarray:
+      """Random keys of a round: one per search and candidate."""
+      folded = jax.random.fold_in(key, round_index)
+      prompt_ids = [search.prompt.id for search in searches]
+      return engine_lib.keys(folded, prompt_ids, rows.width)
 
     waiting = collections.deque(
       sorted(searches, key=lambda s: (self._engine.bucket(s.head), s.index))
     )
-    sitting: dict[int, _Search] = {}
-    contexts: list[tuple[int, str, np.ndarray]] = []  # to be computed
-    kept: list[tuple[int, int, np.ndarray]] = []
-    ready: list[int] = []  # rows that go on
-    drawn: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
+    running: dict[int, _Search] = {}  # by prompt slot
+    # Arguments of the next step:
+    contexts: list[tuple[int, str, np.ndarray]] = []  # prefixes to compute
+    kept: list[tuple[int, int, np.ndarray]] = []  # samples to add to prefixes
+    ready: list[int] = []  # prompt slots that fork
+    # Pieces of every unfinished sample, by prompt slot and sample slot.
+    unfinished: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     while True:
-      free = [row for row in range(rows.count) if row not in sitting]
+      free = [row for row in range(rows.count) if row not in running]
       for row in free[: len(waiting)]:
-        sitting[row] = waiting.popleft()
-        contexts.append((row, sitting[row].prompt.id, sitting[row].head))
+        running[row] = waiting.popleft()
+        contexts.append((row, running[row].prompt.id, running[row].head))
         ready.append(row)
-      if not sitting:
+      if not running:
         return
       pieces = rows.step(
         free=lambda live: max(1, live // 8),
         kept=kept,
         contexts=contexts,
-        finished=[row for row in free if row not in sitting],
-        forks=[f for r in ready for f in self._forks(r, sitting[r], keys)],
+        finished=[row for row in free if row not in running],
+        forks=[f for r in ready for f in self._forks(r, running[r], keys)],
       )
       live = {piece.row for piece in pieces if piece.live}
       for piece in pieces:
-        drawn.setdefault((piece.row, piece.slot), []).append(piece)
+        unfinished.setdefault((piece.row, piece.slot), []).append(piece)
         if advance is not None:
           advance(len(piece.tokens))
       contexts, ready, kept = [], [], []
       for row in sorted({piece.row for piece in pieces} - live):
-        search = sitting[row]
-        slots = range(self._width(search))
-        mine = [drawn.pop((row, s)) for s in slots]
-        slot, tokens = self._go_on(search, mine)
+        search = running[row]
+        samples = [
+          unfinished.pop((row, slot)) for slot in range(self._width(search))
+        ]
+        slot, tokens = self._finish_phase(search, samples)
         if search.status not in stop_words_lib.PHASES:
-          del sitting[row]
+          del running[row]
           if ended is not None:
             ended(self._trace(search))
           continue
         ready.append(row)
         if search.status == "answer" and self._template != "{prompt}":
+          # The answer follows the original prompt, without the template.
           context = self._head("{prompt}", search.prompt), search.thought
           contexts.append((row, search.prompt.id, np.concatenate(context)))
         else:
           kept.append((row, slot, tokens))
 
-  def _searches(self, prompts) -> list[_Search]:
-    none = np.zeros(0, np.int32)  # thought, trigger, answer
-    return [
-      _Search(i, p, self._head(self._template, p), none, none, [], none)
-      for i, p in enumerate(prompts)
-    ]
-
   def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
+    """Tokens of the templated chat prompt and the opening <think>."""
     text = template.replace("{prompt}", prompt.prompt)
     opened = self._tokenizer.encode_template("<think>\n")
     return np.concatenate([self._tokenizer.chat_prompt(text), opened])
 
-  def _score_heads(self, params, searches) -> None:
-    """Sums of the prompts' own log-probabilities."""
+  def _score_heads(self, params: Any, searches: Sequence[_Search]) -> None:
+    """Starts each search's `logprob` with the sum over its head."""
     by_bucket = collections.defaultdict(list)
     for search in searches:
       by_bucket[self._logprob_scorer.bucket(search.head)].append(search)
-    # Shape by shape, so that no prompt's log-probability depends on its
-    # neighbours.
+    # One call per padded length, so that a prompt's log-probability does not
+    # depend on the prompts that it is batched with.
     for _, group in sorted(by_bucket.items()):
       logprobs = self._logprob_scorer.score(
         params, [search.head for search in group]
       )
       for search, logprob_T in zip(group, logprobs.prefix_logprob):
-        # The first token of the prompt has no context and no log-probability.
+        # The first token has no context, and so no log-probability.
         search.logprob = float(logprob_T[1:].sum(dtype=np.float64))
 
   def _width(self, search: _Search) -> int:
+    """Number of samples that the search's phase takes."""
     return self._candidates if search.status == "candidate" else 1
 
   def _forks(
-    self, row: int, search: _Search, keys
+    self, row: int, search: _Search, keys: Callable[[int], np.ndarray]
   ) -> list[prompt_slots_lib.Fork]:
+    """The samples that prompt slot `row` begins for the search's phase."""
     phase = search.status
-    number = {
+    round_index = {
       "stop": 0,
       "candidate": len(search.rounds) + 1,
       "rest": self._budget + 1,
@@ -302,56 +320,78 @@ class Searcher:
       prompt_slots_lib.Fork(
         row,
         slot,
-        key=keys(number)[search.index, slot],
-        budget=self._most[phase],
+        key=keys(round_index)[search.index, slot],
+        budget=self._max_tokens[phase],
         state=self._stop_words.start[phase],
       )
       for slot in range(self._width(search))
     ]
 
-  def _go_on(
-    self, search: _Search, drawn: Sequence[Sequence[prompt_slots_lib.Piece]]
+  def _finish_phase(
+    self, search: _Search, samples: Sequence[Sequence[prompt_slots_lib.Piece]]
   ) -> tuple[int, np.ndarray]:
-    """Takes what a row drew; which slot is kept, and its tokens that are."""
+    """Adds the samples of a phase to the search and moves it to the next phase.
+
+    Args:
+      search: updated in place.
+      samples: pieces of the sample of each slot.
+
+    Returns:
+      The slot of the sample that is kept, and its tokens that are kept.
+    """
     if search.status == "answer":
-      sample = prompt_slots_lib.joined(drawn[0])
+      sample = prompt_slots_lib.joined(samples[0])
       search.answer = sample.tokens
       search.status = "complete" if sample.finished else "answer too long"
       return 0, sample.tokens
-    stretches = [self._stretch(search.status, pieces) for pieces in drawn]
+    segments = [self._segment(search.status, pieces) for pieces in samples]
     best = 0
     if search.status == "candidate":
-      best = self._keep_best(search, stretches)
-    one = stretches[best]
-    search.thought = np.concatenate([search.thought, search.trigger, one.kept])
-    search.logprob += search.trigger_logprob + one.logprob
-    search.trigger, search.trigger_logprob = one.trigger, one.trigger_logprob
-    search.status = one.status
+      best = self._keep_best(search, segments)
+    segment = segments[best]
+    search.thought = np.concatenate(
+      [search.thought, search.trigger, segment.kept]
+    )
+    search.logprob += search.trigger_logprob + segment.logprob
+    search.trigger = segment.trigger
+    search.trigger_logprob = segment.trigger_logprob
+    search.status = segment.status
     if len(search.thought) > self._max_thought_tokens:
       search.status = stop_words_lib.TOO_LONG
-    elif one.status == "candidate" and len(search.rounds) >= self._budget:
+    elif segment.status == "candidate" and len(search.rounds) >= self._budget:
       search.status = "rest"
-    return best, np.concatenate([one.kept, one.trigger])
+    return best, np.concatenate([segment.kept, segment.trigger])
 
-  def _stretch(
+  def _segment(
     self, phase: str, pieces: Sequence[prompt_slots_lib.Piece]
-  ) -> _Stretch:
+  ) -> _Segment:
+    """Cuts a sample at its stop word and sums its log-probabilities."""
     sample = prompt_slots_lib.joined(pieces)
     kept, trigger, status = self._stop_words.cut(sample, phase)
-    sums = [0.0, 0.0]
+    logprob = trigger_logprob = 0.0
     if self._budget:
-      score_T = np.concatenate([piece.model_logprob for piece in pieces])
-      stop = len(kept) + len(trigger)
-      parts = score_T[: len(kept)], score_T[len(kept) : stop]
-      sums = [float(part.sum(dtype=np.float64)) for part in parts]
-    return _Stretch(kept, trigger, status, *sums)
+      logprob_T = np.concatenate([piece.model_logprob for piece in pieces])
+      end = len(kept) + len(trigger)
+      logprob = float(logprob_T[: len(kept)].sum(dtype=np.float64))
+      trigger_logprob = float(logprob_T[len(kept) : end].sum(dtype=np.float64))
+    return _Segment(
+      kept=kept,
+      trigger=trigger,
+      status=status,
+      logprob=logprob,
+      trigger_logprob=trigger_logprob,
+    )
 
-  def _keep_best(self, search: _Search, stretches: Sequence[_Stretch]) -> int:
-    """Records a round; the index of the candidate that is kept."""
+  def _keep_best(self, search: _Search, segments: Sequence[_Segment]) -> int:
+    """Scores the candidates and records the round.
+
+    Returns:
+      The index of the candidate that is kept.
+    """
     candidates = []
-    for stretch in stretches:
-      tokens = np.concatenate([search.trigger, stretch.kept])
-      total, count = search.trigger_logprob + stretch.logprob, len(tokens)
+    for segment in segments:
+      tokens = np.concatenate([search.trigger, segment.kept])
+      total, count = search.trigger_logprob + segment.logprob, len(tokens)
       if self._score == "sequence":
         total += search.logprob
         count += len(search.head) - 1 + len(search.thought)
@@ -362,10 +402,10 @@ class Searcher:
           tokens=len(tokens),
         )
       )
-    # A candidate that ran out of length or turn is kept only if all did.
-    every = range(len(stretches))
-    whole = [i for i in every if stretches[i].status in stop_words_lib.PHASES]
-    best = self._best(search, candidates, whole or every)
+    # A candidate that was cut off or ended the turn is only kept if all did.
+    every = range(len(segments))
+    proper = [i for i in every if segments[i].status in stop_words_lib.PHASES]
+    best = self._best(search, candidates, proper or every)
     search.rounds.append(
       traces.Round(
         trigger=self._tokenizer.decode(search.trigger),
@@ -375,7 +415,13 @@ class Searcher:
     )
     return best
 
-  def _best(self, search, candidates, among: Sequence[int]) -> int:
+  def _best(
+    self,
+    search: _Search,
+    candidates: Sequence[traces.Candidate],
+    among: Sequence[int],
+  ) -> int:
+    """The best of the candidates with indices `among`."""
     if self._choose is None:
       return min(among, key=lambda i: candidates[i].perplexity)
     chosen = self._choose(
@@ -384,16 +430,16 @@ class Searcher:
       [candidates[i].text for i in among],
     )
     try:
-      place = operator.index(chosen)
+      index = operator.index(chosen)
     except TypeError:
-      place = -1
-    if isinstance(chosen, bool) or not 0 <= place < len(among):
+      index = -1
+    if isinstance(chosen, bool) or not 0 <= index < len(among):
       raise ValueError(
         f"The choice among {len(among)} candidates of prompt "
         f"{search.prompt.id!r} is {chosen!r}; it must be an index from 0 to "
         f"{len(among) - 1}. Correct the function of config.synthesis.choose."
       )
-    return among[place]
+    return among[index]
 
   def _trace(self, search: _Search) -> traces.Trace:
     opened = self._tokenizer.encode_template("<think>\n")

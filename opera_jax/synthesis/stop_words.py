@@ -1,9 +1,9 @@
-"""Where a thought is stopped, and where a stretch of it is cut.
+"""Stop words: where sampling of a thought stops, and where the sample is cut.
 
-Stop words are words or separators. A word opens what comes next: the stretch is
-cut before it, and it becomes the trigger that opens every candidate. A
-separator ("\\n\\n") closes what came before: the stretch is kept up to and with
-the token that completes it, and nothing is a trigger.
+Stop words are words or separators. A word begins the next step: the sample is
+cut before it, and the word becomes the trigger, with which every candidate
+begins. A separator ("\\n\\n") ends the current step: the sample is kept up to
+the token that completes the separator, inclusive, and there is no trigger.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from opera_jax.text import automaton, regions, stop_automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
 WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
-# What a prompt is at: the thought up to its first stop word, the candidates of
-# a round, the thought after the last round, the answer.
+# The phases of a prompt: the thought up to its first stop word, the candidates
+# of a round, the thought after the last round, the answer.
 PHASES = ("stop", "candidate", "rest", "answer")
 TOO_LONG = "thought too long"
 TURN_ENDED = "turn ended inside the thought"
 
 
 class StopWords:
-  """The stop words of a search, as tables for the device and for the host."""
+  """The stop words of a search, compiled for the device and for the host."""
 
   def __init__(
     self, stop_words: Sequence[str], tokenizer: tokenizer_lib.Tokenizer
@@ -36,8 +36,8 @@ class StopWords:
       tokenizer: of the policy.
 
     Raises:
-      ValueError: no stop word, an empty one, words among separators, white
-        space at the end of a word, a stop word that the vocabulary cannot
+      ValueError: no stop word, an empty one, both words and separators, a word
+        with white space at an end, or a stop word that the vocabulary cannot
         spell.
     """
     self._tokenizer = tokenizer
@@ -55,13 +55,13 @@ class StopWords:
         f"Stop words are {self._stop_words}; a word has no white space at its "
         "ends. Change config.synthesis.stop_words."
       )
-    # Within a thought a candidate ends at a word that opens a sentence.
-    heads = self._stop_words
+    # A candidate ends only at a word that opens a sentence.
+    opening = self._stop_words
     if self._words:
-      heads = tuple(
+      opening = tuple(
         lead + word for word in self._stop_words for lead in ("\n", ". ")
       )
-    self._stops = {"stop": self._stop_words, "candidate": heads}
+    self._stops = {"stop": self._stop_words, "candidate": opening}
     tables = {
       phase: stop_automaton.compile(
         strings, tokenizer.vocab_bytes, right_boundary=self._words
@@ -83,15 +83,15 @@ class StopWords:
   def cut(
     self, sample: structs.Sample, phase: str
   ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Cuts a stretch of thought where it was stopped.
+    """Cuts a sampled piece of thought at its stop word.
 
     Args:
-      sample: drawn in `phase`, which is not "answer".
-      phase: of PHASES.
+      sample: sampled in `phase`, which is not "answer".
+      phase: one of `PHASES`.
 
     Returns:
-      The tokens that stay, those of the trigger after them, and what comes
-      next: "candidate", "answer", or how the thought broke off.
+      The tokens that are kept, the tokens of the trigger after them, and the
+      next phase: "candidate" or "answer", or how the thought broke off.
     """
     tokens = sample.tokens
     none = tokens[:0]
@@ -108,7 +108,7 @@ class StopWords:
       return tokens, none, TURN_ENDED
     if not self._words:
       return tokens[: found.token_after], none, "candidate"
-    # The stop string may open with "\n" or ". "; those stay behind.
+    # The stop string may begin with "\n" or ". ", which are not in the trigger.
     string = stops[found.string]
     word = next(w for w in self._stop_words if string.endswith(w))
     _, ends = automaton.spell(tokens, vocab)

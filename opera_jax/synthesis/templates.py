@@ -1,7 +1,8 @@
-"""Guiding words around a prompt: a file that anyone can read and change.
+"""Prompt templates: text files with placeholders.
 
-The text is one user turn in the policy's chat layout (`Tokenizer.chat_prompt`,
-which is Qwen3's to the token); tags in it are plain text, as in a prompt.
+A filled template is one user turn of the policy's chat template
+(`Tokenizer.chat_prompt`, token for token Qwen3's). Tags in it are plain text,
+as in a prompt.
 """
 
 import re
@@ -13,17 +14,20 @@ SUFFIX = ".txt"
 
 
 def load(value: str, names: Sequence[str], setting: str) -> str:
-  """A template's text, checked.
+  """Loads and checks a template.
 
   Args:
     value: the text itself, or the path of a file that ends in .txt.
-    names: placeholders that it must hold exactly once each, such as "prompt"
-      for "{prompt}".
-    setting: the config field that it comes from, for errors.
+    names: placeholders that the text must contain exactly once, such as
+      "prompt" for "{prompt}".
+    setting: the config field of the template, for error messages.
+
+  Returns:
+    The text of the template.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a placeholder is missing or given twice.
+    ValueError: a placeholder is missing or repeated.
   """
   text, shown = value, repr(value[:60])
   if value.endswith(SUFFIX) and "\n" not in value and "{" not in value:
@@ -45,6 +49,6 @@ def load(value: str, names: Sequence[str], setting: str) -> str:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-  """The template with its placeholders replaced; values are not searched."""
+  """Replaces placeholders; placeholders within values are not replaced."""
   marks = "|".join(re.escape(f"{{{name}}}") for name in values)
   return re.sub(marks, lambda hit: values[hit.group()[1:-1]], template)
