@@ -1,9 +1,10 @@
-"""On-policy distillation: a teacher's word on every sampled token.
+"""On-policy distillation: the teacher scores every sampled token.
 
     A_t = log p_teacher(y_t | x, y_<t) - log p_student(y_t | x, y_<t)
 
-whose expectation is minus the gradient of KL(student || teacher). OPPO with a
-constant state weight is the same up to scale.
+The expected policy gradient with this advantage is the negative gradient of
+KL(student || teacher). OPPO with a constant state weight is the same up to
+scale.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from opera_jax.advantages import inputs as inputs_lib
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageEstimator:
-  """The teacher of `config.rl.teacher`, on the student's own samples."""
+  """The teacher is `config.rl.teacher`; completions are the student's own."""
 
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """The completions after their own prompts, by the teacher."""
+    """The teacher scores every completion after its own prompt."""
     turns = [
       rollouts.prompts[rollouts.prompt_index(r)].prompt
       for r in range(len(rollouts.completions))
@@ -31,10 +32,10 @@ class AdvantageEstimator:
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """The log-ratio of each token."""
-    gap = [
+    """The log-ratio of teacher and student at each token."""
+    log_ratio = [
       (teacher - student).astype(np.float32)
       for teacher, student in zip(inputs.logprobs["teacher"], inputs.logprob)
     ]
-    mean = float(np.concatenate(gap).mean()) if gap else 0.0
-    return inputs_lib.Advantages(gap, {"kl": -mean})
+    mean = float(np.concatenate(log_ratio).mean()) if log_ratio else 0.0
+    return inputs_lib.Advantages(log_ratio, {"kl": -mean})

@@ -16,12 +16,12 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Nothing: rewards suffice."""
+    """No log-probabilities beyond the policy's own."""
     return {}
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """One advantage a sequence."""
+    """One advantage per completion, on all of its tokens."""
     advantage_BN = group.dr_grpo(inputs.returns())
     return inputs_lib.Advantages(inputs.broadcast(advantage_BN))

@@ -12,9 +12,9 @@ from opera_jax.advantages import inputs as inputs_lib
 class AdvantageEstimator:
   """Token advantages from a critic's values.
 
-  The reward falls on the last token; a KL penalty, where the run takes it off
-  the reward, on each. `whiten` brings the step's advantages to mean 0 and
-  deviation 1, as PPO implementations do.
+  The reward is paid at the last token. If the run subtracts a KL penalty from
+  the reward, it is subtracted at every token. `whiten` normalises the step's
+  advantages to mean 0 and standard deviation 1, as PPO implementations do.
   """
 
   gamma: float = 1.0
@@ -22,7 +22,7 @@ class AdvantageEstimator:
   whiten: bool = True
 
   def __post_init__(self):
-    """Refuses discounts outside of 0..1."""
+    """Refuses gamma and lam outside 0..1."""
     if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
       raise ValueError(
         f"GAE takes gamma and lam from 0 to 1, got {self.gamma}, {self.lam}."
@@ -31,13 +31,13 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Nothing: the critic's values come with the inputs."""
+    """No log-probabilities: the critic's values are part of the inputs."""
     return {}
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """Advantages, and the returns that the critic should predict.
+    """GAE per token, and the returns as the critic's targets.
 
     Raises:
       ValueError: the run has no critic.
@@ -50,14 +50,14 @@ class AdvantageEstimator:
     reward_R = inputs.reward_BN.reshape(-1)
     advantage, returns = [], []
     for value, penalty, reward in zip(inputs.value, inputs.penalty, reward_R):
-      paid = -penalty.astype(np.float64)
-      paid[-1:] += reward
-      mine = estimate(paid, value, gamma=self.gamma, lam=self.lam)
-      advantage.append(mine)
-      returns.append((mine + value).astype(np.float32))
+      reward_T = -penalty.astype(np.float64)
+      reward_T[-1:] += reward
+      advantage_T = estimate(reward_T, value, gamma=self.gamma, lam=self.lam)
+      advantage.append(advantage_T)
+      returns.append((advantage_T + value).astype(np.float32))
     if self.whiten:
-      every = np.concatenate(advantage)
-      mean, scale = every.mean(), every.std() + 1e-8
+      all_tokens = np.concatenate(advantage)
+      mean, scale = all_tokens.mean(), all_tokens.std() + 1e-8
       advantage = [(a - mean) / scale for a in advantage]
     return inputs_lib.Advantages(
       [a.astype(np.float32) for a in advantage], returns=returns
@@ -70,18 +70,19 @@ def estimate(
   """`A_t = d_t + gamma lam A_{t+1}`, `d_t = r_t + gamma V_{t+1} - V_t`.
 
   Args:
-    reward_T: float [T], what is paid at each token.
-    value_T: float [T], the critic's value before each token; 0 at the end.
-    gamma: discount of rewards.
-    lam: 0 trusts the critic, 1 the returns.
+    reward_T: float [T], reward of each token.
+    value_T: float [T], the critic's value of the state before each token; the
+      value after the last token is 0.
+    gamma: discount factor.
+    lam: 0 is the critic's one-step estimate, 1 the Monte Carlo return.
 
   Returns:
     float64 [T].
   """
-  ahead_T = np.append(value_T[1:], 0.0)[: len(value_T)]
-  delta_T = reward_T + gamma * ahead_T - value_T
-  advantage_T, after = np.zeros(len(delta_T)), 0.0
+  next_value_T = np.append(value_T[1:], 0.0)[: len(value_T)]
+  delta_T = reward_T + gamma * next_value_T - value_T
+  advantage_T, next_advantage = np.zeros(len(delta_T)), 0.0
   for t in reversed(range(len(delta_T))):
-    after = delta_T[t] + gamma * lam * after
-    advantage_T[t] = after
+    next_advantage = delta_T[t] + gamma * lam * next_advantage
+    advantage_T[t] = next_advantage
   return advantage_T

@@ -1,13 +1,14 @@
-"""Advantages of a group of samples of one prompt, relative to each other.
+"""Group-relative advantages: rewards compared within the samples of a prompt.
 
-Shape key: B prompts, N samples a prompt.
+Shape key: B prompts, N samples of a prompt.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_NOISE = 8 * float(np.finfo(np.float32).eps)  # relative, of a float32 sum
+# Relative rounding error of a reward, which is a float32 sum of a few terms.
+_NOISE = 8 * float(np.finfo(np.float32).eps)
 
 
 def grpo(
@@ -17,17 +18,17 @@ def grpo(
   ddof: int = 1,
   scale_by_std: bool = True,
 ) -> jax.Array:
-  """GRPO (arXiv 2402.03300): `A = (R - mean) / (std + epsilon)` by prompt.
+  """GRPO (arXiv 2402.03300): `A = (R - mean) / (std + epsilon)` per prompt.
 
   Args:
     reward_BN: float rewards.
     epsilon: added to the standard deviation.
-    ddof: 1 divides the variance by N - 1, 0 by N.
-    scale_by_std: False leaves out the division (Dr.GRPO).
+    ddof: 1 divides the sum of squares by N - 1, 0 by N.
+    scale_by_std: False omits the division by the standard deviation (Dr.GRPO).
 
   Returns:
-    float32 [B, N]; each group sums to 0 up to rounding. A group without
-    spread, see `has_spread`, gets exactly 0.
+    float32 [B, N]; each group sums to 0 up to rounding. A group whose rewards
+    are equal (see `has_spread`) gets exactly 0.
 
   Raises:
     ValueError: fewer than 2 samples, or a reward that is not finite.
@@ -41,7 +42,7 @@ def grpo(
     return centred_BN
   samples = reward_BN.shape[1]
   squares_B1 = jnp.sum(jnp.square(centred_BN), axis=1, keepdims=True)
-  # sqrt has no gradient at 0; equal groups take the root of 1 instead.
+  # The gradient of sqrt is infinite at 0, so groups of equal rewards use 1.
   variance_B1 = jnp.where(spread_B1, squares_B1 / (samples - ddof), 1.0)
   return centred_BN / (jnp.sqrt(variance_B1) + epsilon)
 
@@ -67,18 +68,18 @@ def rloo(reward_BN: jax.Array | np.ndarray) -> jax.Array:
 
 
 def has_spread(reward_BN: jax.Array | np.ndarray) -> jax.Array:
-  """Whether a group's rewards differ by more than their rounding.
+  """Whether a group's rewards differ by more than their rounding error.
 
-  A reward is a float32 sum of a few terms, so equal rewards may differ in the
-  last bits. Divided by their own tiny deviation such differences would become
-  advantages of order 1.
+  A reward is a float32 sum of a few terms, so equal rewards may differ in their
+  last bits. Divided by their tiny standard deviation, such differences would
+  become advantages of order 1.
 
   Args:
     reward_BN: float rewards.
 
   Returns:
-    bool [B]: the range of a group is above 8 units in the last place of its
-    largest reward by size.
+    bool [B]: whether the range of a group exceeds 8 float32 epsilons of its
+    largest absolute reward.
   """
   return _has_spread(jnp.asarray(reward_BN, jnp.float32))
 
@@ -91,13 +92,15 @@ def _has_spread(reward_BN: jax.Array) -> jax.Array:
 
 
 def _centred(reward_BN: jax.Array) -> jax.Array:
-  # The mean is rounded, and so is off the same way for all of a group. The
-  # mean of what is left is small, so that its own rounding does not matter.
+  """Subtracts each group's mean, with a second pass against rounding."""
+  # The rounding error of the mean is the same for the whole group. The mean of
+  # the differences is small, so its own rounding error does not matter.
   centred_BN = reward_BN - jnp.mean(reward_BN, axis=1, keepdims=True)
   return centred_BN - jnp.mean(centred_BN, axis=1, keepdims=True)
 
 
 def _checked(reward_BN: jax.Array | np.ndarray) -> jax.Array:
+  """Checks shape and values; values only outside of a trace."""
   if reward_BN.ndim != 2:
     raise ValueError(
       f"Rewards come as [prompts, samples], got shape {reward_BN.shape}."

@@ -1,4 +1,4 @@
-"""GRPO (arXiv 2402.03300): how much better than its group, in deviations."""
+"""GRPO (arXiv 2402.03300): the reward, normalised within its group."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ class AdvantageEstimator:
   ddof: int = 1
 
   def __post_init__(self):
-    """Refuses what would divide by nothing."""
+    """Refuses a non-positive epsilon, which would allow a division by 0."""
     if not self.epsilon > 0 or self.ddof not in (0, 1):
       raise ValueError(
         f"GRPO takes epsilon above 0 and a ddof of 0 or 1, got {self.epsilon} "
@@ -27,13 +27,13 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Nothing: rewards suffice."""
+    """No log-probabilities beyond the policy's own."""
     return {}
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """One advantage a sequence."""
+    """One advantage per completion, on all of its tokens."""
     advantage_BN = group.grpo(
       inputs.returns(), epsilon=self.epsilon, ddof=self.ddof
     )

@@ -1,20 +1,21 @@
-"""What an advantage estimator reads, and what it gives back.
+"""The inputs and outputs of advantage estimators, and their weighted sum.
 
 An estimator is one file of this package with a frozen dataclass
-`AdvantageEstimator`, whose fields are its settings, and two methods:
+`AdvantageEstimator`. The fields are its settings; it has two methods:
 
     scoring_requests(rollouts, reward_BN) -> dict[str, ScoringRequest]
     advantages(inputs) -> Advantages
 
-The first says which log-probabilities the estimator needs beyond the policy's
-own; the second turns rewards and log-probabilities into one advantage a token.
+The first returns the log-probabilities that the estimator needs beyond the
+policy's own. The second computes one advantage per token from rewards and
+log-probabilities.
 
 `config.rl.advantage` names estimators and their weights, as in "grpo" or
-"grpo + 0.5*oppo"; weighted advantages add up token by token, so sequence
+"grpo + 0.5*oppo". Weighted advantages are summed token by token, so sequence
 and token estimators combine.
 
-Shape key: B prompts, N samples a prompt, R = B * N rows (prompt-major), C_r
-tokens of the completion of row r.
+Shape key: B prompts, N samples of a prompt, R = B * N completions
+(prompt-major), C_r tokens of completion r.
 """
 
 import dataclasses
@@ -31,17 +32,19 @@ MODELS = ("policy", "teacher", "ema")
 
 @dataclasses.dataclass(frozen=True)
 class ScoringRequest:
-  """Every completion scored after a user's turn of its own, by one model.
+  """Asks one model to score every completion after a given user turn.
 
-  "policy" is the policy before this step's update, "teacher" the frozen model
-  of `config.rl.teacher`, "ema" the moving mean of the policy.
+  Attributes:
+    model: "policy", the policy before this step's update; "teacher", the frozen
+      model of `config.rl.teacher`; or "ema", the moving average of the policy.
+    turns: [R] user turns, one per completion.
   """
 
   model: str
-  turns: Sequence[str]  # [R]
+  turns: Sequence[str]
 
   def __post_init__(self):
-    """Refuses a model that no run has."""
+    """Refuses an unknown model."""
     if self.model not in MODELS:
       raise ValueError(
         f"An advantage estimator asks the model {self.model!r}. Use one of "
@@ -51,24 +54,35 @@ class ScoringRequest:
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageInputs:
-  """Rewards and log-probabilities of a step's samples; host arrays."""
+  """Rewards and log-probabilities of a step's completions; host arrays.
+
+  Attributes:
+    rollouts: the completions.
+    reward_BN: float32.
+    success_BN: float in 0..1: 1 or 0 where the answer can be checked, else the
+      reward.
+    logprob: [R] of float32 [C_r], under the policy before the update.
+    penalty: [R] of float32 [C_r], KL penalty to subtract from the rewards.
+    logprobs: [R] of float32 [C_r] for each name of `scoring_requests`.
+    value: [R] of float32 [C_r], the critic's value before each token; None
+      without a critic.
+  """
 
   rollouts: structs.Rollouts
-  reward_BN: np.ndarray  # float32
-  success_BN: np.ndarray  # float in 0..1: right or wrong, else the reward
-  logprob: Sequence[np.ndarray]  # [R] of float32 [C_r], old policy
-  penalty: Sequence[np.ndarray]  # [R] of float32 [C_r], KL taken off rewards
-  # By name of a ScoringRequest, [R] of [C_r].
+  reward_BN: np.ndarray
+  success_BN: np.ndarray
+  logprob: Sequence[np.ndarray]
+  penalty: Sequence[np.ndarray]
   logprobs: Mapping[str, Sequence[np.ndarray]]
-  value: Sequence[np.ndarray] | None = None  # [R] of [C_r], before each token
+  value: Sequence[np.ndarray] | None = None
 
   def returns(self) -> np.ndarray:
-    """Reward less the sequence's penalty, float32 [B, N]."""
-    taken_R = np.asarray([p.sum() for p in self.penalty], np.float32)
-    return self.reward_BN - taken_R.reshape(self.reward_BN.shape)
+    """Reward minus the completion's summed penalty, float32 [B, N]."""
+    penalty_R = np.asarray([p.sum() for p in self.penalty], np.float32)
+    return self.reward_BN - penalty_R.reshape(self.reward_BN.shape)
 
   def broadcast(self, advantage_BN: np.ndarray | jax.Array) -> list[np.ndarray]:
-    """One number a sequence, repeated on each of its tokens, [R] of [C_r]."""
+    """Repeats one number per completion on all its tokens, [R] of [C_r]."""
     return [
       np.full(len(tokens), a, np.float32)
       for a, tokens in zip(np.asarray(advantage_BN).reshape(-1), self.logprob)
@@ -77,45 +91,54 @@ class AdvantageInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Advantages:
-  """Advantages of every token, and what else came of them."""
+  """An advantage for every token.
 
-  advantage: Sequence[np.ndarray]  # [R] of float32 [C_r]
+  Attributes:
+    advantage: [R] of float32 [C_r].
+    metrics: to log.
+    returns: [R] of float32 [C_r], the critic's targets, if it is trained.
+  """
+
+  advantage: Sequence[np.ndarray]
   metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  returns: Sequence[np.ndarray] | None = None  # what a critic should predict
+  returns: Sequence[np.ndarray] | None = None
 
 
-def combine(parts: Mapping[str, tuple[float, Advantages]]) -> Advantages:
-  """`A_t = sum over rules of weight * A_t`, metrics by rule.
+def combine(estimates: Mapping[str, tuple[float, Advantages]]) -> Advantages:
+  """`A_t = sum over estimators of weight * A_t`, with metrics by estimator.
 
   Args:
-    parts: rule name -> (weight, its advantages); at least one.
+    estimates: estimator name -> (weight, its advantages); at least one.
 
   Returns:
-    The sum. The critic's targets are those of the one rule that has some.
+    The sum. The critic's targets are those of the only estimator that has some.
 
   Raises:
-    ValueError: an advantage that is not finite, or two rules with targets.
+    ValueError: an advantage that is not finite, or two estimators with targets
+      for the critic.
   """
   metrics: dict[str, Any] = {}
   returns = None
-  for name, (_, estimate) in parts.items():
-    for row, advantage in enumerate(estimate.advantage):
+  for name, (_, estimate) in estimates.items():
+    for index, advantage in enumerate(estimate.advantage):
       if not np.isfinite(advantage).all():
         raise ValueError(
-          f"Advantage estimator {name!r} gives row {row} an advantage that is "
-          "not finite. Look at that row's reward and log-probabilities."
+          f"Advantage estimator {name!r} gives completion {index} an advantage "
+          "that is not finite. Look at that completion's reward and "
+          "log-probabilities."
         )
     metrics |= {f"advantage/{name}/{k}": v for k, v in estimate.metrics.items()}
     if estimate.returns is not None:
       if returns is not None:
         raise ValueError(
-          f"Two of the advantage estimators {sorted(parts)} train a critic. "
-          "Keep one."
+          f"Two of the advantage estimators {sorted(estimates)} train a "
+          "critic. Keep one."
         )
       returns = estimate.returns
-  rows = zip(*(estimate.advantage for _, estimate in parts.values()))
-  weights = [weight for weight, _ in parts.values()]
+  weights = [weight for weight, _ in estimates.values()]
+  by_completion = zip(*(e.advantage for _, e in estimates.values()))
   total = [
-    sum(w * a for w, a in zip(weights, row)).astype(np.float32) for row in rows
+    sum(w * a for w, a in zip(weights, advantages)).astype(np.float32)
+    for advantages in by_completion
   ]
-  return Advantages(total, metrics, returns)
+  return Advantages(advantage=total, metrics=metrics, returns=returns)

@@ -1,13 +1,14 @@
-"""OPPO (arXiv 2605.21851): each token's evidence moves a belief in success.
+"""OPPO (arXiv 2605.21851): every token updates a belief that the completion
+succeeds; the advantage is the change of the belief.
 
     log lambda_t = log p(y_t | x, y*, y_<t) - log p(y_t | x, y_<t)
     l_0 = logit(V_0),  l_{t+1} = l_t + log lambda_t,  V_t = sigmoid(l_t)
     A_t = V_{t+1} - V_t                    sum_t A_t telescopes to V_T - V_0
 
-The oracle sees the known answer y*. The odds update is the paper's; with the
-marginal in the denominator exact Bayes is V <- V lambda, which
-`belief="probability"` computes. Unpublished, and chosen here: the bound on
-the evidence, V_0 (the group's success rate), the oracle's prompt.
+The oracle is given the known answer y*. The update of the odds is the paper's.
+As the denominator is the marginal, exact Bayes is V <- V lambda, which
+`belief="probability"` computes. The paper does not specify the bound on the
+evidence, V_0 and the oracle's prompt; here V_0 is the group's success rate.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ PROMPT = (
 )
 BELIEFS = ("odds", "probability")
 SCALES = ("none", "tokens", "outcome")
-_EDGE = 1e-4  # V_0 stays this far from 0 and 1
-_TOP = 1 - 1e-6  # V lambda is clipped here
+_MARGIN = 1e-4  # distance of V_0 from 0 and 1
+_MAX_BELIEF = 1 - 1e-6  # bound of V lambda
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,13 @@ class AdvantageEstimator:
 
   Attributes:
     oracle: "self", the policy scores with and without the answer; or
-      "teacher", a frozen model does both.
+      "teacher", the frozen teacher does both.
     belief: "odds" or "probability".
-    evidence_clip: bound on |log lambda|, nats.
-    anchor: A_t <- sign(A_seq) |A_t|, with A_seq of GRPO.
-    scale: "none"; "tokens", standard score over the group's tokens, which can
-      flip anchored signs; "outcome", each sequence sums to R - V_0.
+    evidence_clip: bound on |log lambda|, in nats.
+    anchor: A_t <- sign(A_seq) |A_t|, where A_seq is GRPO's advantage.
+    scale: "none"; "tokens", the standard score over all tokens of a group,
+      which can flip anchored signs; "outcome", the advantages of a completion
+      sum to R - V_0.
     prompt: the oracle's user turn.
   """
 
@@ -73,35 +75,38 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Each completion after the prompt with its answer; and, for a teacher,
-    after the prompt alone."""
+    """Every completion after the prompt with the answer; a teacher also scores
+    it after the prompt alone."""
     tasks = [
-      rollouts.prompts[rollouts.prompt_index(r)] for r in _rows(rollouts)
+      rollouts.prompts[rollouts.prompt_index(r)]
+      for r in range(len(rollouts.completions))
     ]
-    told = [
+    with_answer = [
       self.prompt.format(prompt=t.prompt, answer=answer(t)) for t in tasks
     ]
     if self.oracle == "self":
-      return {"told": inputs_lib.ScoringRequest("policy", told)}
+      return {"told": inputs_lib.ScoringRequest("policy", with_answer)}
     return {
-      "told": inputs_lib.ScoringRequest("teacher", told),
+      "told": inputs_lib.ScoringRequest("teacher", with_answer),
       "plain": inputs_lib.ScoringRequest("teacher", [t.prompt for t in tasks]),
     }
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """Belief by belief along each completion."""
-    told = inputs.logprobs["told"]
-    plain = inputs.logprobs.get("plain", inputs.logprob)
-    ratio = [a.astype(np.float64) - b for a, b in zip(told, plain)]
+    """The changes of belief along each completion."""
+    with_answer = inputs.logprobs["told"]
+    without_answer = inputs.logprobs.get("plain", inputs.logprob)
+    evidence = [
+      a.astype(np.float64) - b for a, b in zip(with_answer, without_answer)
+    ]
     bound = self.evidence_clip
-    clipped = [np.clip(r, -bound, bound) for r in ratio]
-    start_B = np.clip(inputs.success_BN.mean(axis=1), _EDGE, 1 - _EDGE)
+    clipped = [np.clip(e, -bound, bound) for e in evidence]
+    start_B = np.clip(inputs.success_BN.mean(axis=1), _MARGIN, 1 - _MARGIN)
     samples = inputs.reward_BN.shape[1]
     start_R = np.repeat(start_B, samples)
     belief = [
-      beliefs(r, v, belief=self.belief) for r, v in zip(clipped, start_R)
+      beliefs(e, v, belief=self.belief) for e, v in zip(clipped, start_R)
     ]
     advantage = [np.diff(v) for v in belief]
     if self.anchor:
@@ -112,20 +117,22 @@ class AdvantageEstimator:
     elif self.scale == "outcome":
       target_R = inputs.success_BN.reshape(-1) - start_R
       advantage = [rescaled(a, t) for a, t in zip(advantage, target_R)]
-    every = np.concatenate(ratio)
+    all_tokens = np.concatenate(evidence)
     last_R = np.asarray([v[-1] for v in belief])
     return inputs_lib.Advantages(
       [a.astype(np.float32) for a in advantage],
       {
-        "clipped": float((np.abs(every) > bound).mean()) if every.size else 0.0,
-        "evidence": float(every.mean()) if every.size else 0.0,
+        "clipped": (
+          float((np.abs(all_tokens) > bound).mean()) if all_tokens.size else 0.0
+        ),
+        "evidence": float(all_tokens.mean()) if all_tokens.size else 0.0,
         "drift": float((last_R - start_R).mean()),
       },
     )
 
 
 def answer(task: structs.Prompt) -> str:
-  """What the oracle is told: the final answer of maths, else the reference."""
+  """The final answer of a maths task, otherwise the reference."""
   return task.reference.rpartition("####")[2].strip() or task.reference
 
 
@@ -135,7 +142,7 @@ def beliefs(
   """V_0 .. V_T, float64 [T + 1], from log lambda [T].
 
   Args:
-    evidence_T: log lambda, nats.
+    evidence_T: log lambda, in nats.
     start: V_0, inside (0, 1).
     belief: "odds", `logit V += log lambda`; or "probability",
       `V = min(V lambda, 1 - 1e-6)`.
@@ -145,33 +152,34 @@ def beliefs(
     return np.append(start, 1 / (1 + np.exp(-np.clip(logit, -500, 500))))
   value = [start]
   for step in evidence_T:
-    value.append(min(value[-1] * np.exp(step), _TOP))
+    value.append(min(value[-1] * np.exp(step), _MAX_BELIEF))
   return np.asarray(value)
 
 
 def normalised(
   advantage: list[np.ndarray], samples: int, *, epsilon: float = 1e-6
 ) -> list[np.ndarray]:
-  """Standard score over all tokens of each group of `samples` rows.
+  """Standard score over all tokens of each group of `samples` completions.
 
-  A group whose tokens are all equal gets zeros.
+  A group whose token advantages are all equal gets zeros.
   """
   out = []
   for begin in range(0, len(advantage), samples):
-    rows = advantage[begin : begin + samples]
-    every = np.concatenate(rows)
-    if not every.size or np.ptp(every) == 0:
-      out += [np.zeros_like(row) for row in rows]
+    group_advantage = advantage[begin : begin + samples]
+    tokens = np.concatenate(group_advantage)
+    if not tokens.size or np.ptp(tokens) == 0:
+      out += [np.zeros_like(a) for a in group_advantage]
       continue
-    out += [(row - every.mean()) / (every.std() + epsilon) for row in rows]
+    mean, std = tokens.mean(), tokens.std()
+    out += [(a - mean) / (std + epsilon) for a in group_advantage]
   return out
 
 
 def rescaled(advantage_T: np.ndarray, target: float) -> np.ndarray:
-  """`advantage_T` scaled so that it sums to `target`.
+  """Scales `advantage_T` so that it sums to `target`.
 
-  Where its own sum is 0, or has the other sign, `|A_t|` is scaled instead; a
-  sequence without any advantage gets equal shares.
+  If its sum is 0 or has the opposite sign, `|A_t|` is scaled instead. If all
+  advantages are 0, the target is divided equally among the tokens.
   """
   total = advantage_T.sum()
   if not advantage_T.size or total * target > 1e-12:
@@ -180,7 +188,3 @@ def rescaled(advantage_T: np.ndarray, target: float) -> np.ndarray:
   if size_T.sum() <= 1e-12:
     return np.full(len(advantage_T), target / len(advantage_T))
   return size_T * (target / size_T.sum())
-
-
-def _rows(rollouts: structs.Rollouts) -> range:
-  return range(len(rollouts.completions))

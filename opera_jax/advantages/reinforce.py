@@ -1,4 +1,4 @@
-"""REINFORCE (Williams, 1992) with a baseline of the batch, or none."""
+"""REINFORCE (Williams, 1992), with a batch baseline or without a baseline."""
 
 import dataclasses
 
@@ -14,8 +14,8 @@ BASELINES = ("none", "batch")
 class AdvantageEstimator:
   """`A = R - b`, on every token.
 
-  `baseline` "batch" takes the mean of all OTHER samples of the step for b, so
-  that the gradient stays unbiased; "none" takes 0.
+  With `baseline` "batch", b is the mean reward of all OTHER completions of the
+  step, so that the gradient stays unbiased; with "none", b is 0.
   """
 
   baseline: str = "batch"
@@ -30,13 +30,13 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Nothing: rewards suffice."""
+    """No log-probabilities beyond the policy's own."""
     return {}
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """One advantage a sequence; a lone sample gets its reward."""
+    """One advantage per completion; a single completion has baseline 0."""
     return_BN = inputs.returns()
     if self.baseline == "batch" and return_BN.size > 1:
       others_BN = (return_BN.sum() - return_BN) / (return_BN.size - 1)

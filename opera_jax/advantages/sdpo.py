@@ -1,9 +1,9 @@
-"""SDPO: the policy taught by itself, shown a success of its own group.
+"""SDPO: self-distillation from the policy that is shown a successful sample.
 
     A_t = log p_T(y_t | x, a success, y_<t) - log p_S(y_t | x, y_<t)
 
-p_T is a moving mean of the policy. This is the sampled-token form; the form
-on the teacher's top logits is `losses.distillation.top_k_jensen_shannon`.
+p_T is a moving average of the policy. This is the sampled-token form; the form
+on the teacher's top-k logits is `losses.distillation.top_k_jensen_shannon`.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ PROMPT = (
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageEstimator:
-  """The teacher is shown the best other sample, if that is a success.
+  """The teacher is shown the group's best other sample, if it succeeded.
 
   Attributes:
     model: "ema" or "policy".
-    threshold: reward from which a sample is a success.
+    threshold: lowest reward of a successful sample.
     prompt: the teacher's user turn.
   """
 
@@ -34,7 +34,7 @@ class AdvantageEstimator:
   prompt: str = PROMPT
 
   def __post_init__(self):
-    """Refuses an unknown model, and a turn that does not show the solution."""
+    """Refuses an unknown model, and a prompt without its placeholders."""
     if self.model not in ("ema", "policy"):
       raise ValueError(
         f'Unknown model {self.model!r}. SDPO asks "ema" or "policy".'
@@ -48,11 +48,10 @@ class AdvantageEstimator:
   def scoring_requests(
     self, rollouts: structs.Rollouts, reward_BN: np.ndarray
   ) -> dict[str, inputs_lib.ScoringRequest]:
-    """Each completion after its prompt with another's solution."""
-    shown = self.shown(reward_BN)
+    """Every completion after its prompt with another completion's solution."""
     turns = []
-    for row, other in enumerate(shown):
-      prompt = rollouts.prompts[rollouts.prompt_index(row)].prompt
+    for index, other in enumerate(self.shown(reward_BN)):
+      prompt = rollouts.prompts[rollouts.prompt_index(index)].prompt
       if other >= 0:
         prompt = self.prompt.format(
           prompt=prompt, solution=rollouts.texts[other]
@@ -61,8 +60,8 @@ class AdvantageEstimator:
     return {"teacher": inputs_lib.ScoringRequest(self.model, turns)}
 
   def shown(self, reward_BN: np.ndarray) -> np.ndarray:
-    """The row shown to the teacher of each row, int [R]; -1 where no other
-    sample of the group succeeded."""
+    """For each completion the one that its teacher is shown, int [R]; -1 if no
+    other sample of the group succeeded."""
     samples = reward_BN.shape[1]
     out = np.full(reward_BN.shape, -1)
     for b, n in np.ndindex(reward_BN.shape):
@@ -75,12 +74,14 @@ class AdvantageEstimator:
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
-    """Log-ratios; 0 for rows whose teacher was shown nothing."""
+    """Log-ratios of teacher and student; 0 if nothing was shown."""
     shown_R = self.shown(inputs.reward_BN)
-    gap = [
+    log_ratio = [
       ((teacher - student) * (other >= 0)).astype(np.float32)
       for teacher, student, other in zip(
         inputs.logprobs["teacher"], inputs.logprob, shown_R
       )
     ]
-    return inputs_lib.Advantages(gap, {"taught": float((shown_R >= 0).mean())})
+    return inputs_lib.Advantages(
+      log_ratio, {"taught": float((shown_R >= 0).mean())}
+    )

@@ -139,7 +139,7 @@ def test_a_bad_advantage_names_its_row(make):
   case = make(REWARD)
   one = _rule("grpo")().advantages(case)
   one.advantage[4][0] = np.nan
-  with pytest.raises(ValueError, match="'grpo' gives row 4"):
+  with pytest.raises(ValueError, match="'grpo' gives completion 4"):
     inputs.combine({"grpo": (1.0, one)})
 
 

@@ -28,12 +28,12 @@ HEAD = "<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
 class ScriptedEngine:
   """Hands out given texts instead of sampling; remembers what it was asked."""
 
-  def __init__(self, words, draft=DRAFT, rewrites=REWRITES, answer=ANSWER):
-    self.words, self.calls = words, []
+  def __init__(self, tokenizer, draft=DRAFT, rewrites=REWRITES, answer=ANSWER):
+    self.tokenizer, self.calls = tokenizer, []
     self.draft, self.rewrites, self.answer = draft, rewrites, answer
 
   def head_rows(self):
-    return self.words.vocab_size
+    return self.tokenizer.vocab_size
 
   def check(self, prompts, settings):
     self.checked = max(map(len, prompts))
@@ -43,7 +43,7 @@ class ScriptedEngine:
   ):
     out = []
     for prompt in prompts:
-      context = self.words.decode(prompt)
+      context = self.tokenizer.decode(prompt)
       self.calls.append((context, samples))
       if context.endswith("</think>"):
         texts = [self.answer]
@@ -56,15 +56,15 @@ class ScriptedEngine:
     return out
 
   def _sample(self, text):
-    tokens = self.words.encode_template(text.removesuffix("~"))
+    tokens = self.tokenizer.encode_template(text.removesuffix("~"))
     none = np.zeros(len(tokens), np.float32)
     return structs.Sample(tokens, none, not text.endswith("~"))
 
 
 @pytest.fixture(scope="module")
-def machine(words, one_device):
+def machine(tokenizer, one_device):
   config = qwen3.Config(
-    vocab_size=words.vocab_size, hidden_size=32, num_hidden_layers=1,
+    vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1,
     num_attention_heads=2, num_key_value_heads=1,
     head_dim=16, intermediate_size=48,
   )  # fmt: skip
@@ -82,27 +82,27 @@ def machine(words, one_device):
   return params, logprob_scorer
 
 
-def _run(words, machine, engine, prompt=PROMPT, **settings):
+def _run(tokenizer, machine, engine, prompt=PROMPT, **settings):
   params, logprob_scorer = machine
-  rewriter = rewrite.Rewriter(engine, logprob_scorer, words, **settings)
+  rewriter = rewrite.Rewriter(engine, logprob_scorer, tokenizer, **settings)
   (trace,) = rewriter.run(None, params, [prompt], jax.random.key(0))
   return trace
 
 
-def _perplexity(words, machine, thought):
+def _perplexity(tokenizer, machine, thought):
   """PPL(y_ref | x, z) in one row, by the definition."""
   params, logprob_scorer = machine
-  row = words.encode_template(f"{HEAD}<think>\n{thought}</think>")
-  reference = words.encode(PROMPT.reference)
-  row = np.concatenate([row, words.encode("\n\n"), reference])
+  row = tokenizer.encode_template(f"{HEAD}<think>\n{thought}</think>")
+  reference = tokenizer.encode(PROMPT.reference)
+  row = np.concatenate([row, tokenizer.encode("\n\n"), reference])
   scored = logprob_scorer.score(params, [row]).prefix_logprob[0][
     -len(reference) :
   ]
   return float(np.exp(-scored.mean()))
 
 
-def test_every_step_is_replayed_by_the_definition(words, machine):
-  trace = _run(words, machine, ScriptedEngine(words), rounds=3)
+def test_every_step_is_replayed_by_the_definition(tokenizer, machine):
+  trace = _run(tokenizer, machine, ScriptedEngine(tokenizer), rounds=3)
   assert trace.status == "complete"
   steps = [
     "The scene is the old mill.\n\n",
@@ -123,7 +123,9 @@ def test_every_step_is_replayed_by_the_definition(words, machine):
       assert [c.text for c in made.candidates] == tried
       expected = [
         _perplexity(
-          words, machine, "".join([*steps[:place], text, *steps[place + 1 :]])
+          tokenizer,
+          machine,
+          "".join([*steps[:place], text, *steps[place + 1 :]]),
         )
         for text in tried
       ]
@@ -137,24 +139,24 @@ def test_every_step_is_replayed_by_the_definition(words, machine):
   assert gains and number == len(trace.rounds)
   assert trace.thought == "".join(steps)
   assert trace.answer == "The end."
-  assert words.decode(trace.completion) == (
+  assert tokenizer.decode(trace.completion) == (
     f"<think>\n{trace.thought}</think>{ANSWER}"
   )
 
 
-def test_it_stops_after_a_round_without_gain(words, machine):
+def test_it_stops_after_a_round_without_gain(tokenizer, machine):
   same = ["The scene is the old mill.\n\n"] * 4
-  engine = ScriptedEngine(words, draft=same[0] + "</think>", rewrites=same)
-  trace = _run(words, machine, engine)
+  engine = ScriptedEngine(tokenizer, draft=same[0] + "</think>", rewrites=same)
+  trace = _run(tokenizer, machine, engine)
   # The step as it stands is kept among equals.
   assert [made.kept for made in trace.rounds] == [0]
   assert [samples for _, samples in engine.calls] == [1, 4, 1]
 
 
-def test_only_the_rewriter_sees_the_reference(words, machine):
-  engine = ScriptedEngine(words)
+def test_only_the_rewriter_sees_the_reference(tokenizer, machine):
+  engine = ScriptedEngine(tokenizer)
   _run(
-    words, machine, engine, rounds=1,
+    tokenizer, machine, engine, rounds=1,
     template="Aloud: {prompt}", guide="{prompt} Known: {reference}",
   )  # fmt: skip
   (draft, _), *steps, (answer, _) = engine.calls
@@ -165,13 +167,13 @@ def test_only_the_rewriter_sees_the_reference(words, machine):
   assert answer.startswith(f"{HEAD}<think>\n")
 
 
-def test_a_longer_thought_is_not_taken(words, machine):
-  engine = ScriptedEngine(words, draft="So.\n\nYes.\n</think>")
-  size = len(words.encode("So.\n\nYes.\n"))
-  trace = _run(words, machine, engine, max_thought_tokens=size)
+def test_a_longer_thought_is_not_taken(tokenizer, machine):
+  engine = ScriptedEngine(tokenizer, draft="So.\n\nYes.\n</think>")
+  size = len(tokenizer.encode("So.\n\nYes.\n"))
+  trace = _run(tokenizer, machine, engine, max_thought_tokens=size)
   assert [len(made.candidates) for made in trace.rounds][0] == 1
   assert trace.thought == "So.\n\nYes.\n"
-  head = len(words.encode_template(f"{HEAD}<think>\n"))
+  head = len(tokenizer.encode_template(f"{HEAD}<think>\n"))
   assert engine.checked > head + size  # room for guide and thought
 
 
@@ -184,16 +186,18 @@ def test_a_longer_thought_is_not_taken(words, machine):
     ({"answer": "\n\nThe answer goes on~"}, "answer too long"),
   ],
 )
-def test_broken_traces_say_why(words, machine, changes, status):
-  trace = _run(words, machine, ScriptedEngine(words, **changes), rounds=1)
+def test_broken_traces_say_why(tokenizer, machine, changes, status):
+  trace = _run(
+    tokenizer, machine, ScriptedEngine(tokenizer, **changes), rounds=1
+  )
   assert trace.status == status
 
 
-def test_bad_settings(words, machine):
+def test_bad_settings(tokenizer, machine):
   bare = structs.Prompt("q", "open_ended", "Tell.", "")
   with pytest.raises(ValueError, match="'q' has no reference.*method=search"):
-    _run(words, machine, ScriptedEngine(words), prompt=bare)
+    _run(tokenizer, machine, ScriptedEngine(tokenizer), prompt=bare)
   with pytest.raises(ValueError, match="candidates=0"):
-    _run(words, machine, ScriptedEngine(words), candidates=0)
+    _run(tokenizer, machine, ScriptedEngine(tokenizer), candidates=0)
   with pytest.raises(ValueError, match="config.synthesis.guide"):
-    _run(words, machine, ScriptedEngine(words), guide="{reference}")
+    _run(tokenizer, machine, ScriptedEngine(tokenizer), guide="{reference}")

@@ -43,10 +43,10 @@ class ScriptedEngine:
   count = 1
 
   def head_rows(self):
-    return self.words.vocab_size
+    return self.tokenizer.vocab_size
 
-  def __init__(self, words, machine, **script):
-    self.words, (self.params, self.logprob_scorer) = words, machine
+  def __init__(self, tokenizer, machine, **script):
+    self.tokenizer, (self.params, self.logprob_scorer) = tokenizer, machine
     script = {"opening": OPENING, "rounds": ROUNDS, "answer": ANSWER} | script
     self.script = [[script["opening"]], *script["rounds"]]
     self.answer = [script["answer"]]
@@ -78,7 +78,7 @@ class ScriptedEngine:
     for row, _, tokens in contexts:
       assert row == 0
       self.context = tokens
-      self.prefills.append(self.words.decode(tokens))
+      self.prefills.append(self.tokenizer.decode(tokens))
 
   def fork(self, forks):
     self.forks = forks
@@ -95,14 +95,14 @@ class ScriptedEngine:
     return 1
 
   def draw(self, free):
-    context = self.words.decode(self.context)
+    context = self.tokenizer.decode(self.context)
     self.calls.append((context, len(self.forks)))
     texts = self.script[min(len(self.calls), len(self.script)) - 1]
     if context.endswith("</think>"):
       texts = self.answer
     texts = texts[: len(self.forks)]
     self.drawn = [
-      self.words.encode_template(t.removesuffix("~")) for t in texts
+      self.tokenizer.encode_template(t.removesuffix("~")) for t in texts
     ]
     return [self._piece(slot, text) for slot, text in enumerate(texts)]
 
@@ -129,9 +129,9 @@ class ScriptedEngine:
 
 
 @pytest.fixture(scope="module")
-def machine(words, one_device):
+def machine(tokenizer, one_device):
   config = qwen3.Config(
-    vocab_size=words.vocab_size, hidden_size=32, num_hidden_layers=1,
+    vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1,
     num_attention_heads=2, num_key_value_heads=1,
     head_dim=16, intermediate_size=48,
   )  # fmt: skip
@@ -149,16 +149,16 @@ def machine(words, one_device):
   return params, logprob_scorer
 
 
-def _run(words, machine, engine, **settings):
+def _run(tokenizer, machine, engine, **settings):
   params, logprob_scorer = machine
-  searcher = search.Searcher(engine, logprob_scorer, words, **settings)
+  searcher = search.Searcher(engine, logprob_scorer, tokenizer, **settings)
   (trace,) = searcher.run(None, params, [PROMPT], jax.random.key(0))
   return trace
 
 
-def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
-  engine = ScriptedEngine(words, machine)
-  trace = _run(words, machine, engine)
+def test_trigger_opens_the_candidate_and_the_lowest_is_kept(tokenizer, machine):
+  engine = ScriptedEngine(tokenizer, machine)
+  trace = _run(tokenizer, machine, engine)
   assert trace.status == "complete"
   first = trace.rounds[0]
   assert first.trigger == "Wait"
@@ -174,23 +174,28 @@ def test_trigger_opens_the_candidate_and_the_lowest_is_kept(words, machine):
   kept = "".join(r.candidates[r.kept].text for r in trace.rounds)
   opening = "The scene is the old mill.\n\n"
   assert trace.thought + "</think>" == opening + kept
-  assert words.decode(trace.completion) == (
+  assert tokenizer.decode(trace.completion) == (
     f"<think>\n{trace.thought}</think>{ANSWER}"
   )
 
 
 @pytest.mark.parametrize("kind", ["sequence", "candidate"])
-def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
+def test_perplexity_covers_exactly_what_is_kept(tokenizer, machine, kind):
   params, logprob_scorer = machine
-  trace = _run(words, machine, ScriptedEngine(words, machine), score=kind)
-  head = words.encode_template(
+  trace = _run(
+    tokenizer, machine, ScriptedEngine(tokenizer, machine), score=kind
+  )
+  head = tokenizer.encode_template(
     "<|im_start|>user\nTell a story.<|im_end|>\n<|im_start|>assistant\n"
     "<think>\nThe scene is the old mill.\n\n"
   )
   assert trace.rounds[0].candidates
   for candidate in trace.rounds[0].candidates:
     tokens = np.concatenate(
-      [words.encode("Wait"), words.encode(candidate.text.removeprefix("Wait"))]
+      [
+        tokenizer.encode("Wait"),
+        tokenizer.encode(candidate.text.removeprefix("Wait")),
+      ]
     )
     whole = logprob_scorer.score(params, [np.concatenate([head, tokens])])
     logprob = whole.prefix_logprob[0][1:]
@@ -202,10 +207,10 @@ def test_perplexity_covers_exactly_what_is_kept(words, machine, kind):
     )
 
 
-def test_budget_binds_and_the_thought_runs_on(words, machine):
+def test_budget_binds_and_the_thought_runs_on(tokenizer, machine):
   rounds = [[" so.\n\nBut"] * 4] * 2 + [[" to the end.\n\nHmm, yes.\n</think>"]]
-  engine = ScriptedEngine(words, machine, rounds=rounds)
-  trace = _run(words, machine, engine, budget=2)
+  engine = ScriptedEngine(tokenizer, machine, rounds=rounds)
+  trace = _run(tokenizer, machine, engine, budget=2)
   assert len(trace.rounds) == 2
   assert trace.status == "complete"
   assert trace.thought.endswith("But to the end.\n\nHmm, yes.\n")
@@ -214,9 +219,9 @@ def test_budget_binds_and_the_thought_runs_on(words, machine):
   assert len(engine.prefills) == 1
 
 
-def test_answer_comes_from_the_original_prompt(words, machine):
-  engine = ScriptedEngine(words, machine)
-  _run(words, machine, engine, template="Think aloud. {prompt}")
+def test_answer_comes_from_the_original_prompt(tokenizer, machine):
+  engine = ScriptedEngine(tokenizer, machine)
+  _run(tokenizer, machine, engine, template="Think aloud. {prompt}")
   assert len(engine.prefills) == 2
   assert "Think aloud. Tell a story." in engine.calls[0][0]
   assert "Think aloud" not in engine.calls[-1][0]
@@ -233,14 +238,18 @@ def test_answer_comes_from_the_original_prompt(words, machine):
     ({"answer": "\n\nThe answer goes on~"}, "answer too long"),
   ],
 )
-def test_broken_traces_say_why(words, machine, changes, status):
-  trace = _run(words, machine, ScriptedEngine(words, machine, **changes))
+def test_broken_traces_say_why(tokenizer, machine, changes, status):
+  trace = _run(
+    tokenizer, machine, ScriptedEngine(tokenizer, machine, **changes)
+  )
   assert trace.status == status
 
 
-def test_whole_candidates_go_before_broken_ones(words, machine):
+def test_whole_candidates_go_before_broken_ones(tokenizer, machine):
   rounds = [[" on and on~", " stop.<|im_end|>", " fine.\n</think>", " and~"]]
-  trace = _run(words, machine, ScriptedEngine(words, machine, rounds=rounds))
+  trace = _run(
+    tokenizer, machine, ScriptedEngine(tokenizer, machine, rounds=rounds)
+  )
   assert trace.rounds[0].kept == 2
   assert trace.status == "complete"
 
@@ -257,25 +266,25 @@ def test_whole_candidates_go_before_broken_ones(words, machine):
     ({"template": "no placeholder"}, "exactly once"),
   ],
 )
-def test_bad_settings_are_refused(words, machine, settings, message):
+def test_bad_settings_are_refused(tokenizer, machine, settings, message):
   with pytest.raises(ValueError, match=message):
-    _run(words, machine, ScriptedEngine(words, machine), **settings)
+    _run(tokenizer, machine, ScriptedEngine(tokenizer, machine), **settings)
 
 
-def test_traces_are_plain_records(words, machine):
-  trace = _run(words, machine, ScriptedEngine(words, machine))
+def test_traces_are_plain_records(tokenizer, machine):
+  trace = _run(tokenizer, machine, ScriptedEngine(tokenizer, machine))
   assert dataclasses.asdict(trace)["rounds"][0]["trigger"] == "Wait"
 
 
-def test_separators_stop_at_every_step(words, machine):
+def test_separators_stop_at_every_step(tokenizer, machine):
   """No word is needed, what follows may be one, and a step ends exactly."""
   opening = "The mill.\n\n"
   rounds = [
     ["It rains.\n\n", "But why.\n\n", "So.\n\n", "A key\n.\n\n"],
     [" end.\n</think>"] * 4,
   ]
-  engine = ScriptedEngine(words, machine, opening=opening, rounds=rounds)
-  trace = _run(words, machine, engine, stop_words=("\n\n",))
+  engine = ScriptedEngine(tokenizer, machine, opening=opening, rounds=rounds)
+  trace = _run(tokenizer, machine, engine, stop_words=("\n\n",))
   assert [c.text for c in trace.rounds[0].candidates] == rounds[0]
   assert {r.trigger for r in trace.rounds} == {""}
   kept = rounds[0][trace.rounds[0].kept]
@@ -283,7 +292,7 @@ def test_separators_stop_at_every_step(words, machine):
   assert trace.status == "complete"
 
 
-def test_a_judge_chooses_in_place_of_the_score(words, machine):
+def test_a_judge_chooses_in_place_of_the_score(tokenizer, machine):
   asked = []
 
   def last(prompt, thought, candidates):
@@ -291,8 +300,8 @@ def test_a_judge_chooses_in_place_of_the_score(words, machine):
     return np.int64(len(candidates) - 1)
 
   rounds = [[" on and on~", " it.\n\nBut", " so.\n\nBut", " and~"], *ROUNDS[2:]]
-  engine = ScriptedEngine(words, machine, rounds=rounds)
-  trace = _run(words, machine, engine, choose=last)
+  engine = ScriptedEngine(tokenizer, machine, rounds=rounds)
+  trace = _run(tokenizer, machine, engine, choose=last)
   # Candidates that came to no end are not offered.
   assert asked[0] == (
     "Tell a story.",
@@ -300,13 +309,18 @@ def test_a_judge_chooses_in_place_of_the_score(words, machine):
     ["Wait it.\n\n", "Wait so.\n\n"],
   )
   assert [r.kept for r in trace.rounds] == [2, 3]
-  usual = _run(words, machine, ScriptedEngine(words, machine, rounds=rounds))
+  usual = _run(
+    tokenizer, machine, ScriptedEngine(tokenizer, machine, rounds=rounds)
+  )
   assert usual.rounds[0].candidates == trace.rounds[0].candidates
 
 
 @pytest.mark.parametrize("choice", [4, -1, True, None, "1", 0.0])
-def test_no_index_is_refused(words, machine, choice):
+def test_no_index_is_refused(tokenizer, machine, choice):
   with pytest.raises(ValueError, match="among 4 candidates of prompt 'p'"):
     _run(
-      words, machine, ScriptedEngine(words, machine), choose=lambda *_: choice
+      tokenizer,
+      machine,
+      ScriptedEngine(tokenizer, machine),
+      choose=lambda *_: choice,
     )

@@ -43,11 +43,11 @@ def _prompts(count):
   ]
 
 
-def _search(teller, words, device, prompts, settings, **changes):
+def _search(teller, tokenizer, device, prompts, settings, **changes):
   searcher = search.Searcher(
     _engine(teller, device, **changes),
     _logprob_scorer(teller, device),
-    words,
+    tokenizer,
     **dataclasses.asdict(settings),
   )
   return searcher.run(teller[2], teller[2], prompts, jax.random.key(5))
@@ -62,8 +62,8 @@ STOP_OFTEN = synthesis.Settings(
 
 
 @pytest.fixture(scope="module")
-def usual(teller, words, one_device):
-  return _search(teller, words, one_device, _prompts(10), STOP_OFTEN)
+def usual(teller, tokenizer, one_device):
+  return _search(teller, tokenizer, one_device, _prompts(10), STOP_OFTEN)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,19 @@ def usual(teller, words, one_device):
     pytest.param({"budget": 0}, marks=pytest.mark.slow),
   ],
 )
-def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
+def test_traces_are_those_of_a_naive_search(
+  teller, tokenizer, one_device, changes
+):
   """A prefill for every stretch and a pass for every score: the same."""
   settings = dataclasses.replace(STOP_OFTEN, **changes)
   prompts = _prompts(4)
-  ours = _search(teller, words, one_device, prompts, settings)
+  ours = _search(teller, tokenizer, one_device, prompts, settings)
   alone = _engine(teller, one_device, prompt_slots=1, prompt_buckets=(512,))
   rounds = 0
   for prompt, trace in zip(prompts, ours, strict=True):
     theirs, _ = synthesis.naive(
-      alone, _logprob_scorer(teller, one_device, 1), words, teller[2], prompt,
-      jax.random.key(5), settings,
+      alone, _logprob_scorer(teller, one_device, 1), tokenizer, teller[2],
+      prompt, jax.random.key(5), settings,
     )  # fmt: skip
     synthesis.check_equal(trace, theirs)
     rounds += len(trace.rounds)
@@ -97,22 +99,22 @@ def test_traces_are_those_of_a_naive_search(teller, words, one_device, changes):
 
 
 @pytest.mark.slow
-def test_a_trace_depends_on_no_other(teller, words, one_device, usual):
+def test_a_trace_depends_on_no_other(teller, tokenizer, one_device, usual):
   """Neighbours, order, rows and steps: none of them changes a token."""
   assert len({len(trace.rounds) for trace in usual}) > 1
   order = [7, 2, 9, 4, 0]
   prompts = _prompts(10)
   few = [prompts[i] for i in order]
-  got = _search(teller, words, one_device, few, STOP_OFTEN)
+  got = _search(teller, tokenizer, one_device, few, STOP_OFTEN)
   assert got == [usual[i] for i in order]  # every bit, scores too
   got = _search(
-    teller, words, one_device, few, STOP_OFTEN, prompt_slots=2, steps=5
+    teller, tokenizer, one_device, few, STOP_OFTEN, prompt_slots=2, steps=5
   )
   for index, trace in zip(order, got, strict=True):
     synthesis.check_equal(trace, usual[index])
 
 
-def test_a_prompt_is_computed_once(teller, words, one_device):
+def test_a_prompt_is_computed_once(teller, tokenizer, one_device):
   engine = _engine(teller, one_device)
   admitted, admit = [], engine._programs["admit"]
 
@@ -126,7 +128,7 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
     searcher = search.Searcher(
       engine,
       _logprob_scorer(teller, one_device),
-      words,
+      tokenizer,
       **dataclasses.asdict(dataclasses.replace(STOP_OFTEN, template=template)),
     )
     traces = searcher.run(teller[2], teller[2], _prompts(6), jax.random.key(1))
@@ -137,7 +139,9 @@ def test_a_prompt_is_computed_once(teller, words, one_device):
     admitted.clear()
 
 
-def test_on_a_cpu_thoughts_have_room_from_the_start(teller, words, one_device):
+def test_on_a_cpu_thoughts_have_room_from_the_start(
+  teller, tokenizer, one_device
+):
   """Longer prefixes would compile every program that acts on them again."""
   engine = _engine(teller, one_device, prompt_buckets=(128, 256))
   grown, begun = [], []
@@ -151,7 +155,7 @@ def test_on_a_cpu_thoughts_have_room_from_the_start(teller, words, one_device):
   searcher = search.Searcher(
     engine,
     _logprob_scorer(teller, one_device),
-    words,
+    tokenizer,
     **dataclasses.asdict(
       dataclasses.replace(STOP_OFTEN, max_thought_tokens=150)
     ),
