@@ -85,18 +85,20 @@ class AdvantageEstimator:
       self.prompt.format(prompt=t.prompt, answer=answer(t)) for t in tasks
     ]
     if self.oracle == "self":
-      return {"told": inputs_lib.ScoringRequest("policy", with_answer)}
+      return {"with_answer": inputs_lib.ScoringRequest("policy", with_answer)}
     return {
-      "told": inputs_lib.ScoringRequest("teacher", with_answer),
-      "plain": inputs_lib.ScoringRequest("teacher", [t.prompt for t in tasks]),
+      "with_answer": inputs_lib.ScoringRequest("teacher", with_answer),
+      "without_answer": inputs_lib.ScoringRequest(
+        "teacher", [t.prompt for t in tasks]
+      ),
     }
 
   def advantages(
     self, inputs: inputs_lib.AdvantageInputs
   ) -> inputs_lib.Advantages:
     """The changes of belief along each completion."""
-    with_answer = inputs.logprobs["told"]
-    without_answer = inputs.logprobs.get("plain", inputs.logprob)
+    with_answer = inputs.logprobs["with_answer"]
+    without_answer = inputs.logprobs.get("without_answer", inputs.logprob)
     evidence = [
       a.astype(np.float64) - b for a, b in zip(with_answer, without_answer)
     ]

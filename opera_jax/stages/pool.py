@@ -126,7 +126,7 @@ def _build(
   )
   preemption.leave()
   take_K = cluster.quotas(found.sizes(), size, settings.minimum)
-  chosen = cluster.draw(found.label, take_K, seed)
+  chosen = cluster.sample(found.label, take_K, seed)
   taken = np.zeros(len(kept), bool)
   taken[chosen] = True
   rejected += [

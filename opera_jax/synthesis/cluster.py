@@ -143,7 +143,7 @@ def quotas(
   return take_K
 
 
-def draw(label_N: np.ndarray, take_K: np.ndarray, seed: int) -> np.ndarray:
+def sample(label_N: np.ndarray, take_K: np.ndarray, seed: int) -> np.ndarray:
   """Samples prompts uniformly within each cluster; returns sorted indices.
 
   Args:

@@ -209,13 +209,13 @@ class Searcher:
       more=self._max_thought_tokens,
       whole_rows=True,
       with_model_logprob=self._budget > 0,
-    ) as rows:
-      self._drive(rows, searches, key, advance, ended)
+    ) as workers:
+      self._drive(workers, searches, key, advance, ended)
     return [self._trace(search) for search in searches]
 
   def _drive(
     self,
-    rows: Any,
+    workers: Any,
     searches: Sequence[_Search],
     key: jax.Array,
     advance: Callable[[int], None] | None,
@@ -228,7 +228,7 @@ class Searcher:
       """Random keys of a round: one per search and candidate."""
       folded = jax.random.fold_in(key, round_index)
       prompt_ids = [search.prompt.id for search in searches]
-      return engine_lib.keys(folded, prompt_ids, rows.width)
+      return engine_lib.keys(folded, prompt_ids, workers.width)
 
     waiting = collections.deque(
       sorted(searches, key=lambda s: (self._engine.bucket(s.head), s.index))
@@ -241,19 +241,20 @@ class Searcher:
     # Pieces of every unfinished sample, by prompt slot and sample slot.
     unfinished: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     while True:
-      free = [row for row in range(rows.count) if row not in running]
-      for row in free[: len(waiting)]:
-        running[row] = waiting.popleft()
-        contexts.append((row, running[row].prompt.id, running[row].head))
-        ready.append(row)
+      free = [p for p in range(workers.count) if p not in running]
+      for prompt_slot in free[: len(waiting)]:
+        search = waiting.popleft()
+        running[prompt_slot] = search
+        contexts.append((prompt_slot, search.prompt.id, search.head))
+        ready.append(prompt_slot)
       if not running:
         return
-      pieces = rows.step(
+      pieces = workers.step(
         free=lambda live: max(1, live // 8),
         kept=kept,
         contexts=contexts,
-        finished=[row for row in free if row not in running],
-        forks=[f for r in ready for f in self._forks(r, running[r], keys)],
+        finished=[p for p in free if p not in running],
+        forks=[f for p in ready for f in self._forks(p, running[p], keys)],
       )
       live = {piece.row for piece in pieces if piece.live}
       for piece in pieces:
@@ -261,24 +262,27 @@ class Searcher:
         if advance is not None:
           advance(len(piece.tokens))
       contexts, ready, kept = [], [], []
-      for row in sorted({piece.row for piece in pieces} - live):
-        search = running[row]
+      for prompt_slot in sorted({piece.row for piece in pieces} - live):
+        search = running[prompt_slot]
         samples = [
-          unfinished.pop((row, slot)) for slot in range(self._width(search))
+          unfinished.pop((prompt_slot, slot))
+          for slot in range(self._width(search))
         ]
         slot, tokens = self._finish_phase(search, samples)
         if search.status not in stop_words_lib.PHASES:
-          del running[row]
+          del running[prompt_slot]
           if ended is not None:
             ended(self._trace(search))
           continue
-        ready.append(row)
+        ready.append(prompt_slot)
         if search.status == "answer" and self._template != "{prompt}":
           # The answer follows the original prompt, without the template.
           context = self._head("{prompt}", search.prompt), search.thought
-          contexts.append((row, search.prompt.id, np.concatenate(context)))
+          contexts.append(
+            (prompt_slot, search.prompt.id, np.concatenate(context))
+          )
         else:
-          kept.append((row, slot, tokens))
+          kept.append((prompt_slot, slot, tokens))
 
   def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
     """Tokens of the templated chat prompt and the opening <think>."""
@@ -306,9 +310,9 @@ class Searcher:
     return self._candidates if search.status == "candidate" else 1
 
   def _forks(
-    self, row: int, search: _Search, keys: Callable[[int], np.ndarray]
+    self, prompt_slot: int, search: _Search, keys: Callable[[int], np.ndarray]
   ) -> list[prompt_slots_lib.Fork]:
-    """The samples that prompt slot `row` begins for the search's phase."""
+    """The samples that a prompt slot begins for the search's phase."""
     phase = search.status
     round_index = {
       "stop": 0,
@@ -318,7 +322,7 @@ class Searcher:
     }[phase]
     return [
       prompt_slots_lib.Fork(
-        row,
+        prompt_slot,
         slot,
         key=keys(round_index)[search.index, slot],
         budget=self._max_tokens[phase],

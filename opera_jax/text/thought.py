@@ -159,8 +159,8 @@ def check_total(total_R: np.ndarray, max_steps: int) -> None:
   if too_long.size:
     raise ValueError(
       f"{too_long.size} of {total_R.size} thoughts have more than {max_steps}"
-      f" steps; row {too_long[0]} has {total_R[too_long[0]]}. Raise max_steps"
-      f" to at least {total_R.max()}."
+      f" steps; completion {too_long[0]} has {total_R[too_long[0]]}. Raise"
+      f" max_steps to at least {total_R.max()}."
     )
 
 

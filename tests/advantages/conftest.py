@@ -12,7 +12,13 @@ def make():
   """`make(reward_BN, lengths=...)` builds inputs."""
 
   def build(
-    reward_BN, lengths=None, *, success_BN=None, told=None, seed=0, prompts=None
+    reward_BN,
+    lengths=None,
+    *,
+    success_BN=None,
+    with_answer=None,
+    seed=0,
+    prompts=None,
   ):
     """AdvantageInputs with random log-probabilities; ragged completions."""
     reward_BN = np.asarray(reward_BN, np.float32)
@@ -21,7 +27,9 @@ def make():
     lengths = lengths or list(rng.integers(1, 7, B * N))
     tokens = [np.arange(c, dtype=np.int32) for c in lengths]
     logprobs = [-rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths]
-    told = told or [-rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths]
+    with_answer = with_answer or [
+      -rng.uniform(0.1, 3, c).astype(np.float32) for c in lengths
+    ]
     rollouts = structs.Rollouts(
       prompts=prompts
       or [
@@ -47,7 +55,7 @@ def make():
       success_BN=reward_BN if success_BN is None else success_BN,
       logprob=logprobs,
       penalty=[np.zeros(c, np.float32) for c in lengths],
-      logprobs={"told": told, "teacher": told},
+      logprobs={"with_answer": with_answer, "teacher": with_answer},
     )
 
   return build

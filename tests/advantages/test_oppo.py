@@ -16,7 +16,7 @@ def test_advantages_telescope(make, belief):
   start = np.repeat(np.mean(REWARD, axis=1), 3)
   for row, advantage in enumerate(got.advantage):
     step = np.clip(
-      inputs.logprobs["told"][row] - inputs.logprob[row], -5, 5
+      inputs.logprobs["with_answer"][row] - inputs.logprob[row], -5, 5
     ).astype(np.float64)
     v = start[row]
     for log_lambda in step:  # ten lines of plain arithmetic
@@ -107,12 +107,12 @@ def test_rescaling_sums_to_reward_minus_v0(make, anchor):
 
 
 def test_evidence_is_clipped_and_counted(make):
-  told = [np.asarray([-0.1, -99.0], np.float32)] * 2
-  inputs = make([[0.0, 1.0]], [2, 2], told=told)
+  with_answer = [np.asarray([-0.1, -99.0], np.float32)] * 2
+  inputs = make([[0.0, 1.0]], [2, 2], with_answer=with_answer)
   got = oppo.AdvantageEstimator(
     evidence_clip=1.0, scale="none", anchor=False
   ).advantages(inputs)
-  ratio = np.stack(told) - np.stack(inputs.logprob)
+  ratio = np.stack(with_answer) - np.stack(inputs.logprob)
   assert got.metrics["clipped"] == (np.abs(ratio) > 1).mean() > 0
   assert got.metrics["evidence"] == pytest.approx(ratio.mean(), rel=1e-5)
   log_odds = np.clip(ratio, -1, 1).sum(axis=1)  # V_0 = 1/2
@@ -133,8 +133,8 @@ def test_evidence_is_clipped_and_counted(make):
   ],
 )
 def test_degenerate_groups_are_finite(make, belief, scale, reward, lengths):
-  told = [np.full(c, -30.0, np.float32) for c in lengths]
-  inputs = make(reward, lengths, told=told)
+  with_answer = [np.full(c, -30.0, np.float32) for c in lengths]
+  inputs = make(reward, lengths, with_answer=with_answer)
   got = oppo.AdvantageEstimator(belief=belief, scale=scale).advantages(inputs)
   for advantage, length in zip(got.advantage, lengths):
     assert advantage.shape == (length,)
@@ -146,15 +146,15 @@ def test_what_the_oracle_is_asked(make):
   requests = oppo.AdvantageEstimator().scoring_requests(
     inputs.rollouts, inputs.reward_BN
   )
-  assert requests["told"].model == "policy"
-  assert "answer is: 0" in requests["told"].turns[0]
-  assert "answer is: 1" in requests["told"].turns[3]
+  assert requests["with_answer"].model == "policy"
+  assert "answer is: 0" in requests["with_answer"].turns[0]
+  assert "answer is: 1" in requests["with_answer"].turns[3]
   requests = oppo.AdvantageEstimator(oracle="teacher").scoring_requests(
     inputs.rollouts, None
   )
-  assert requests["plain"].turns[0] == "q0"
+  assert requests["without_answer"].turns[0] == "q0"
   assert {request.model for request in requests.values()} == {"teacher"}
-  prefix = inputs.rollouts.after(requests["plain"].turns)[0]
+  prefix = inputs.rollouts.after(requests["without_answer"].turns)[0]
   np.testing.assert_array_equal(prefix[:4], np.frombuffer(b"<q0>", np.uint8))
 
 

@@ -82,11 +82,11 @@ def test_bad_quotas():
 def test_draw(planted):
   _, group = planted
   take = np.array([9, 6, 4, 10])
-  places = cluster.draw(group, take, seed=1)
+  places = cluster.sample(group, take, seed=1)
   assert len(set(places.tolist())) == take.sum()
   np.testing.assert_array_equal(np.bincount(group[places]), take)
-  np.testing.assert_array_equal(places, cluster.draw(group, take, seed=1))
-  assert set(places) != set(cluster.draw(group, take, seed=2))
+  np.testing.assert_array_equal(places, cluster.sample(group, take, seed=1))
+  assert set(places) != set(cluster.sample(group, take, seed=2))
 
 
 def test_the_picture_keeps_neighbours(planted):

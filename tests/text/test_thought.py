@@ -174,7 +174,7 @@ def test_more_steps_than_slots_is_seen(small):
   total = thought.total_steps(codes)
   assert total.tolist() == [4]
   thought.check_total(total, 4)
-  with pytest.raises(ValueError, match="row 0 has 4. Raise max_steps"):
+  with pytest.raises(ValueError, match="completion 0 has 4. Raise max_steps"):
     thought.check_total(total, 2)
 
 
