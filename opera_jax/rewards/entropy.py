@@ -27,7 +27,8 @@ class Reward:
   ) -> dict[str, np.ndarray]:
     """Float32 [B, N]; 0 for an answer without tokens."""
     mean_R = [
-      np.mean(row) if len(row) else 0.0 for row in result.completion_logprob
+      np.mean(logprob) if len(logprob) else 0.0
+      for logprob in result.completion_logprob
     ]
     shape = (len(rollouts.prompts), rollouts.samples)
     return {"total": np.asarray(mean_R, np.float32).reshape(shape)}

@@ -7,7 +7,6 @@ import pytest
 from opera_jax import structs
 from opera_jax.models import qwen3
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.scoring import packing
 from opera_jax.sharding import layout, mesh, rules
 
 BUCKETS = {
@@ -114,43 +113,6 @@ def test_mesh_does_not_change_logprobs(one_device, shape):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_packing_loses_nothing_and_bounds_shapes():
-  rows, continuations = _problem(2)
-  batches = packing.pack(rows, continuations, **BUCKETS)
-  assert sorted(i for b in batches for _, _, i in b.continuation_of) == list(
-    range(len(continuations))
-  )
-  assert {t for b in batches for t in b.prefix_of} == set(range(len(rows)))
-  for batch in batches:
-    assert batch.token_BT.shape[1] in BUCKETS["prefix_buckets"]
-    assert batch.input_BSG.shape[1] in BUCKETS["slot_buckets"]
-    assert batch.input_BSG.shape[2] in BUCKETS["continuation_buckets"]
-
-
-@pytest.mark.parametrize(
-  "continuation, message",
-  [
-    (structs.Continuation(0, 0, np.array([1])), "forks at 0"),
-    (structs.Continuation(0, 4, np.array([1])), "forks at 4"),
-    (structs.Continuation(0, 1, np.array([], np.int32)), "at least one must"),
-    (structs.Continuation(0, 1, np.array([5]), skip=1), "at least one must"),
-    (structs.Continuation(1, 1, np.array([5])), "names prefix 1 of 1"),
-    (structs.Continuation(0, 1, np.array([300])), "outside \\[0, 300\\)"),
-    (structs.Continuation(0, 1, np.array([-1])), "outside \\[0, 300\\)"),
-  ],
-)
-def test_bad_continuations_are_refused(continuation, message):
-  with pytest.raises(ValueError, match=message):
-    packing.check([np.array([1, 2, 3])], [continuation], 300)
-
-
-def test_bad_prefixes_are_refused():
-  with pytest.raises(ValueError, match="no tokens"):
-    packing.check([np.array([], np.int32)], [], 300)
-  with pytest.raises(ValueError, match="tokenizer and model"):
-    packing.check([np.array([300])], [], 300)
-
-
 def test_diverged_parameters_are_named(tiny_model, one_device):
   config, graphdef, params = tiny_model
   broken = jax.tree.map(lambda x: x * np.nan, params)
@@ -161,7 +123,7 @@ def test_diverged_parameters_are_named(tiny_model, one_device):
     logprob_scorer.score(broken, [np.array([1, 2])])
 
 
-def test_rows_must_divide_the_mesh(tiny_model):
+def test_prefixes_must_divide_the_mesh(tiny_model):
   config, graphdef, _ = tiny_model
   with pytest.raises(ValueError, match="config.scoring.batch_size"):
     scorer_lib.LogprobScorer(
@@ -170,7 +132,7 @@ def test_rows_must_divide_the_mesh(tiny_model):
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_samples_are_scored_as_their_rows_are(tiny_model, one_device, fits):
+def test_completions_are_scored_as_prefixes_are(tiny_model, one_device, fits):
   config, graphdef, params = tiny_model
   draw = np.random.default_rng(5)
 
