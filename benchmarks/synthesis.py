@@ -98,8 +98,8 @@ def naive(
     top_k=settings.top_k,
     top_p=settings.top_p,
   )
-  # One row is one part, which has no thread to end.
-  rows = engine.rows(params, 1, draw, stop_words.table)
+  # One prompt slot has one worker, which has no thread to end.
+  workers = engine.start_workers(params, 1, draw, stop_words.table)
   opened = tokenizer.encode_template("<think>\n")
   sampled = 0
 
@@ -112,13 +112,17 @@ def naive(
     if phase == "answer":
       most = settings.max_answer_tokens
     fork = prompt_slots_lib.Fork(
-      0, 0, keys[0, candidate], most, stop_words.start[phase]
+      prompt_slot=0,
+      slot=0,
+      key=keys[0, candidate],
+      budget=most,
+      state=stop_words.start[phase],
     )
-    pieces = rows.step(
-      free=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
+    pieces = workers.step(
+      stop_after=lambda _: 1, contexts=[(0, prompt.id, context)], forks=[fork]
     )
     while pieces[-1].live:
-      pieces += rows.step(free=lambda _: 1)
+      pieces += workers.step(stop_after=lambda _: 1)
     sampled += sum(len(piece.tokens) for piece in pieces)
     return prompt_slots_lib.joined(pieces)
 

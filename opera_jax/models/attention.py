@@ -1,9 +1,11 @@
-"""Who sees whom: the `attend` arguments of the model.
+"""Which tokens attend to which: the `attend` arguments of the model.
 
 Each function here returns `attend(cache, layer, q, k, v) -> (out, cache)`.
 
-Shape key: B rows, T prefix tokens, S continuations a row, G tokens a
-continuation, N query heads, K key/value heads, H head dimension.
+Shape key: B rows (when decoding, prompt slots), T prefix tokens,
+S continuations of a row (when decoding, slots of a prompt), G tokens of a
+continuation, M compacted active slots, N query heads, K key/value heads,
+H head dimension.
 """
 
 from typing import Any
@@ -11,8 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import compaction as compaction
-from opera_jax.models import kv_cache, self_attention, sharded_ops
+from opera_jax.models import (
+  compaction,
+  kv_cache,
+  qwen3,
+  self_attention,
+  sharded_ops,
+)
 
 
 def causal(
@@ -20,10 +27,12 @@ def causal(
   *,
   right_padded: bool = False,
   implementation: str | None = None,
-):
+) -> qwen3.Attend:
   """Causal attention within segments; see `self_attention` for both options."""
 
-  def attend(cache, layer, q, k, v):
+  def attend(
+    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+  ) -> tuple[jax.Array, Any]:
     del layer
     out_BTNH = self_attention.self_attention(
       q,
@@ -44,23 +53,26 @@ def prefix_and_continuations(
   continuation_tokens: int,
   *,
   implementation: str | None = None,
-):
+) -> qwen3.Attend:
   """A prefix of T tokens followed, on the token axis, by S continuations of G.
 
-  The prefix is causal, and each row of it one segment, then padding;
-  continuation s of row b sees prefix positions below `prefix_length[b, s]` and
-  its own tokens causally. Nothing sees a continuation but itself.
+  The prefix is causal; each row of it is one segment, then padding.
+  Continuation s of row b attends to prefix positions below
+  `prefix_length[b, s]` and causally to its own tokens. No other token attends
+  to a continuation.
   """
   B, T = prefix_segment_BT.shape
   S, G = prefix_length_BS.shape[1], continuation_tokens
-  prefix = causal(
+  attend_prefix = causal(
     prefix_segment_BT, right_padded=True, implementation=implementation
   )
 
-  def attend(cache, layer, q, k, v):
-    out_BTNH, cache = prefix(cache, layer, q[:, :T], k[:, :T], v[:, :T])
+  def attend(
+    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    out_BTNH, cache = attend_prefix(cache, layer, q[:, :T], k[:, :T], v[:, :T])
 
-    def continuations(x):
+    def continuations(x: jax.Array) -> jax.Array:
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
 
     out_BSGNH = sharded_ops.shared_prefix_attention(
@@ -78,19 +90,25 @@ def prefix_and_continuations(
   return attend
 
 
-def prefill(segment_BT: jax.Array, *, implementation: str | None = None):
-  """Causal attention that also fills `kv_cache.PrefixCache` layer by layer.
+def prefill(
+  segment_BT: jax.Array, *, implementation: str | None = None
+) -> qwen3.Attend:
+  """Causal attention that also fills a `kv_cache.PrefixCache` layer by layer.
 
   Each row is one segment, then padding.
   """
-  inner = causal(segment_BT, right_padded=True, implementation=implementation)
+  attend_causally = causal(
+    segment_BT, right_padded=True, implementation=implementation
+  )
 
-  def attend(cache, layer, q, k, v):
+  def attend(
+    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+  ) -> tuple[jax.Array, Any]:
     cache = kv_cache.PrefixCache(
       k=cache.k.at[layer].set(jnp.swapaxes(k, 1, 2).astype(cache.k.dtype)),
       v=cache.v.at[layer].set(jnp.swapaxes(v, 1, 2).astype(cache.v.dtype)),
     )
-    return inner(None, layer, q, k, v)[0], cache
+    return attend_causally(None, layer, q, k, v)[0], cache
 
   return attend
 
@@ -101,44 +119,58 @@ def decode(
   num_generated_BS: jax.Array,
   live_BS: jax.Array,
   active_slots: compaction.ActiveSlots | None = None,
-):
-  """One new token of each of S samples of every row.
+) -> qwen3.Attend:
+  """One new token of each of S samples of every prompt.
 
-  Queries come as [B, S, N, H] (the token axis holds the samples). The new
-  key of a live sample is written into its own cache at `num_generated`, then
-  the sample sees its row's prefix below `prefix_length` and its own keys up to
-  there. Where the caches' layers are apart, `layer` must be an int. With
-  `active_slots`, queries, depths and who is live come by place, [M, 1, ...],
-  and so does what is given.
+  `attend` takes q [B, S, N, H] and k, v [B, S, K, H] of the new tokens (the
+  token axis holds the samples) and carries a `kv_cache.SampleCache`. It writes
+  the new key and value of each live sample to position `num_generated` of the
+  sample's cache. The sample then attends to its prompt's prefix below
+  `prefix_length` and to its own keys up to the new one.
+
+  Args:
+    prefix: keys and values of the prompts.
+    prefix_length_B: int32, prefix tokens that the samples of a prompt see.
+    num_generated_BS: int32, tokens in each sample's cache.
+    live_BS: bool; other slots write nothing and their output is undefined.
+    active_slots: computes compacted slots: `attend`'s q, k, v and output, and
+      `num_generated` and `live`, are then [M, 1, ...].
+
+  Returns:
+    `attend`. With unstacked layers `layer` must be a Python int.
   """
 
-  def attend(cache, layer, q, k, v):
+  def attend(
+    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    # A position beyond the cache writes nothing.
     num_generated = jnp.where(live_BS, num_generated_BS, cache.capacity)
     if active_slots is not None:
       q, k, v = (active_slots.scatter(x) for x in (q, k, v))
       num_generated = active_slots.scatter(num_generated, cache.capacity)
-    apart = isinstance(cache.k, tuple)
-    halves = [prefix.k, prefix.v, cache.k, cache.v]
-    if apart:
-      halves = [half[layer] for half in halves]
-    dtype = halves[0].dtype
-    new: Any
-    out_BSNH, *new = sharded_ops.decode_attention(
-      q,
-      k.astype(dtype),
-      v.astype(dtype),
-      *(halves[0], halves[1], halves[2], halves[3]),
-      *(prefix_length_B, num_generated),
-      None if apart else layer,
+    unstacked = isinstance(cache.k, tuple)
+    prefix_k, prefix_v, cache_k, cache_v = (
+      x[layer] if unstacked else x
+      for x in (prefix.k, prefix.v, cache.k, cache.v)
+    )
+    out_BSNH, cache_k, cache_v = sharded_ops.decode_attention(
+      q_BSNH=q,
+      k_BSKH=k.astype(cache_k.dtype),
+      v_BSKH=v.astype(cache_v.dtype),
+      prefix_k_LBKTH=prefix_k,
+      prefix_v_LBKTH=prefix_v,
+      cache_k_LBSKCH=cache_k,
+      cache_v_LBSKCH=cache_v,
+      prefix_length_B=prefix_length_B,
+      num_generated_BS=num_generated,
+      layer=None if unstacked else layer,
       scale=q.shape[-1] ** -0.5,
     )
-    if apart:
-      new = [
-        (*old[:layer], one, *old[layer + 1 :])
-        for old, one in zip((cache.k, cache.v), new)
-      ]
+    if unstacked:
+      cache_k = (*cache.k[:layer], cache_k, *cache.k[layer + 1 :])
+      cache_v = (*cache.v[:layer], cache_v, *cache.v[layer + 1 :])
     if active_slots is not None:
       out_BSNH = active_slots.gather(out_BSNH)
-    return out_BSNH, kv_cache.Samples(*new)
+    return out_BSNH, kv_cache.SampleCache(k=cache_k, v=cache_v)
 
   return attend

@@ -1,10 +1,11 @@
-"""Which slots a decoding step computes, where it need not be all of them.
+"""Compacts the active slots, so that decoding computes no idle ones.
 
-Rows hold as many slots as a prompt may ever have samples; often few of them
-are live. Tokens are then computed in active slots, one a live slot, and only
-the caches, which lie where they lie, know rows and slots.
+A prompt slot holds as many sample slots as its prompt may have samples, and
+often few of them are still decoding. A step gathers one token per active slot,
+runs the layers on those, and scatters the results back. Key/value caches are
+not moved: they stay indexed by prompt slot and slot.
 
-Shape key: B rows, S slots a row, M active slots.
+Shape key: B prompt slots, S slots of each, M compacted active slots.
 """
 
 import jax
@@ -14,37 +15,38 @@ from flax import struct
 
 @struct.dataclass
 class ActiveSlots:
-  """ActiveSlots and the slots that they compute."""
+  """Maps slots [B, S] to compacted active slots [M] and back."""
 
-  slot_M: jax.Array  # int32, row * S + slot; B * S for a place of no slot
-  place_BS: jax.Array  # int32, the place of a slot; any for a slot of none
-  active_BS: jax.Array  # bool, whether a slot has a place
+  slot_M: jax.Array  # int32, prompt slot * S + slot; B * S for padding
+  index_BS: jax.Array  # int32, a slot's index in M; M or more if not active
+  active_BS: jax.Array  # bool
 
   def gather(self, x_BS: jax.Array) -> jax.Array:
-    """Slots' values [B, S, ...] as active slots' [M, 1, ...]."""
-    flat = x_BS.reshape(self.place_BS.size, *x_BS.shape[2:])
+    """Picks the active slots' values: [B, S, ...] to [M, 1, ...]."""
+    flat = x_BS.reshape(self.index_BS.size, *x_BS.shape[2:])
     return jnp.take(flat, self.slot_M, axis=0, mode="clip")[:, None]
 
   def scatter(
-    self, x_M: jax.Array, others: jax.Array | int | None = None
+    self, x_M: jax.Array, inactive: jax.Array | int | None = None
   ) -> jax.Array:
-    """ActiveSlots' values [M, 1, ...] as slots' [B, S, ...].
+    """Puts the active slots' values back: [M, 1, ...] to [B, S, ...].
 
     Args:
-      x_M: the values.
-      others: what the slots without a place have, [B, S, ...] or one number;
-        None leaves it open.
+      x_M: values of the active slots, [M, 1, ...].
+      inactive: values of the other slots, [B, S, ...] or one number; None
+        leaves them undefined.
     """
-    x_BS = jnp.take(x_M[:, 0], self.place_BS, axis=0, mode="clip")
-    if others is None:
+    x_BS = jnp.take(x_M[:, 0], self.index_BS, axis=0, mode="clip")
+    if inactive is None:
       return x_BS
     shape = self.active_BS.shape + (1,) * (x_BS.ndim - 2)
-    return jnp.where(self.active_BS.reshape(shape), x_BS, others)
+    return jnp.where(self.active_BS.reshape(shape), x_BS, inactive)
 
 
-def create(slot_M: jax.Array, rows: int, slots: int) -> ActiveSlots:
-  """ActiveSlots of the slots `slot_M`, each named once; see `ActiveSlots`."""
-  none = jnp.full(rows * slots, slot_M.shape[0], jnp.int32)
-  place = jnp.arange(slot_M.shape[0], dtype=jnp.int32)
-  place_BS = none.at[slot_M].set(place, mode="drop").reshape(rows, slots)
-  return ActiveSlots(slot_M, place_BS, place_BS < slot_M.shape[0])
+def create(slot_M: jax.Array, prompt_slots: int, slots: int) -> ActiveSlots:
+  """The mapping for the slots `slot_M`, each listed once; see `ActiveSlots`."""
+  none = jnp.full(prompt_slots * slots, slot_M.shape[0], jnp.int32)
+  index = jnp.arange(slot_M.shape[0], dtype=jnp.int32)
+  index_BS = none.at[slot_M].set(index, mode="drop")
+  index_BS = index_BS.reshape(prompt_slots, slots)
+  return ActiveSlots(slot_M, index_BS, index_BS < slot_M.shape[0])

@@ -1,14 +1,15 @@
-"""Keys and values kept between calls.
+"""Key/value caches: one per prompt (the prefix) and one per sample.
 
-Heads lead the tokens, so that attention multiplies what lies together. Layers
-are stacked, to be scanned; on a CPU they are a tuple, since a layer cut out of
-a stack there is a copy of it, which costs more than attending to it.
+The head axis comes before the token axis, so that attention reads each head's
+keys from contiguous memory. Layers are stacked in one array, which the model
+scans over. A CPU keeps them unstacked, as a tuple: slicing one layer out of a
+stack copies it there, and the copy costs more than attending to it.
 
-Shape key: L layers, B rows, T prefix length, S samples a row, C sample
-capacity, K key/value heads, H head dimension.
+Shape key: L layers, B prompt slots, T prefix length, S sample slots of a
+prompt, C capacity of a sample slot, K key/value heads, H head dimension.
 """
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ Layers = jax.Array | tuple[jax.Array, ...]
 
 @struct.dataclass
 class PrefixCache:
-  """Prompts, computed once and shared by their samples."""
+  """Keys and values of the prompts, which all samples of a prompt share."""
 
-  k: Layers  # [L, B, K, T, H], or L of [B, K, T, H]
+  k: Layers  # [L, B, K, T, H], or L times [B, K, T, H]
   v: Layers  # like k
 
   @property
@@ -31,10 +32,10 @@ class PrefixCache:
 
 
 @struct.dataclass
-class Samples:
-  """What each sample added after its prompt."""
+class SampleCache:
+  """Keys and values of the tokens that each sample added to its prompt."""
 
-  k: Layers  # [L, B, S, K, C, H], or L of [B, S, K, C, H]
+  k: Layers  # [L, B, S, K, C, H], or L times [B, S, K, C, H]
   v: Layers  # like k
 
   @property
@@ -43,28 +44,36 @@ class Samples:
     return jax.tree.leaves(self.k)[0].shape[-2]
 
 
-def empty_prefix(
-  layers: int, rows: int, length: int, kv_heads: int, head_dim: int, dtype
+Cache = TypeVar("Cache", PrefixCache, SampleCache)
+
+
+def empty_prefix_cache(
+  layers: int,
+  prompt_slots: int,
+  length: int,
+  kv_heads: int,
+  head_dim: int,
+  dtype: jax.typing.DTypeLike,
 ) -> PrefixCache:
-  """A zeroed prefix cache, its layers stacked."""
-  shape = (layers, rows, kv_heads, length, head_dim)
+  """A prefix cache of zeros, with stacked layers."""
+  shape = (layers, prompt_slots, kv_heads, length, head_dim)
   return PrefixCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def empty_samples(
+def empty_sample_cache(
   layers: int,
-  rows: int,
-  samples: int,
+  prompt_slots: int,
+  slots: int,
   capacity: int,
   kv_heads: int,
   head_dim: int,
-  dtype,
-) -> Samples:
-  """A zeroed cache of S samples a row, its layers stacked."""
-  shape = (layers, rows, samples, kv_heads, capacity, head_dim)
-  return Samples(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+  dtype: jax.typing.DTypeLike,
+) -> SampleCache:
+  """A cache of zeros for S samples of each prompt, with stacked layers."""
+  shape = (layers, prompt_slots, slots, kv_heads, capacity, head_dim)
+  return SampleCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def apart(cache: Any) -> Any:
-  """A Prefix or Samples whose layers are a tuple in place of a stack."""
+def unstack_layers(cache: Cache) -> Cache:
+  """The same cache with its layers in a tuple instead of a stack."""
   return type(cache)(k=tuple(cache.k), v=tuple(cache.v))

@@ -2,8 +2,9 @@
 
 The model maps tokens to final hidden states and never builds logits: the head
 is a matrix that `kernels.token_logprob` (scoring) and the sampler multiply by.
-How a token sees others is an argument (`opera_jax.models.attention`), so that
-training, prefixes with continuations, prefill and decode are one set of layers.
+Which tokens attend to which is an argument (`opera_jax.models.attention`), so
+that training, prefixes with continuations, prefill and decode share one set of
+layers. A CPU decodes with `opera_jax.models.decode_model`.
 
 Shape key: B rows, T tokens, D hidden, N query heads, K key/value heads,
 H head dimension, F feed-forward, V vocabulary, L layers.
@@ -11,23 +12,20 @@ H head dimension, F feed-forward, V vocabulary, L layers.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opera_jax.models import (
-  self_attention,
-  small_batch_matmul,
-  windowed_attention,
-)
+from opera_jax.models import linear, self_attention, windowed_attention
 from opera_jax.sharding import rules
 
+# attend(cache, layer, q, k, v) -> (out, cache), see `models.attention`.
 Attend = Callable[..., tuple[jax.Array, Any]]
 
+# What the backward pass keeps; it recomputes the rest (`jax.checkpoint`).
 REMAT = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -56,10 +54,10 @@ class Config:
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = True
   dtype: str = "float32"
-  # Products and attention are kept for the backward pass, the rest is made
-  # anew: less memory traffic than keeping all.
+  # "dots" saves the matmuls and attention for the backward pass and
+  # rematerialises the rest, which moves less memory than saving everything.
   remat: str = "dots"
-  attention: str = ""  # see `self_attention`; "" goes by the device
+  attention: str = ""  # see `self_attention`; "" lets the device choose
 
   def __post_init__(self):
     if self.num_attention_heads % self.num_key_value_heads:
@@ -71,7 +69,7 @@ class Config:
       )
     if self.head_dim % 2:
       raise ValueError(
-        f"Rotary embedding turns pairs of channels, got head_dim="
+        f"Rotary embedding rotates pairs of channels, got head_dim="
         f"{self.head_dim}. Make model.head_dim even."
       )
     if self.remat not in REMAT:
@@ -81,7 +79,7 @@ class Config:
     if self.attention not in ("", *self_attention.IMPLEMENTATIONS):
       raise ValueError(
         f"Unknown model.attention {self.attention!r}; use one of "
-        f"{self_attention.IMPLEMENTATIONS}, or '' to go by the device."
+        f"{self_attention.IMPLEMENTATIONS}, or '' to let the device choose."
       )
 
 
@@ -104,24 +102,19 @@ AXES = {
 }
 
 
-def rms_norm(
-  x: jax.Array, scale: jax.Array, epsilon: float, *, ordered: bool = False
-) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
   """x / rms(x) * scale over the last axis, statistics in float32.
 
   Args:
     x: floating, [..., D].
     scale: [D].
-    epsilon: what is added to the mean square.
-    ordered: adds the squares up in an order that goes by D alone; XLA's own
-      goes by the shape of the whole array.
+    epsilon: added to the mean square.
+
+  Returns:
+    Like x.
   """
   x32 = x.astype(jnp.float32)
-  square = x32 * x32
-  while ordered and square.shape[-1] % 2 == 0:
-    half = square.shape[-1] // 2
-    square = square[..., :half] + square[..., half:]
-  mean = jnp.sum(square, axis=-1, keepdims=True) / x.shape[-1]
+  mean = jnp.sum(x32 * x32, axis=-1, keepdims=True) / x.shape[-1]
   normed = (x32 * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
   scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
   return normed * scale
@@ -147,27 +140,9 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   ).astype(x_BTNH.dtype)
 
 
-class Arithmetic(NamedTuple):
-  """How a layer computes; products are called like `jnp.tensordot`."""
-
-  norm: Callable[..., jax.Array] = rms_norm
-  mix: Callable[..., jax.Array] = jnp.tensordot  # attention's products
-  project: Callable[..., jax.Array] = (
-    small_batch_matmul.project
-  )  # the feed-forward's
-
-
-USUAL = Arithmetic()
-# Few tokens on a CPU, without gradients: numbers of a token that do not change
-# with how many there are.
-FEW = Arithmetic(
-  functools.partial(rms_norm, ordered=True),
-  small_batch_matmul.small_batch_matmul,
-  small_batch_matmul.small_batch_matmul,
-)
-
-
-def _normal(key, shape, fan_in):
+def _normal(
+  key: jax.Array, shape: tuple[int, ...], fan_in: int
+) -> nnx.Param[jax.Array]:
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
 
@@ -191,17 +166,23 @@ class Attention(nnx.Module):
     self.q_norm = nnx.Param(jnp.ones((H,)))
     self.k_norm = nnx.Param(jnp.ones((H,)))
 
-  def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+  ) -> tuple[jax.Array, Any]:
+    """Attends with `attend(q, k, v)`, which also returns the cache."""
     epsilon, dtype = self.config.rms_norm_eps, x_BTD.dtype
-    norm = how.norm
-    q_BTNH = how.mix(x_BTD, self.q[...].astype(dtype), 1)
-    k_BTKH = how.mix(x_BTD, self.k[...].astype(dtype), 1)
-    v_BTKH = how.mix(x_BTD, self.v[...].astype(dtype), 1)
-    q_BTNH = apply_rope(norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
-    k_BTKH = apply_rope(norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
+    q_BTNH = jnp.tensordot(x_BTD, self.q[...].astype(dtype), 1)
+    k_BTKH = jnp.tensordot(x_BTD, self.k[...].astype(dtype), 1)
+    v_BTKH = jnp.tensordot(x_BTD, self.v[...].astype(dtype), 1)
+    q_BTNH = apply_rope(rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
+    k_BTKH = apply_rope(rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-    return how.mix(out_BTNH, self.o[...].astype(dtype), 2), cache
+    return jnp.tensordot(out_BTNH, self.o[...].astype(dtype), 2), cache
 
 
 class MLP(nnx.Module):
@@ -213,12 +194,13 @@ class MLP(nnx.Module):
     self.up = _normal(rngs.params(), (D, F), D)
     self.down = _normal(rngs.params(), (F, D), F * 2 * config.num_hidden_layers)
 
-  def __call__(self, x_BTD, how: Arithmetic):
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    """Computes [B, T, D]."""
     dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(how.project(x_BTD, self.gate[...].astype(dtype)))
-    hidden_BTF = gate_BTF * how.project(x_BTD, self.up[...].astype(dtype))
+    gate_BTF = jax.nn.silu(linear.matmul(x_BTD, self.gate[...].astype(dtype)))
+    hidden_BTF = gate_BTF * linear.matmul(x_BTD, self.up[...].astype(dtype))
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return how.project(hidden_BTF, self.down[...].astype(dtype))
+    return linear.matmul(hidden_BTF, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
@@ -231,13 +213,20 @@ class Block(nnx.Module):
     self.post_norm = nnx.Param(jnp.ones((config.hidden_size,)))
     self.mlp = MLP(config, rngs=rngs)
 
-  def __call__(self, x_BTD, cos, sin, attend: Attend, how: Arithmetic = USUAL):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+  ) -> tuple[jax.Array, Any]:
+    """Attention and MLP, each behind an RMSNorm and added to its input."""
     epsilon = self.config.rms_norm_eps
-    normed = how.norm(x_BTD, self.input_norm[...], epsilon)
-    mixed, cache = self.attention(normed, cos, sin, attend, how)
-    x_BTD = x_BTD + mixed
-    normed = how.norm(x_BTD, self.post_norm[...], epsilon)
-    return x_BTD + self.mlp(normed, how), cache
+    normed_BTD = rms_norm(x_BTD, self.input_norm[...], epsilon)
+    attended_BTD, cache = self.attention(normed_BTD, cos, sin, attend)
+    x_BTD = x_BTD + attended_BTD
+    normed_BTD = rms_norm(x_BTD, self.post_norm[...], epsilon)
+    return x_BTD + self.mlp(normed_BTD), cache
 
 
 class Qwen3(nnx.Module):
@@ -253,10 +242,10 @@ class Qwen3(nnx.Module):
     )
 
     @nnx.vmap(in_axes=0, out_axes=0)
-    def create(key):
+    def stacked_layers(key: jax.Array) -> Block:
       return Block(config, rngs=nnx.Rngs(params=key))
 
-    self.layers = create(
+    self.layers = stacked_layers(
       jax.random.split(rngs.params(), config.num_hidden_layers)
     )
     self.final_norm = nnx.Param(jnp.ones((config.hidden_size,)))
@@ -273,7 +262,6 @@ class Qwen3(nnx.Module):
     position_BT: jax.Array,
     attend: Attend,
     cache: Any = None,
-    layers: Sequence[Any] | None = None,
   ) -> tuple[jax.Array, Any]:
     """Runs all layers.
 
@@ -282,87 +270,43 @@ class Qwen3(nnx.Module):
       position_BT: int32 rotary positions.
       attend: `attend(cache, layer, q, k, v) -> (out, cache)`, one of
         `opera_jax.models.attention`.
-      cache: what `attend` carries from layer to layer; None for none.
-      layers: what `apart` gave, to be run one after the other, without
-        gradients; None scans.
+      cache: what `attend` carries from layer to layer, or None.
 
     Returns:
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
     """
     config = self.config
-    x_BTD = small_batch_matmul.look_up(self.embed[...], token_BT, config.dtype)
+    x_BTD = linear.embedding_lookup(self.embed[...], token_BT, config.dtype)
     x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
     cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
-    graphdef, stacked = self._layers()
-    how = USUAL if layers is None else FEW
+    graphdef, stacked = nnx.split(self.layers)
+    # Cast before the scan, so that devices exchange weights in this dtype.
+    stacked = jax.tree.map(lambda x: x.astype(config.dtype), stacked)
 
-    def layer(carry, inputs):
+    def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
       x_BTD, cache = carry
       index, params = inputs
       block = nnx.merge(graphdef, params)
       x_BTD, cache = block(
-        x_BTD, cos, sin, functools.partial(attend, cache, index), how
+        x_BTD, cos, sin, functools.partial(attend, cache, index)
       )
       return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
 
-    if layers is None:
-      if REMAT[config.remat] is not None:
-        layer = jax.checkpoint(
-          layer, policy=REMAT[config.remat], prevent_cse=False
-        )
-      (x_BTD, cache), _ = jax.lax.scan(
-        layer, (x_BTD, cache), (jnp.arange(config.num_hidden_layers), stacked)
+    if REMAT[config.remat] is not None:
+      layer = jax.checkpoint(
+        layer, policy=REMAT[config.remat], prevent_cse=False
       )
-    else:
-      for index, params in enumerate(layers):
-        params = jax.tree.map(
-          lambda x, like: x.T.reshape(like.shape[1:]), params, stacked
-        )
-        (x_BTD, cache), _ = layer((x_BTD, cache), (index, params))
-    x_BTD = how.norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
+    (x_BTD, cache), _ = jax.lax.scan(
+      layer, (x_BTD, cache), (jnp.arange(config.num_hidden_layers), stacked)
+    )
+    x_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
     return x_BTD, cache
 
-  def _layers(self):
-    """The layers' graph and stacked parameters, in the compute dtype."""
-    graphdef, stacked = nnx.split(self.layers)
-    # Before the scan, so that devices send one another the compute dtype.
-    dtype = self.config.dtype
-    return graphdef, jax.tree.map(lambda x: x.astype(dtype), stacked)
-
-  def apart(self) -> list[Any]:
-    """The layers' parameters, each layer's on its own.
-
-    A loop around `__call__` that is given them does not cut every layer out of
-    the stack in each of its turns. The program grows with the depth. Each
-    weight is a matrix whose last axis is summed over, as
-    `small_batch_matmul.few` likes it.
-    """
-    _, stacked = self._layers()
-
-    def one(index):
-      return jax.tree_util.tree_map_with_path(
-        lambda path, x: _input_last(
-          x[index], AXES["layers/" + path_name(path)][1:]
-        ),
-        stacked,
-      )
-
-    return [one(index) for index in range(self.config.num_hidden_layers)]
-
   def head_matrix(self) -> tuple[jax.Array, bool]:
-    """The output head, and whether it is [V, D] (tied) rather than [D, V]."""
+    """The output head, and whether it is [V, D] (tied) or [D, V] (untied)."""
     if self.config.tie_word_embeddings:
       return self.embed[...], True
     return self.head[...], False
-
-
-def _input_last(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """A layer's weight as a matrix [output, input]; a norm as it is."""
-  if len(axes) == 1:
-    return x
-  # "embed" is all of a projection's input, or all of its output.
-  lead = 1 if axes[0] == "embed" else len(axes) - 1
-  return x.reshape(math.prod(x.shape[:lead]), -1).T
 
 
 def create(config: Config, seed: int) -> tuple[nnx.GraphDef, nnx.State]:

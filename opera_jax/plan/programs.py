@@ -255,12 +255,12 @@ class _Run:
     config = self._config
     P = max(self._engine["prompt_buckets"])
     with jax.set_mesh(self._mesh):
-      R = self._ways * decode_loop_lib.prompts_at_once(P)
+      R = self._ways * decode_loop_lib.prefill_batch_size(P)
     slots = self._slots()
     return Program(
       name="prefill",
       shape=f"{R} prompts x {P:,}",
-      jitted=decode_loop_lib.programs(self._graphdef)["admit"],
+      jitted=decode_loop_lib.programs(self._graphdef)["prefill"],
       arguments=(
         self._values.rollout_params(),
         slots.prefix,
@@ -317,8 +317,8 @@ class _Run:
 
   def grow(self) -> Program:
     """The last lengthening of the caches: both lengths are held at once."""
-    longest = self._whole_blocks(self._rollout["max_new_tokens"])
-    every = map(self._whole_blocks, self._engine["cache_buckets"])
+    longest = self._padded_length(self._rollout["max_new_tokens"])
+    every = map(self._padded_length, self._engine["cache_buckets"])
     shorter = [length for length in every if length < longest]
     old, new = self._slots(max(shorter, default=longest)), self._slots()
     return Program(
@@ -365,14 +365,14 @@ class _Run:
     return self._values.slots(
       self._engine["prompt_slots"],
       self._slots_a_prompt(),
-      self._whole_blocks(max(self._engine["prompt_buckets"])),
-      capacity or self._whole_blocks(self._rollout["max_new_tokens"]),
+      self._padded_length(max(self._engine["prompt_buckets"])),
+      capacity or self._padded_length(self._rollout["max_new_tokens"]),
       self._engine["cache_dtype"],
     )
 
-  def _whole_blocks(self, tokens: int) -> int:
+  def _padded_length(self, tokens: int) -> int:
     with jax.set_mesh(self._mesh):
-      return slots_lib.whole_blocks(tokens)
+      return slots_lib.padded_length(tokens)
 
   def _scoring_pass(self, name, temperature, S, G, times, beside) -> Program:
     B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])

@@ -1,109 +1,114 @@
-"""The programs that act on rows of slots.
+"""The compiled programs of the sampler: prefill, decode, and moving slots.
 
-Every program takes the slots' buffers for itself and gives them back changed.
-All take and give whole arrays, so that on a mesh each process calls them with
-the same host arrays.
+Programs that change slots donate and return them, so that buffers are updated
+in place. All of them take and return global arrays: on a mesh every process
+calls them with equal host arrays.
 
-Shape key: L layers, B rows, S slots a row, T prefix capacity, C slot capacity,
-R prompts of one admission, P their padded length, U steps of one call, W recent
-tokens, D hidden, V vocabulary, M active slots.
+Shape key: L layers, B prompt slots, S slots of each, T prefix capacity, C slot
+capacity, R prompts of one prefill, P their padded length, U steps of one decode
+call, W recent tokens, D hidden, V vocabulary, M compacted active slots,
+X computed slots (B * S, or M).
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from opera_jax.kernels import target
-from opera_jax.models import attention, kv_cache, small_batch_matmul
-from opera_jax.models import compaction as compaction
+from opera_jax.models import attention, compaction, decode_model, kv_cache
 from opera_jax.rollout import sampling
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
 from opera_jax.text import automaton
 
-# Prompt tokens that a device computes at once, at least. A CPU is busy with
-# few, and an admission of one prompt costs as much as one of all.
-TOGETHER = {"cpu": 256, "gpu": 512, "tpu": 512}
+# Prompt tokens that one device prefills at once, at least. A CPU is busy with
+# few, so it pads a prefill of one prompt to fewer prompts.
+MIN_PREFILL_TOKENS = {"cpu": 256, "gpu": 512, "tpu": 512}
 
 
-def admit(
+def prefill(
   graphdef: nnx.GraphDef,
   params: Any,
   prefix: kv_cache.PrefixCache,
   prefix_length_B: jax.Array,
   token_RP: jax.Array,
   length_R: jax.Array,
-  row_R: jax.Array,
+  prompt_slot_R: jax.Array,
 ) -> tuple[kv_cache.PrefixCache, jax.Array]:
-  """Computes prompts and puts them into rows whose slots are all free.
+  """Computes prompts and stores them in prompt slots without live samples.
 
   Args:
     graphdef: of the model.
     params: parameters.
-    prefix: of the slots, to be changed.
-    prefix_length_B: of the slots, to be changed.
+    prefix: of the slots; donated.
+    prefix_length_B: of the slots; donated.
     token_RP: int32 prompts, right-padded, P <= T.
     length_R: int32, at least 1.
-    row_R: int32, the row of each prompt; B or more for padding.
+    prompt_slot_R: int32, where each prompt is stored; B or more for padding.
+
+  Returns:
+    The new prefix and prefix lengths. The length leaves out the last token,
+    which the samples feed themselves.
   """
   model = nnx.merge(graphdef, params)
   R, P = token_RP.shape
   position_P = jnp.arange(P, dtype=jnp.int32)
   config = model.config
-  _, piece = model(
+  _, computed = model(
     token_RP,
     jnp.broadcast_to(position_P[None], (R, P)),
     attention.prefill(
       (position_P[None] < length_R[:, None]).astype(jnp.int32),
       implementation=config.attention or None,
     ),
-    kv_cache.empty_prefix(
-      config.num_hidden_layers,
-      R,
-      P,
-      config.num_key_value_heads,
-      config.head_dim,
-      jax.tree.leaves(prefix.k)[0].dtype,
+    kv_cache.empty_prefix_cache(
+      layers=config.num_hidden_layers,
+      prompt_slots=R,
+      length=P,
+      kv_heads=config.num_key_value_heads,
+      head_dim=config.head_dim,
+      dtype=jax.tree.leaves(prefix.k)[0].dtype,
     ),
   )
   if isinstance(prefix.k, tuple):
-    piece = kv_cache.apart(piece)
+    computed = kv_cache.unstack_layers(computed)
   prefix = jax.tree.map(
-    lambda whole, part: whole.at[..., row_R, :, :P, :].set(part, mode="drop"),
+    lambda old, new: old.at[..., prompt_slot_R, :, :P, :].set(new, mode="drop"),
     prefix,
-    piece,
+    computed,
   )
-  prefix_length_B = prefix_length_B.at[row_R].set(length_R - 1, mode="drop")
-  return slots_lib.laid_out_prefix(prefix), rules.constrain(
+  prefix_length_B = prefix_length_B.at[prompt_slot_R].set(
+    length_R - 1, mode="drop"
+  )
+  return slots_lib.constrain_prefix(prefix), rules.constrain(
     prefix_length_B, ("batch",)
   )
 
 
-def assign(
+def start_samples(
   slots: slots_lib.Slots,
-  fresh_BS: jax.Array,
+  starts_BS: jax.Array,
   token_BS: jax.Array,
   budget_BS: jax.Array,
   key_BS: jax.Array,
   state_BS: jax.Array,
 ) -> slots_lib.Slots:
-  """Begins a sample in each slot of `fresh`; the others go on.
+  """Starts a sample in some slots; the other slots keep theirs.
 
   Args:
-    slots: to be changed; prefix and cache may be None.
-    fresh_BS: bool.
+    slots: donated; prefix and cache may be None.
+    starts_BS: bool, where a sample starts.
     token_BS: int32, the last token of the slot's context.
-    budget_BS: int32, tokens that may be drawn.
+    budget_BS: int32, most tokens to sample.
     key_BS: random key data of the samples.
-    state_BS: int32, of the stop strings' automaton, at their start.
+    state_BS: int32, where the stop strings' automaton starts.
   """
 
-  def pick(new, old):
-    where = fresh_BS.reshape(fresh_BS.shape + (1,) * (old.ndim - 2))
+  def pick(new: jax.Array | int, old: jax.Array) -> jax.Array:
+    where = starts_BS.reshape(starts_BS.shape + (1,) * (old.ndim - 2))
     return jnp.where(where, new, old)
 
   slots = slots.replace(
@@ -113,69 +118,80 @@ def assign(
     key=pick(key_BS, slots.key),
     state=pick(state_BS, slots.state),
     recent=pick(-1, slots.recent),
-    live=slots.live | fresh_BS,
+    live=slots.live | starts_BS,
     ended=pick(0, slots.ended),
   )
-  return slots_lib.laid_out(slots)
+  return slots_lib.constrain(slots)
 
 
-def keep(
+def extend_prefix(
   slots: slots_lib.Slots, slot_B: jax.Array, count_B: jax.Array, tokens: int
 ) -> slots_lib.Slots:
-  """Makes the first tokens of a slot part of its row's prefix.
+  """Appends the first tokens of one slot to its prompt slot's prefix.
 
   Args:
-    slots: to be changed.
-    slot_B: int32, the slot of each row.
-    count_B: int32 at most `tokens`, how many of its tokens to keep; 0 changes
+    slots: donated.
+    slot_B: int32, the slot of each prompt slot.
+    count_B: int32 at most `tokens`, how many of its tokens to append; 0 changes
       nothing.
     tokens: static bound of the counts.
   """
   B = slot_B.shape[0]
-  n = jnp.arange(tokens, dtype=jnp.int32)[None]
+  offset_1n = jnp.arange(tokens, dtype=jnp.int32)[None]
   T = slots.prefix.length
-  # Key j of a slot is that of its context's last token, then of its own.
-  place_Bn = jnp.where(
-    n < count_B[:, None], slots.prefix_length[:, None] + n, T
+  # A slot's first key is that of its context's last token, so it belongs at
+  # position `prefix_length`. A position T drops what is not to be appended.
+  position_Bn = jnp.where(
+    offset_1n < count_B[:, None], slots.prefix_length[:, None] + offset_1n, T
   )
-  row_B1 = jnp.arange(B)[:, None]
+  prompt_slot_B1 = jnp.arange(B)[:, None]
 
-  def move(prefix, cache):
-    part_LBKnH = cache[..., jnp.arange(B), slot_B, :, :tokens, :]
-    part_BnLKH = jnp.moveaxis(part_LBKnH, (-4, -2), (0, 1))
-    return prefix.at[..., row_B1, :, place_Bn, :].set(part_BnLKH, mode="drop")
+  def append(prefix: jax.Array, cache: jax.Array) -> jax.Array:
+    new_LBKnH = cache[..., jnp.arange(B), slot_B, :, :tokens, :]
+    new_BnLKH = jnp.moveaxis(new_LBKnH, (-4, -2), (0, 1))
+    where = (..., prompt_slot_B1, slice(None), position_Bn, slice(None))
+    return prefix.at[where].set(new_BnLKH, mode="drop")
 
   prefix = kv_cache.PrefixCache(
-    k=jax.tree.map(move, slots.prefix.k, slots.cache.k),
-    v=jax.tree.map(move, slots.prefix.v, slots.cache.v),
+    k=jax.tree.map(append, slots.prefix.k, slots.cache.k),
+    v=jax.tree.map(append, slots.prefix.v, slots.cache.v),
   )
-  return slots_lib.laid_out(
+  return slots_lib.constrain(
     slots.replace(prefix=prefix, prefix_length=slots.prefix_length + count_B)
   )
 
 
-def gather(slots: slots_lib.Slots, row_B: jax.Array) -> slots_lib.Slots:
-  """Some of the rows, in the order of `row_B`; their layers are apart."""
-  return jax.tree.map(lambda x: x[row_B], slots)
+def gather(slots: slots_lib.Slots, prompt_slot_B: jax.Array) -> slots_lib.Slots:
+  """Some of the prompt slots, in the given order; layers must be unstacked."""
+  return jax.tree.map(lambda x: x[prompt_slot_B], slots)
 
 
 def grow(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
-  """Lengthens every slot's cache to `capacity` tokens."""
+  """Pads every slot's cache to `capacity` tokens."""
   more = capacity - slots.cache.capacity
-  cache = jax.tree.map(lambda x: _padded(x, more), slots.cache)
-  return slots_lib.laid_out(slots.replace(cache=cache))
+  cache = jax.tree.map(lambda x: _pad_tokens(x, more), slots.cache)
+  return slots_lib.constrain(slots.replace(cache=cache))
 
 
 def grow_prefix(slots: slots_lib.Slots, capacity: int) -> slots_lib.Slots:
-  """Lengthens every row's prefix to `capacity` tokens."""
+  """Pads every prefix to `capacity` tokens."""
   more = capacity - slots.prefix.length
-  prefix = jax.tree.map(lambda x: _padded(x, more), slots.prefix)
-  return slots_lib.laid_out(slots.replace(prefix=prefix))
+  prefix = jax.tree.map(lambda x: _pad_tokens(x, more), slots.prefix)
+  return slots_lib.constrain(slots.replace(prefix=prefix))
 
 
-def _padded(x: jax.Array, more: int) -> jax.Array:
-  """`more` further tokens, which lie on the last axis but one."""
+def _pad_tokens(x: jax.Array, more: int) -> jax.Array:
+  """Pads the token axis, the last but one, by `more`."""
   return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
+
+
+class _Carry(NamedTuple):
+  """What the decode loop carries from step to step."""
+
+  step: jax.Array  # int32 scalar
+  slots: slots_lib.Slots  # of the computed slots, without caches
+  cache: kv_cache.SampleCache
+  outputs: list[jax.Array]  # [..., U] each, see `SampledTokens`
 
 
 def decode(
@@ -183,134 +199,143 @@ def decode(
   params: Any,
   slots: slots_lib.Slots,
   stops: automaton.Automaton | None,
-  free: jax.Array,
-  layers: Sequence[Any] | None = None,
+  stop_after: jax.Array,
+  layers: list[decode_model.Layer] | None = None,
   slot_M: jax.Array | None = None,
   *,
   settings: sampling.Sampling,
   steps: int,
-  whole_rows: bool = False,
+  per_prompt_slot: bool = False,
   with_model_logprob: bool = False,
-) -> tuple[slots_lib.Slots, slots_lib.Drawn]:
-  """Draws up to `steps` tokens in every live slot.
+) -> tuple[slots_lib.Slots, slots_lib.SampledTokens]:
+  """Samples up to `steps` tokens in every live slot.
 
   Args:
     graphdef: of the model.
     params: parameters.
-    slots: to be changed; each live slot's capacity is at least its depth plus
-      `steps`.
+    slots: donated; each live slot's capacity is at least its number of
+      generated tokens plus `steps`.
     stops: automaton of stop strings, or None.
-    free: int32 scalar; leaves early when so many slots have ended in this
-      call, to let new samples in.
-    layers: what `apart` gave, where the caches' layers are apart.
+    stop_after: int32 scalar; the loop returns early once so many slots have
+      ended in this call, so that new samples can start.
+    layers: the unstacked layers; None if the caches have stacked ones.
     slot_M: int32, the slots to compute, all live ones among them, each once
-      as row * S + slot, then B * S; None computes all.
-    settings: how to draw.
+      as prompt slot * S + slot, padded with B * S; None computes all.
+    settings: how to sample.
     steps: U.
-    whole_rows: `free` counts rows of which every slot has ended.
+    per_prompt_slot: `stop_after` counts prompt slots whose samples have all
+      ended, not slots.
     with_model_logprob: also returns log-probabilities at temperature 1.
   """
   model = nnx.merge(graphdef, params)
-  head, transposed = model.head_matrix()
-  head_DV = head.T if transposed else head
-  # An untied head lies the other way, and would be turned at every step.
-  multiply = (
-    small_batch_matmul.small_batch_matmul if transposed else jnp.tensordot
-  )
   B, S = slots.token.shape
-  prefix, whole = slots.prefix, slots.replace(prefix=None, cache=None)
-  active_slots, at = (
-    None,
-    whole.replace(
-      prefix_length=jnp.broadcast_to(slots.prefix_length[:, None], (B, S))
-    ),
+  prefix = slots.prefix
+  before = slots.replace(prefix=None, cache=None)
+  computed = before.replace(
+    prefix_length=jnp.broadcast_to(slots.prefix_length[:, None], (B, S))
   )
+  active_slots = None
   if slot_M is not None:
     active_slots = compaction.create(slot_M, B, S)
-    at = jax.tree.map(active_slots.gather, at)
-    at = at.replace(live=at.live & (slot_M < B * S)[:, None])
-  start = at
-  lead, R = at.token.shape, at.token.size
+    computed = jax.tree.map(active_slots.gather, computed)
+    computed = computed.replace(live=computed.live & (slot_M < B * S)[:, None])
+  start = computed
+  shape, X = computed.token.shape, computed.token.size
 
-  def scatter(x, others):
-    return x if active_slots is None else active_slots.scatter(x, others)
+  def scatter(x: jax.Array, inactive: jax.Array | int) -> jax.Array:
+    return x if active_slots is None else active_slots.scatter(x, inactive)
 
-  def cond(carry):
-    step, at, _, _ = carry
-    if whole_rows:
-      live_BS, started_BS = (scatter(x.live, False) for x in (at, start))
-      ended = jnp.sum(jnp.any(started_BS, 1) & ~jnp.any(live_BS, 1))
+  def goes_on(carry: _Carry) -> jax.Array:
+    live = carry.slots.live
+    if per_prompt_slot:
+      started_B = jnp.any(scatter(start.live, False), 1)
+      ended = jnp.sum(started_B & ~jnp.any(scatter(live, False), 1))
     else:
-      ended = jnp.sum(start.live & ~at.live)
-    return (step < steps) & jnp.any(at.live) & (ended < free)
+      ended = jnp.sum(start.live & ~live)
+    return (carry.step < steps) & jnp.any(live) & (ended < stop_after)
 
-  def body(carry):
-    step, at, cache, drawn = carry
-    hidden, cache = model(
-      at.token,
-      at.prefix_length + at.num_generated,
-      attention.decode(
-        prefix, slots.prefix_length, at.num_generated, at.live, active_slots
-      ),
-      cache,
-      layers,
+  def step(carry: _Carry) -> _Carry:
+    now = carry.slots
+    attend = attention.decode(
+      prefix,
+      prefix_length_B=slots.prefix_length,
+      num_generated_BS=now.num_generated,
+      live_BS=now.live,
+      active_slots=active_slots,
     )
-    logit_RV = multiply(
-      hidden.reshape(R, -1),
-      head_DV.astype(hidden.dtype),
-      axes=1,
-      preferred_element_type=jnp.float32,
+    position = now.prefix_length + now.num_generated
+    if layers is None:
+      hidden, cache = model(now.token, position, attend, carry.cache)
+    else:
+      hidden, cache = decode_model.hidden_states(
+        model,
+        layers,
+        token_BS=now.token,
+        position_BS=position,
+        attend=attend,
+        cache=carry.cache,
+      )
+    logit_XV = decode_model.logits(model, hidden.reshape(X, -1))
+    key_X = jax.random.wrap_key_data(now.key.reshape(X, -1))
+    token_X, logprob_X, truncated_X = sampling.sample(
+      logit_XV, key_X, settings, now.num_generated.reshape(X)
     )
-    key_R = jax.random.wrap_key_data(at.key.reshape(R, -1))
-    token_R, logprob_R, truncated_R = sampling.sample(
-      logit_RV, key_R, settings, at.num_generated.reshape(R)
-    )
-    new = [token_R, logprob_R]
+    new = [token_X, logprob_X]
     if with_model_logprob:
-      new.append(sampling.logprob(logit_RV, token_R))
+      new.append(sampling.logprob(logit_XV, token_X))
     if settings.reshapes():
-      new.append(truncated_R)
-    new = [x.reshape(lead) for x in new]
-    at = _after(at, new[0], stops, settings)
-    drawn = [
-      jax.lax.dynamic_update_slice(every, x[..., None], (0, 0, step))
-      for every, x in zip(drawn, new, strict=True)
-    ]
-    return step + 1, at, cache, drawn
+      new.append(truncated_X)
+    new = [x.reshape(shape) for x in new]
+    return _Carry(
+      step=carry.step + 1,
+      slots=_advance(now, new[0], stops, settings),
+      cache=cache,
+      outputs=[
+        jax.lax.dynamic_update_slice(old, x[..., None], (0, 0, carry.step))
+        for old, x in zip(carry.outputs, new, strict=True)
+      ],
+    )
 
   truncated = settings.reshapes()
   dtypes = [jnp.int32] + [jnp.float32] * (1 + with_model_logprob + truncated)
-  nothing = [jnp.zeros((*lead, steps), dtype) for dtype in dtypes]
-  _, at, cache, drawn = jax.lax.while_loop(
-    cond, body, (jnp.int32(0), at, slots.cache, nothing)
+  end = jax.lax.while_loop(
+    goes_on,
+    step,
+    _Carry(
+      step=jnp.int32(0),
+      slots=computed,
+      cache=slots.cache,
+      outputs=[jnp.zeros((*shape, steps), dtype) for dtype in dtypes],
+    ),
   )
-  count = jnp.where(start.live, at.num_generated - start.num_generated, 0)
-  # A row's prefix length is no slot's own, and nothing here changes it.
-  own = jax.tree.map(
-    scatter, at.replace(prefix_length=None), whole.replace(prefix_length=None)
+  count = jnp.where(
+    start.live, end.slots.num_generated - start.num_generated, 0
   )
-  after = own.replace(
-    prefix=prefix, cache=cache, prefix_length=slots.prefix_length
-  )
-  drawn = [scatter(x, 0) for x in drawn]
-  return slots_lib.laid_out(after), slots_lib.Drawn(
-    token=drawn[0],
-    logprob=drawn[1],
-    model_logprob=drawn[2] if with_model_logprob else None,
-    truncated=drawn[-1] if truncated else None,
+  # The prefix length belongs to the prompt slot and does not change here.
+  after = jax.tree.map(
+    scatter,
+    end.slots.replace(prefix_length=None),
+    before.replace(prefix_length=None),
+  ).replace(prefix=prefix, cache=end.cache, prefix_length=slots.prefix_length)
+  outputs = [scatter(x, 0) for x in end.outputs]
+  return slots_lib.constrain(after), slots_lib.SampledTokens(
+    token=outputs[0],
+    logprob=outputs[1],
+    model_logprob=outputs[2] if with_model_logprob else None,
+    truncated=outputs[-1] if truncated else None,
     count=scatter(count, 0),
     live=after.live,
     ended=after.ended,
   )
 
 
-def _after(
+def _advance(
   slots: slots_lib.Slots,
   token_BS: jax.Array,
   stops: automaton.Automaton | None,
   settings: sampling.Sampling,
 ) -> slots_lib.Slots:
-  """The slots once `token_BS` has been drawn in those that are live."""
+  """The slots after `token_BS` was sampled in the live ones."""
   live_BS = slots.live
   num_generated_BS = slots.num_generated + live_BS
   stop_BS = jnp.zeros_like(live_BS)
@@ -319,17 +344,17 @@ def _after(
   state_BS = slots.state
   if stops is not None:
     state_BS, event_BS = automaton.step(stops, state_BS, token_BS)
-    late_BS = num_generated_BS >= settings.min_new_tokens
-    stop_BS |= (event_BS > 0) & late_BS
+    may_stop_BS = num_generated_BS >= settings.min_new_tokens
+    stop_BS |= (event_BS > 0) & may_stop_BS
   ended_BS = jnp.where(stop_BS, slots_lib.STOPPED, 0)
   recent_BSW = slots.recent
   if settings.loop_period:
     recent_BSW = jnp.concatenate(
       [recent_BSW[..., 1:], token_BS[..., None]], axis=-1
     )
-    flat_RW = recent_BSW.reshape(-1, recent_BSW.shape[-1])
-    loop_R = sampling.loops(flat_RW, settings.loop_period)
-    loop_BS = loop_R.reshape(token_BS.shape)
+    recent_XW = recent_BSW.reshape(-1, recent_BSW.shape[-1])
+    loop_X = sampling.loops(recent_XW, settings.loop_period)
+    loop_BS = loop_X.reshape(token_BS.shape)
     ended_BS = jnp.where(loop_BS & ~stop_BS, slots_lib.LOOPED, ended_BS)
   ended_BS = jnp.where(live_BS, ended_BS, slots.ended)
   return slots.replace(
@@ -342,34 +367,45 @@ def _after(
   )
 
 
-def apart(graphdef: nnx.GraphDef, params: Any) -> list[Any]:
-  """The layers' parameters, each layer's on its own; see `Qwen3.apart`."""
-  return nnx.merge(graphdef, params).apart()
+def unstack_layers(
+  graphdef: nnx.GraphDef, params: Any
+) -> list[decode_model.Layer]:
+  """The layers' weights for `decode`; see `decode_model.unstack_layers`."""
+  return decode_model.unstack_layers(nnx.merge(graphdef, params))
 
 
-def prompts_at_once(P: int) -> int:
-  """How many prompts of a bucket a device of the mesh in force computes."""
-  return max(1, TOGETHER[target.platform()] // P)
+def prefill_batch_size(P: int) -> int:
+  """Prompts of padded length P that one device of the mesh prefills at once."""
+  return max(1, MIN_PREFILL_TOKENS[target.platform()] // P)
 
 
 def programs(graphdef: nnx.GraphDef) -> dict[str, Any]:
-  """The jitted programs by name; each takes the slots' buffers for itself."""
+  """The jitted programs by name, with the buffers that they donate."""
   return {
     "empty": jax.jit(
       slots_lib.empty,
       static_argnums=(0, 1, 2, 3, 4),
       static_argnames=("recent", "dtype"),
     ),
-    "apart": jax.jit(functools.partial(apart, graphdef)),
-    "admit": jax.jit(functools.partial(admit, graphdef), donate_argnums=(1, 2)),
-    "assign": jax.jit(assign, donate_argnums=0),
-    "keep": jax.jit(keep, donate_argnums=0, static_argnames="tokens"),
+    "unstack_layers": jax.jit(functools.partial(unstack_layers, graphdef)),
+    "prefill": jax.jit(
+      functools.partial(prefill, graphdef), donate_argnums=(1, 2)
+    ),
+    "start_samples": jax.jit(start_samples, donate_argnums=0),
+    "extend_prefix": jax.jit(
+      extend_prefix, donate_argnums=0, static_argnames="tokens"
+    ),
     "gather": jax.jit(gather),
     "grow": jax.jit(grow, static_argnames="capacity"),
     "grow_prefix": jax.jit(grow_prefix, static_argnames="capacity"),
     "decode": jax.jit(
       functools.partial(decode, graphdef),
       donate_argnums=1,
-      static_argnames=("settings", "steps", "whole_rows", "with_model_logprob"),
+      static_argnames=(
+        "settings",
+        "steps",
+        "per_prompt_slot",
+        "with_model_logprob",
+      ),
     ),
   }

@@ -1,12 +1,12 @@
-"""Rows of slots as the host drives them: begin, fork, draw, keep.
+"""Drives prompt slots from the host: prefill, fork, decode, extend the prefix.
 
-A row begins with a context, which is computed once (its prefix). Samples fork
-from the end of the context, each in a slot; what one of them drew can be kept,
-and then is context too, without running anything again. Whoever drives the
-rows says what sits where; every process of a run says the same.
+A prompt slot starts with a context, which is prefilled once. Samples fork from
+the end of the context, each in a slot of its own. The tokens of a sample can be
+appended to the context without being recomputed. The caller decides what runs
+in which slot; every process of a run makes the same calls.
 
-Shape key: B rows, S slots a row, R contexts computed at once, P their padded
-length.
+Shape key: B prompt slots, S slots of each, R contexts prefilled at once, P
+their padded length.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 
 from opera_jax import structs
 from opera_jax.kernels import target
+from opera_jax.models import decode_model
 from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import sampling as sampling_lib
 from opera_jax.rollout import slots as slots_lib
@@ -25,48 +26,53 @@ from opera_jax.scoring import packing as packing_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.text import automaton
 
-REASONS = {0: "length", slots_lib.STOPPED: "stop", slots_lib.LOOPED: "loop"}
-NEVER = 2**31 - 1
-MIN_PROMPT_SLOTS, MIN_ACTIVE_SLOTS = (
-  16,
-  8,
-)  # that are worth programs of their own,
-SHRINK_FACTOR = 4  # as are so many times fewer rows
+FINISH_REASONS = {
+  0: "length",
+  slots_lib.STOPPED: "stop",
+  slots_lib.LOOPED: "loop",
+}
+NO_EARLY_RETURN = 2**31 - 1  # a `stop_after` that is never reached
+# Fewer prompt slots or active slots than these get no program of their own.
+MIN_PROMPT_SLOTS = 16
+MIN_ACTIVE_SLOTS = 8
+SHRINK_FACTOR = 4  # between two numbers of prompt slots that get one
 
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
-  """A sample to begin at the end of its row's context."""
+  """A sample to start at the end of its prompt slot's context."""
 
-  row: int
+  prompt_slot: int
   slot: int
   key: np.ndarray  # [words] uint32, random key data
-  budget: int  # tokens that may be drawn, at least 1
-  state: int = 0  # of the stop strings' automaton, where it starts
+  budget: int  # most tokens to sample, at least 1
+  state: int = 0  # where the stop strings' automaton starts
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What a slot drew in one call."""
+  """What one slot sampled in one decode call."""
 
-  row: int
+  prompt_slot: int
   slot: int
   tokens: np.ndarray  # [n] int32
   logprob: np.ndarray  # [n] float32, at the sampling temperature
-  model_logprob: np.ndarray | None  # [n] float32, at temperature 1, where asked
-  live: bool  # goes on in the next call
-  ended: int  # a key of REASONS
-  truncated: np.ndarray | None = None  # [n] float32, as drawn, where truncated
+  # [n] float32, at temperature 1; None if not requested
+  model_logprob: np.ndarray | None
+  live: bool  # the sample continues in the next call
+  ended: int  # a key of FINISH_REASONS
+  # [n] float32, under the truncated distribution; None without one
+  truncated: np.ndarray | None = None
 
 
 class PromptSlots:
-  """B rows of S slots, with one policy, one way to draw, one set of stops."""
+  """B prompt slots of S slots, with one policy and one way to sample."""
 
   def __init__(
     self,
     programs: dict[str, Any],
     params: Any,
-    layers: Sequence[Any] | None,
+    layers: list[decode_model.Layer] | None,
     slots: slots_lib.Slots,
     settings: sampling_lib.Sampling,
     stops: automaton.Automaton | None,
@@ -76,132 +82,142 @@ class PromptSlots:
     prefix_buckets: Sequence[int],
     cache_buckets: Sequence[int],
     steps: int,
-    whole_rows: bool = False,
+    per_prompt_slot: bool = False,
     with_model_logprob: bool = False,
   ):
-    """Takes fresh slots over.
+    """Takes over empty slots, whose buffers it donates to the programs.
 
     Args:
       programs: of `rollout.decode_loop`.
       params: parameters, in the ROLLOUT layout.
-      layers: what the program `apart` gave, where the slots' layers are apart.
-      slots: with nothing in them.
-      settings: how to draw; lengths are the forks' own.
+      layers: from the program `unstack_layers`; None if the slots' caches
+        have stacked layers.
+      slots: without prompts and samples.
+      settings: how to sample; each fork has its own `budget` of tokens.
       stops: automaton of stop strings, or None.
-      mesh: over which the slots lie.
-      prompt_buckets: allowed padded lengths of contexts, ascending; past the
-        last, its multiples.
-      prefix_buckets: lengths of rows' prefixes, whole blocks, likewise.
-      cache_buckets: lengths of slots' caches, whole blocks, likewise.
-      steps: tokens that a slot draws in one call.
-      whole_rows: a call of `draw` leaves early for rows rather than slots.
-      with_model_logprob: pieces come with log-probabilities at temperature 1.
+      mesh: over which the slots are sharded.
+      prompt_buckets: padded lengths of contexts, ascending; beyond the last,
+        its multiples.
+      prefix_buckets: lengths of the prefix cache, whole attention blocks,
+        likewise.
+      cache_buckets: lengths of the slots' caches, whole attention blocks,
+        likewise.
+      steps: most tokens that a slot samples in one call.
+      per_prompt_slot: `decode` returns early for finished prompt slots, not
+        for finished slots.
+      with_model_logprob: pieces have log-probabilities at temperature 1.
     """
     self._programs, self._params, self._slots = programs, params, slots
     self._layers, self._stops, self._mesh = layers, stops, mesh
     self._prompt_buckets, self._cache_buckets = prompt_buckets, cache_buckets
     self._prefix_buckets = prefix_buckets
-    self._ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._num_data_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._steps, self._per_prompt_slot = steps, per_prompt_slot
     self._static: dict[str, Any] = {
       "settings": settings,
       "steps": steps,
-      "whole_rows": whole_rows,
+      "per_prompt_slot": per_prompt_slot,
       "with_model_logprob": with_model_logprob,
     }
     shape = slots.num_generated.shape
-    self.count, self.width = shape
-    self._num_generated, self._budget = (
-      np.zeros(shape, int),
-      np.zeros(shape, int),
-    )
+    self.num_prompt_slots, self.slots_per_prompt = shape
+    self._num_generated = np.zeros(shape, int)
+    self._budget = np.zeros(shape, int)
     self._live = np.zeros(shape, bool)
-    self._length = np.ones(shape[0], int)  # tokens of each row's context
-    self._last = np.zeros(shape[0], np.int32)  # the last of them
+    self._context_length = np.ones(shape[0], int)
+    self._last_token = np.zeros(shape[0], np.int32)  # of each context
     self._name = [""] * shape[0]
-    # One CPU computes live slots alone, and lets rows go that are through.
+    # On one CPU, finished prompt slots are evicted from the device's arrays.
     with jax.set_mesh(mesh):
-      self._packed = packs()
-    self._order = np.arange(shape[0])  # the row that lies at each place
-    self._place = np.arange(shape[0])  # the place of each row
+      self._compacts = compacts_active_slots()
+    self._resident = np.arange(shape[0])  # the prompt slot at each index
+    self._index = np.arange(shape[0])  # the index of each prompt slot
     self._finished: set[int] = set()
 
-  def begin(self, contexts: Sequence[tuple[int, str, np.ndarray]]) -> None:
-    """Computes contexts, a few of like length at a time.
+  def prefill(self, contexts: Sequence[tuple[int, str, np.ndarray]]) -> None:
+    """Computes contexts, in batches of one padded length.
 
     Args:
-      contexts: (row, name, int32 tokens), at least one token; no slot of the
-        row is live. The name is for error messages.
+      contexts: (prompt slot, name, int32 tokens), at least one token; no slot
+        of the prompt slot is live. The name is for error messages.
     """
     by_bucket: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for row, name, tokens in contexts:
+    for prompt_slot, name, tokens in contexts:
       P = packing_lib.bucket(len(tokens), self._prompt_buckets)
-      by_bucket.setdefault(P, []).append((row, tokens))
-      self._length[row], self._last[row] = len(tokens), tokens[-1]
-      self._name[row] = name
+      by_bucket.setdefault(P, []).append((prompt_slot, tokens))
+      self._context_length[prompt_slot] = len(tokens)
+      self._last_token[prompt_slot] = tokens[-1]
+      self._name[prompt_slot] = name
     for P, pairs in sorted(by_bucket.items()):
-      self._make_room(P)
-      R = self.together(P)
+      self._grow_prefix(P)
+      R = self.prefill_batch_size(P)
       for start in range(0, len(pairs), R):
-        self._begin(pairs[start : start + R], R, P)
+        self._prefill_batch(pairs[start : start + R], R, P)
 
-  def together(self, P: int) -> int:
-    """How many contexts of a bucket are computed at once.
+  def prefill_batch_size(self, P: int) -> int:
+    """How many contexts of a bucket are prefilled at once.
 
-    It goes by the bucket alone: what a prompt computes must not depend on who
-    came with it.
+    The number depends on the bucket alone: a prompt's numbers must not depend
+    on the prompts that are prefilled with it.
     """
     with jax.set_mesh(self._mesh):
-      return self._ways * decode_loop_lib.prompts_at_once(P)
+      return self._num_data_shards * decode_loop_lib.prefill_batch_size(P)
 
-  def retire(self, rows: Sequence[int]) -> None:
-    """Takes note of rows in which nothing will begin or go on any more."""
-    self._finished.update(rows)
-    if not self._packed:
+  def retire(self, prompt_slots: Sequence[int]) -> None:
+    """Evicts prompt slots that get no further sample, where that saves work."""
+    self._finished.update(prompt_slots)
+    if not self._compacts:
       return
-    going = [row for row in self._order if row not in self._finished]
-    size = min(n for n in row_counts(self.count) if n >= len(going))
-    if size < len(self._order):
-      others = [row for row in self._order if row in self._finished]
-      order = np.asarray((going + others)[:size])
+    unfinished = [p for p in self._resident if p not in self._finished]
+    counts = prompt_slot_counts(self.num_prompt_slots)
+    size = min(n for n in counts if n >= len(unfinished))
+    if size < len(self._resident):
+      finished = [p for p in self._resident if p in self._finished]
+      resident = np.asarray((unfinished + finished)[:size])
       self._slots = self._call(
-        "gather", self._slots, self._place[order].astype(np.int32)
+        "gather", self._slots, self._index[resident].astype(np.int32)
       )
-      self._order = order
-      self._place[order] = np.arange(size)
+      self._resident = resident
+      self._index[resident] = np.arange(size)
 
   def fork(self, forks: Sequence[Fork]) -> None:
-    """Begins samples in slots that are not live."""
+    """Starts samples in slots that are not live."""
     if not forks:
       return
-    shape = (self.count, self.width)
-    fresh_BS = np.zeros(shape, bool)
+    shape = (self.num_prompt_slots, self.slots_per_prompt)
+    starts_BS = np.zeros(shape, bool)
     token_BS, state_BS = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     key_BS = np.zeros((*shape, *forks[0].key.shape), forks[0].key.dtype)
     for fork in forks:
-      place = fork.row, fork.slot
-      fresh_BS[place] = self._live[place] = True
-      token_BS[place], state_BS[place] = self._last[fork.row], fork.state
-      key_BS[place] = fork.key
-      self._num_generated[place], self._budget[place] = 0, fork.budget
-    arrays = fresh_BS, token_BS, self._budget.astype(np.int32), state_BS
-    fresh_BS, token_BS, budget_BS, state_BS = layout.to_devices(
-      [x[self._order] for x in arrays], layout.rows(self._mesh)
+      where = fork.prompt_slot, fork.slot
+      starts_BS[where] = self._live[where] = True
+      token_BS[where] = self._last_token[fork.prompt_slot]
+      state_BS[where] = fork.state
+      key_BS[where] = fork.key
+      self._num_generated[where], self._budget[where] = 0, fork.budget
+    arrays = starts_BS, token_BS, self._budget.astype(np.int32), state_BS
+    starts_BS, token_BS, budget_BS, state_BS = layout.to_devices(
+      [x[self._resident] for x in arrays], layout.rows(self._mesh)
     )
-    key_BS = key_BS[self._order]
-    # The caches stay out of it, so that one program serves all their sizes.
+    # Without the caches one program serves all their sizes.
     slots = self._slots
-    rest = self._call(
-      "assign",
+    started = self._call(
+      "start_samples",
       slots.replace(prefix=None, cache=None),
-      *(fresh_BS, token_BS, budget_BS, self._everywhere(key_BS), state_BS),
+      starts_BS=starts_BS,
+      token_BS=token_BS,
+      budget_BS=budget_BS,
+      key_BS=self._replicate(key_BS[self._resident]),
+      state_BS=state_BS,
     )
-    self._slots = rest.replace(prefix=slots.prefix, cache=slots.cache)
+    self._slots = started.replace(prefix=slots.prefix, cache=slots.cache)
 
-  def draw(self, free: int) -> list[Piece]:
-    """Draws some tokens in every live slot.
+  def decode(self, stop_after: int) -> list[Piece]:
+    """Samples up to `steps` tokens in every live slot.
 
     Args:
-      free: how many slots (or rows) that end are worth an early return.
+      stop_after: returns early once so many slots (or prompt slots) have
+        ended.
 
     Returns:
       A piece for each slot that was live, in order.
@@ -209,150 +225,165 @@ class PromptSlots:
     Raises:
       FloatingPointError: logits that are not finite.
     """
-    need = int(self._num_generated[self._live].max()) + self._static["steps"]
+    need = int(self._num_generated[self._live].max()) + self._steps
     need = min(need, int(self._budget[self._live].max()))
     if need > self._slots.cache.capacity:
       slots = self._slots
-      longer = self._call(
+      grown = self._call(
         "grow",
         slots.replace(prefix=None),
         capacity=packing_lib.bucket(need, self._cache_buckets),
       )
-      self._slots = longer.replace(prefix=slots.prefix)
-    self._slots, drawn = self._call(
+      self._slots = grown.replace(prefix=slots.prefix)
+    self._slots, sampled = self._call(
       "decode",
       self._params,
       self._slots,
-      self._stops,
-      np.int32(free),
-      self._layers,
-      self._lanes(),
+      stops=self._stops,
+      stop_after=np.int32(stop_after),
+      layers=self._layers,
+      slot_M=self._active_slots(),
       **self._static,
     )
-    drawn = layout.to_host(drawn)
-    self._num_generated[self._order] += drawn.count
-    pieces = []
-    for row, slot in zip(*np.nonzero(self._live)):
-      place = self._place[row]
-      own = (place, slot, slice(0, int(drawn.count[place, slot])))
-      piece = Piece(
-        row=int(row),
-        slot=int(slot),
-        tokens=drawn.token[own],
-        logprob=drawn.logprob[own],
-        model_logprob=None
-        if drawn.model_logprob is None
-        else drawn.model_logprob[own],
-        truncated=None if drawn.truncated is None else drawn.truncated[own],
-        live=bool(drawn.live[place, slot]),
-        ended=int(drawn.ended[place, slot]),
-      )
-      if not np.isfinite(piece.logprob).all():
-        raise FloatingPointError(
-          f"Sampling prompt {self._name[row]!r} met logits that are not "
-          "finite. The parameters have diverged; lower the learning rate "
-          "or resume from an earlier checkpoint."
-        )
-      pieces.append(piece)
-    self._live[self._order] = drawn.live
+    sampled = layout.to_host(sampled)
+    self._num_generated[self._resident] += sampled.count
+    pieces = [
+      self._piece(sampled, int(prompt_slot), int(slot))
+      for prompt_slot, slot in zip(*np.nonzero(self._live))
+    ]
+    self._live[self._resident] = sampled.live
     return pieces
 
-  def live(self) -> int:
-    """How many slots (or rows) are live."""
-    live = self._live.any(1) if self._static["whole_rows"] else self._live
+  def num_live(self) -> int:
+    """How many slots (or prompt slots) are live."""
+    live = self._live.any(1) if self._per_prompt_slot else self._live
     return int(live.sum())
 
-  def keep(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
-    """Makes what slots drew part of their rows' contexts.
+  def extend_prefix(self, kept: Sequence[tuple[int, int, np.ndarray]]) -> None:
+    """Appends the tokens of samples to their prompt slots' contexts.
 
     Args:
-      kept: (row, slot, the first tokens that the slot drew), one a row at
-        most, at least one token each; no slot of the row is live.
+      kept: (prompt slot, slot, the first tokens that the slot sampled), at most
+        one per prompt slot, at least one token each; no slot of the prompt slot
+        is live.
     """
     if not kept:
       return
-    slot_B, count_B = (np.zeros(self.count, np.int32) for _ in range(2))
-    for row, slot, tokens in kept:
-      slot_B[row], count_B[row] = slot, len(tokens)
-      self._length[row] += len(tokens)
-      self._last[row] = tokens[-1]
-    slot_B, count_B = slot_B[self._order], count_B[self._order]
-    self._make_room(int(self._length.max()) - 1)
-    most = packing_lib.bucket(int(count_B.max()), self._cache_buckets)
+    slot_B = np.zeros(self.num_prompt_slots, np.int32)
+    count_B = np.zeros(self.num_prompt_slots, np.int32)
+    for prompt_slot, slot, tokens in kept:
+      slot_B[prompt_slot], count_B[prompt_slot] = slot, len(tokens)
+      self._context_length[prompt_slot] += len(tokens)
+      self._last_token[prompt_slot] = tokens[-1]
+    slot_B, count_B = slot_B[self._resident], count_B[self._resident]
+    self._grow_prefix(int(self._context_length.max()) - 1)
     self._slots = self._call(
-      "keep", self._slots, *self._everywhere((slot_B, count_B)), tokens=most
+      "extend_prefix",
+      self._slots,
+      *self._replicate((slot_B, count_B)),
+      tokens=packing_lib.bucket(int(count_B.max()), self._cache_buckets),
     )
 
-  def _call(self, program: str, *arguments, **static):
+  def _call(self, program: str, *arguments: Any, **keywords: Any) -> Any:
     with jax.set_mesh(self._mesh):
-      return self._programs[program](*arguments, **static)
+      return self._programs[program](*arguments, **keywords)
 
-  def _begin(self, pairs, R, P):
+  def _prefill_batch(
+    self, pairs: Sequence[tuple[int, np.ndarray]], R: int, P: int
+  ) -> None:
+    """Prefills at most R (prompt slot, context) pairs, padded to [R, P]."""
     token_RP = np.zeros((R, P), np.int32)
     length_R = np.ones(R, np.int32)
-    row_R = np.full(R, len(self._order), np.int32)
-    for place, (row, tokens) in enumerate(pairs):
-      token_RP[place, : len(tokens)] = tokens
-      length_R[place], row_R[place] = len(tokens), self._place[row]
-    arrays = layout.to_devices((token_RP, length_R), layout.rows(self._mesh))
+    prompt_slot_R = np.full(R, len(self._resident), np.int32)
+    for i, (prompt_slot, tokens) in enumerate(pairs):
+      token_RP[i, : len(tokens)] = tokens
+      length_R[i] = len(tokens)
+      prompt_slot_R[i] = self._index[prompt_slot]
+    token_RP, length_R = layout.to_devices(
+      (token_RP, length_R), layout.rows(self._mesh)
+    )
     prefix, prefix_length = self._call(
-      "admit",
+      "prefill",
       self._params,
       self._slots.prefix,
       self._slots.prefix_length,
-      *arrays,
-      self._everywhere(row_R),
+      token_RP=token_RP,
+      length_R=length_R,
+      prompt_slot_R=self._replicate(prompt_slot_R),
     )
     self._slots = self._slots.replace(
       prefix=prefix, prefix_length=prefix_length
     )
 
-  def _lanes(self) -> np.ndarray | None:
-    """The slots to compute, a few sizes for all numbers of live ones.
+  def _piece(
+    self, sampled: slots_lib.SampledTokens, prompt_slot: int, slot: int
+  ) -> Piece:
+    """One slot's share of a decode call, checked to be finite."""
+    index = self._index[prompt_slot]
+    own = (index, slot, slice(0, int(sampled.count[index, slot])))
 
-    None is all of them.
-    """
-    if not self._packed:
-      return None
-    live = np.flatnonzero(self._live[self._order])
-    rows = len(self._order)
-    every = rows * self.width
-    size = min(
-      n for n in active_slot_counts(rows, self.width) if n >= len(live)
+    def share(x: np.ndarray | None) -> np.ndarray | None:
+      return None if x is None else x[own]
+
+    logprob = sampled.logprob[own]
+    if not np.isfinite(logprob).all():
+      raise FloatingPointError(
+        f"Sampling prompt {self._name[prompt_slot]!r} met logits that are not "
+        "finite. The parameters have diverged; lower the learning rate "
+        "or resume from an earlier checkpoint."
+      )
+    return Piece(
+      prompt_slot=prompt_slot,
+      slot=slot,
+      tokens=sampled.token[own],
+      logprob=logprob,
+      model_logprob=share(sampled.model_logprob),
+      truncated=share(sampled.truncated),
+      live=bool(sampled.live[index, slot]),
+      ended=int(sampled.ended[index, slot]),
     )
-    if size == every:
-      return None
-    active_slots = np.full(size, every, np.int32)
-    active_slots[: len(live)] = live
-    return active_slots
 
-  def _make_room(self, tokens: int) -> None:
-    """Lengthens the prefixes where they do not hold so many tokens."""
+  def _active_slots(self) -> np.ndarray | None:
+    """The slots to compute, padded to one of a few sizes; None means all."""
+    if not self._compacts:
+      return None
+    live = np.flatnonzero(self._live[self._resident])
+    counts = active_slot_counts(len(self._resident), self.slots_per_prompt)
+    size = min(n for n in counts if n >= len(live))
+    if size == counts[-1]:
+      return None
+    slot_M = np.full(size, counts[-1], np.int32)
+    slot_M[: len(live)] = live
+    return slot_M
+
+  def _grow_prefix(self, tokens: int) -> None:
+    """Pads the prefix cache if it holds fewer tokens."""
     if tokens > self._slots.prefix.length:
       slots = self._slots
-      longer = self._call(
+      grown = self._call(
         "grow_prefix",
         slots.replace(cache=None),
         capacity=packing_lib.bucket(tokens, self._prefix_buckets),
       )
-      self._slots = longer.replace(cache=slots.cache)
+      self._slots = grown.replace(cache=slots.cache)
 
-  def _everywhere(self, arrays):
+  def _replicate(self, arrays: Any) -> Any:
     return layout.to_devices(arrays, layout.replicated(self._mesh))
 
 
-def packs() -> bool:
-  """Whether live slots alone are computed: on one device that is a CPU.
+def compacts_active_slots() -> bool:
+  """Whether only live slots are computed: on one CPU device.
 
-  An accelerator reads its weights for few tokens as for many; and over several
-  devices slots lie where their rows do.
+  On an accelerator decoding is bandwidth-bound: the weights are read once,
+  however many slots are computed. On a mesh of several devices, slots stay on
+  the device that holds their prompt slot.
   """
   return target.platform() == "cpu" and rules.alone()
 
 
-def row_counts(rows: int) -> list[int]:
-  """How many rows may be left of so many once the others are through."""
-  counts = [rows]
+def prompt_slot_counts(prompt_slots: int) -> list[int]:
+  """Numbers of resident prompt slots that get a program, descending."""
+  counts = [prompt_slots]
   while (
     counts[-1] % SHRINK_FACTOR == 0
     and counts[-1] // SHRINK_FACTOR >= MIN_PROMPT_SLOTS
@@ -361,21 +392,24 @@ def row_counts(rows: int) -> list[int]:
   return counts
 
 
-def active_slot_counts(rows: int, width: int) -> list[int]:
-  """How many active slots may be computed, ascending: all slots, half of them,
-  ...
+def active_slot_counts(prompt_slots: int, slots: int) -> list[int]:
+  """Numbers of active slots that get a program, ascending.
 
-  Each is a program of its own, so that they end where one more would save
-  little.
+  Each number is half of the next, up to all slots. The list ends where a
+  further program would save little.
+
+  Args:
+    prompt_slots: B.
+    slots: S.
   """
-  counts = [rows * width]
+  counts = [prompt_slots * slots]
   while counts[0] % 2 == 0 and counts[0] // 2 >= MIN_ACTIVE_SLOTS:
     counts.insert(0, counts[0] // 2)
   return counts
 
 
 def joined(pieces: Sequence[Piece]) -> structs.Sample:
-  """The sample that a slot drew in several calls."""
+  """Concatenates what a slot sampled in several calls."""
   ended = pieces[-1].ended
   truncated = None
   if pieces[-1].truncated is not None:
@@ -384,6 +418,6 @@ def joined(pieces: Sequence[Piece]) -> structs.Sample:
     tokens=np.concatenate([piece.tokens for piece in pieces]),
     logprob=np.concatenate([piece.logprob for piece in pieces]),
     finished=ended == slots_lib.STOPPED,
-    reason=REASONS[ended],
+    reason=FINISH_REASONS[ended],
     truncated_logprob=truncated,
   )

@@ -1,6 +1,7 @@
-"""Logits to a token.
+"""Samples a token from logits: truncation, the draw, log-probabilities.
 
-Shape key: R rows, V vocabulary, W recent tokens.
+Shape key: R rows (one token is sampled for each), V vocabulary, K largest
+logits, W recent tokens.
 """
 
 import dataclasses
@@ -15,30 +16,31 @@ import numpy as np
 from opera_jax.kernels import target
 from opera_jax.text import tokenizer as tokenizer_lib
 
-FEW = 64  # of the largest, up to which a CPU looks for one after the other
+MAX_ITERATIVE_TOP_K = 64  # a CPU finds so many with one max each; see `_top_k`
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to draw: static, so each value set is one compiled program.
+  """How to sample. Static: each set of values is one compiled program.
 
   Attributes:
-    max_new_tokens: longest completion, its stop token included.
-    stop_ids: tokens that end a completion; none leaves that to the length
-      and to stop strings.
+    max_new_tokens: most tokens of a completion, its stop token included.
+    stop_ids: tokens that end a completion. Without any, only the length and
+      stop strings do.
     temperature: divides the logits; 0 takes the most likely token.
     top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens that reaches p.
-    min_p: keep tokens at least min_p times as likely as the most likely.
-    min_new_tokens: no stop token is drawn, and no stop string ends a
-      completion, among the first ones.
-    banned_ids: tokens that are never drawn.
-    vocab_size: ids from here on are rows of the head that pad the vocabulary,
-      and are never drawn; 0 where the head has none.
-    logit_bias: (token, what is added to its logit) pairs.
-    loop_period: ends a completion whose last `loop_tokens` tokens repeat
-      with a period of at most this; 0 never does.
-    loop_tokens: at least twice the period, where there is one.
+    top_p: keep the smallest set of most likely tokens whose probability
+      reaches p.
+    min_p: keep tokens at least min_p times as likely as the most likely one.
+    min_new_tokens: before so many tokens no stop token is sampled and no stop
+      string ends a completion.
+    banned_ids: tokens that are never sampled.
+    vocab_size: ids from here on pad the model's head and are never sampled; 0
+      if the head has no padding.
+    logit_bias: (token, number added to its logit) pairs.
+    loop_period: ends a completion whose last `loop_tokens` tokens repeat with a
+      period of at most this; 0 means never.
+    loop_tokens: at least twice the period, if there is one.
   """
 
   max_new_tokens: int
@@ -55,7 +57,7 @@ class Sampling:
   vocab_size: int = 0
 
   def __post_init__(self):
-    # A config may say lists; a static argument must be hashable.
+    # Configs have lists; a static argument must be hashable.
     bias = tuple(map(tuple, self.logit_bias))
     if not all(
       len(pair) == 2 and isinstance(pair[0], int) and math.isfinite(pair[1])
@@ -64,7 +66,7 @@ class Sampling:
       raise ValueError(
         f"logit_bias is {self.logit_bias}; it holds (token id, finite number "
         "added to its logit) pairs. Use banned_ids for tokens that are never "
-        "drawn."
+        "sampled."
       )
     object.__setattr__(self, "logit_bias", bias)
     for name in ("stop_ids", "banned_ids"):
@@ -98,31 +100,34 @@ class Sampling:
       )
 
   def truncates(self) -> bool:
-    """Whether tokens that the model may say are left out for being unlikely."""
+    """Whether unlikely tokens are left out."""
     return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
   def reshapes(self) -> bool:
-    """Whether tokens are drawn from another distribution than the model's."""
-    bars = self.banned_ids or self.logit_bias or self.vocab_size
-    late = self.min_new_tokens and self.stop_ids
-    return self.temperature > 0 and bool(self.truncates() or bars or late)
+    """Whether tokens are sampled from another distribution than the model's."""
+    edits = self.banned_ids or self.logit_bias or self.vocab_size
+    delays_stop = self.min_new_tokens and self.stop_ids
+    return self.temperature > 0 and bool(
+      self.truncates() or edits or delays_stop
+    )
 
-  def check(self, rows: int) -> None:
-    """Refuses token ids that the model does not have.
+  def check(self, padded_vocab_size: int) -> None:
+    """Checks that the model has all token ids named here.
 
     Args:
-      rows: of the model's head.
+      padded_vocab_size: size of the model's head.
 
     Raises:
-      ValueError: an id outside the vocabulary, a vocabulary beyond the head,
-        or every token banned.
+      ValueError: an id outside the vocabulary, a vocabulary larger than the
+        head, or every token banned.
     """
-    if not 0 <= self.vocab_size <= rows:
+    if not 0 <= self.vocab_size <= padded_vocab_size:
       raise ValueError(
-        f"The vocabulary has {self.vocab_size} ids and the model's head {rows} "
-        "rows; every id needs one. Check that tokenizer and model agree."
+        f"The vocabulary has {self.vocab_size} ids and the model's head "
+        f"{padded_vocab_size} rows; every id needs one. Check that tokenizer "
+        "and model agree."
       )
-    vocab_size = self.vocab_size or rows
+    vocab_size = self.vocab_size or padded_vocab_size
     biased = [token for token, _ in self.logit_bias]
     for name, ids in (
       ("stop_ids", self.stop_ids),
@@ -142,19 +147,20 @@ class Sampling:
 
 
 def for_tokenizer(
-  settings: Sampling, tokenizer: tokenizer_lib.Tokenizer, rows: int
+  settings: Sampling,
+  tokenizer: tokenizer_lib.Tokenizer,
+  padded_vocab_size: int,
 ) -> Sampling:
-  """Settings by which every draw is a token, and every end id ends.
+  """Settings that sample only ids of the tokenizer and stop at its end ids.
 
   Args:
     settings: its stop ids and banned ids stay.
-    tokenizer: of the policy. Its end ids stop a completion, too; ids that it
-      does not use are never drawn.
-    rows: of the model's head, which may pad the vocabulary.
+    tokenizer: of the policy.
+    padded_vocab_size: size of the model's head.
   """
   stops = (*tokenizer.end_ids, *settings.stop_ids)
   banned = (*tokenizer.unused_ids, *settings.banned_ids)
-  padded = tokenizer.vocab_size < rows
+  padded = tokenizer.vocab_size < padded_vocab_size
   return dataclasses.replace(
     settings,
     stop_ids=tuple(dict.fromkeys(stops)),
@@ -175,21 +181,21 @@ def truncate(
   Args:
     logit_RV: float32, already divided by the temperature.
     top_k: keep the k largest (ties with the k-th stay); 0 keeps all.
-    top_p: of what is left, keep the smallest set of largest tokens whose
-      probability reaches p; the most likely token always stays, ties with
-      the last one stay. 1 keeps all.
-    min_p: of what is left, keep tokens with at least min_p times the
-      probability of the most likely; 0 keeps all.
+    top_p: of the tokens left, keep the smallest set of most likely ones whose
+      probability reaches p. The most likely token and ties with the last one
+      stay. 1 keeps all.
+    min_p: of the tokens left, keep those at least min_p times as likely as the
+      most likely one; 0 keeps all.
 
   Returns:
     float32 logits [R, V].
   """
   V = logit_RV.shape[-1]
-  some = 0 < top_k < V
-  if some or top_p < 1:
-    # Dear on a CPU, so once: what top k leaves is sorted already.
-    sorted_RK = _largest(logit_RV, top_k if some else V)
-  if some:
+  limits = 0 < top_k < V
+  if limits or top_p < 1:
+    # Sorting is expensive on a CPU; sort once, for both.
+    sorted_RK = _top_k(logit_RV, top_k if limits else V)
+  if limits:
     logit_RV = jnp.where(logit_RV < sorted_RK[:, -1:], -jnp.inf, logit_RV)
   if top_p < 1:
     likely_RK = jnp.exp(sorted_RK - sorted_RK[:, :1])
@@ -204,20 +210,23 @@ def truncate(
   return logit_RV
 
 
-def _largest(x_RV: jax.Array, count: int) -> jax.Array:
-  """The `count` largest of each row, descending.
+def _top_k(x_RV: jax.Array, count: int) -> jax.Array:
+  """The `count` largest values of each row, descending.
 
-  A few are found one after the other on a CPU: in a loop of tokens it knows no
-  top k but a sort of everything, which costs as much as the layers do.
+  A CPU finds a small number with one `max` each. Inside a decode loop XLA
+  implements its own top-k there as a sort of the whole row, which takes as long
+  as the layers do.
   """
 
-  def sort(x_RV):
+  def sort(x_RV: jax.Array) -> jax.Array:
     return jax.lax.top_k(x_RV, count)[0]
 
-  if count > FEW or target.platform() != "cpu":
+  if count > MAX_ITERATIVE_TOP_K or target.platform() != "cpu":
     return sort(x_RV)
 
-  def following(i, found):
+  def append_next(
+    i: jax.Array, found: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
     last_R1, largest_RK = found
     below_RV = jnp.where(x_RV < last_R1, x_RV, -jnp.inf)
     last_R1 = jnp.max(below_RV, axis=-1, keepdims=True)
@@ -225,47 +234,49 @@ def _largest(x_RV: jax.Array, count: int) -> jax.Array:
 
   R = x_RV.shape[0]
   start = jnp.full((R, 1), jnp.inf), jnp.zeros((R, count), x_RV.dtype)
-  last_R1, largest_RK = jax.lax.fori_loop(0, count, following, start)
-  # Equal ones were found once; where there are some, sort after all.
-  apart = jnp.all(jnp.sum(x_RV >= last_R1, axis=-1) == count)
-  return jax.lax.cond(apart, lambda _: largest_RK, sort, x_RV)
+  last_R1, largest_RK = jax.lax.fori_loop(0, count, append_next, start)
+  # The loop finds equal values once. If there were any, sort after all.
+  distinct = jnp.all(jnp.sum(x_RV >= last_R1, axis=-1) == count)
+  return jax.lax.cond(distinct, lambda _: largest_RK, sort, x_RV)
 
 
 def sample(
   logit_RV: jax.Array,
   key_R: jax.Array,
   settings: Sampling,
-  drawn_R: jax.Array | None = None,
+  num_sampled_R: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws one token a row.
+  """Samples one token for each row.
 
   Args:
     logit_RV: float32 logits of the head.
-    key_R: one random key a row, the same for all its tokens, so that a row's
-      draw does not depend on its neighbours.
+    key_R: a random key per row, the same for all tokens of a sample, so that a
+      sample does not depend on its neighbours.
     settings: see `Sampling`; bias and bans come before the temperature.
-    drawn_R: int32 tokens that a row has drawn before; None is none.
+    num_sampled_R: int32, tokens that a row has sampled before; None means 0.
 
   Returns:
-    Tokens [R] int32; their log-probability [R] float32 under the model's own
-    distribution, without bias, bans or truncation, at this temperature (at
-    temperature 1 if greedy), which is what the trainer computes; and that
-    under the distribution they were drawn from. Where the two distributions
-    are one, so is the array; see `Sampling.reshapes`.
+    Three arrays [R]: the tokens, int32; their log-probability under the model's
+    own distribution, without bias, bans or truncation, at this temperature (at
+    temperature 1 if greedy), float32, which the trainer computes too; and their
+    log-probability under the distribution that they were sampled from. If the
+    two distributions are equal, the same array is returned twice; see
+    `Sampling.reshapes`.
   """
   R, V = logit_RV.shape
-  drawn_R = jnp.zeros(R, jnp.int32) if drawn_R is None else drawn_R
+  if num_sampled_R is None:
+    num_sampled_R = jnp.zeros(R, jnp.int32)
   temperature = settings.temperature or 1.0
   kept_RV = logit_RV
   if settings.logit_bias or settings.banned_ids:
     kept_RV = kept_RV + _bias(settings, V)[None]
   if settings.vocab_size and settings.vocab_size < V:
-    place_RV = jax.lax.broadcasted_iota(jnp.int32, (R, V), 1)
-    kept_RV = jnp.where(place_RV < settings.vocab_size, kept_RV, -jnp.inf)
+    token_RV = jax.lax.broadcasted_iota(jnp.int32, (R, V), 1)
+    kept_RV = jnp.where(token_RV < settings.vocab_size, kept_RV, -jnp.inf)
   kept_RV = kept_RV / temperature
   if settings.min_new_tokens and settings.stop_ids:
     stops_V = jnp.zeros(V, bool).at[jnp.asarray(settings.stop_ids)].set(True)
-    early_R = drawn_R + 1 < settings.min_new_tokens
+    early_R = num_sampled_R + 1 < settings.min_new_tokens
     kept_RV = jnp.where(early_R[:, None] & stops_V[None], -jnp.inf, kept_RV)
   if settings.temperature > 0:
     kept_RV = truncate(
@@ -274,7 +285,7 @@ def sample(
       top_p=settings.top_p,
       min_p=settings.min_p,
     )
-    token_R = _first_to_come(kept_RV, key_R, drawn_R)
+    token_R = _exponential_race(kept_RV, key_R, num_sampled_R)
   else:
     token_R = _argmax(kept_RV)
   own_R = logprob(logit_RV, token_R, temperature)
@@ -286,7 +297,7 @@ def sample(
 def logprob(
   logit_RV: jax.Array, token_R: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
-  """Log-probability of one token a row.
+  """Log-probability of one token of each row.
 
   Args:
     logit_RV: float32 logits of the head.
@@ -304,76 +315,82 @@ def logprob(
 
 
 def _sum(x_RV: jax.Array) -> jax.Array:
-  """Sums of the rows, in an order that goes by their length alone.
+  """Sums of the rows, in an order that depends on V alone.
 
-  On a CPU, XLA's own goes by how many rows there are, too.
+  On a CPU, XLA's own order also depends on the number of rows.
   """
   if target.platform() != "cpu":
     return jnp.sum(x_RV, axis=-1)
-  odd = []
+  remainders = []
   while x_RV.shape[-1] > 1:
     half = x_RV.shape[-1] // 2
-    odd.extend([x_RV[:, -1]] * (x_RV.shape[-1] % 2))
+    remainders.extend([x_RV[:, -1]] * (x_RV.shape[-1] % 2))
     x_RV = x_RV[:, :half] + x_RV[:, half : 2 * half]
-  return functools.reduce(operator.add, odd, x_RV[:, 0])
+  return functools.reduce(operator.add, remainders, x_RV[:, 0])
 
 
-def _first_to_come(
-  logit_RV: jax.Array, key_R: jax.Array, drawn_R: jax.Array
+def _exponential_race(
+  logit_RV: jax.Array, key_R: jax.Array, num_sampled_R: jax.Array
 ) -> jax.Array:
-  """Draws from softmax(logit): of waiting times E_v / p_v the shortest.
+  """Samples from softmax(logit) by an exponential race, tokens [R].
 
-  The Gumbel trick with one logarithm a token in place of two, the other half
-  being the softmax that a token's log-probability needs anyway. Other ways to
-  draw that need less (a uniform number against running sums) would change a
-  token with the last bit of a logit far more often.
+  With E_v exponentially distributed, argmin_v E_v / p_v is a sample from p.
+  This is the Gumbel-max trick with one logarithm per token instead of two: the
+  other one is replaced by the exponential that the token's log-probability
+  needs anyway. Cheaper methods (one uniform number against cumulative sums)
+  would change a token with the last bit of a logit far more often.
   """
   most_R1 = jnp.max(logit_RV, axis=-1, keepdims=True)
   rate_RV = jnp.exp(logit_RV - most_R1)
-  bits_RV = _bits(key_R, drawn_R, logit_RV.shape[-1])
-  # The open interval (0, 1), finest near 0, where the shortest times are; the
-  # last few values round to 1, which gives an infinite time.
+  bits_RV = _random_bits(key_R, num_sampled_R, logit_RV.shape[-1])
+  # Uniform in (0, 1), with the finest steps near 0, where the shortest times
+  # are. The last few values round to 1, which gives an infinite time.
   uniform_RV = (bits_RV.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
   return _argmax(rate_RV / -jnp.log1p(-uniform_RV))
 
 
 def _argmax(x_RV: jax.Array) -> jax.Array:
-  """The first place of the largest value: two plain reductions.
+  """The first index of the largest value, by two plain reductions.
 
-  On a CPU they are many times faster than one over pairs.
+  On a CPU they are many times faster than argmax's reduction of pairs.
   """
   V = x_RV.shape[-1]
-  place_RV = jax.lax.broadcasted_iota(jnp.int32, x_RV.shape, 1)
+  index_RV = jax.lax.broadcasted_iota(jnp.int32, x_RV.shape, 1)
   most_R1 = jnp.max(x_RV, axis=-1, keepdims=True)
-  # NaN equals nothing; the engine refuses its log-probability.
-  return jnp.min(jnp.where(x_RV == most_R1, place_RV, V - 1), axis=-1)
+  # NaN equals nothing; the host raises when it sees its log-probability.
+  return jnp.min(jnp.where(x_RV == most_R1, index_RV, V - 1), axis=-1)
 
 
-def _bits(key_R: jax.Array, drawn_R: jax.Array, V: int) -> jax.Array:
-  """Random bits [R, V] uint32 of (key, tokens drawn before, token).
+def _random_bits(
+  key_R: jax.Array, num_sampled_R: jax.Array, V: int
+) -> jax.Array:
+  """Random bits [R, V] uint32 of (key, number of sampled tokens, token).
 
   Threefry-2x32 with 13 rounds, the fewest that pass BigCrush (Salmon et al.,
-  SC 2011), written out in one expression: `jax.random.bits` with a key folded
-  for every token runs as loops over arrays in memory, ten times slower.
+  SC 2011), written in one expression, which XLA fuses. `jax.random.bits` with a
+  key folded for every token runs as loops over arrays in memory and takes ten
+  times as long.
   """
   key_R2 = jax.random.key_data(key_R)[:, :2]
   words = [key_R2[:, :1], key_R2[:, 1:]]
   words.append(words[0] ^ words[1] ^ jnp.uint32(0x1BD11BDA))
   shape = (key_R2.shape[0], V)
   x = jax.lax.broadcasted_iota(jnp.uint32, shape, 1) + words[0]
-  y = jnp.broadcast_to(drawn_R[:, None].astype(jnp.uint32) + words[1], shape)
+  counter_R1 = num_sampled_R[:, None].astype(jnp.uint32)
+  y = jnp.broadcast_to(counter_R1 + words[1], shape)
   for number in range(13):
     x = x + y
-    turn = ((13, 15, 26, 6), (17, 29, 16, 24))[number // 4 % 2][number % 4]
-    y = x ^ ((y << turn) | (y >> (32 - turn)))
+    rotation = ((13, 15, 26, 6), (17, 29, 16, 24))[number // 4 % 2][number % 4]
+    y = x ^ ((y << rotation) | (y >> (32 - rotation)))
     if number % 4 == 3:
-      more = number // 4 + 1
-      x = x + words[more % 3]
-      y = y + words[(more + 1) % 3] + jnp.uint32(more)
+      injection = number // 4 + 1
+      x = x + words[injection % 3]
+      y = y + words[(injection + 1) % 3] + jnp.uint32(injection)
   return x ^ y
 
 
 def _bias(settings: Sampling, V: int) -> jax.Array:
+  """What is added to the logits, [V] float32; -inf for banned tokens."""
   bias_V = np.zeros(V, np.float32)
   for token, bias in settings.logit_bias:
     bias_V[token] += bias
@@ -385,8 +402,8 @@ def loops(recent_RW: jax.Array, period: int) -> jax.Array:
   """Whether the recent tokens repeat with a period of at most `period`.
 
   Args:
-    recent_RW: int32, oldest first; -1 where none has been drawn yet.
-    period: longest period looked for, at most W / 2.
+    recent_RW: int32, oldest first; -1 where none has been sampled yet.
+    period: longest period to detect, at most W / 2.
 
   Returns:
     bool [R].

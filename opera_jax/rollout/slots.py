@@ -1,13 +1,18 @@
-"""What the device holds while it samples: rows of slots.
+"""The sampler's state on the device: prompt slots and their sample slots.
 
-A row holds one prompt's keys and values (the prefix); its S slots hold samples
-of that prompt. A slot feeds the last token of its context again as its own
-first token, so that a sample can begin wherever a prefix ends, and a kept
-sample can become more prefix without running anything twice.
+A prompt slot holds the keys and values of one prompt (the prefix); its S slots
+hold samples of that prompt. The first token that a slot feeds is the last token
+of its context, whose key is therefore stored in the slot and not in the prefix.
+So a sample can start wherever a prefix ends, and the tokens of a finished
+sample can be appended to the prefix without recomputing anything.
 
-Shape key: L layers, B rows, S slots a row, T prefix capacity, C slot capacity,
-U steps of one call, W recent tokens, K key-value heads, H head dimension.
+Shape key: L layers, B prompt slots, S slots of each, T prefix capacity, C slot
+capacity, U steps of one decode call, W recent tokens, K key/value heads, H head
+dimension.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,50 +23,49 @@ from opera_jax.kernels import target
 from opera_jax.models import kv_cache, qwen3, sharded_ops
 from opera_jax.sharding import rules
 
+# Why a sample ended, in `Slots.ended`; 0 if it did not, or ran out of length.
 STOPPED, LOOPED = 1, 2
-PREFIX = ("batch", "heads", None, None)  # and layers before them, if stacked
-CACHE = ("batch", None, "heads", None, None)
+# Logical axes of the caches; stacked layers are one more axis, at the front.
+PREFIX_AXES = ("batch", "heads", None, None)
+CACHE_AXES = ("batch", None, "heads", None, None)
 
 
 class Slots(struct.PyTreeNode):
-  """What every row and slot is at."""
+  """State of all prompt slots and their slots."""
 
-  prefix: kv_cache.PrefixCache  # [L, B, K, T, H] in all
-  cache: kv_cache.Samples  # [L, B, S, K, C, H] in all
-  prefix_length: (
-    jax.Array
-  )  # [B] int32, prefix tokens seen by the slots of a row
+  prefix: kv_cache.PrefixCache  # [L, B, K, T, H]
+  cache: kv_cache.SampleCache  # [L, B, S, K, C, H]
+  # [B] int32, prefix tokens that the slots of a prompt attend to
+  prefix_length: jax.Array
   token: jax.Array  # [B, S] int32, the token to feed next
-  num_generated: (
-    jax.Array
-  )  # [B, S] int32, own tokens fed, which is tokens drawn
-  budget: jax.Array  # [B, S] int32, tokens that may be drawn in all
-  key: jax.Array  # [B, S, words] uint32, random key data, one a sample
+  # [B, S] int32, tokens sampled, which equals own tokens fed
+  num_generated: jax.Array
+  budget: jax.Array  # [B, S] int32, most tokens to sample
+  key: jax.Array  # [B, S, words] uint32, data of each sample's random key
   state: jax.Array  # [B, S] int32, of the stop strings' automaton
-  recent: jax.Array  # [B, S, W] int32, last tokens, -1 for none
-  live: jax.Array  # [B, S] bool
+  recent: jax.Array  # [B, S, W] int32, the last tokens, -1 for none
+  live: jax.Array  # [B, S] bool, still sampling
   ended: jax.Array  # [B, S] int32, 0, STOPPED or LOOPED
 
 
 @struct.dataclass
-class Drawn:
-  """What one call drew; a slot's tokens are the first `count`."""
+class SampledTokens:
+  """What one decode call sampled; a slot's tokens are the first `count`."""
 
   token: jax.Array  # [B, S, U] int32
   logprob: jax.Array  # [B, S, U] float32, at the sampling temperature
-  model_logprob: (
-    jax.Array | None
-  )  # [B, S, U] float32, at temperature 1, where asked
-  truncated: jax.Array | None  # [B, S, U] float32, of the truncated
-  # distribution, where there is one
+  # [B, S, U] float32, at temperature 1; None if not requested
+  model_logprob: jax.Array | None
+  # [B, S, U] float32, under the truncated distribution; None without one
+  truncated: jax.Array | None
   count: jax.Array  # [B, S] int32
-  live: jax.Array  # [B, S] bool, goes on after this call
+  live: jax.Array  # [B, S] bool, the sample continues in the next call
   ended: jax.Array  # [B, S] int32
 
 
 def empty(
   config: qwen3.Config,
-  rows: int,
+  prompt_slots: int,
   slots: int,
   prefix_capacity: int,
   capacity: int,
@@ -69,93 +73,118 @@ def empty(
   recent: int,
   dtype: str,
 ) -> Slots:
-  """Slots with nothing in them."""
-  sizes = (config.num_key_value_heads, config.head_dim, dtype)
-  shape = (rows, slots)
+  """Slots without prompts and samples.
 
-  def zeros():
+  Args:
+    config: the model's sizes.
+    prompt_slots: B.
+    slots: S.
+    prefix_capacity: T.
+    capacity: C.
+    recent: W.
+    dtype: of keys and values.
+  """
+  shape = (prompt_slots, slots)
+
+  def zeros() -> jax.Array:
     return jnp.zeros(shape, jnp.int32)
 
-  prefix = kv_cache.empty_prefix(
-    config.num_hidden_layers, rows, prefix_capacity, *sizes
+  prefix = kv_cache.empty_prefix_cache(
+    layers=config.num_hidden_layers,
+    prompt_slots=prompt_slots,
+    length=prefix_capacity,
+    kv_heads=config.num_key_value_heads,
+    head_dim=config.head_dim,
+    dtype=dtype,
   )
-  cache = kv_cache.empty_samples(
-    config.num_hidden_layers, rows, slots, capacity, *sizes
+  cache = kv_cache.empty_sample_cache(
+    layers=config.num_hidden_layers,
+    prompt_slots=prompt_slots,
+    slots=slots,
+    capacity=capacity,
+    kv_heads=config.num_key_value_heads,
+    head_dim=config.head_dim,
+    dtype=dtype,
   )
-  if layers_apart():
-    prefix, cache = kv_cache.apart(prefix), kv_cache.apart(cache)
-  made = Slots(
+  if unstacks_layers():
+    prefix = kv_cache.unstack_layers(prefix)
+    cache = kv_cache.unstack_layers(cache)
+  key_shape = jax.random.key_data(jax.random.key(0)).shape
+  created = Slots(
     prefix=prefix,
     cache=cache,
-    prefix_length=jnp.zeros(rows, jnp.int32),
+    prefix_length=jnp.zeros(prompt_slots, jnp.int32),
     token=zeros(),
     num_generated=zeros(),
     budget=zeros(),
-    key=jnp.zeros(
-      (*shape, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32
-    ),
+    key=jnp.zeros((*shape, *key_shape), jnp.uint32),
     state=zeros(),
     recent=jnp.full((*shape, recent), -1, jnp.int32),
     live=jnp.zeros(shape, bool),
     ended=zeros(),
   )
-  return laid_out(made)
+  return constrain(created)
 
 
-def layers_apart() -> bool:
-  """Whether caches and weights lie by layer: on a CPU; see `Qwen3.apart`."""
+def unstacks_layers() -> bool:
+  """Whether caches and weights have unstacked layers, which they do on a CPU.
+
+  See `models.decode_model`.
+  """
   return target.platform() == "cpu"
 
 
 def shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Slots:
-  """Where the slots lie: rows over the data axes, heads over tensor.
+  """How the slots are sharded: B over the data axes, heads over tensor.
 
   Args:
-    slots: arrays or their shapes; parts may be None.
-    mesh: present or absent devices.
+    slots: arrays or their shapes; prefix and cache may be None.
+    mesh: of real or abstract devices.
 
   Returns:
     A tree of NamedShardings.
   """
   with jax.set_mesh(mesh):
 
-    def place(x, axes):
-      parts = (rules.activation_axis(n, s) for n, s in zip(axes, x.shape))
-      return NamedSharding(mesh, PartitionSpec(*parts))
+    def sharding(x: Any, axes: tuple[str | None, ...]) -> NamedSharding:
+      spec = (rules.activation_axis(n, s) for n, s in zip(axes, x.shape))
+      return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return _by_axes(place, slots)
-
-
-def laid_out(slots: Slots) -> Slots:
-  """Pins the slots over the mesh in force."""
-  return _by_axes(rules.constrain, slots)
+    return _map_with_axes(sharding, slots)
 
 
-def _by_axes(function, slots: Slots) -> Slots:
-  """`function(leaf, logical axes)` of every leaf."""
+def constrain(slots: Slots) -> Slots:
+  """Constrains the slots' sharding on the mesh in force."""
+  return _map_with_axes(rules.constrain, slots)
+
+
+def constrain_prefix(prefix: kv_cache.PrefixCache) -> kv_cache.PrefixCache:
+  """Constrains the prefix's sharding on the mesh in force."""
+  return _map_layers(rules.constrain, prefix, PREFIX_AXES)
+
+
+def padded_length(tokens: int) -> int:
+  """The shortest cache length that holds `tokens`: whole attention blocks."""
+  block = sharded_ops.DECODE_BLOCK[target.platform()]
+  return -(-tokens // block) * block
+
+
+def _map_with_axes(function: Callable[..., Any], slots: Slots) -> Slots:
+  """Calls `function(leaf, logical axes)` on every leaf."""
   rest = jax.tree.map(
     lambda x: function(x, ("batch",) + (None,) * (x.ndim - 1)),
     slots.replace(prefix=None, cache=None),
   )
   return rest.replace(
-    prefix=_of_layers(function, slots.prefix, PREFIX),
-    cache=_of_layers(function, slots.cache, CACHE),
+    prefix=_map_layers(function, slots.prefix, PREFIX_AXES),
+    cache=_map_layers(function, slots.cache, CACHE_AXES),
   )
 
 
-def _of_layers(function, cache, axes):
-  """Stacked layers lead with an axis of their own."""
+def _map_layers(
+  function: Callable[..., Any], cache: Any, axes: tuple[str | None, ...]
+) -> Any:
+  """`_map_with_axes` of a cache; stacked layers get an unsharded first axis."""
   return jax.tree.map(
     lambda x: function(x, (None,) * (x.ndim - len(axes)) + axes), cache
   )
-
-
-def laid_out_prefix(prefix: kv_cache.PrefixCache) -> kv_cache.PrefixCache:
-  """Pins the prefix over the mesh in force."""
-  return _of_layers(rules.constrain, prefix, PREFIX)
-
-
-def whole_blocks(tokens: int) -> int:
-  """A cache length that holds `tokens`, over the mesh in force."""
-  block = sharded_ops.DECODE_BLOCK[target.platform()]
-  return -(-tokens // block) * block

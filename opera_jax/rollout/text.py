@@ -1,4 +1,4 @@
-"""Sampling from text to text: chat prompts in, strings out as they come."""
+"""Samples text for text: chat prompts in, completions out, streamed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,9 +16,9 @@ from opera_jax.text import tokenizer as tokenizer_lib
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """One completion as text; the sample keeps every token that was drawn."""
+  """One completion as text; `sample` keeps every token that was sampled."""
 
-  text: str  # special tokens left out, think tags kept
+  text: str  # without special tokens, with think tags
   sample: structs.Sample
 
 
@@ -39,18 +39,18 @@ def complete(
   """Answers chat prompts.
 
   Args:
-    engine: samples.
+    engine: the sampler.
     tokenizer: of the policy.
     params: parameters, in the ROLLOUT layout.
     prompts: user turns, untrusted.
-    settings: how to draw; the tokenizer's end ids stop of their own accord,
-      and ids that it does not use are never drawn.
+    settings: how to sample. The tokenizer's end ids always stop a completion,
+      and ids that it does not use are never sampled.
     key: random key.
-    samples: completions a prompt.
+    samples: completions per prompt.
     system: system message, or None.
-    stop: strings that end a completion, to the character, not to the token.
-    keep_stop: whether the string that was found stays in the text.
-    on_text: called with (prompt, sample, more text) as it comes; the pieces
+    stop: strings that end a completion, cut at the character, not at the token.
+    keep_stop: whether the stop string that was found stays in the text.
+    on_text: called with (prompt, sample, new text) while sampling; the pieces
       of a sample join to its text.
 
   Returns:
@@ -58,17 +58,19 @@ def complete(
 
   Raises:
     ValueError: a stop string that is empty, or that no tokens can spell; and
-      what `Engine.sample` refuses.
+      what `Engine.sample` raises.
   """
   table = stop_automaton.compile(stop, tokenizer.vocab_bytes) if stop else None
-  settings = sampling_lib.for_tokenizer(settings, tokenizer, engine.head_rows())
+  settings = sampling_lib.for_tokenizer(
+    settings, tokenizer, engine.padded_vocab_size()
+  )
   streams: dict[tuple[int, int], _Stream] = {}
 
   def on_tokens(prompt: int, sample: int, tokens: np.ndarray) -> None:
     stream = streams.setdefault((prompt, sample), _Stream())
     stream.tokens.extend(tokens.tolist())
     text = _spell(tokenizer, stream.tokens, stop, keep_stop)
-    # The end may be half a character, or the head of a stop string.
+    # Hold back the end: it may be half a character or part of a stop string.
     held = max(map(len, stop), default=1) - 1
     held = max(held, len(text) - len(text.rstrip("\ufffd")))
     stable = text[: max(len(text) - held, 0)]
@@ -76,7 +78,7 @@ def complete(
       on_text(prompt, sample, stable[stream.shown :])
       stream.shown = len(stable)
 
-  drawn = engine.sample(
+  sampled = engine.sample(
     params,
     [tokenizer.chat_prompt(p, system) for p in prompts],
     settings,
@@ -90,7 +92,7 @@ def complete(
       Completion(_spell(tokenizer, sample.tokens, stop, keep_stop), sample)
       for sample in group
     ]
-    for group in drawn
+    for group in sampled
   ]
   for (prompt, sample), stream in streams.items():
     rest = out[prompt][sample].text[stream.shown :]
@@ -101,13 +103,18 @@ def complete(
 
 @dataclasses.dataclass
 class _Stream:
-  """What a sample has come to, and how much of it was shown."""
+  """The tokens of a running sample, and how much text was passed on."""
 
   tokens: list[int] = dataclasses.field(default_factory=list)
-  shown: int = 0
+  shown: int = 0  # characters
 
 
-def _spell(tokenizer, tokens, stop, keep_stop) -> str:
+def _spell(
+  tokenizer: tokenizer_lib.Tokenizer,
+  tokens: Sequence[int] | np.ndarray,
+  stop: Sequence[str],
+  keep_stop: bool,
+) -> str:
   """The text up to the first stop string, with or without it."""
   text = tokenizer.decode(tokens, skip_special=True)
   if not stop:
@@ -115,7 +122,7 @@ def _spell(tokenizer, tokens, stop, keep_stop) -> str:
   found = stop_automaton.find_first(tokens, tokenizer.vocab_bytes, stop)
   if found is None:
     return text
-  # `found` counts bytes, specials one each, so cut the bytes themselves.
+  # `found.skip` counts bytes (a special token counts as one): cut the bytes.
   first = found.first_token
   before = tokenizer.decode(tokens[:first], skip_special=True)
   piece = tokenizer.vocab_bytes[int(tokens[first])]

@@ -1,12 +1,12 @@
-"""Workers of the rows, computed at the same time, each in a thread.
+"""Divides the prompt slots among workers, each with a thread of its own.
 
-A core that is woken for a share of one small product comes too late for it:
-decoding a small model was no faster on two CPU cores than on one. Each core
-takes rows of its own instead, with turns of its own. No sample's numbers change
-by it, since `small_batch_matmul.few` computes a token alike whatever stands
+Waking a core for its share of one small matmul costs more than the matmul:
+decoding a small model was no faster on two CPU cores than on one. Instead each
+core runs whole decode steps on its own prompt slots. This changes no sample's
+numbers, because `small_batch_matmul` computes a token the same way whatever is
 beside it.
 
-Row r of all is row r // n of worker r % n, of n workers.
+With n workers, prompt slot p is prompt slot p // n of worker p % n.
 """
 
 import concurrent.futures
@@ -23,133 +23,153 @@ from opera_jax.sharding import clock
 
 
 class Workers:
-  """A context manager; leaving it waits for the turns under way."""
+  """A context manager; leaving it waits for the steps that are running."""
 
   def __init__(self, workers: Sequence[prompt_slots_lib.PromptSlots]):
-    """Takes rows over of which nothing has begun, as many in every worker."""
+    """Takes over workers with empty slots, equally many in each."""
     self._workers = workers
-    self.count, self.width = len(workers) * workers[0].count, workers[0].width
-    self._resting = set(range(len(workers)))
+    self.num_prompt_slots = len(workers) * workers[0].num_prompt_slots
+    self.slots_per_prompt = workers[0].slots_per_prompt
+    self._idle = set(range(len(workers)))
     self._running: dict[concurrent.futures.Future, int] = {}
-    # One worker alone needs no thread.
-    self._pool = (
+    # A single worker needs no thread.
+    self._executor = (
       concurrent.futures.ThreadPoolExecutor(len(workers))
       if len(workers) > 1
-      else _Here()
+      else _InlineExecutor()
     )
 
   def __enter__(self) -> "Workers":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._pool.shutdown()
+  def __exit__(self, *_: object) -> None:
+    self._executor.shutdown()
 
   def step(
     self,
     *,
-    free: Callable[[int], int],
+    stop_after: Callable[[int], int],
     kept: Sequence[tuple[int, int, np.ndarray]] = (),
     contexts: Sequence[tuple[int, str, np.ndarray]] = (),
     finished: Sequence[int] = (),
     forks: Sequence[prompt_slots_lib.Fork] = (),
   ) -> list[prompt_slots_lib.Piece]:
-    """Gives every worker that rests its turn, and waits for one worker or more.
+    """Starts a step of every idle worker; waits until at least one is done.
 
-    A worker without a live slot takes no turn. What is given is of rows of
-    workers
-    that take one: a row's worker rests from its piece on.
+    An idle worker without a live slot and without a fork takes no step. Pass
+    `kept`, `contexts` and `forks` only for prompt slots of idle workers that
+    take a step. A worker is idle from when its pieces are returned.
 
     Args:
-      free: of so many live slots (or rows), how many that end are worth the
-        end of a turn; see `PromptSlots.draw`.
-      kept: see `PromptSlots.keep`.
-      contexts: see `PromptSlots.begin`.
-      finished: see `PromptSlots.retire`; all such rows, at every call, since
-        those of workers that take no turn are passed over.
+      stop_after: for a number of live slots (or prompt slots), how many of
+        them must end for the step to return early; see `PromptSlots.decode`.
+      kept: see `PromptSlots.extend_prefix`.
+      contexts: see `PromptSlots.prefill`.
+      finished: see `PromptSlots.retire`; pass all of them at every call,
+        because those of workers that take no step are ignored.
       forks: see `PromptSlots.fork`.
 
     Returns:
-      What the workers that are back drew; they rest now.
+      What the workers sampled whose steps are done.
 
     Raises:
-      ValueError: no slot is live, or something is given of a row whose worker
-        is under way or has no live slot.
+      ValueError: no slot is live, or something is passed for a prompt slot
+        whose worker is running or has no live slot.
       FloatingPointError: logits that are not finite.
     """
     n = len(self._workers)
-    forked = {fork.row % n for fork in forks}
-    calls = {p for p in self._resting if p in forked or self._workers[p].live()}
-    given = [row for row, *_ in (*kept, *contexts)] + [f.row for f in forks]
-    lost = sorted({row for row in given if row % n not in calls})
-    if lost:
+    forked = {fork.prompt_slot % n for fork in forks}
+    starting = {
+      w for w in self._idle if w in forked or self._workers[w].num_live()
+    }
+    passed = [prompt_slot for prompt_slot, *_ in (*kept, *contexts)]
+    passed += [fork.prompt_slot for fork in forks]
+    wrong = sorted({p for p in passed if p % n not in starting})
+    if wrong:
       raise ValueError(
-        f"Rows {lost} cannot change: their workers are under way, or have no "
-        "live slot. Wait for a piece of theirs, and fork a sample."
+        f"Prompt slots {wrong} cannot change: their workers are running, or "
+        "have no live slot. Wait for one of their pieces, and fork a sample."
       )
-    for worker in sorted(calls):
-      mine = [
-        dataclasses.replace(fork, row=fork.row // n)
-        for fork in forks
-        if fork.row % n == worker
-      ]
-      call = self._pool.submit(
-        _turn,
+    for worker in sorted(starting):
+      future = self._executor.submit(
+        _run_step,
         self._workers[worker],
-        free,
-        [(row // n, *rest) for row, *rest in kept if row % n == worker],
-        [(row // n, *rest) for row, *rest in contexts if row % n == worker],
-        [row // n for row in finished if row % n == worker],
-        mine,
+        stop_after=stop_after,
+        kept=[(p // n, *rest) for p, *rest in kept if p % n == worker],
+        contexts=[(p // n, *rest) for p, *rest in contexts if p % n == worker],
+        finished=[p // n for p in finished if p % n == worker],
+        forks=[
+          dataclasses.replace(fork, prompt_slot=fork.prompt_slot // n)
+          for fork in forks
+          if fork.prompt_slot % n == worker
+        ],
       )
-      self._running[call] = worker
-    self._resting -= calls
+      self._running[future] = worker
+    self._idle -= starting
     if not self._running:
       raise ValueError("No slot is live; fork a sample first.")
     with clock.waiting():
       done, _ = concurrent.futures.wait(
         self._running, return_when=concurrent.futures.FIRST_COMPLETED
       )
-    back = sorted((self._running.pop(call), call) for call in done)
-    self._resting.update(worker for worker, _ in back)
+    completed = sorted((self._running.pop(future), future) for future in done)
+    self._idle.update(worker for worker, _ in completed)
     return [
-      dataclasses.replace(piece, row=piece.row * n + worker)
-      for worker, call in back
-      for piece in call.result()
+      dataclasses.replace(piece, prompt_slot=piece.prompt_slot * n + worker)
+      for worker, future in completed
+      for piece in future.result()
     ]
 
-  def together(self, P: int) -> int:
-    """How many contexts of a bucket a worker computes at once."""
-    return self._workers[0].together(P)
+  def prefill_batch_size(self, P: int) -> int:
+    """How many contexts of a bucket a worker prefills at once."""
+    return self._workers[0].prefill_batch_size(P)
 
 
-def count(rows: int, width: int) -> int:
-  """Into how many workers the rows are cut, evenly, on the mesh in force."""
-  if not prompt_slots_lib.packs():
+def num_workers(prompt_slots: int, slots: int) -> int:
+  """How many workers divide the prompt slots evenly, on the mesh in force.
+
+  At most one per core, and each has at least a matmul block of slots. An
+  accelerator or a mesh of several devices has one worker.
+
+  Args:
+    prompt_slots: in all.
+    slots: of each prompt slot.
+  """
+  if not prompt_slots_lib.compacts_active_slots():
     return 1
-  most = min(cores(), rows, rows * width // small_batch_matmul.BLOCK_TOKENS)
-  return max(n for n in range(1, max(1, most) + 1) if rows % n == 0)
+  blocks = prompt_slots * slots // small_batch_matmul.BLOCK_TOKENS
+  most = max(1, min(num_cores(), prompt_slots, blocks))
+  return max(n for n in range(1, most + 1) if prompt_slots % n == 0)
 
 
-def cores() -> int:
+def num_cores() -> int:
   """CPU cores that this process may use."""
-  affinity = getattr(os, "sched_getaffinity", None)  # which Linux has
+  affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
   return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _turn(
-  rows, free, kept, contexts, finished, forks
+def _run_step(
+  worker: prompt_slots_lib.PromptSlots,
+  *,
+  stop_after: Callable[[int], int],
+  kept: Sequence[tuple[int, int, np.ndarray]],
+  contexts: Sequence[tuple[int, str, np.ndarray]],
+  finished: Sequence[int],
+  forks: Sequence[prompt_slots_lib.Fork],
 ) -> list[prompt_slots_lib.Piece]:
-  rows.keep(kept)
-  rows.begin(contexts)
-  rows.retire(finished)
-  rows.fork(forks)
-  return rows.draw(free(rows.live()))
+  worker.extend_prefix(kept)
+  worker.prefill(contexts)
+  worker.retire(finished)
+  worker.fork(forks)
+  return worker.decode(stop_after(worker.num_live()))
 
 
-class _Here(concurrent.futures.Executor):
-  """Runs at once what it is given, in the calling thread."""
+class _InlineExecutor(concurrent.futures.Executor):
+  """Runs what is submitted at once, in the calling thread."""
 
-  def submit(self, function, /, *arguments, **keywords):
+  def submit(
+    self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any
+  ) -> concurrent.futures.Future:
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     future.set_result(function(*arguments, **keywords))
     return future

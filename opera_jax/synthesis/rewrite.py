@@ -137,7 +137,7 @@ class Rewriter:
           top_p=top_p,
         ),
         tokenizer,
-        engine.head_rows(),
+        engine.padded_vocab_size(),
       )
 
     close_id = tokenizer.think_close_id

@@ -157,7 +157,7 @@ class Searcher:
         top_p=top_p,
       ),
       tokenizer,
-      engine.head_rows(),
+      engine.padded_vocab_size(),
     )
     self._template = templates.load(
       template, ("prompt",), "config.synthesis.template"
@@ -200,14 +200,14 @@ class Searcher:
     self._engine.check(heads, self._settings)
     if self._budget and self._score == "sequence":
       self._score_heads(score_params, searches)
-    with self._engine.rows(
+    with self._engine.start_workers(
       sample_params,
       self._candidates if self._budget else 1,
       self._settings,
       self._stop_words.table,
       contexts=heads,
-      more=self._max_thought_tokens,
-      whole_rows=True,
+      extra_prefix_tokens=self._max_thought_tokens,
+      per_prompt_slot=True,
       with_model_logprob=self._budget > 0,
     ) as workers:
       self._drive(workers, searches, key, advance, ended)
@@ -228,7 +228,7 @@ class Searcher:
       """Random keys of a round: one per search and candidate."""
       folded = jax.random.fold_in(key, round_index)
       prompt_ids = [search.prompt.id for search in searches]
-      return engine_lib.keys(folded, prompt_ids, workers.width)
+      return engine_lib.keys(folded, prompt_ids, workers.slots_per_prompt)
 
     waiting = collections.deque(
       sorted(searches, key=lambda s: (self._engine.bucket(s.head), s.index))
@@ -241,7 +241,7 @@ class Searcher:
     # Pieces of every unfinished sample, by prompt slot and sample slot.
     unfinished: dict[tuple[int, int], list[prompt_slots_lib.Piece]] = {}
     while True:
-      free = [p for p in range(workers.count) if p not in running]
+      free = [p for p in range(workers.num_prompt_slots) if p not in running]
       for prompt_slot in free[: len(waiting)]:
         search = waiting.popleft()
         running[prompt_slot] = search
@@ -250,19 +250,19 @@ class Searcher:
       if not running:
         return
       pieces = workers.step(
-        free=lambda live: max(1, live // 8),
+        stop_after=lambda live: max(1, live // 8),
         kept=kept,
         contexts=contexts,
         finished=[p for p in free if p not in running],
         forks=[f for p in ready for f in self._forks(p, running[p], keys)],
       )
-      live = {piece.row for piece in pieces if piece.live}
+      live = {piece.prompt_slot for piece in pieces if piece.live}
       for piece in pieces:
-        unfinished.setdefault((piece.row, piece.slot), []).append(piece)
+        unfinished.setdefault((piece.prompt_slot, piece.slot), []).append(piece)
         if advance is not None:
           advance(len(piece.tokens))
       contexts, ready, kept = [], [], []
-      for prompt_slot in sorted({piece.row for piece in pieces} - live):
+      for prompt_slot in sorted({piece.prompt_slot for piece in pieces} - live):
         search = running[prompt_slot]
         samples = [
           unfinished.pop((prompt_slot, slot))

@@ -242,13 +242,13 @@ def test_keys_and_values_of_every_layer(pair):
       jnp.asarray(tokens),
       jnp.arange(P)[None],
       attention.prefill(jnp.asarray(segments)),
-      kv_cache.empty_prefix(
-        config.num_hidden_layers,
-        1,
-        P,
-        config.num_key_value_heads,
-        config.head_dim,
-        "float32",
+      kv_cache.empty_prefix_cache(
+        layers=config.num_hidden_layers,
+        prompt_slots=1,
+        length=P,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype="float32",
       ),
     )[1]
 

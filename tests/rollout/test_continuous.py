@@ -1,4 +1,4 @@
-"""Slots, neighbours, refills, growth: none of them changes a sample."""
+"""No sample depends on slots, neighbours, refills or growing caches."""
 
 import jax
 import numpy as np
@@ -99,12 +99,12 @@ def wide_model():
   return config, *qwen3.create(config, 3)
 
 
-def test_lanes_rows_that_are_left_and_parts_change_no_bit(
+def test_compaction_eviction_and_workers_change_no_bit(
   wide_model, one_device, monkeypatch
 ):
-  """Few or many computed at once, in 16 rows, the last 4 of them, or 2 x 8."""
+  """Few or many active slots, in 16 prompt slots, the last 4, or 2 x 8."""
   monkeypatch.setattr(prompt_slots, "MIN_PROMPT_SLOTS", 4)
-  monkeypatch.setattr(workers, "count", lambda *_: 1)
+  monkeypatch.setattr(workers, "num_workers", lambda *_: 1)
   settings = sampling.Sampling(max_new_tokens=12, stop_ids=tuple(range(20)))
   sampler = _engine(wide_model, one_device, prompt_slots=16, slots=4, steps=4)
   rng = np.random.default_rng(1)
@@ -123,7 +123,7 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   sizes, decode = set(), sampler._programs["decode"]
 
   def watched(*arguments, **static):
-    slots, active_slots = arguments[1].token, arguments[5]
+    slots, active_slots = arguments[1].token, static["slot_M"]
     sizes.add(
       (
         slots.shape[0],
@@ -138,13 +138,13 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
   assert len({active_slots for _, active_slots in sizes}) > 2
   _same([every[7]], draw([7]))
   sizes.clear()
-  monkeypatch.setattr(workers, "count", lambda *_: 2)
+  monkeypatch.setattr(workers, "num_workers", lambda *_: 2)
   _same(every, draw(range(20)))
   assert {count for count, _ in sizes} == {8}
 
 
 @pytest.mark.parametrize(
-  "count, width, active slots",
+  "prompt_slots_, slots, sizes",
   [
     (1, 1, [1]),
     (16, 1, [8, 16]),
@@ -153,25 +153,25 @@ def test_lanes_rows_that_are_left_and_parts_change_no_bit(
     (25, 2, [25, 50]),
   ],
 )
-def test_lanes_come_in_few_sizes(count, width, active_slots):
-  assert prompt_slots.active_slot_counts(count, width) == active_slots
+def test_active_slots_come_in_few_sizes(prompt_slots_, slots, sizes):
+  assert prompt_slots.active_slot_counts(prompt_slots_, slots) == sizes
 
 
 def test_one_prompt_is_computed_once(tiny_model, one_device):
   sampler = _engine(tiny_model, one_device)
   calls = []
-  admit = sampler._programs["admit"]
+  prefill = sampler._programs["prefill"]
 
-  def counted(*arguments):
-    calls.append(np.asarray(arguments[-1]))
-    return admit(*arguments)
+  def counted(*arguments, prompt_slot_R, **keywords):
+    calls.append(np.asarray(prompt_slot_R))
+    return prefill(*arguments, prompt_slot_R=prompt_slot_R, **keywords)
 
-  sampler._programs["admit"] = counted
+  sampler._programs["prefill"] = counted
   (group,) = sampler.sample(
     tiny_model[2], _prompts()[:1], SETTINGS, jax.random.key(1), samples=16
   )
   assert len(group) == 16 and len(calls) == 1
-  assert (calls[0] < 3).sum() == 1  # one real row; the rest is padding
+  assert (calls[0] < 3).sum() == 1  # one prompt; the rest is padding
 
 
 def test_caches_grow(tiny_model, one_device, slow_logprob):
@@ -218,13 +218,14 @@ def test_tokens_stream_as_they_come(tiny_model, one_device, usual):
 
 
 @pytest.mark.parametrize(
-  "error, cut", [(KeyboardInterrupt, 1), (OSError, 1), (KeyboardInterrupt, 3)]
+  "error, num_workers",
+  [(KeyboardInterrupt, 1), (OSError, 1), (KeyboardInterrupt, 3)],
 )
 def test_an_interrupted_call_leaves_nothing(
-  tiny_model, one_device, usual, monkeypatch, error, cut
+  tiny_model, one_device, usual, monkeypatch, error, num_workers
 ):
   """No half sample is given as a whole one, and the engine goes on."""
-  monkeypatch.setattr(workers, "count", lambda *_: cut)
+  monkeypatch.setattr(workers, "num_workers", lambda *_: num_workers)
   sampler = _engine(tiny_model, one_device)
   seen, whole = [], []
 
@@ -306,7 +307,7 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
         state,
         None,
         np.int32(1),
-        made["apart"](params),
+        made["unstack_layers"](params),
         settings=SETTINGS,
         steps=8,
       )
@@ -314,7 +315,7 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
     )
   cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
   memory = compiled.memory_analysis()
-  # What comes in goes out in the same place, and no part is made twice.
+  # The caches are updated in place, and no part of them is copied.
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < 0.1 * cache
   B, S, K, C, H = state.cache.k[0].shape
@@ -328,51 +329,54 @@ def test_decoding_copies_no_cache(tiny_model, one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_kept_sample_becomes_prefix(
-  tiny_model, one_device, slow_logprob, monkeypatch, cut
+  tiny_model, one_device, slow_logprob, monkeypatch, num_workers
 ):
-  """Kept tokens are context: twice over, past what the prefix first held."""
-  monkeypatch.setattr(workers, "count", lambda *_: cut)
+  """Kept tokens become context: twice, beyond the prefix's first capacity."""
+  monkeypatch.setattr(workers, "num_workers", lambda *_: num_workers)
   settings = sampling.Sampling(max_new_tokens=60, temperature=0.7)
   sampler = _engine(tiny_model, one_device, prompt_slots=2, slots=3, steps=16)
   keys = engine.keys(jax.random.key(3), ["a", "b"], 3)
   context = _prompts()[:2]
-  with sampler.rows(
+  with sampler.start_workers(
     tiny_model[2], 3, settings, None, with_model_logprob=True
-  ) as driven:
-    turn = {"contexts": [(r, str(r), c) for r, c in enumerate(context)]}
+  ) as running:
+    step = {"contexts": [(p, str(p), c) for p, c in enumerate(context)]}
     for chosen, count in (
       ((2, 1), (60, 4)),
       ((0, 0), (55, 60)),
       ((1, 2), (5, 9)),
     ):
-      turn["forks"] = [
-        prompt_slots.Fork(r, s, keys[r, s], budget=60)
-        for r in range(2)
+      step["forks"] = [
+        prompt_slots.Fork(p, s, keys[p, s], budget=60)
+        for p in range(2)
         for s in range(3)
       ]
       grown, ended = {}, 0
       while ended < 6:
-        pieces = driven.step(free=lambda _: prompt_slots.NEVER, **turn)
-        turn = {}
+        pieces = running.step(
+          stop_after=lambda _: prompt_slots.NO_EARLY_RETURN, **step
+        )
+        step = {}
         for piece in pieces:
-          grown.setdefault((piece.row, piece.slot), []).append(piece)
+          grown.setdefault((piece.prompt_slot, piece.slot), []).append(piece)
         ended += sum(not piece.live for piece in pieces)
       kept = []
-      for (row, slot), mine in grown.items():
+      for (prompt_slot, slot), mine in grown.items():
         sample = prompt_slots.joined(mine)
         assert len(sample.tokens) == 60
-        score = np.concatenate([piece.score for piece in mine])
-        want = slow_logprob(np.concatenate([context[row], sample.tokens]))
-        want = want[len(context[row]) - 1 :]
+        score = np.concatenate([piece.model_logprob for piece in mine])
+        tokens = np.concatenate([context[prompt_slot], sample.tokens])
+        want = slow_logprob(tokens)[len(context[prompt_slot]) - 1 :]
         np.testing.assert_allclose(score, want, atol=1e-4)
         assert not np.allclose(sample.logprob, want, atol=1e-2)
-        if slot == chosen[row]:
-          kept.append((row, slot, sample.tokens[: count[row]]))
-      turn = {"kept": kept}
-      for row, _, tokens in kept:
-        context[row] = np.concatenate([context[row], tokens])
+        if slot == chosen[prompt_slot]:
+          tokens = sample.tokens[: count[prompt_slot]]
+          kept.append((prompt_slot, slot, tokens))
+      step = {"kept": kept}
+      for prompt_slot, _, tokens in kept:
+        context[prompt_slot] = np.concatenate([context[prompt_slot], tokens])
     assert max(map(len, context)) > 128
 
 
@@ -391,7 +395,7 @@ def test_decoding_scores_only_when_asked(tiny_model, one_device):
           state,
           None,
           np.int32(1),
-          made["apart"](params),
+          made["unstack_layers"](params),
           settings=settings,
           steps=8,
           **static,

@@ -161,8 +161,8 @@ def test_draws_of_keys_places_and_tokens_are_independent():
 
   @jax.jit
   def draw(place):
-    drawn_R = jnp.full(keys, place)
-    return sampling.sample(logits, key_R, settings, drawn_R)[0]
+    num_sampled_R = jnp.full(keys, place)
+    return sampling.sample(logits, key_R, settings, num_sampled_R)[0]
 
   drawn = np.stack([draw(place) for place in range(places)])
   for one, two in (

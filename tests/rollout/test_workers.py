@@ -1,4 +1,4 @@
-"""Parts of the rows: who computes what, who waits for whom, what is raised."""
+"""Workers: who computes what, who waits for whom, what is raised."""
 
 import threading
 import time
@@ -11,45 +11,47 @@ from opera_jax.rollout import prompt_slots, workers
 from opera_jax.sharding import mesh
 
 
-class _Rows:
-  """Takes note of its turns; every sample draws one token and ends."""
+class _PromptSlots:
+  """Records its steps; every sample has one token and ends."""
 
-  count, width = 3, 2
+  num_prompt_slots, slots_per_prompt = 3, 2
 
-  def __init__(self, draw=None):
-    self.turns, self._slots, self._draw = [], [], draw
+  def __init__(self, on_decode=None):
+    self.steps, self._slots, self._on_decode = [], [], on_decode
 
-  def keep(self, kept):
-    self.turns.append({"kept": kept})
+  def extend_prefix(self, kept):
+    self.steps.append({"kept": kept})
 
-  def begin(self, contexts):
-    self.turns[-1]["contexts"] = contexts
+  def prefill(self, contexts):
+    self.steps[-1]["contexts"] = contexts
 
   def retire(self, finished):
-    self.turns[-1]["through"] = finished
+    self.steps[-1]["finished"] = finished
 
   def fork(self, forks):
-    self.turns[-1]["forks"] = forks
-    self._slots = [(fork.row, fork.slot) for fork in forks]
+    self.steps[-1]["forks"] = forks
+    self._slots = [(fork.prompt_slot, fork.slot) for fork in forks]
 
-  def live(self):
+  def num_live(self):
     return len(self._slots)
 
-  def draw(self, free):
-    self.turns[-1] |= {"free": free, "thread": threading.current_thread()}
-    if self._draw is not None:
-      self._draw()
+  def decode(self, stop_after):
+    self.steps[-1]["stop_after"] = stop_after
+    self.steps[-1]["thread"] = threading.current_thread()
+    if self._on_decode is not None:
+      self._on_decode()
     slots, self._slots = self._slots, []
     one = np.ones(1)
     return [
-      prompt_slots.Piece(row, slot, one, one, None, live=False, ended=0)
-      for row, slot in slots
+      prompt_slots.Piece(prompt_slot, slot, one, one, None, live=False, ended=0)
+      for prompt_slot, slot in slots
     ]
 
 
 def _forks(*places):
   return [
-    prompt_slots.Fork(row, slot, np.zeros(2), budget=1) for row, slot in places
+    prompt_slots.Fork(prompt_slot, slot, np.zeros(2), budget=1)
+    for prompt_slot, slot in places
   ]
 
 
@@ -57,45 +59,47 @@ def _one(live):
   return 1
 
 
-def _drawn(pieces):
-  return sorted((piece.row, piece.slot) for piece in pieces)
+def _slots(pieces):
+  return sorted((piece.prompt_slot, piece.slot) for piece in pieces)
 
 
-def test_rows_go_round_the_parts():
-  together = threading.Barrier(2, timeout=60)
-  made = [_Rows(together.wait), _Rows(together.wait)]
+def test_prompt_slots_are_dealt_to_the_workers():
+  both = threading.Barrier(2, timeout=60)
+  fakes = [_PromptSlots(both.wait), _PromptSlots(both.wait)]
   tokens = np.arange(3)
-  with workers.Workers(made) as cut:
+  with workers.Workers(fakes) as running:
     places = [(0, 0), (1, 0), (1, 1), (4, 0)]
-    drawn = cut.step(
-      free=lambda live: 10 * live,
+    pieces = running.step(
+      stop_after=lambda live: 10 * live,
       kept=[(1, 0, tokens)],
       contexts=[(1, "one", tokens), (4, "four", tokens)],
       finished=[2, 3, 5],
       forks=_forks(*places),
     )
-    while len(drawn) < len(places):
-      drawn += cut.step(free=_one)
-  assert _drawn(drawn) == places
-  (even,), (odd,) = (rows.turns for rows in made)
+    while len(pieces) < len(places):
+      pieces += running.step(stop_after=_one)
+  assert _slots(pieces) == places
+  (even,), (odd,) = (fake.steps for fake in fakes)
   assert (even["kept"], odd["kept"]) == ([], [(0, 0, tokens)])
   assert even["contexts"] == [(2, "four", tokens)]
   assert odd["contexts"] == [(0, "one", tokens)]
-  assert (even["through"], odd["through"]) == ([1], [1, 2])
-  assert [(f.row, f.slot) for f in even["forks"]] == [(0, 0), (2, 0)]
-  assert [(f.row, f.slot) for f in odd["forks"]] == [(0, 0), (0, 1)]
-  assert even["free"] == odd["free"] == 20
+  assert (even["finished"], odd["finished"]) == ([1], [1, 2])
+  assert [(f.prompt_slot, f.slot) for f in even["forks"]] == [(0, 0), (2, 0)]
+  assert [(f.prompt_slot, f.slot) for f in odd["forks"]] == [(0, 0), (0, 1)]
+  assert even["stop_after"] == odd["stop_after"] == 20
   threads = {even["thread"], odd["thread"]}
   assert len(threads) == 2 and threading.current_thread() not in threads
 
 
-def test_a_part_that_is_slow_holds_no_other():
+def test_a_slow_worker_holds_up_no_other():
   go = threading.Event()
-  slow, quick = _Rows(lambda: go.wait(20)), _Rows()
-  with workers.Workers([slow, quick]) as cut:
-    got = cut.step(free=_one, forks=_forks((0, 0), (1, 0)))
-    assert _drawn(got) == [(1, 0)]
-    assert _drawn(cut.step(free=_one, forks=_forks((3, 0), (5, 0)))) == [
+  slow, quick = _PromptSlots(lambda: go.wait(20)), _PromptSlots()
+  with workers.Workers([slow, quick]) as running:
+    pieces = running.step(stop_after=_one, forks=_forks((0, 0), (1, 0)))
+    assert _slots(pieces) == [(1, 0)]
+    assert _slots(
+      running.step(stop_after=_one, forks=_forks((3, 0), (5, 0)))
+    ) == [
       (3, 0),
       (5, 0),
     ]
@@ -105,22 +109,22 @@ def test_a_part_that_is_slow_holds_no_other():
       {"kept": [(1, 0, np.ones(1))]},  # and no fork
     ):
       with pytest.raises(ValueError, match="cannot change"):
-        cut.step(free=_one, **lost)
+        running.step(stop_after=_one, **lost)
     go.set()
-    assert _drawn(cut.step(free=_one)) == [(0, 0)]
-  assert (len(slow.turns), len(quick.turns)) == (1, 2)
+    assert _slots(running.step(stop_after=_one)) == [(0, 0)]
+  assert (len(slow.steps), len(quick.steps)) == (1, 2)
 
 
-def test_a_part_that_had_nothing_to_do_is_not_forgotten():
-  with workers.Workers([_Rows(), _Rows()]) as cut:
-    for row in (0, 1, 0):
-      got = cut.step(free=_one, forks=_forks((row, 0)))
-      assert _drawn(got) == [(row, 0)]
+def test_a_worker_that_was_idle_is_not_forgotten():
+  with workers.Workers([_PromptSlots(), _PromptSlots()]) as running:
+    for prompt_slot in (0, 1, 0):
+      pieces = running.step(stop_after=_one, forks=_forks((prompt_slot, 0)))
+      assert _slots(pieces) == [(prompt_slot, 0)]
     with pytest.raises(ValueError, match="No slot is live"):
-      cut.step(free=_one)
+      running.step(stop_after=_one)
 
 
-def test_what_a_part_raises_is_raised_once_the_others_are_back():
+def test_an_error_is_raised_once_the_other_workers_are_done():
   go, ended = threading.Event(), []
 
   def finish():
@@ -133,45 +137,45 @@ def test_what_a_part_raises_is_raised_once_the_others_are_back():
 
   with (
     pytest.raises(FloatingPointError, match="not finite"),
-    workers.Workers([_Rows(finish), _Rows(fail)]) as cut,
+    workers.Workers([_PromptSlots(finish), _PromptSlots(fail)]) as running,
   ):
     try:
-      cut.step(free=_one, forks=_forks((0, 0), (1, 0)))
+      running.step(stop_after=_one, forks=_forks((0, 0), (1, 0)))
     finally:
       assert not ended
       go.set()
   assert ended
 
 
-def test_one_part_alone_is_computed_where_it_is_called():
-  only = _Rows()
-  with workers.Workers([only]) as cut:
-    got = cut.step(free=_one, forks=_forks((3, 1)))
-  assert _drawn(got) == [(3, 1)]
-  assert only.turns[0]["thread"] is threading.current_thread()
+def test_a_single_worker_runs_in_the_calling_thread():
+  only = _PromptSlots()
+  with workers.Workers([only]) as running:
+    pieces = running.step(stop_after=_one, forks=_forks((3, 1)))
+  assert _slots(pieces) == [(3, 1)]
+  assert only.steps[0]["thread"] is threading.current_thread()
 
 
 @pytest.mark.parametrize(
-  "cores, count, width, cut",
+  "cores, prompt_slots_, slots, expected",
   [
     (1, 16, 8, 1),
     (2, 16, 1, 2),
     (4, 16, 1, 2),  # no less than eight slots each
-    (8, 2, 16, 2),  # whole rows
+    (8, 2, 16, 2),  # whole prompt slots
     (4, 15, 4, 3),  # evenly
     (4, 3, 2, 1),
   ],
 )
-def test_each_core_takes_rows_of_its_own(
-  one_device, monkeypatch, cores, count, width, cut
+def test_each_core_gets_prompt_slots_of_its_own(
+  one_device, monkeypatch, cores, prompt_slots_, slots, expected
 ):
-  monkeypatch.setattr(workers, "cores", lambda: cores)
+  monkeypatch.setattr(workers, "num_cores", lambda: cores)
   with jax.set_mesh(one_device):
-    assert workers.count(count, width) == cut
+    assert workers.num_workers(prompt_slots_, slots) == expected
 
 
-def test_a_mesh_is_not_cut(monkeypatch):
-  monkeypatch.setattr(workers, "cores", lambda: 4)
+def test_a_mesh_has_one_worker(monkeypatch):
+  monkeypatch.setattr(workers, "num_cores", lambda: 4)
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   with jax.set_mesh(many):
-    assert workers.count(16, 8) == 1
+    assert workers.num_workers(16, 8) == 1

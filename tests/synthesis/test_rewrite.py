@@ -32,7 +32,7 @@ class ScriptedEngine:
     self.tokenizer, self.calls = tokenizer, []
     self.draft, self.rewrites, self.answer = draft, rewrites, answer
 
-  def head_rows(self):
+  def padded_vocab_size(self):
     return self.tokenizer.vocab_size
 
   def check(self, prompts, settings):

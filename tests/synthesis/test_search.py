@@ -36,13 +36,13 @@ ANSWER = "\n\nThe end.<|im_end|>"
 class ScriptedEngine:
   """Hands out given texts instead of sampling; remembers what it was asked.
 
-  It is its own rows. What is drawn is scored by a real model in one pass over
-  the row's context and the text.
+  It is its own only worker. What it "samples" is scored by a real model in one
+  pass over the context and the text.
   """
 
-  count = 1
+  num_prompt_slots = 1
 
-  def head_rows(self):
+  def padded_vocab_size(self):
     return self.tokenizer.vocab_size
 
   def __init__(self, tokenizer, machine, **script):
@@ -53,48 +53,48 @@ class ScriptedEngine:
     self.calls, self.prefills = [], []
 
   def check(self, prompts, settings):
-    """What is scripted can be drawn."""
+    """What is scripted can be sampled."""
 
   def bucket(self, prompt):
     return 1
 
-  def rows(
+  def start_workers(
     self,
     params,
-    width,
+    slots,
     settings,
     stops,
     *,
     contexts,
-    more,
-    whole_rows,
+    extra_prefix_tokens,
+    per_prompt_slot,
     with_model_logprob,
   ):
-    self.width, self.stops = width, stops
-    assert whole_rows and with_model_logprob == (width > 1)
+    self.slots_per_prompt, self.stops = slots, stops
+    assert per_prompt_slot and with_model_logprob == (slots > 1)
     return workers.Workers([self])
 
-  def begin(self, contexts):
-    for row, _, tokens in contexts:
-      assert row == 0
+  def prefill(self, contexts):
+    for prompt_slot, _, tokens in contexts:
+      assert prompt_slot == 0
       self.context = tokens
       self.prefills.append(self.tokenizer.decode(tokens))
 
   def fork(self, forks):
     self.forks = forks
 
-  def retire(self, rows):
+  def retire(self, prompt_slots):
     """Nothing lies anywhere."""
 
-  def keep(self, kept):
+  def extend_prefix(self, kept):
     for _, slot, tokens in kept:
       np.testing.assert_array_equal(tokens, self.drawn[slot][: len(tokens)])
       self.context = np.concatenate([self.context, tokens])
 
-  def live(self):
+  def num_live(self):
     return 1
 
-  def draw(self, free):
+  def decode(self, stop_after):
     context = self.tokenizer.decode(self.context)
     self.calls.append((context, len(self.forks)))
     texts = self.script[min(len(self.calls), len(self.script)) - 1]
@@ -122,7 +122,8 @@ class ScriptedEngine:
     else:
       assert not any(events), (text, events)
     return prompt_slots_lib.Piece(
-      row=0, slot=slot, tokens=tokens, logprob=tokens * np.float32(np.nan),
+      prompt_slot=0, slot=slot, tokens=tokens,
+      logprob=tokens * np.float32(np.nan),
       model_logprob=own[len(self.context) :], live=False,
       ended=0 if text.endswith("~") else slots.STOPPED,
     )  # fmt: skip

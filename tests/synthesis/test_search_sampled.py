@@ -116,14 +116,14 @@ def test_a_trace_depends_on_no_other(teller, tokenizer, one_device, usual):
 
 def test_a_prompt_is_computed_once(teller, tokenizer, one_device):
   engine = _engine(teller, one_device)
-  admitted, admit = [], engine._programs["admit"]
+  admitted, prefill = [], engine._programs["prefill"]
 
-  def counted(*arguments):
-    prefix_length_B, row_R = arguments[2], arguments[-1]
-    admitted.extend(int(row) for row in row_R if row < len(prefix_length_B))
-    return admit(*arguments)
+  def counted(*arguments, prompt_slot_R, **keywords):
+    B = len(arguments[2])  # prefix_length_B
+    admitted.extend(int(slot) for slot in prompt_slot_R if slot < B)
+    return prefill(*arguments, prompt_slot_R=prompt_slot_R, **keywords)
 
-  engine._programs["admit"] = counted
+  engine._programs["prefill"] = counted
   for template, times in (("{prompt}", 1), ("Think. {prompt}", 2)):
     searcher = search.Searcher(
       engine,
