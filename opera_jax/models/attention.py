@@ -149,28 +149,32 @@ def decode(
       q, k, v = (active_slots.scatter(x) for x in (q, k, v))
       num_generated = active_slots.scatter(num_generated, cache.capacity)
     unstacked = isinstance(cache.k, tuple)
-    prefix_k, prefix_v, cache_k, cache_v = (
-      x[layer] if unstacked else x
-      for x in (prefix.k, prefix.v, cache.k, cache.v)
-    )
-    out_BSNH, cache_k, cache_v = sharded_ops.decode_attention(
+
+    def of_layer(x: Any) -> jax.Array:
+      return x[layer] if unstacked else x
+
+    def replace_layer(old: Any, new: jax.Array) -> kv_cache.Layers:
+      return (*old[:layer], new, *old[layer + 1 :]) if unstacked else new
+
+    dtype = of_layer(cache.k).dtype
+    out_BSNH, new_k, new_v = sharded_ops.decode_attention(
       q_BSNH=q,
-      k_BSKH=k.astype(cache_k.dtype),
-      v_BSKH=v.astype(cache_v.dtype),
-      prefix_k_LBKTH=prefix_k,
-      prefix_v_LBKTH=prefix_v,
-      cache_k_LBSKCH=cache_k,
-      cache_v_LBSKCH=cache_v,
+      k_BSKH=k.astype(dtype),
+      v_BSKH=v.astype(dtype),
+      prefix_k_LBKTH=of_layer(prefix.k),
+      prefix_v_LBKTH=of_layer(prefix.v),
+      cache_k_LBSKCH=of_layer(cache.k),
+      cache_v_LBSKCH=of_layer(cache.v),
       prefix_length_B=prefix_length_B,
       num_generated_BS=num_generated,
       layer=None if unstacked else layer,
       scale=q.shape[-1] ** -0.5,
     )
-    if unstacked:
-      cache_k = (*cache.k[:layer], cache_k, *cache.k[layer + 1 :])
-      cache_v = (*cache.v[:layer], cache_v, *cache.v[layer + 1 :])
+    cache = kv_cache.SampleCache(
+      k=replace_layer(cache.k, new_k), v=replace_layer(cache.v, new_v)
+    )
     if active_slots is not None:
       out_BSNH = active_slots.gather(out_BSNH)
-    return out_BSNH, kv_cache.SampleCache(k=cache_k, v=cache_v)
+    return out_BSNH, cache
 
   return attend

@@ -119,27 +119,32 @@ def hidden_states(
   return rms_norm(x_BSD, model.final_norm[...], epsilon), cache
 
 
-def logits(model: qwen3.Qwen3, hidden_XD: jax.Array) -> jax.Array:
+def logits(
+  hidden_XD: jax.Array, head_DV: jax.Array, *, tied: bool
+) -> jax.Array:
   """Multiplies hidden states by the output head.
 
-  A tied head is [V, D], which `small_batch_matmul` reads as it is stored. An
-  untied head is [D, V] and would need a transpose each step, so it takes a
-  plain matmul.
+  A tied head is the transpose of the embedding [V, D], which
+  `small_batch_matmul` reads as it is stored. An untied head is stored as [D, V]
+  and would need a transpose each step, so it takes a plain matmul.
 
   Args:
-    model: with stacked or unstacked layers in use.
     hidden_XD: normed hidden states.
+    head_DV: the output head; the decode loop should transpose a tied one
+      outside of the loop.
+    tied: whether the head is the embedding.
 
   Returns:
     float32 [X, V].
   """
-  head, transposed = model.head_matrix()
-  head = head.astype(hidden_XD.dtype)
-  if transposed:
+  head_DV = head_DV.astype(hidden_XD.dtype)
+  if tied:
     return small_batch_matmul.small_batch_matmul(
-      hidden_XD, head, preferred_element_type=jnp.float32
+      hidden_XD, head_DV.T, preferred_element_type=jnp.float32
     )
-  return jnp.tensordot(hidden_XD, head, 1, preferred_element_type=jnp.float32)
+  return jnp.tensordot(
+    hidden_XD, head_DV, 1, preferred_element_type=jnp.float32
+  )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

@@ -228,6 +228,8 @@ def decode(
     with_model_logprob: also returns log-probabilities at temperature 1.
   """
   model = nnx.merge(graphdef, params)
+  head, tied = model.head_matrix()
+  head_DV = head.T if tied else head
   B, S = slots.token.shape
   prefix = slots.prefix
   before = slots.replace(prefix=None, cache=None)
@@ -275,7 +277,7 @@ def decode(
         attend=attend,
         cache=carry.cache,
       )
-    logit_XV = decode_model.logits(model, hidden.reshape(X, -1))
+    logit_XV = decode_model.logits(hidden.reshape(X, -1), head_DV, tied=tied)
     key_X = jax.random.wrap_key_data(now.key.reshape(X, -1))
     token_X, logprob_X, truncated_X = sampling.sample(
       logit_XV, key_X, settings, now.num_generated.reshape(X)

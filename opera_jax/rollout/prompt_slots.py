@@ -315,10 +315,8 @@ class PromptSlots:
       prefix=prefix, prefix_length=prefix_length
     )
 
-  def _piece(
-    self, sampled: slots_lib.SampledTokens, prompt_slot: int, slot: int
-  ) -> Piece:
-    """One slot's share of a decode call, checked to be finite."""
+  def _piece(self, sampled: Any, prompt_slot: int, slot: int) -> Piece:
+    """One slot's share of a `SampledTokens` on the host, checked for NaN."""
     index = self._index[prompt_slot]
     own = (index, slot, slice(0, int(sampled.count[index, slot])))
 

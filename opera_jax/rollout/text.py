@@ -125,6 +125,7 @@ def _spell(
   # `found.skip` counts bytes (a special token counts as one): cut the bytes.
   first = found.first_token
   before = tokenizer.decode(tokens[:first], skip_special=True)
-  piece = tokenizer.vocab_bytes[int(tokens[first])]
+  # Not a special token (None): the stop string starts in it.
+  piece = tokenizer.vocab_bytes[int(tokens[first])] or b""
   before += piece[: found.skip].decode("utf-8", errors="replace")
   return before + (stop[found.string] if keep_stop else "")

@@ -95,8 +95,10 @@ class Workers:
         _run_step,
         self._workers[worker],
         stop_after=stop_after,
-        kept=[(p // n, *rest) for p, *rest in kept if p % n == worker],
-        contexts=[(p // n, *rest) for p, *rest in contexts if p % n == worker],
+        kept=[(p // n, slot, t) for p, slot, t in kept if p % n == worker],
+        contexts=[
+          (p // n, name, t) for p, name, t in contexts if p % n == worker
+        ],
         finished=[p // n for p in finished if p % n == worker],
         forks=[
           dataclasses.replace(fork, prompt_slot=fork.prompt_slot // n)

@@ -33,9 +33,10 @@ def test_hidden_states_and_logits_are_the_models(tiny_model, tied):
     layers = decode_model.unstack_layers(model)
     got, _ = decode_model.hidden_states(model, layers, *inputs, attend, None)
     head, transposed = model.head_matrix()
-    want_logits = want @ (head.T if transposed else head)
+    head_DV = head.T if transposed else head
     flat = got.reshape(-1, config.hidden_size)
-    return want, got, want_logits, decode_model.logits(model, flat)
+    got_logits = decode_model.logits(flat, head_DV, tied=tied)
+    return want, got, want @ head_DV, got_logits
 
   want, got, want_logits, got_logits = both(params)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -88,7 +88,7 @@ def test_the_largest_are_those_of_a_sort(ties):
     x[2, 7:11] = x[2].max()
   for rows in (x, x[:3]):
     for count in (1, 7, 64, 70):
-      got = sampling._largest(jnp.asarray(rows), count)
+      got = sampling._top_k(jnp.asarray(rows), count)
       np.testing.assert_array_equal(got, -np.sort(-rows)[:, :count])
 
 
