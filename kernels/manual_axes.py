@@ -1,8 +1,9 @@
-"""Which mesh axes a value varies over, inside `jax.shard_map`.
+"""Tracks over which mesh axes a value varies inside `jax.shard_map`.
 
-A loop's carry must start with the type it ends with, and a custom backward
-pass must return cotangents of the type of its primals. Outside of shard_map,
-or with check_vma=False, nothing varies and nothing is done.
+A loop's carry must have the same type before and after an iteration, and a
+custom backward pass must return cotangents of its primals' types. Outside of
+`shard_map`, or with check_vma=False, no value varies and these functions do
+nothing.
 """
 
 import jax
@@ -23,7 +24,7 @@ def reduce_like(cotangent: jax.Array, primal: jax.Array) -> jax.Array:
 def shape_like(
   shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *operands: jax.Array
 ) -> jax.ShapeDtypeStruct:
-  """The type of a kernel's output: it varies wherever an operand does."""
+  """The type of a kernel's output, which varies where an operand varies."""
   kind = jax.sharding.ManualAxisType(varying=varying(*operands))
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 

@@ -1,14 +1,14 @@
 """The platform that a program is traced for.
 
-A program may be compiled for devices that this machine does not have; the mesh
-in force (`jax.set_mesh`) knows them, the default backend does not.
+A program may be compiled for devices that this machine does not have. Then the
+mesh in force (`jax.set_mesh`) names the platform, not the default backend.
 """
 
 import jax
 
 
 def platform() -> str:
-  """Name of the mesh in force's devices, else of the default backend.
+  """Platform of the mesh in force, or of the default backend without a mesh.
 
   Returns:
     "cpu", "gpu" or "tpu".

@@ -1,38 +1,40 @@
-"""One tile of attention, in plain XLA, written so that a CPU fuses it.
+"""One tile of attention in plain XLA, written so that XLA fuses it on a CPU.
 
-The CPU compiler makes one pass of product, scale, mask, maximum, exponential
-and sum, if what masks is added (a select is computed apart), if it broadcasts
-over leading axes alone, and if the maximum is used for nothing else; so no
-logsumexp leaves a tile, and a backward pass makes the probabilities anew.
+XLA fuses matmul, scale, mask, maximum, exponential and sum into one pass on a
+CPU under three conditions: the mask is added (a select is not fused), it
+broadcasts over leading axes only, and the maximum has no other use. So a tile
+returns no logsumexp, and the backward pass recomputes the probabilities.
 
-Shape key: b rows, K key-value heads, R query heads a key-value head, C queries,
-W keys, H head features.
+Shape key: b rows, K key/value heads, R query heads per key/value head,
+C queries, W keys, H head dimension.
 """
 
+import einops
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite: a query that sees no key gives no NaN
+MASKED = -1e30  # finite, so that a query without visible keys gives no NaN
 
 
-def bias(seen: jax.Array) -> jax.Array:
-  """0 where a query sees a key, else MASKED; float32."""
-  return jnp.where(seen, 0.0, MASKED)
+def bias(visible: jax.Array) -> jax.Array:
+  """The additive mask, float32: 0 where a key is visible, else MASKED."""
+  return jnp.where(visible, 0.0, MASKED)
 
 
 def probabilities(
   q_bKRCH: jax.Array, k_bKWH: jax.Array, bias: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-  """exp(score - its maximum) [b, K, R, C, W], and its sums [b, K, R, C, 1].
+  """Unnormalised probabilities and their sums.
 
   Args:
     q_bKRCH: queries.
     k_bKWH: keys.
-    bias: float32, the rank of the scores, to be broadcast to their shape.
-    scale: what multiplies q.k.
+    bias: additive mask, float32; broadcasts to [b, K, R, C, W].
+    scale: multiplies q.k.
 
   Returns:
-    Both float32.
+    exp(score - max(score)), float32 [b, K, R, C, W], and its sums over keys,
+    float32 [b, K, R, C, 1].
   """
   score = scores(q_bKRCH, k_bKWH) * scale + bias
   p = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
@@ -66,13 +68,13 @@ def backward(
     q_bKRCH: as in `forward`, like the next three.
     k_bKWH: keys.
     v_bKWH: values.
-    bias: what masks.
+    bias: additive mask.
     d_out_bKRCH: cotangent of the output.
     delta_bKRC1: float32, d_out . out.
     scale: as in `forward`.
 
   Returns:
-    d_q [b, K, R, C, H], and d_k and d_v turned: [b, K, H, W].
+    d_q [b, K, R, C, H]; d_k and d_v transposed, [b, K, H, W].
   """
   p, total = probabilities(q_bKRCH, k_bKWH, bias, scale)
   p = p / total
@@ -80,46 +82,46 @@ def backward(
   d_score = d_score.astype(q_bKRCH.dtype)
   return (
     weigh(d_score, k_bKWH),
-    received(q_bKRCH, d_score),
-    received(d_out_bKRCH, p.astype(d_out_bKRCH.dtype)),
+    scatter_to_keys(q_bKRCH, d_score),
+    scatter_to_keys(d_out_bKRCH, p.astype(d_out_bKRCH.dtype)),
   )
 
 
 def delta(d_out: jax.Array, out: jax.Array) -> jax.Array:
-  """d_out . out over the last axis, which stays with size 1; float32."""
+  """sum(d_out * out) over the last axis, which is kept; float32."""
   product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
   return jnp.sum(product, axis=-1, keepdims=True)
 
 
 def scores(q_bKRCH: jax.Array, k_bKWH: jax.Array) -> jax.Array:
-  """[b, K, R, C, W] float32."""
+  """q @ k.T, [b, K, R, C, W] float32."""
   return _product(q_bKRCH, k_bKWH, (4,), (3,))
 
 
 def weigh(p_bKRCW: jax.Array, v_bKWH: jax.Array) -> jax.Array:
-  """[b, K, R, C, H] float32."""
+  """Probabilities @ values, [b, K, R, C, H] float32."""
   return _product(p_bKRCW, v_bKWH, (4,), (2,))
 
 
-def received(q_bKRCH: jax.Array, p_bKRCW: jax.Array) -> jax.Array:
-  """What each key gets, [b, K, H, W]: the large factor lies as it is."""
+def scatter_to_keys(q_bKRCH: jax.Array, p_bKRCW: jax.Array) -> jax.Array:
+  """q.T @ p, [b, K, H, W] float32; the large operand p is not transposed."""
   return _product(q_bKRCH, p_bKRCW, (2, 3), (2, 3))
 
 
 def grouped(x_bTNH: jax.Array, K: int) -> jax.Array:
-  """[b, K, R, T, H]: heads lead, those of a key-value head together."""
-  b, T, N, H = x_bTNH.shape
-  return x_bTNH.reshape(b, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  """Groups query heads by their key/value head, before the token axis."""
+  return einops.rearrange(x_bTNH, "b T (K R) H -> b K R T H", K=K)
 
 
 def ungrouped(x_bKRTH: jax.Array) -> jax.Array:
   """Undoes `grouped`."""
-  b, K, R, T, H = x_bKRTH.shape
-  return x_bKRTH.transpose(0, 3, 1, 2, 4).reshape(b, T, K * R, H)
+  return einops.rearrange(x_bKRTH, "b K R T H -> b T (K R) H")
 
 
-def _product(x, y, x_axes, y_axes):
-  """Batched over b and K."""
+def _product(
+  x: jax.Array, y: jax.Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]
+) -> jax.Array:
+  """Contracts the named axes, batched over b and K."""
   return jax.lax.dot_general(
     x,
     y,

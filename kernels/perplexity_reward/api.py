@@ -5,12 +5,14 @@
   r_self = tanh(#{s : gain_s > 0} / tau)
   r_ppl_i = #{k != i : score_k < score_i} / (N - 1)        within a group
 
-(OPERA, arXiv 2606.25757.) Rewards are constants of the update: no gradient
-passes. Shape key: R rows, M tokens of a row, S slots (one scored continuation
-each), B prompts, N samples a prompt.
+(OPERA, arXiv 2606.25757.) Rewards are constants of the update; no gradient
+flows through them.
+
+Shape key: R rows, M tokens of a row, S slots (one scored continuation each),
+B prompts, N samples of a prompt.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,10 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class PerplexityReward(NamedTuple):
-  """What a row's reflective states were worth."""
+  """The reward of each row, and the gains behind it."""
 
-  mean_RS: jax.Array  # [R, S] float32 nats a token, 0 for an empty slot
-  gain_RS: jax.Array  # [R, S] float32 nats a token, 0 where not compared
+  mean_RS: jax.Array  # [R, S] float32, nats per token, 0 for an empty slot
+  gain_RS: jax.Array  # [R, S] float32, nats per token, 0 if not compared
   count_R: jax.Array  # [R] int32, gains above 0
   r_self_R: jax.Array  # [R] float32 in [0, 1)
 
@@ -40,26 +42,26 @@ def perplexity_reward(
 ) -> PerplexityReward:
   """Counts the reflective states that made the reference more likely.
 
-  A comparison needs tokens in both of its slots; one with an empty slot, or
-  with a previous slot outside of [0, S), gives no gain and never counts.
+  A comparison needs tokens in both slots. If one is empty, or the previous slot
+  is outside of [0, S), the gain is 0 and does not count.
 
   Args:
-    logprob_RM: [R, M] floating, log-probability of each token; read as
+    logprob_RM: [R, M] floating, log-probability of each token; converted to
       float32, ignored where `continuation_RM` is -1.
     continuation_RM: [R, M] integer, the slot that a token belongs to, -1 for
       none.
-    previous_RS: [R, S] integer, the slot that slot s is compared with, -1
-      where s is no reflective state.
-    tau: how many gains make tanh(1), above 0.
-    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    previous_RS: [R, S] integer, the slot that slot s is compared with, -1 if s
+      is not a reflective state.
+    tau: the number of gains whose reward is tanh(1); above 0.
+    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform choose.
 
   Returns:
     A `PerplexityReward`.
 
   Raises:
-    ValueError: on shapes that do not match, floating slots, a tau of 0 or
+    ValueError: shapes that do not match, floating slots, a tau of 0 or
       less, an unknown implementation.
-    NotImplementedError: where "pallas_tpu" is named and does not apply.
+    NotImplementedError: "pallas_tpu" is named but does not apply.
   """
   _check(logprob_RM, continuation_RM, previous_RS, tau)
   module = _choose(implementation, previous_RS.shape[1])
@@ -74,20 +76,20 @@ def perplexity_reward(
 def group_rank(
   score_BN: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-  """The share of the group's other samples that a sample strictly beats.
+  """The fraction of the group's other samples with a strictly lower score.
 
   Args:
-    score_BN: [B, N] floating, comparable within a row; NaN beats nothing and
-      is beaten by nothing.
-    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    score_BN: [B, N] floating, comparable within a row; NaN is neither lower nor
+      higher than any score.
+    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform choose.
 
   Returns:
-    r_ppl [B, N] float32 in [0, 1]; tied samples share the lower rank.
+    r_ppl [B, N] float32 in [0, 1]; tied samples get the lower rank.
 
   Raises:
-    ValueError: on a score that is not [B, N] floating, a group of one, an
+    ValueError: a score that is not [B, N] floating, a group of one, an
       unknown implementation.
-    NotImplementedError: where "pallas_tpu" is named and does not apply.
+    NotImplementedError: "pallas_tpu" is named but does not apply.
   """
   if score_BN.ndim != 2 or not jnp.issubdtype(score_BN.dtype, jnp.floating):
     raise ValueError(
@@ -103,7 +105,8 @@ def group_rank(
   return module.group_rank(jax.lax.stop_gradient(score_BN))
 
 
-def _choose(implementation, slots):
+def _choose(implementation: str | None, slots: int) -> Any:
+  """The module that implements it, for so many slots or samples."""
   if implementation is not None and implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"The perplexity reward has the implementations {IMPLEMENTATIONS}, got "
@@ -116,7 +119,12 @@ def _choose(implementation, slots):
   return modules.get(implementation, xla)
 
 
-def _check(logprob_RM, continuation_RM, previous_RS, tau):
+def _check(
+  logprob_RM: jax.Array,
+  continuation_RM: jax.Array,
+  previous_RS: jax.Array,
+  tau: float,
+) -> None:
   if logprob_RM.ndim != 2 or continuation_RM.shape != logprob_RM.shape:
     raise ValueError(
       "Each token [R, M] has one log-probability and one slot, got "

@@ -1,15 +1,16 @@
-"""The perplexity-reduction reward as one TPU kernel, and ranks as another.
+"""TPU kernels of the perplexity-reduction reward and of the group ranks.
 
-Tokens stream through VMEM once, eight rows by up to 8,192 tokens; the sums
-and sizes of all slots stay in scratch, and the last step turns them into
-means, gains, counts and rewards. VMEM: 1 MiB for tokens (two arrays, fetched
-ahead), 12 blocks of 8 x S float32, under 4 MiB at S = 4,096.
+Tokens stream through VMEM once, in blocks of 8 rows by up to 8,192 tokens. The
+sums and token counts of all slots stay in scratch; the last grid step turns
+them into means, gains, counts and rewards. VMEM: 1 MiB for tokens (two arrays,
+double-buffered) and 12 blocks of 8 x S float32, under 4 MiB at S = 4,096.
 
-Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt;
+Shape key: R rows, M tokens of a row, S slots, B prompts, N samples of a prompt;
 r rows and m tokens of one block.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,13 @@ from opera_jax.kernels import manual_axes
 
 BLOCK_ROWS = 8
 BLOCK_TOKENS = 8192
-MOST_SLOTS = 4096
+MAX_SLOTS = 4096
 
 
 def unsupported(slots: int) -> str | None:
-  """Why the kernels do not apply to so many slots or samples, or None."""
-  if slots > MOST_SLOTS:
-    return f"{slots} slots or samples are more than {MOST_SLOTS}"
+  """Why the kernels do not support so many slots or samples, or None."""
+  if slots > MAX_SLOTS:
+    return f"{slots} slots or samples are more than {MAX_SLOTS}"
   return None
 
 
@@ -40,7 +41,7 @@ def perplexity_reward(
   """Computes `api.perplexity_reward`.
 
   Raises:
-    NotImplementedError: with the reason, where `unsupported` gives one.
+    NotImplementedError: `unsupported` gives a reason.
   """
   (R, M), S = logprob_RM.shape, previous_RS.shape[1]
   _require(S)
@@ -76,7 +77,7 @@ def group_rank(score_BN: jax.Array) -> jax.Array:
   """Computes `api.group_rank`.
 
   Raises:
-    NotImplementedError: with the reason, where `unsupported` gives one.
+    NotImplementedError: `unsupported` gives a reason.
   """
   B, N = score_BN.shape
   _require(N)
@@ -93,25 +94,25 @@ def group_rank(score_BN: jax.Array) -> jax.Array:
 
 
 def _reward_kernel(
-  logprob_ref,
-  continuation_ref,
-  previous_ref,
-  mean_ref,
-  gain_ref,
-  count_ref,
-  r_self_ref,
-  total_ref,
-  size_ref,
+  logprob_ref: Any,
+  continuation_ref: Any,
+  previous_ref: Any,
+  mean_ref: Any,
+  gain_ref: Any,
+  count_ref: Any,
+  r_self_ref: Any,
+  total_ref: Any,
+  size_ref: Any,
   *,
-  M,
-  tau,
-):
+  M: int,
+  tau: float,
+) -> None:
   block = pl.program_id(1)
   S = previous_ref.shape[1]
-  lane_rS = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)
+  slot_rS = jax.lax.broadcasted_iota(jnp.int32, total_ref.shape, 1)
 
   @pl.when(block == 0)
-  def _():
+  def _() -> None:
     total_ref[...] = jnp.zeros_like(total_ref)
     size_ref[...] = jnp.zeros_like(size_ref)
 
@@ -120,24 +121,26 @@ def _reward_kernel(
   continuation_rm = jnp.where(token_rm < left, continuation_ref[...], -1)
   logprob_rm = logprob_ref[...]
 
-  def add(slot, _):
-    mine_rm = continuation_rm == slot
-    total_r1 = _sum(jnp.where(mine_rm, logprob_rm, 0.0))
-    size_r1 = _sum(jnp.where(mine_rm, 1.0, 0.0))
-    total_ref[...] += jnp.where(lane_rS == slot, total_r1, 0.0)
-    size_ref[...] += jnp.where(lane_rS == slot, size_r1, 0.0)
+  def add(slot: jax.Array, _: None) -> None:
+    of_slot_rm = continuation_rm == slot
+    total_r1 = _sum(jnp.where(of_slot_rm, logprob_rm, 0.0))
+    size_r1 = _sum(jnp.where(of_slot_rm, 1.0, 0.0))
+    total_ref[...] += jnp.where(slot_rS == slot, total_r1, 0.0)
+    size_ref[...] += jnp.where(slot_rS == slot, size_r1, 0.0)
 
   jax.lax.fori_loop(0, S, add, None)
 
   @pl.when(block == pl.num_programs(1) - 1)
-  def _():
+  def _() -> None:
     size_rS = size_ref[...]
     mean_rS = total_ref[...] / jnp.maximum(size_rS, 1.0)
     previous_rS = previous_ref[...]
 
-    def look_up(slot, found):
+    def look_up(
+      slot: jax.Array, found: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
       before_rS, size_before_rS = found
-      here_rS, hit_rS = lane_rS == slot, previous_rS == slot
+      here_rS, hit_rS = slot_rS == slot, previous_rS == slot
       mean_r1 = _sum(jnp.where(here_rS, mean_rS, 0.0))
       size_r1 = _sum(jnp.where(here_rS, size_rS, 0.0))
       before_rS = jnp.where(hit_rS, mean_r1, before_rS)
@@ -156,24 +159,24 @@ def _reward_kernel(
     r_self_ref[...] = jnp.tanh(count_r1 / tau)
 
 
-def _rank_kernel(score_ref, out_ref):
+def _rank_kernel(score_ref: Any, out_ref: Any) -> None:
   score_rN = score_ref[...]
   N = score_rN.shape[1]
-  lane_rN = jax.lax.broadcasted_iota(jnp.int32, score_rN.shape, 1)
+  sample_rN = jax.lax.broadcasted_iota(jnp.int32, score_rN.shape, 1)
 
-  def add(sample, below_rN):
-    score_r1 = _sum(jnp.where(lane_rN == sample, score_rN, 0.0))
+  def add(sample: jax.Array, below_rN: jax.Array) -> jax.Array:
+    score_r1 = _sum(jnp.where(sample_rN == sample, score_rN, 0.0))
     return below_rN + jnp.where(score_r1 < score_rN, 1.0, 0.0)
 
   below_rN = jax.lax.fori_loop(0, N, add, jnp.zeros_like(score_rN))
   out_ref[...] = below_rN / (N - 1)
 
 
-def _sum(x_rK):
+def _sum(x_rK: jax.Array) -> jax.Array:
   return jnp.sum(x_rK, axis=1, keepdims=True)
 
 
-def _require(slots):
+def _require(slots: int) -> None:
   reason = unsupported(slots)
   if reason is not None:
     raise NotImplementedError(

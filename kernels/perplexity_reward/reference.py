@@ -1,6 +1,6 @@
-"""The perplexity-reduction reward as defined: a loop over slots.
+"""The perplexity-reduction reward by its definition: a loop over slots.
 
-Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt.
+Shape key: R rows, M tokens of a row, S slots, B prompts, N samples of a prompt.
 """
 
 import jax

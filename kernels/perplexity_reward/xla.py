@@ -1,10 +1,12 @@
-"""The perplexity-reduction reward from one pass over the tokens.
+"""The perplexity-reduction reward in one pass over the tokens.
 
-A slot's sum has a fixed order, so two runs agree on which gains are positive:
-on a CPU a sequential scatter into 32 lanes a slot, elsewhere, where a scatter
-would add in any order, a fused reduction over the row for each slot.
+Each slot is summed in a fixed order, so that two runs agree on which gains are
+positive. A CPU scatters the tokens one by one into 32 partial sums per slot.
+Elsewhere a scatter would add in any order, so each slot is one fused reduction
+over the row.
 
-Shape key: R rows, M tokens of a row, S slots, B prompts, N samples a prompt.
+Shape key: R rows, M tokens of a row, S slots, P partial sums of a slot,
+B prompts, N samples of a prompt.
 """
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 
 from opera_jax.kernels import target
 from opera_jax.kernels.perplexity_reward import reference
+
+PARTIAL_SUMS = 32
 
 
 def perplexity_reward(
@@ -28,7 +32,7 @@ def perplexity_reward(
   total_RS = add_up(logprob_RM, continuation_RM, S)
   size_RS = add_up(jnp.ones_like(logprob_RM), continuation_RM, S)
   mean_RS = total_RS / jnp.maximum(size_RS, 1.0)
-  # An empty slot carries NaN, which no comparison takes for a gain.
+  # The mean of an empty slot is NaN, which no comparison counts as a gain.
   known_RS = jnp.where(size_RS > 0, mean_RS, jnp.nan)
   is_previous_RSS = previous_RS[:, :, None] == slot_S[None, None]
   before_RS = jnp.sum(
@@ -42,21 +46,22 @@ def perplexity_reward(
 
 
 def group_rank(score_BN: jax.Array) -> jax.Array:
-  """The definition: XLA fuses its comparisons into one reduction."""
+  """The definition; XLA fuses its comparisons into one reduction."""
   return reference.group_rank(score_BN)
 
 
-def _scatter(x_RM, continuation_RM, S):
-  """Sums by slot, [R, S]; 32 short sums each keep the rounding small."""
+def _scatter(x_RM: jax.Array, continuation_RM: jax.Array, S: int) -> jax.Array:
+  """Sums by slot, [R, S], from partial sums, which keep the rounding small."""
   R, M = x_RM.shape
-  row_R1, lane_1M = jnp.arange(R)[:, None], jnp.arange(M)[None] % 32
+  row_R1 = jnp.arange(R)[:, None]
+  partial_1M = jnp.arange(M)[None] % PARTIAL_SUMS
   slot_RM = jnp.where(continuation_RM < 0, S, continuation_RM)
-  lanes_RLS = jnp.zeros((R, 32, S), jnp.float32)
-  lanes_RLS = lanes_RLS.at[row_R1, lane_1M, slot_RM].add(x_RM, mode="drop")
-  return jnp.sum(lanes_RLS, axis=1)
+  sum_RPS = jnp.zeros((R, PARTIAL_SUMS, S), jnp.float32)
+  sum_RPS = sum_RPS.at[row_R1, partial_1M, slot_RM].add(x_RM, mode="drop")
+  return jnp.sum(sum_RPS, axis=1)
 
 
-def _reduce(x_RM, continuation_RM, S):
+def _reduce(x_RM: jax.Array, continuation_RM: jax.Array, S: int) -> jax.Array:
   """Sums by slot, [R, S], as one fused reduction."""
   mine_RSM = continuation_RM[:, None, :] == jnp.arange(S)[None, :, None]
   return jnp.sum(jnp.where(mine_RSM, x_RM[:, None, :], 0.0), axis=-1)

@@ -1,4 +1,4 @@
-"""Qwen3's config.json of Hugging Face, both ways, and where a model lies."""
+"""Reads and writes Qwen3's Hugging Face config.json; finds a model's folder."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 from opera_jax import hub
 from opera_jax.models import qwen3
 
-_MAX_POSITIONS = 40_960  # what every published Qwen3 states
+_MAX_POSITIONS = 40_960  # of every published Qwen3
 
 
 def contents(config: qwen3.Config, dtype: str) -> dict[str, Any]:
-  """The contents of config.json; `dtype` is that of the weights."""
+  """Contents of config.json for weights of `dtype`."""
   return {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
@@ -30,7 +30,7 @@ def contents(config: qwen3.Config, dtype: str) -> dict[str, Any]:
     "num_hidden_layers": config.num_hidden_layers,
     "num_key_value_heads": config.num_key_value_heads,
     "rms_norm_eps": config.rms_norm_eps,
-    # Readers before transformers 5 know the first, later ones the second.
+    # Before version 5 transformers reads the first, later the second.
     "rope_theta": config.rope_theta,
     "rope_parameters": {
       "rope_theta": config.rope_theta,
@@ -62,16 +62,16 @@ def read(path_or_hub_id: str | os.PathLike) -> qwen3.Config:
   """Reads config.json of a Qwen3 model.
 
   Args:
-    path_or_hub_id: a directory that holds it, or an id on the hub.
+    path_or_hub_id: a directory with a config.json, or an id on the hub.
 
   Returns:
-    The model's sizes; `dtype` and `remat`, which are not the checkpoint's to
-    say, are at their defaults.
+    The model's sizes; `dtype` and `remat`, which a checkpoint does not
+    determine, have their defaults.
 
   Raises:
     FileNotFoundError: there is no config.json.
-    ValueError: fields missing, or settings of a model that ours is not; one
-      error lists them all.
+    ValueError: fields that are missing, or settings that our model does not
+      have; one error lists all of them.
   """
   file = folder(path_or_hub_id, ("config.json",)) / "config.json"
   if not file.exists():
@@ -87,7 +87,7 @@ def read(path_or_hub_id: str | os.PathLike) -> qwen3.Config:
   wrong += [f"{name} is missing" for name in missing]
   if wrong:
     raise ValueError(
-      f"{file} is not that of a dense Qwen3 as published: "
+      f"{file} is not the config of a published dense Qwen3: "
       f"{'; '.join(wrong)}. Choose a dense Qwen3 model."
     )
   fields = {ours: raw[name] for name, ours in _FIELDS.items()}
@@ -95,6 +95,7 @@ def read(path_or_hub_id: str | os.PathLike) -> qwen3.Config:
 
 
 def _unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> list[str]:
+  """Settings of config.json that our model does not implement."""
   wrong = []
   if raw.get("model_type") != "qwen3":
     wrong.append(f"model_type is {raw.get('model_type')!r}, not 'qwen3'")
@@ -123,14 +124,14 @@ def _unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> list[str]:
 def folder(
   path_or_hub_id: str | os.PathLike, patterns: tuple[str, ...]
 ) -> pathlib.Path:
-  """The directory itself, or where the hub's files were downloaded to.
+  """The directory itself, or the one that the hub's files were downloaded to.
 
   Args:
     path_or_hub_id: a directory, or an id; see `hub.split` for revisions.
-    patterns: of the files wanted.
+    patterns: of the files to download.
 
   Raises:
-    FileNotFoundError: neither is there.
+    FileNotFoundError: neither exists.
   """
   path = pathlib.Path(path_or_hub_id)
   if path.is_dir():

@@ -1,7 +1,7 @@
-"""The published dense Qwen3 models, from their config.json files.
+"""Sizes of the published dense Qwen3 models, from their config.json files.
 
-The base models and the chat models of one size share these values. All of
-them: 151,936 rows of vocabulary, head_dim 128, rope_theta 1e6, epsilon 1e-6.
+Base and chat models of one size have the same values. All of them have a padded
+vocabulary of 151,936, head_dim 128, rope_theta 1e6 and rms_norm_eps 1e-6.
 
 | size | parameters     | layers | hidden | heads | key/value | tied |
 |------|----------------|--------|--------|-------|-----------|------|
@@ -17,7 +17,7 @@ from opera_jax.models import qwen3
 
 
 def _preset(
-  layers: int, hidden: int, heads: int, intermediate: int, tied: bool
+  layers: int, hidden: int, heads: int, intermediate: int, *, tied: bool
 ) -> qwen3.Config:
   return qwen3.Config(
     vocab_size=151_936,

@@ -1,8 +1,8 @@
-"""Qwen3's weights and config.json of Hugging Face, both ways.
+"""Loads and saves Qwen3 checkpoints in Hugging Face's format.
 
-Their linear layers are [out, in] and one tensor a layer; ours are [in, out],
-heads apart from their channels, and stacked over layers. One table says which
-is which, and both directions read it.
+Hugging Face stores one tensor [out, in] per layer, with heads and their
+channels merged. Ours are [in, out], with an axis of heads, and stacked over
+layers. One table maps the two, and both directions read it.
 
 Letters: V vocabulary, D hidden, N query heads, K key/value heads, H head
 dimension, F feed-forward.
@@ -28,18 +28,18 @@ from opera_jax.sharding import rules as rules_lib
 
 DTYPES = ("float32", "bfloat16")
 FILE_BYTES = 5 * 10**9
-_BLOCK_BYTES = 64 << 20  # of a tensor on its way from disk
+_BLOCK_BYTES = 64 << 20  # read from disk at a time
 
 config_from_hf = hf_config.read
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-  """One tensor: axes of theirs, with those that they merge, and of ours."""
+  """One tensor of a checkpoint and where it goes in our parameters."""
 
   ours: str  # key of qwen3.AXES
-  theirs: tuple[str, ...]
-  axes: str
+  theirs: tuple[str, ...]  # axes of their tensor; "NH" is N and H merged
+  axes: str  # axes of our array, without the layer axis
   layer: int | None = None
 
 
@@ -65,7 +65,7 @@ _INSIDE = {
 
 
 def _entries(config: qwen3.Config) -> dict[str, _Entry]:
-  """Every tensor of a checkpoint, by their name, in the order of writing."""
+  """All tensors of a checkpoint by their name, in the order of the file."""
   outside = dict(_OUTSIDE)
   if config.tie_word_embeddings:
     del outside[_HEAD]
@@ -78,6 +78,7 @@ def _entries(config: qwen3.Config) -> dict[str, _Entry]:
 
 
 def _sizes(config: qwen3.Config) -> dict[str, int]:
+  """The size of each axis letter."""
   return {
     "V": config.vocab_size,
     "D": config.hidden_size,
@@ -102,28 +103,28 @@ def load(
 ) -> Any:
   """Streams a checkpoint's weights into sharded arrays.
 
-  One tensor is read at a time, in blocks of rows, and each host keeps only
-  what its own devices hold of it. Beside the parameters themselves a host
-  holds one tensor of the checkpoint (of one layer, or the embedding) and
-  64 MiB, never a stack of layers.
+  Each host reads one tensor at a time, in blocks of 64 MiB, and keeps only the
+  shards of its own devices. Beside the parameters a host holds one tensor of
+  the checkpoint (of one layer, or the embedding) and one block, never a stack
+  of layers.
 
   Args:
     path_or_hub_id: directory of safetensors, one file or several, or the id
       of a model on the Hugging Face hub.
     config: the model's sizes; see `config_from_hf`.
-    mesh: where the parameters go.
+    mesh: the parameters are sharded over it.
     rules: TRAIN or ROLLOUT of `opera_jax.sharding.rules`.
     dtype: of the parameters, "float32" or "bfloat16".
-    advance: called before each tensor of the file is read.
+    advance: progress callback, called before each tensor is read.
 
   Returns:
-    The params tree of `qwen3.create`, in `dtype`, laid out by `rules`.
+    The params tree of `qwen3.create`, in `dtype`, sharded by `rules`.
 
   Raises:
-    FileNotFoundError: no such checkpoint, or a part of it missing.
-    ValueError: tensors missing, unexpected, of another shape or of a type
-      that is not read, sizes that differ from config.json, a head stored with
-      a tied model that is not its embedding (one error lists all of these);
+    FileNotFoundError: no such checkpoint, or one of its files is missing.
+    ValueError: missing or unexpected tensors, tensors of another shape or an
+      unsupported type, sizes that differ from config.json, a stored head of a
+      tied model that differs from its embedding (one error lists all of these);
       a weight that is not finite; sizes that the mesh does not divide; an
       unknown dtype.
   """
@@ -141,33 +142,35 @@ def load(
   for name, entry in _entries(config).items():
     sources.setdefault(entry.ours, []).append((name, entry))
 
-  def read(name, entry, sharding):
+  def read(name: str, entry: _Entry, sharding: NamedSharding) -> jax.Array:
     if advance is not None:
       advance()
     return _read(name, stored[name], entry, sizes, sharding, dtype)
 
-  def one(path, shape, sharding):
-    mine = sources[qwen3.path_name(path)]
-    if mine[0][1].layer is None:
-      return read(*mine[0], sharding)
+  def load_parameter(
+    path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding
+  ) -> jax.Array:
+    tensors = sources[qwen3.path_name(path)]
+    if tensors[0][1].layer is None:
+      return read(*tensors[0], sharding)
     stack = jax.jit(
       functools.partial(jnp.zeros, shape.shape, dtype), out_shardings=sharding
     )()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
-    row = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-    for name, entry in mine:
-      array = read(name, entry, row)
-      # Waits, so that the host holds one layer and not all that are queued.
+    layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+    for name, entry in tensors:
+      array = read(name, entry, layer_sharding)
+      # Wait, so that the host holds one layer instead of a queue of them.
       stack = jax.block_until_ready(put(stack, array, entry.layer))
     return stack
 
   return jax.tree_util.tree_map_with_path(
-    one, shapes, rules_lib.shardings(axes, mesh, rules)
+    load_parameter, shapes, rules_lib.shardings(axes, mesh, rules)
   )
 
 
-def _put(stack: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
+def _put(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
 
 
 def _read(
@@ -178,15 +181,16 @@ def _read(
   sharding: NamedSharding,
   dtype: str,
 ) -> jax.Array:
-  """One tensor in our layout; each row of the file is read once a host."""
+  """Reads one tensor into our layout; each host reads every block once."""
   shape = tuple(sizes[c] for c in entry.axes)
 
-  def bounds(index):
-    pairs = zip(index, shape)
-    return tuple(part.indices(size)[:2] for part, size in pairs)
+  def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of every axis of a shard."""
+    limits = [axis.indices(size) for axis, size in zip(index, shape)]
+    return tuple((start, stop) for start, stop, _ in limits)
 
   local = sharding.addressable_devices_indices_map(shape).values()
-  parts = {
+  shards = {
     key: np.empty([stop - start for start, stop in key], dtype)
     for key in map(bounds, local)
   }
@@ -194,10 +198,10 @@ def _read(
   order = [letters.index(c) for c in entry.axes]
   outer = entry.axes.index(letters[0])
   rest = [sizes[c] for c in letters[1:]]
-  # Rows of the file for one step of the first axis: H for q_proj, 1 for most.
+  # File rows per index of their first axis: H for q_proj, 1 for most tensors.
   rows = math.prod(sizes[c] for c in entry.theirs[0][1:])
-  first = min(key[outer][0] for key in parts)
-  last = max(key[outer][1] for key in parts)
+  first = min(key[outer][0] for key in shards)
+  last = max(key[outer][1] for key in shards)
   step = max(1, _BLOCK_BYTES // (4 * math.prod(rest)))
   for start in range(first, last, step):
     stop = min(start + step, last)
@@ -209,7 +213,7 @@ def _read(
         "training diverged: download it again, or take an earlier one."
       )
     block = block.reshape(stop - start, *rest).transpose(order)
-    for key, part in parts.items():
+    for key, shard in shards.items():
       low, high = max(start, key[outer][0]), min(stop, key[outer][1])
       if low >= high:
         continue
@@ -217,9 +221,9 @@ def _read(
       target = [slice(None)] * len(key)
       source[outer] = slice(low - start, high - start)
       target[outer] = slice(low - key[outer][0], high - key[outer][0])
-      part[tuple(target)] = block[tuple(source)]
+      shard[tuple(target)] = block[tuple(source)]
   return jax.make_array_from_callback(
-    shape, sharding, lambda index: parts[bounds(index)]
+    shape, sharding, lambda index: shards[bounds(index)]
   )
 
 
@@ -228,7 +232,7 @@ def _check(
   stored: dict[str, tensor_files.Tensor],
   config: qwen3.Config,
 ) -> None:
-  """Raises one error with all that keeps a checkpoint from fitting."""
+  """Raises one error with every mismatch of checkpoint and model."""
   wrong = []
   if (folder / "config.json").exists():
     stated = config_from_hf(folder)
@@ -249,7 +253,7 @@ def _check(
       wrong.append(f"shape: {name} is {found}, must be {list(shape)}")
     elif not tensor_files.readable(stored[name].dtype):
       wrong.append(f"type: {name} is {stored[name].dtype}")
-  # A tied checkpoint may store its head too; it is the embedding again.
+  # A tied checkpoint may also store its head, which equals the embedding.
   known = wanted.keys() | {_HEAD}
   wrong += [f"unexpected: {name}" for name in stored if name not in known]
   if config.tie_word_embeddings and not wrong and _HEAD in stored:
@@ -265,7 +269,7 @@ def _check(
 def _untied(
   embedding: tensor_files.Tensor, head: tensor_files.Tensor
 ) -> list[str]:
-  """What is wrong where a head is stored that is not the embedding."""
+  """Mismatches of the stored head of a tied model and its embedding."""
   if head.shape != embedding.shape:
     return [
       f"tied: {_HEAD} is {list(head.shape)}, {_EMBEDDING} is "
@@ -286,16 +290,17 @@ def _untied(
 def export_tensors(
   params: Any, config: qwen3.Config
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Their tensors, one at a time, on the host.
+  """Converts parameters to the checkpoint's tensors, one at a time.
 
-  On several hosts every process must draw them all: each gathers.
+  On several hosts every process must iterate over all of them, because each
+  tensor is all-gathered.
 
   Args:
-    params: arrays of the tree of `qwen3.create` (gradients will do).
+    params: a tree like that of `qwen3.create`, e.g. gradients.
     config: its sizes.
 
   Yields:
-    Their name, and the array in their layout and our dtype.
+    The checkpoint's name of the tensor, and its host array in our dtype.
   """
   ours = {
     qwen3.path_name(path): leaf
@@ -328,19 +333,19 @@ def save(
   dtype: str | None = None,
   file_bytes: int = FILE_BYTES,
 ) -> None:
-  """Writes a directory that transformers, vLLM and lm-eval load.
+  """Writes a directory that transformers, vLLM and lm-eval can load.
 
-  Called by every process of a run; the first one writes. A host holds one
+  Every process of a run must call it; the first one writes. A host holds one
   tensor at a time.
 
   Args:
-    path: directory, made if need be, without safetensors in it.
+    path: directory without safetensors; created if it does not exist.
     params: the tree of `qwen3.create`, on any mesh.
     config: its sizes.
-    tokenizer: an `opera_jax.text.tokenizer.Tokenizer` to write beside the
+    tokenizer: an `opera_jax.text.tokenizer.Tokenizer` to save with the
       weights, or None.
-    dtype: "float32" or "bfloat16"; None keeps that of the parameters.
-    file_bytes: weights beyond this many bytes go to several files.
+    dtype: "float32" or "bfloat16"; None means that of the parameters.
+    file_bytes: most bytes of one file.
 
   Raises:
     FileExistsError: the directory holds safetensors already.

@@ -1,16 +1,18 @@
-"""Causal attention within segments: one function, three ways to compute it.
+"""Causal attention within segments: one function, three implementations.
 
-Token t of a row sees the tokens at or before t of its own segment:
+Token t of a row attends to the tokens at or before t of its own segment:
 
   out_t = softmax_{s <= t, segment_s = segment_t}(q_t k_s / sqrt(H)) v_s
 
-Padding is segment 0 and sees padding, so its rows stay finite. Over a mesh,
-rows lie on the data axes, heads on `tensor`, queries on `sequence`; keys and
-values are gathered over `sequence`.
+Padding is segment 0 and attends to padding, so its outputs stay finite. On a
+mesh, rows are sharded over the data axes, heads over `tensor` and queries over
+`sequence`; keys and values are all-gathered over `sequence`.
 
 Shape key: B rows, T tokens (queries), N query heads, K key/value heads,
-H head dimension, C queries of a chunk.
+H head dimension, C queries of a chunk, X chunks.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,29 +38,28 @@ def self_attention(
   right_padded: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
-  """Attends; differentiable in queries, keys and values.
+  """Computes attention; differentiable in queries, keys and values.
 
-  Softmax is float32 whatever the inputs. Query head n reads key head
-  n // (N / K).
+  The softmax is float32 for all input dtypes. Query head n attends with key
+  head n // (N / K).
 
   Args:
     q_BTNH: [B, T, N, H] floating.
     k_BTKH: [B, T, K, H] floating, N a multiple of K.
     v_BTKH: like the keys.
     segment_BT: [B, T] integer; 0 is padding.
-    right_padded: the caller's word that every row is one segment from its
-      first token on, then padding.
-    implementation: "splash" (the TPU kernel that comes with JAX; interpreted,
-      slowly, elsewhere), "cudnn" or "xla"; None takes "splash" for a TPU and
-      "xla" elsewhere.
+    right_padded: promises that every row is one segment from its first token
+      on, then padding.
+    implementation: "splash" (JAX's TPU kernel; elsewhere it is interpreted,
+      slowly), "cudnn" or "xla". None means "splash" on a TPU and "xla"
+      elsewhere.
 
   Returns:
-    [B, T, N, H], of q's dtype.
+    [B, T, N, H], in q's dtype.
 
   Raises:
     ValueError: an unknown implementation.
-    NotImplementedError: "cudnn" where it would not honour the segments, or
-      in float32.
+    NotImplementedError: "cudnn" without `right_padded`, or in float32.
   """
   if implementation is None:
     implementation = "splash" if target.platform() == "tpu" else "xla"
@@ -66,7 +67,7 @@ def self_attention(
     raise ValueError(
       f"Attention has the implementations {IMPLEMENTATIONS}, got "
       f"{implementation!r}. Name one of them in config.model.attention, or "
-      "leave it empty to choose by the device."
+      "leave it empty to let the device choose."
     )
   arrays = (q_BTNH, k_BTKH, v_BTKH, segment_BT)
   if implementation == "splash":
@@ -78,31 +79,40 @@ def self_attention(
   return checkpoint_name(out_BTNH, windowed_attention.OUTPUT)
 
 
-def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-  """Chunks of queries, one after the other; long ones are made anew backward.
+def _xla(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array
+) -> jax.Array:
+  """Attention by chunks of queries, so that no [B, N, T, T] array is built.
 
-  No [B, N, T, T] array is ever whole. A few chunks each meet only the keys of
-  their segments. Many, or chunks of a length that is split over devices, go
-  through a scan that meets all keys; there a chunk takes every n-th query, so
-  that it covers all shards.
+  Few chunks are unrolled, and each attends only to the keys of its segments
+  (`windowed_attention`). Many chunks, or chunks of a sequence that is sharded,
+  are scanned over, and each attends to all keys; the backward pass recomputes
+  them. In the scan a chunk has every n-th query, so that it covers all shards.
   """
   B, T, N, H = q_BTNH.shape
-  if _few(T):
+  if _unrolls(T):
     return windowed_attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   chunks = -(-T // windowed_attention.CHUNK)
   pad = -T % chunks
   q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  query_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
+  query_segment_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
   q_BCXNH = q_BTNH.reshape(B, -1, chunks, N, H)
-  query_BCX = query_BT.reshape(B, -1, chunks)
+  query_segment_BCX = query_segment_BT.reshape(B, -1, chunks)
   offset_C = chunks * jnp.arange(q_BCXNH.shape[1], dtype=jnp.int32)
 
   @jax.checkpoint
-  def chunk(_, inputs):
-    start, q_BCNH, query_BC = inputs
+  def chunk(
+    _: None, inputs: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[None, jax.Array]:
+    start, q_BCNH, query_segment_BC = inputs
     q_BCNH = rules.constrain(q_BCNH, ("batch", "length", "heads", None))
     return None, _attend(
-      q_BCNH, query_BC, offset_C + start, k_BTKH, v_BTKH, segment_BT
+      q_BCNH,
+      query_segment_BC,
+      position_C=offset_C + start,
+      k_BTKH=k_BTKH,
+      v_BTKH=v_BTKH,
+      segment_BT=segment_BT,
     )
 
   _, out_XBCNH = jax.lax.scan(
@@ -111,27 +121,45 @@ def _xla(q_BTNH, k_BTKH, v_BTKH, segment_BT):
     (
       jnp.arange(chunks, dtype=jnp.int32),
       jnp.moveaxis(q_BCXNH, 2, 0),
-      jnp.moveaxis(query_BCX, 2, 0),
+      jnp.moveaxis(query_segment_BCX, 2, 0),
     ),
   )
   return jnp.moveaxis(out_XBCNH, 0, 2).reshape(B, -1, N, H)[:, :T]
 
 
-def _few(T):
-  """Whether the chunks of T queries are few, and each on one device."""
+def _unrolls(T: int) -> bool:
+  """Whether T queries are few chunks, each on one device."""
   mesh = jax.sharding.get_abstract_mesh()
-  whole = mesh.empty or mesh.shape[rules.ACTIVATIONS["length"]] == 1
-  return whole and T <= windowed_attention.CHUNKS * windowed_attention.CHUNK
+  unsharded = mesh.empty or mesh.shape[rules.ACTIVATIONS["length"]] == 1
+  return unsharded and T <= windowed_attention.CHUNKS * windowed_attention.CHUNK
 
 
-def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):
-  """Some queries, at their positions of the row, over all its keys."""
+def _attend(
+  q_BCNH: jax.Array,
+  query_segment_BC: jax.Array,
+  position_C: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+) -> jax.Array:
+  """Attention of one chunk of queries to all keys of their rows, [B, C, N, H].
+
+  Args:
+    q_BCNH: queries of the chunk.
+    query_segment_BC: their segments.
+    position_C: their positions in the row.
+    k_BTKH: all keys.
+    v_BTKH: all values.
+    segment_BT: segments of the keys.
+  """
   B, C, N, H = q_BCNH.shape
   T, K = k_BTKH.shape[1:3]
   key_T = jnp.arange(T, dtype=jnp.int32)
   seen_CT = key_T[None] <= position_C[:, None]
-  mask_BCT = seen_CT[None] & (query_BC[:, :, None] == segment_BT[:, None])
-  # Heads first: two plain products of matrices for each.
+  mask_BCT = seen_CT[None] & (
+    query_segment_BC[:, :, None] == segment_BT[:, None]
+  )
+  # Heads first, so that each head is two plain matmuls.
   q_BKCH = q_BCNH.reshape(B, C, K, N // K, H).transpose(0, 2, 3, 1, 4)
   q_BKCH = q_BKCH.reshape(B, K, -1, H)
   score_BKCT = jnp.matmul(
@@ -150,12 +178,18 @@ def _attend(q_BCNH, query_BC, position_C, k_BTKH, v_BTKH, segment_BT):
   return out_BCNH.astype(q_BCNH.dtype)
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_BT, right_padded):
+def _cudnn(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+  right_padded: bool,
+) -> jax.Array:
   if not right_padded:
     raise NotImplementedError(
-      "cuDNN attention knows lengths, not segments: rows that are packed or "
+      "cuDNN attention takes lengths, not segments: rows that are packed or "
       "padded on the left would attend across segments. Use "
-      "config.model.attention='xla' where rows are packed."
+      "config.model.attention='xla' for packed rows."
     )
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
     raise NotImplementedError(
@@ -174,8 +208,10 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_BT, right_padded):
   )
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
-  """JAX's own kernel; each device runs it on the rows and heads it holds."""
+def _splash(
+  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array
+) -> jax.Array:
+  """JAX's splash attention kernel; each device runs its rows and heads."""
   B, T, N, H = q_BTNH.shape
   shards = head_shards = 1
   if not rules.alone():
@@ -187,9 +223,9 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
     head_shards = mesh.shape[heads] if heads else 1
   block, length = _blocks(-(-T // shards))
   pad = length * shards - T
-  wide = ((0, 0), (0, pad), (0, 0), (0, -H % _LANES))
+  padding = ((0, 0), (0, pad), (0, 0), (0, -H % _LANES))
   q_BTNH, k_BTKH, v_BTKH = (
-    jnp.pad(x, wide) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
+    jnp.pad(x, padding) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
   )
   segment_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
   mask = splash.CausalMask((T + pad, T + pad))
@@ -209,23 +245,35 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
     interpret=target.platform() != "tpu",
   )
 
-  def run(kernel, q_BTNH, k_BTKH, v_BTKH, query_BT, segment_BT):
+  def run(
+    kernel: Any,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    query_segment_BT: jax.Array,
+    segment_BT: jax.Array,
+  ) -> jax.Array:
     q_BNTH, k_BKTH, v_BKTH = (
       jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)
     )
     out_BNTH = jax.vmap(kernel)(
-      q_BNTH, k_BKTH, v_BKTH, splash.SegmentIds(q=query_BT, kv=segment_BT)
+      q_BNTH,
+      k_BKTH,
+      v_BKTH,
+      splash.SegmentIds(q=query_segment_BT, kv=segment_BT),
     )
     return jnp.swapaxes(out_BNTH, 1, 2)
 
   if not rules.alone():
-    places = jax.sharding.NamedSharding(mesh, PartitionSpec(None, sequence))
+    mask_sharding = jax.sharding.NamedSharding(
+      mesh, PartitionSpec(None, sequence)
+    )
     keys = PartitionSpec(rows, None, heads)
     queries = PartitionSpec(rows, sequence, heads)
     run = jax.shard_map(
       run,
       in_specs=(
-        kernel.manual_sharding_spec(places),
+        kernel.manual_sharding_spec(mask_sharding),
         queries,
         keys,
         keys,
@@ -233,14 +281,18 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_BT):
         PartitionSpec(rows),
       ),
       out_specs=queries,
-      check_vma=False,  # the kernel does not say what varies
+      check_vma=False,  # the kernel does not annotate what varies
     )
   out_BTNH = run(kernel, q_BTNH, k_BTKH, v_BTKH, segment_BT, segment_BT)
   return out_BTNH[:, :T, :, :H]
 
 
 def _blocks(length: int) -> tuple[int, int]:
-  """The largest block that pads `length` by no more than an eighth in vain."""
+  """The largest block that adds at most an eighth of padding.
+
+  Returns:
+    The block, and `length` padded to whole blocks.
+  """
   least = length + -length % _LANES
   fitting = [b for b in _BLOCKS if 8 * (length + -length % b) <= 9 * least]
   return fitting[0], length + -length % fitting[0]

@@ -1,10 +1,10 @@
-"""The kernels, each device on its own part of the arrays.
+"""Calls the kernels on a mesh, each device on its own shard.
 
-The partitioner cannot split a Pallas call, and would gather a head that is
-sharded over the vocabulary; so over a mesh of more than one device each call
-is a `jax.shard_map`: rows over the batch axes, heads and vocabulary over the
-tensor axis. What an axis does not divide stays whole on it. Without a mesh, or
-on one device, the kernel is called as it is.
+GSPMD cannot partition a Pallas call, and it would all-gather a head that is
+sharded over the vocabulary. So on a mesh of several devices each call is a
+`jax.shard_map`: rows are sharded over the batch axes, heads and the vocabulary
+over the tensor axis. An array axis that its mesh axis does not divide is
+replicated. Without a mesh, or on one device, the kernel is called directly.
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
 K key-value heads, H head features, T prefix tokens, C continuation keys, D
@@ -12,6 +12,7 @@ hidden, V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ from opera_jax.kernels.shared_prefix_attention import (
 from opera_jax.kernels.token_logprob import api as token_logprob_api
 from opera_jax.sharding import rules
 
-# Keys that decoding meets at once. Caches are multiples of it, so that what a
-# sample computes does not depend on how long its neighbours' caches are.
+# Keys of one attention block in decoding. Cache lengths are multiples of it, so
+# that a sample's numbers do not depend on the length of the cache.
 DECODE_BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
@@ -38,9 +39,9 @@ def shared_prefix_attention(
   *,
   scale: float,
 ) -> jax.Array:
-  """`kernels.shared_prefix_attention` over the mesh in force, without offsets.
+  """`kernels.shared_prefix_attention` on the mesh in force, without offsets.
 
-  Args, returns and errors are the kernel's.
+  Arguments, result and errors are those of the kernel.
   """
   attend = functools.partial(
     shared_prefix_attention_api.shared_prefix_attention, scale=scale
@@ -81,45 +82,45 @@ def decode_attention(
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Writes one token of every sample into its cache, then attends.
+  """Writes one token of every sample to its cache, then computes attention.
 
-  The write happens where the cache lies: the partitioner would gather it.
+  The write is inside the `shard_map`: GSPMD would all-gather the cache.
 
   Args:
     q_BSNH: queries of the new tokens.
-    k_BSKH: their keys, of the cache's dtype.
+    k_BSKH: their keys, in the cache's dtype.
     v_BSKH: their values.
-    prefix_k_LBKTH: keys of the rows' prompts, all layers.
-    prefix_v_LBKTH: values.
+    prefix_k_LBKTH: keys of the prompts, all layers.
+    prefix_v_LBKTH: their values.
     cache_k_LBSKCH: keys of the samples' own tokens.
-    cache_v_LBSKCH: values.
-    prefix_length_B: int32, prefix tokens that a row's samples see.
-    num_generated_BS: int32, the place of the new token in its cache; C or more
-      writes nothing, and what the sample then gives has no meaning.
-    layer: int32 scalar; None where the caches are one layer's, without L.
-    scale: what multiplies q.k.
+    cache_v_LBSKCH: their values.
+    prefix_length_B: int32, prefix tokens that the samples of a prompt see.
+    num_generated_BS: int32, position of the new token in its cache. With C or
+      more nothing is written and the sample's output is undefined.
+    layer: int32 scalar; None if the caches are those of one layer, without L.
+    scale: multiplies q.k.
 
   Returns:
     out [B, S, N, H], and the two caches.
   """
 
   def run(
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    cache_k,
-    cache_v,
-    prefix_length,
-    num_generated,
-    *layer,
-  ):
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    prefix_length: jax.Array,
+    num_generated: jax.Array,
+    *layer: jax.Array,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     B, S = num_generated.shape
     b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
-    place = (*layer, b, s, slice(None), num_generated)
-    cache_k = cache_k.at[place].set(k, mode="drop")
-    cache_v = cache_v.at[place].set(v, mode="drop")
+    where = (*layer, b, s, slice(None), num_generated)
+    cache_k = cache_k.at[where].set(k, mode="drop")
+    cache_v = cache_v.at[where].set(v, mode="drop")
     live = num_generated < cache_k.shape[-2]
     out = shared_prefix_attention_api.decode_attention(
       q,
@@ -166,11 +167,11 @@ def token_logprob(
   temperature: float,
   transposed: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """`kernels.token_logprob` of [B, T] tokens over the mesh in force.
+  """`kernels.token_logprob` of [B, T] tokens on the mesh in force.
 
   Args:
     hidden_BTD: final hidden states.
-    head: [D, V], or [V, D] where `transposed`.
+    head: [D, V], or [V, D] if `transposed`.
     target_BT: int32 token ids.
     temperature: divides the logits.
     transposed: whether the head is [V, D].
@@ -179,9 +180,14 @@ def token_logprob(
     logprob [B, T] and entropy [B, T], float32, in nats.
   """
 
-  def logprob(hidden_BTD, head, target_BT, axis_name=None):
+  def logprob(
+    hidden_BTD: jax.Array,
+    head: jax.Array,
+    target_BT: jax.Array,
+    axis_name: Any = None,
+  ) -> tuple[jax.Array, jax.Array]:
     B, T, D = hidden_BTD.shape
-    logprobs = token_logprob_api.token_logprob(
+    logprob_M, entropy_M = token_logprob_api.token_logprob(
       hidden_BTD.reshape(B * T, D),
       head,
       target_BT.reshape(B * T),
@@ -189,7 +195,7 @@ def token_logprob(
       transposed=transposed,
       axis_name=axis_name,
     )
-    return tuple(x.reshape(B, T) for x in logprobs)
+    return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
 
   if rules.alone():
     return logprob(hidden_BTD, head, target_BT)

@@ -1,9 +1,9 @@
-"""Safetensors on disk: rows of one tensor in, one tensor at a time out.
+"""Reads rows of safetensors from disk, and writes them tensor by tensor.
 
-The format is eight bytes of length, a JSON header, then the tensors' bytes.
-Plain reads, not a memory map, keep what the process holds down to the rows
-asked for; the writer lays the header out from shapes alone, so that it never
-holds more than the tensor at hand.
+A file is eight bytes with the header's length, a JSON header, then the tensors'
+bytes. Plain reads instead of a memory map keep only the requested rows in
+memory. The writer computes the header from the shapes alone, so that it never
+holds more than one tensor.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ _DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
-_HEADER_BYTES = 100 * 2**20  # at most, as the safetensors library has it
+_MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's limit
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies."""
+  """A tensor's file, type, shape and offset."""
 
   file: pathlib.Path
   dtype: str  # as the header spells it, e.g. BF16
@@ -37,13 +37,13 @@ class Tensor:
   offset: int  # bytes from the start of the file
 
   def bytes(self) -> int:
-    """Of the whole tensor; 0 for a type that is not read."""
+    """Size of the whole tensor; 0 for a type that is not supported."""
     if not readable(self.dtype):
       return 0
     return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
   def rows(self, start: int, stop: int) -> np.ndarray:
-    """Entries [start, stop) of the first axis, [stop - start, ...].
+    """Reads entries [start, stop) of the first axis, [stop - start, ...].
 
     Raises:
       ValueError: a type other than F32, F16 and BF16.
@@ -66,21 +66,21 @@ class Tensor:
 
 
 def readable(dtype: str) -> bool:
-  """Whether `Tensor.rows` reads that type."""
+  """Whether `Tensor.rows` supports the type."""
   return dtype in _DTYPES
 
 
 def find(folder: pathlib.Path) -> dict[str, Tensor]:
-  """Every tensor of a checkpoint folder, by name; reads headers only.
+  """All tensors of a checkpoint folder by name; reads headers only.
 
   Args:
-    folder: holds model.safetensors, or model.safetensors.index.json and the
+    folder: with model.safetensors, or with model.safetensors.index.json and the
       files that it names.
 
   Raises:
-    FileNotFoundError: neither is there, or a file that the index names.
-    ValueError: a file shorter than its header says (a broken download), a
-      header or an index that is none, a tensor in two places.
+    FileNotFoundError: neither exists, or a file of the index is missing.
+    ValueError: a file shorter than its header says (a broken download), an
+      invalid header or index, a tensor that is stored twice.
   """
   if (folder / SINGLE).exists():
     names = [SINGLE]
@@ -111,7 +111,7 @@ def find(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _indexed(file: pathlib.Path) -> list[str]:
-  """The files that an index names, all of them beside it."""
+  """The files that an index names; all must be in the index's folder."""
   try:
     table = json.loads(file.read_text("utf-8"))["weight_map"]
     names = sorted(set(table.values()))
@@ -130,14 +130,15 @@ def _indexed(file: pathlib.Path) -> list[str]:
 
 
 def _header(file: pathlib.Path) -> dict[str, Tensor]:
+  """The tensors of one file by name, checked against the file's size."""
   size = file.stat().st_size
   with open(file, "rb") as stream:
     length = int.from_bytes(stream.read(8), "little")
-    text = stream.read(length) if length < min(size, _HEADER_BYTES) else b""
+    text = stream.read(length) if length < min(size, _MAX_HEADER_BYTES) else b""
   if len(text) < length or size < 8:
     raise ValueError(
       f"{file} has {size} bytes, and its header should have {length} (at most "
-      f"{_HEADER_BYTES}). Download it again."
+      f"{_MAX_HEADER_BYTES}). Download it again."
     )
   try:
     entries = json.loads(text)
@@ -166,7 +167,15 @@ def _header(file: pathlib.Path) -> dict[str, Tensor]:
 def _tensor(
   file: pathlib.Path, name: str, entry: dict[str, Any], start: int, size: int
 ) -> Tensor:
-  """One entry of a header, whose bytes lie in the file and fit its shape."""
+  """Checks one entry of a header: its bytes are in the file, its shape fits.
+
+  Args:
+    file: of the tensor.
+    name: of the tensor.
+    entry: of the header.
+    start: where the tensors' bytes start in the file.
+    size: of the file, bytes.
+  """
   begin, end = entry["data_offsets"]
   shape = tuple(entry["shape"])
   whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -186,7 +195,7 @@ def _tensor(
 
 
 class Writer:
-  """Writes a checkpoint folder tensor by tensor, in a given order."""
+  """Writes a checkpoint folder tensor by tensor, in a fixed order."""
 
   def __init__(
     self,
@@ -195,13 +204,13 @@ class Writer:
     dtype: np.dtype,
     file_bytes: int,
   ):
-    """Plans the files; nothing is written yet.
+    """Assigns the tensors to files; writes nothing yet.
 
     Args:
       folder: an existing directory.
-      tensors: name and shape of each, in the order in which they will come.
-      dtype: of all of them: float32, float16 or bfloat16.
-      file_bytes: a further file is begun before one would pass this.
+      tensors: name and shape of each, in the order of `write`.
+      dtype: of all tensors: float32, float16 or bfloat16.
+      file_bytes: most bytes of one file, unless a single tensor is larger.
 
     Raises:
       FileExistsError: the folder holds safetensors already.
@@ -219,52 +228,55 @@ class Writer:
       )
     self._folder = folder
     self._dtype = np.dtype(dtype)
-    self._parts: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    self._shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     held = 0
     for name, shape in tensors:
       size = math.prod(shape) * self._dtype.itemsize
-      if self._parts[-1] and held + size > file_bytes:
-        self._parts.append([])
+      if self._shards[-1] and held + size > file_bytes:
+        self._shards.append([])
         held = 0
-      self._parts[-1].append((name, shape))
+      self._shards[-1].append((name, shape))
       held += size
 
   def write(self, arrays: Iterable[np.ndarray]) -> None:
-    """Writes the arrays, which come in the order planned.
+    """Writes the arrays, in the order of `tensors`.
 
     Raises:
-      ValueError: a shape other than planned.
+      ValueError: a shape other than that of `tensors`.
     """
     arrays = iter(arrays)
-    count = len(self._parts)
-    table, total = {}, 0
-    for number, part in enumerate(self._parts, start=1):
+    count = len(self._shards)
+    file_of, total = {}, 0
+    for number, shard in enumerate(self._shards, start=1):
       file = f"model-{number:05d}-of-{count:05d}.safetensors"
       file = SINGLE if count == 1 else file
       with open(self._folder / file, "wb") as stream:
-        stream.write(self._header(part))
-        for name, shape in part:
+        stream.write(self._header(shard))
+        for name, shape in shard:
           array = np.ascontiguousarray(next(arrays), self._dtype)
           if array.shape != shape:
-            raise ValueError(f"{name}: {array.shape} came, {shape} planned.")
+            raise ValueError(
+              f"{name} has shape {array.shape}, but was planned as {shape}. "
+              "Pass the arrays in the order of `tensors`."
+            )
           stream.write(array.reshape(-1).view(np.uint8).data)
-          table[name] = file
+          file_of[name] = file
           total += array.nbytes
     if count > 1:
-      index = {"metadata": {"total_size": total}, "weight_map": table}
+      index = {"metadata": {"total_size": total}, "weight_map": file_of}
       (self._folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
 
-  def _header(self, part: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
+  def _header(self, shard: Sequence[tuple[str, tuple[int, ...]]]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in part:
+    offset = 0
+    for name, shape in shard:
       size = math.prod(shape) * self._dtype.itemsize
       header[name] = {
         "dtype": _NAMES[self._dtype],
         "shape": list(shape),
-        "data_offsets": [at, at + size],
+        "data_offsets": [offset, offset + size],
       }
-      at += size
+      offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

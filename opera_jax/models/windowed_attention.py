@@ -1,19 +1,21 @@
-"""Causal attention within segments in plain XLA, no score kept for long.
+"""Causal attention within segments in plain XLA, by chunks of queries.
 
-Chunks of queries each meet the keys from their own segments' start on; how
-many those are is known when it runs: of a few window lengths, all compiled,
-the shortest is taken that holds them. The backward pass makes the
-probabilities anew, so that queries, keys, values and outputs are all that is
-kept.
+Each chunk of queries attends to a window of keys that starts where the chunk's
+first segment starts. The window's length is known only at run time: a few
+lengths are compiled, and `lax.switch` takes the shortest that is long enough.
+The backward pass recomputes the probabilities, so only queries, keys, values
+and outputs are saved.
 
-On a CPU what costs is memory traffic, so rows go one after the other, whose
-scores stay in its caches.
+A CPU is limited by memory traffic, so it processes one row at a time, whose
+scores stay in the CPU's caches.
 
 Shape key: b rows at once, T tokens (queries), N query heads, K key/value heads,
-R = N / K query heads a key head, H head dimension, C queries of a chunk,
+R = N / K query heads per key head, H head dimension, C queries of a chunk,
 W keys of its window.
 """
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,12 +25,11 @@ from jax.ad_checkpoint import checkpoint_name
 from opera_jax.kernels import target, tiles
 from opera_jax.sharding import rules
 
-# What the remat policy "attention" keeps.
+# Name of the output, which the remat policy "attention" saves.
 OUTPUT = "attention"
-# The longest chunk; as many of them still go without a loop.
-CHUNK = 512
-CHUNKS = 8
-_SMALLEST = 128
+CHUNK = 512  # queries of the longest chunk
+CHUNKS = 8  # at most so many chunks are unrolled
+_MIN_CHUNK = 128
 
 
 @jax.custom_vjp
@@ -39,22 +40,24 @@ def attend(
   return _forward_rule(q_BTNH, k_BTKH, v_BTKH, segment_BT)[0]
 
 
-def _forward_rule(*arrays):
-  out_BTNH = _by_rows(_forward, arrays)
-  # Named here, so that to keep it is to run no attention a second time.
+def _forward_rule(*arrays: jax.Array) -> tuple[jax.Array, Any]:
+  out_BTNH = _map_rows(_forward, arrays)
+  # Saving it avoids recomputing attention in the backward pass.
   out_BTNH = checkpoint_name(out_BTNH, OUTPUT)
   return out_BTNH, (*arrays, out_BTNH)
 
 
-def _backward_rule(saved, d_out_BTNH):
-  return (*_by_rows(_backward, (*saved, d_out_BTNH)), None)
+def _backward_rule(residuals: Any, d_out_BTNH: jax.Array) -> tuple[Any, ...]:
+  return (*_map_rows(_backward, (*residuals, d_out_BTNH)), None)
 
 
 attend.defvjp(_forward_rule, _backward_rule)
 
 
-def _by_rows(function, arrays):
-  """One row after the other on a CPU, else all at once."""
+def _map_rows(
+  function: Callable[..., Any], arrays: tuple[jax.Array, ...]
+) -> Any:
+  """Applies `function` to one row after the other on a CPU, else to all."""
   if target.platform() != "cpu" or not rules.alone():
     return function(*arrays)
   rows = jax.lax.map(
@@ -63,14 +66,16 @@ def _by_rows(function, arrays):
   return jax.tree.map(lambda x: x[:, 0], rows)
 
 
-def _forward(q_bTNH, k_bTKH, v_bTKH, segment_bT):
+def _forward(
+  q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, segment_bT: jax.Array
+) -> jax.Array:
   K, H = k_bTKH.shape[2:]
   q_bKRTH = tiles.grouped(q_bTNH, K)
   k_bKTH, v_bKTH = jnp.swapaxes(k_bTKH, 1, 2), jnp.swapaxes(v_bTKH, 1, 2)
   outs = []
   for start, end, windows, chosen in _chunks(segment_bT):
 
-    def run(window, start=start, end=end):
+    def run(window: int, start: int = start, end: int = end) -> jax.Array:
       keys = slice(end - window, end)
       return tiles.forward(
         q_bKRTH[:, :, :, start:end],
@@ -85,7 +90,14 @@ def _forward(q_bTNH, k_bTKH, v_bTKH, segment_bT):
   return tiles.ungrouped(out_bKRTH)
 
 
-def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
+def _backward(
+  q_bTNH: jax.Array,
+  k_bTKH: jax.Array,
+  v_bTKH: jax.Array,
+  segment_bT: jax.Array,
+  out_bTNH: jax.Array,
+  d_out_bTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   K, H = k_bTKH.shape[2:]
   per_query: Any = (q_bTNH, d_out_bTNH, tiles.delta(d_out_bTNH, out_bTNH))
   per_query = [tiles.grouped(x, K) for x in per_query]
@@ -95,7 +107,13 @@ def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
   d_qs = []
   for start, end, windows, chosen in _chunks(segment_bT):
 
-    def run(window, d_k_bKHT, d_v_bKHT, start=start, end=end):
+    def run(
+      window: int,
+      d_k_bKHT: jax.Array,
+      d_v_bKHT: jax.Array,
+      start: int = start,
+      end: int = end,
+    ) -> tuple[jax.Array, ...]:
       keys = slice(end - window, end)
       q, d_out, delta = (x[:, :, :, start:end] for x in per_query)
       d_q, d_k, d_v = tiles.backward(
@@ -123,10 +141,17 @@ def _backward(q_bTNH, k_bTKH, v_bTKH, segment_bT, out_bTNH, d_out_bTNH):
   return tiles.ungrouped(d_q_bKRTH), d_k_bTKH, d_v_bTKH
 
 
-def _chunks(segment_bT):
-  """(first query, last + 1, window lengths, which of them) of every chunk."""
+def _chunks(
+  segment_bT: jax.Array,
+) -> Iterator[tuple[int, int, list[int], jax.Array]]:
+  """Cuts the queries into chunks.
+
+  Yields:
+    First query, last query + 1, the window lengths that are compiled, and the
+    index of the one to take (int32 scalar, known at run time).
+  """
   T = segment_bT.shape[1]
-  size = min(max(_SMALLEST, -(-T // CHUNKS)), CHUNK)
+  size = min(max(_MIN_CHUNK, -(-T // CHUNKS)), CHUNK)
   for start in range(0, T, size):
     end = min(start + size, T)
     same_bCW = segment_bT[:, start:end, None] == segment_bT[:, None, :end]
@@ -137,15 +162,23 @@ def _chunks(segment_bT):
     yield start, end, windows, chosen
 
 
-def _switch(chosen, windows, run, *operands):
+def _switch(
+  chosen: jax.Array,
+  windows: list[int],
+  run: Callable[..., Any],
+  *operands: jax.Array,
+) -> Any:
+  """Calls `run(windows[chosen], *operands)`."""
   if len(windows) == 1:
     return run(windows[0], *operands)
-  continuations = [lambda *x, w=window: run(w, *x) for window in windows]
-  return jax.lax.switch(chosen, continuations, *operands)
+  branches = [functools.partial(run, window) for window in windows]
+  return jax.lax.switch(chosen, branches, *operands)
 
 
-def _bias(segment_bT, start, end, window):
-  """What masks, [b, 1, 1, C, W]."""
+def _bias(
+  segment_bT: jax.Array, start: int, end: int, window: int
+) -> jax.Array:
+  """The additive mask, [b, 1, 1, C, W]."""
   query_C = jnp.arange(start, end)
   key_W = jnp.arange(end - window, end)
   same_bCW = (
