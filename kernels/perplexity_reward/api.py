@@ -53,7 +53,8 @@ def perplexity_reward(
     previous_RS: [R, S] integer, the slot that slot s is compared with, -1 if s
       is not a reflective state.
     tau: the number of gains whose reward is tanh(1); above 0.
-    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform choose.
+    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform
+      choose.
 
   Returns:
     A `PerplexityReward`.
@@ -81,7 +82,8 @@ def group_rank(
   Args:
     score_BN: [B, N] floating, comparable within a row; NaN is neither lower nor
       higher than any score.
-    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform choose.
+    implementation: "reference", "xla" or "pallas_tpu"; None lets the platform
+      choose.
 
   Returns:
     r_ppl [B, N] float32 in [0, 1]; tied samples get the lower rank.
