@@ -173,7 +173,9 @@ def pack(
 ) -> structs.Batch:
   """Packs sequences by `first_fit` and builds the batch by `assemble`."""
   rows = first_fit([len(tokens) for tokens in sequences], row_length)
-  return assemble(rows, sequences, loss_masks, row_length, pad_id)
+  return assemble(
+    rows, sequences, loss_masks, row_length=row_length, pad_id=pad_id
+  )
 
 
 def batch_order(
@@ -199,7 +201,7 @@ def batch_order(
   Raises:
     ValueError: fewer items than a batch, or `epochs` below 1.
   """
-  return _Order(n, batch_size, epochs, seed)
+  return _Order(n, batch_size, epochs=epochs, seed=seed)
 
 
 class _Order(Sequence):

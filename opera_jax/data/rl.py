@@ -79,7 +79,12 @@ def place(
     ValueError: a row or completion longer than the largest bucket.
   """
   if completions_per_row > 1:
-    return several_per_row(sizes, completions_per_row, padded_prompt, buckets)
+    return several_per_row(
+      sizes,
+      completions_per_row=completions_per_row,
+      prefix_length=padded_prompt,
+      buckets=buckets,
+    )
   return one_per_row(prompt_lengths, sizes, buckets)
 
 

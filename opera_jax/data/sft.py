@@ -58,8 +58,8 @@ class Batches:
       [self._rows[order[row]] if row < len(order) else [] for row in rows],
       self._sequences,
       self._loss_masks,
-      self._row_length,
-      self._pad_id,
+      row_length=self._row_length,
+      pad_id=self._pad_id,
     )
 
   def start_at(self, step: int) -> Iterator[structs.Batch]:
@@ -127,7 +127,9 @@ def build(
     counts=counts,
     batch_size=batch_size,
     _rows=rows,
-    _order=batching.batch_order(len(rows), batch_size, epochs, seed),
+    _order=batching.batch_order(
+      len(rows), batch_size, epochs=epochs, seed=seed
+    ),
     _sequences=sequences,
     _loss_masks=masks,
     _row_length=row_length,

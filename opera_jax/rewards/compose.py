@@ -13,7 +13,7 @@ The first returns what has to be scored. The second returns the reward as
 "verifiable + 0.2*sar". A name with a colon is the import path of a user's
 function, see `rewards.function`.
 
-Shape key: B prompts, N samples a prompt.
+Shape key: B prompts, N samples of a prompt.
 """
 
 import difflib
@@ -58,7 +58,7 @@ def weights(text: str) -> dict[str, float]:
 
 def nearest(value: Any, names: Collection[str]) -> str:
   """A hint `; did you mean 'NAME'?`, or "" if no name is similar."""
-  found = difflib.get_close_matches(str(value), list(names), 1, 0.5)
+  found = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
   return f"; did you mean {found[0]!r}?" if found else ""
 
 
@@ -141,7 +141,7 @@ def weighted_sum(
     for term, value_BN in own_terms.items():
       name = reward if term == "total" else term
       shape = shape or value_BN.shape
-      _check(name, value_BN, shape, terms)
+      _check(name, value_BN, shape=shape, terms=terms)
       terms[name] = value_BN.astype(np.float32)
     total_BN = total_BN + np.float32(weight[reward]) * terms[reward]
   return total_BN, terms
@@ -150,6 +150,7 @@ def weighted_sum(
 def _check(
   name: str,
   value_BN: np.ndarray,
+  *,
   shape: tuple[int, ...],
   terms: Mapping[str, np.ndarray],
 ) -> None:

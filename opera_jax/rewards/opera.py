@@ -65,9 +65,15 @@ class Reward:
     prompts = [rollouts.prompt_index(r) for r in chosen]
     continuations, index = opera_requests.plan(
       thoughts,
-      np.asarray([len(rollouts.prompt_ids[b]) for b in prompts]),
-      np.asarray([len(rollouts.completions[r].tokens) for r in chosen]),
-      [rollouts.encode(rollouts.prompts[b].reference) for b in prompts],
+      prompt_length_R=np.asarray(
+        [len(rollouts.prompt_ids[b]) for b in prompts]
+      ),
+      completion_length_R=np.asarray(
+        [len(rollouts.completions[r].tokens) for r in chosen]
+      ),
+      reference_ids=[
+        rollouts.encode(rollouts.prompts[b].reference) for b in prompts
+      ],
       bridge_ids=self.bridge_ids,
       all_steps=self.all_steps,
       compare=self.compare,

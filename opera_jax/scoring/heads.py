@@ -47,7 +47,7 @@ def logprob_and_heads_fn(
     hidden_RXD = states.hidden_RXD
     target_RX = states.to_states(batch.tokens)
     logprob_RX, entropy_RX = token_logprobs.token_logprobs(
-      model, hidden_RXD, target_RX, temperature
+      model, hidden_RXD, target_RX, temperature=temperature
     )
     critic = params["value"]
     value_RX = hidden_RXD.astype(jnp.float32) @ critic["kernel"]
@@ -57,9 +57,11 @@ def logprob_and_heads_fn(
       head = head.astype(hidden_RXD.dtype)
       head_VD = head if transposed else head.T
       ids_RXK = states.to_states(batch.extra["top_ids"])
-      logit_RX = _logits(hidden_RXD, head_VD, target_RX[..., None], temperature)
+      logit_RX = _logits(
+        hidden_RXD, head_VD, target_RX[..., None], temperature=temperature
+      )
       normalizer_RX1 = logit_RX - logprob_RX[..., None]
-      logit_RXK = _logits(hidden_RXD, head_VD, ids_RXK, temperature)
+      logit_RXK = _logits(hidden_RXD, head_VD, ids_RXK, temperature=temperature)
       heads["top_logprob"] = states.to_tokens(logit_RXK - normalizer_RX1)
     return states.to_tokens(logprob_RX), states.to_tokens(entropy_RX), heads
 
@@ -123,6 +125,7 @@ def _logits(
   hidden_RXD: jax.Array,
   head_VD: jax.Array,
   ids_RXK: jax.Array,
+  *,
   temperature: float,
 ) -> jax.Array:
   """Logits [R, X, K] of K token ids per state.

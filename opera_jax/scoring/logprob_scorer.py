@@ -120,7 +120,7 @@ class LogprobScorer:
       [(c.prefix, c.fork, c.tokens.tobytes(), c.skip) for c in reindexed],
     )
     scored = self._score_distinct(
-      params, distinct_prefixes, distinct_continuations, advance
+      params, distinct_prefixes, distinct_continuations, advance=advance
     )
     for name, values in zip(
       ("prefix", "prefix", "continuation", "continuation"), scored
@@ -224,6 +224,7 @@ class LogprobScorer:
     params: Any,
     prefixes: Sequence[np.ndarray],
     continuations: Sequence[structs.Continuation],
+    *,
     advance: Callable[[int], None] | None,
   ) -> tuple[list[np.ndarray], ...]:
     """Runs all microbatches; the device computes one while the host reads the

@@ -111,7 +111,10 @@ def logprob_fn(
     model = nnx.merge(graphdef, params)
     states = predicting_states(model, batch)
     logprob_RX, entropy_RX = token_logprobs.token_logprobs(
-      model, states.hidden_RXD, states.to_states(batch.tokens), temperature
+      model,
+      states.hidden_RXD,
+      states.to_states(batch.tokens),
+      temperature=temperature,
     )
     return states.to_tokens(logprob_RX), states.to_tokens(entropy_RX)
 

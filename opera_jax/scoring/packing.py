@@ -152,7 +152,9 @@ def pack(
   for start in range(0, len(rows), batch_size):
     group = rows[start : start + batch_size]
     T, S, G = (max(row.shape[axis] for row in group) for axis in range(3))
-    batches.append(_fill(group, (batch_size, T, S, G), prefixes, continuations))
+    batches.append(
+      _fill(group, prefixes, continuations, shape=(batch_size, T, S, G))
+    )
   return batches
 
 
@@ -167,9 +169,10 @@ class _Row:
 
 def _fill(
   rows: Sequence[_Row],
-  shape: tuple[int, int, int, int],
   prefixes: Sequence[np.ndarray],
   continuations: Sequence[structs.Continuation],
+  *,
+  shape: tuple[int, int, int, int],
 ) -> MicroBatch:
   """Writes rows into padded arrays of shape (B, T, S, G)."""
   B, T, S, G = shape

@@ -70,7 +70,7 @@ def logprob_fn(
       [jnp.roll(token_BT, -1, axis=1), target_BSG.reshape(flat)], axis=1
     )
     logprob_BX, entropy_BX = token_logprobs.token_logprobs(
-      model, hidden_BXD, target_BX, temperature
+      model, hidden_BXD, target_BX, temperature=temperature
     )
     return (
       token_logprobs.shift_right(logprob_BX[:, :T]),

@@ -13,6 +13,7 @@ def token_logprobs(
   model: qwen3.Qwen3,
   hidden_BTD: jax.Array,
   target_BT: jax.Array,
+  *,
   temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Applies the language model head and scores one target per hidden state.

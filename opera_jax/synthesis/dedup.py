@@ -60,7 +60,7 @@ def repeats(
   if threshold:
     unique = [i for i, duplicate in enumerate(found) if duplicate is None]
     for index, similar in _near(
-      prompts, unique, threshold, ngram, chains=False
+      prompts, unique, threshold=threshold, ngram=ngram, chains=False
     ):
       found[index] = ("near", prompts[similar[0]].id)
   return found
@@ -99,7 +99,9 @@ def clusters(
 
   if threshold:
     unique = list(first.values())
-    for index, similar in _near(prompts, unique, threshold, ngram, chains=True):
+    for index, similar in _near(
+      prompts, unique, threshold=threshold, ngram=ngram, chains=True
+    ):
       for other in similar:
         low, high = sorted((find(index), find(other)))
         parent[high] = low
@@ -118,9 +120,9 @@ def _check(threshold: float, ngram: int) -> None:
 def _near(
   prompts: Sequence[structs.Prompt],
   indices: Sequence[int],
+  *,
   threshold: float,
   ngram: int,
-  *,
   chains: bool,
 ) -> Iterator[tuple[int, list[int]]]:
   """Finds prompts that are near duplicates of earlier ones.
@@ -156,14 +158,11 @@ def _near(
     )
     for prompt, minhash in zip(batch, hashes):
       own = _shingles(prompts[prompt], ngram)
-      jaccard = {
-        other: _jaccard(own, shingles(other))
-        for other in lsh.most_similar(minhash.hashvalues)
-      }
-      similar = sorted(
-        (other for other in jaccard if jaccard[other] >= threshold),
-        key=lambda other, jaccard=jaccard: (-jaccard[other], other),
-      )
+      candidates = lsh.most_similar(minhash.hashvalues)
+      jaccard = {i: _jaccard(own, shingles(i)) for i in candidates}
+      near = [i for i in candidates if jaccard[i] >= threshold]
+      # The sort is stable: equally similar prompts stay in ascending order.
+      similar = sorted(near, key=jaccard.__getitem__, reverse=True)
       if similar:
         yield prompt, similar
       if chains or not similar:

@@ -62,7 +62,12 @@ def screen(
   identifier = _identifier(languages)
   passed, rejected = [], []
   for prompt in prompts:
-    why = _check_length(prompt, min_chars, max_chars, max_reference_chars)
+    why = _check_length(
+      prompt,
+      min_chars=min_chars,
+      max_chars=max_chars,
+      max_reference_chars=max_reference_chars,
+    )
     if not why and languages:
       code, probability = identifier.classify(prompt.prompt)
       if code not in languages and probability >= certainty:
@@ -146,6 +151,7 @@ def sentence_transformer(name: str) -> Embed:
 
 def _check_length(
   prompt: structs.Prompt,
+  *,
   min_chars: int,
   max_chars: int,
   max_reference_chars: int,

@@ -181,7 +181,7 @@ class Rewriter:
     out = []
     for start in range(0, len(drafts), _GROUP):
       group = drafts[start : start + _GROUP]
-      self._run(sample_params, score_params, group, key, advance)
+      self._run(sample_params, score_params, group, key=key, advance=advance)
       for draft in group:
         out.append(self._trace(draft))
         if ended is not None:
@@ -193,6 +193,7 @@ class Rewriter:
     sample_params: Any,
     score_params: Any,
     drafts: Sequence[_Draft],
+    *,
     key: jax.Array,
     advance: Callable[[int], None] | None,
   ) -> None:
@@ -244,7 +245,9 @@ class Rewriter:
           samples=self._candidates,
           stops=self._stops,
         )
-        self._keep_best(score_params, group, step, replacements)
+        self._keep_best(
+          score_params, group, step=step, replacements=replacements
+        )
       active = [
         draft for draft, old in zip(active, before) if draft.logprob > old
       ]
@@ -337,6 +340,7 @@ class Rewriter:
     self,
     params: Any,
     group: Sequence[_Draft],
+    *,
     step: int,
     replacements: Sequence[Sequence[structs.Sample]],
   ) -> None:

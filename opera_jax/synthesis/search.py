@@ -210,13 +210,14 @@ class Searcher:
       per_prompt_slot=True,
       with_model_logprob=self._budget > 0,
     ) as workers:
-      self._drive(workers, searches, key, advance, ended)
+      self._drive(workers, searches, key=key, advance=advance, ended=ended)
     return [self._trace(search) for search in searches]
 
   def _drive(
     self,
     workers: Any,
     searches: Sequence[_Search],
+    *,
     key: jax.Array,
     advance: Callable[[int], None] | None,
     ended: Callable[[traces.Trace], None] | None,

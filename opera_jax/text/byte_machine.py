@@ -49,6 +49,7 @@ class _State:
 
 def build(
   strings: Sequence[bytes],
+  *,
   left_boundary: bool,
   right_boundary: bool,
   ignore_case: bool,

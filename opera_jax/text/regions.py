@@ -72,7 +72,9 @@ def join(
   joined = vocab_fold.compress(
     np.concatenate(next_state),
     np.concatenate(event),
-    index.reshape(-1),
-    np.concatenate([np.asarray(t.end_event, np.int32) for t in tables]),
+    index=index.reshape(-1),
+    end_event=np.concatenate(
+      [np.asarray(t.end_event, np.int32) for t in tables]
+    ),
   )
   return automaton.Automaton(**joined), starts

@@ -114,12 +114,17 @@ def compile(
 
   def build() -> dict[str, np.ndarray]:
     machine = byte_machine.build(
-      encoded, left_boundary, right_boundary, ignore_case
+      encoded,
+      left_boundary=left_boundary,
+      right_boundary=right_boundary,
+      ignore_case=ignore_case,
     )
     return _tables(machine, vocab_bytes)
 
   key = ["stops", *encoded, left_boundary, right_boundary, ignore_case]
-  tables = vocab_fold.cached(build, cache_dir, key, vocab_bytes)
+  tables = vocab_fold.cached(
+    build, cache_dir=cache_dir, key=key, vocab_bytes=vocab_bytes
+  )
   reachable = _reachable_events(tables)
   for index, string in enumerate(strings):
     if index + 1 not in reachable:
@@ -160,7 +165,9 @@ def _tables(
     machine.next_state, [*tokens, special], record
   )
   index = np.where(index < 0, len(tokens), index)
-  return vocab_fold.compress(next_state, code, index, machine.found_at_end)
+  return vocab_fold.compress(
+    next_state, code, index=index, end_event=machine.found_at_end
+  )
 
 
 def _reachable_events(tables: dict[str, np.ndarray]) -> set[int]:

@@ -79,18 +79,30 @@ def compile(
   def build() -> dict[str, np.ndarray]:
     whole_word = match == "word"
     machine = byte_machine.build(
-      folded, whole_word, whole_word, ignore_case=True, separator=cut
+      folded,
+      left_boundary=whole_word,
+      right_boundary=whole_word,
+      ignore_case=True,
+      separator=cut,
     )
-    return _tables(machine, vocab_bytes, think_open_id, think_close_id)
+    return _tables(
+      machine,
+      vocab_bytes,
+      think_open_id=think_open_id,
+      think_close_id=think_close_id,
+    )
 
   key = ["thought", *folded, b"cut", cut, match, think_open_id, think_close_id]
-  tables = vocab_fold.cached(build, cache_dir, key, vocab_bytes)
+  tables = vocab_fold.cached(
+    build, cache_dir=cache_dir, key=key, vocab_bytes=vocab_bytes
+  )
   return automaton.Automaton(**tables)
 
 
 def _tables(
   machine: byte_machine.ByteMachine,
   vocab_bytes: Sequence[bytes | None],
+  *,
   think_open_id: int,
   think_close_id: int,
 ) -> dict[str, np.ndarray]:
@@ -137,7 +149,10 @@ def _tables(
   index = np.where(index < 0, len(tokens), index)
   index[think_open_id], index[think_close_id] = opens, closes
   return vocab_fold.compress(
-    next_state, code, index, np.concatenate([[0, 0], pending])
+    next_state,
+    code,
+    index=index,
+    end_event=np.concatenate([[0, 0], pending]),
   )
 
 

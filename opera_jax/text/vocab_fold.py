@@ -101,6 +101,7 @@ def _smallest(array: np.ndarray) -> np.ndarray:
 def compress(
   next_state: np.ndarray,
   code: np.ndarray,
+  *,
   index: np.ndarray,
   end_event: np.ndarray,
 ) -> dict[str, np.ndarray]:
@@ -131,6 +132,7 @@ def compress(
 
 def cached(
   build: Callable[[], dict[str, np.ndarray]],
+  *,
   cache_dir: str | os.PathLike | None,
   key: Sequence,
   vocab_bytes: Sequence[bytes | None],
