@@ -51,8 +51,8 @@ def test_probability_belief_is_exact_bayes_and_odds_is_biased():
     np.testing.assert_allclose(exact, posterior, rtol=1e-6)
     odds = oppo.beliefs(np.asarray(evidence), prior, belief="odds")
     biases.append(np.abs(odds - posterior)[1:].max())
-    # The surrogate moves the same way but not as far: logit V + log lambda
-    # is logit(V lambda) + log((1 - V lambda) / (1 - V)).
+    # The odds update moves in the same direction, but less: logit V + log
+    # lambda is logit(V lambda) + log((1 - V lambda) / (1 - V)).
     want = np.log(prior / (1 - prior)) + np.cumsum(evidence)
     np.testing.assert_allclose(odds[1:], 1 / (1 + np.exp(-want)), rtol=1e-6)
   assert np.mean(biases) > 0.05
@@ -141,7 +141,7 @@ def test_degenerate_groups_are_finite(make, belief, scale, reward, lengths):
     assert np.isfinite(advantage).all()
 
 
-def test_what_the_oracle_is_asked(make):
+def test_the_oracles_prompts(make):
   inputs = make(REWARD)
   requests = oppo.AdvantageEstimator().scoring_requests(
     inputs.rollouts, inputs.reward_BN

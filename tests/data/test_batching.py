@@ -38,7 +38,7 @@ def random_sequences(seed, count, longest):
   return sequences, masks
 
 
-def test_pack_keeps_every_sequence_whole_and_apart():
+def test_pack_keeps_sequences_whole_and_separate():
   sequences, masks = random_sequences(0, 50, 16)
   batch = batching.pack(sequences, masks, 16, pad_id=0)
   found = []
@@ -72,7 +72,7 @@ def test_pack_is_tight():
   assert batching.first_fit([], 16) == []
 
 
-def test_what_does_not_fit_is_named():
+def test_sequences_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match="Sequence 1 has 17 tokens"):
     batching.first_fit([3, 17], 16)
   with pytest.raises(ValueError, match="Sequence 0 has 0 tokens"):
@@ -114,12 +114,12 @@ def test_no_batch_holds_an_item_twice(n, size):
     sorted(epoch) == list(range(n))
     for epoch in drawn.reshape(epochs, n).tolist()
   )
-  # Asked from the middle on, as after a resume, it says the same.
+  # Read from the middle on, as after a resume, it is the same.
   later = batching.batch_order(n, size, epochs=epochs, seed=1)
   assert later[len(order) - 2].tolist() == batches[-2]
 
 
-def test_the_last_batch_holds_what_is_left():
+def test_the_last_batch_holds_the_remainder():
   order = batching.batch_order(15, 8, epochs=1, seed=0)
   assert [len(order[step]) for step in range(len(order))] == [8, 7]
   seen = sorted(i for step in range(2) for i in order[step].tolist())

@@ -22,14 +22,14 @@ def _advantages(*values):
   return [np.full(n + 1, v, np.float32) for n, v in enumerate(values)]
 
 
-def test_advantages_stand_on_completion_tokens():
+def test_advantages_are_on_completion_tokens():
   batch = _rows([np.asarray([1.0, 2.0, 3.0], np.float32)], begins=(2,))
   np.testing.assert_array_equal(batch.advantage[0], [0, 0, 1, 2, 3, 0, 0, 0])
   np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1, 1, 0, 0, 0])
   assert batch.extra == {}
 
 
-def test_scatter_takes_further_axes():
+def test_scatter_keeps_trailing_axes():
   place = rl.one_per_row([1, 0], [2, 1], (4,))
   values = [np.ones((2, 3)), np.ones((1, 3))]
   got = place.scatter(values)
@@ -39,7 +39,7 @@ def test_scatter_takes_further_axes():
     np.testing.assert_array_equal(own, value)
 
 
-def test_samples_share_a_prompt():
+def test_completions_share_a_prompt():
   """Two prompts of 2 and 3 tokens, two samples each, in rows of two."""
   prefixes = [
     np.asarray(row, np.int32)
@@ -72,7 +72,7 @@ def test_samples_share_a_prompt():
     rl.several_per_row([9], 1, 4, (3, 8))
 
 
-def test_mini_batches_cut_what_is_extra_too():
+def test_mini_batches_split_extra_arrays_too():
   batch = _rows(_advantages(1, 2, 3, 4))
   batch = batch.replace(extra={"value": np.arange(4.0)[:, None]})
   one, two = rl.mini_batches(batch, 2)
@@ -83,9 +83,9 @@ def test_mini_batches_cut_what_is_extra_too():
     rl.mini_batches(batch, 3)
 
 
-def test_pairs_put_the_better_halves_first():
-  # Groups of 2: (worse, better), then without spread; a mini-batch each, then
-  # both in one.
+def test_pairs_put_chosen_rows_first():
+  # Groups of 2: (rejected, chosen), then one with equal rewards; first in two
+  # mini-batches, then in one.
   batch = _rows(_advantages(-1, 1, 0, 0))
   one, two = rl.mini_batches(rl.pairs(batch, 2, 2), 2)
   np.testing.assert_array_equal(one.tokens, batch.tokens[[1, 0]])

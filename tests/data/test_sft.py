@@ -49,7 +49,7 @@ def test_targets_are_the_completions(packed):
     assert made.counts["rows"] < 12
 
 
-def test_every_pair_is_seen_and_what_fills_the_last_batch_is_padding():
+def test_every_pair_is_seen_and_the_last_batch_is_padded():
   """15 pairs in batches of 8, one epoch: 8 and 7, none left out."""
   made = data(pairs(15), batch_size=8, epochs=1)
   first, last = made[0], made[1]
@@ -59,13 +59,13 @@ def test_every_pair_is_seen_and_what_fills_the_last_batch_is_padding():
   assert not last.segments[7].any() and not last.loss_mask[7].any()
   seen = np.concatenate([b.tokens[b.loss_mask > 0] for b in (first, last)])
   assert len(seen) == made.counts["target_tokens"]
-  # A process that holds the padded rows alone is given them.
+  # A process may hold only padding rows.
   np.testing.assert_array_equal(
     made.part(1, np.asarray([7, 6])).tokens, last.tokens[[7, 6]]
   )
 
 
-def test_batches_are_found_by_step():
+def test_batches_are_indexed_by_step():
   made = data(pairs(), packed=True)
   later = list(made.start_at(2))
   assert len(later) == len(made) - 2
@@ -75,7 +75,7 @@ def test_batches_are_found_by_step():
     made[len(made)]
 
 
-def test_what_is_too_long_is_dropped_and_counted():
+def test_long_pairs_are_dropped_and_counted():
   made = pairs(5)
   made.append((np.zeros(9, np.int32), np.zeros(8, np.int32)))
   made.append((np.zeros(8, np.int32), np.full(8, 200, np.int32)))

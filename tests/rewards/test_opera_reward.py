@@ -1,5 +1,5 @@
-"""OPERA's numbers from log-probabilities, against a slow reading of the
-definition."""
+"""OPERA's rewards from log-probabilities, against a direct implementation of
+the definition."""
 
 import numpy as np
 import pytest
@@ -217,5 +217,5 @@ def test_the_arithmetic_is_two_programs_of_few_shapes():
     return compile_log.programs(spans[before:])
 
   assert compiled(40, 0) <= 2
-  # More completions, up to a power of two of them, compile nothing.
+  # More completions, up to the next power of two, compile nothing.
   assert compiled(44, 1) == compiled(64, 2) == 0

@@ -30,6 +30,6 @@ def test_mean_of_the_plain_hidden_states(tiny_model, one_device):
     graphdef, mesh=one_device, rows=2, length_buckets=(8, 32)
   ).embed(params, texts)
   assert found.shape == (len(texts), config.hidden_size)
-  # The last text is cut at the largest bucket.
+  # The last text is truncated to the largest bucket.
   expected = [plain(text[:32]) for text in texts]
   np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)

@@ -38,7 +38,7 @@ def case(tiny_model):
 
 
 @pytest.mark.parametrize("block", [64, 8192])
-def test_top_tokens_are_those_of_the_whole_table(case, block):
+def test_top_tokens_equal_those_of_the_full_vocabulary(case, block):
   graphdef, params, batch, _, table = case
   fn = jax.jit(heads.top_tokens_fn(graphdef, 5, temperature=0.7, block=block))
   ids, logprob = fn(params, batch)
@@ -47,7 +47,7 @@ def test_top_tokens_are_those_of_the_whole_table(case, block):
   np.testing.assert_allclose(logprob[:, 1:], want[:, :-1], 1e-5, 1e-5)
 
 
-def test_heads_logprob_as_the_plain_row_does_and_named_tokens_too(case):
+def test_heads_give_the_plain_logprobs_and_those_of_the_named_tokens(case):
   graphdef, params, batch, hidden, table = case
   rng = np.random.default_rng(1)
   ids = rng.integers(0, table.shape[-1], (*batch.tokens.shape, 3))
@@ -68,6 +68,6 @@ def test_heads_logprob_as_the_plain_row_does_and_named_tokens_too(case):
   np.testing.assert_allclose(got["top_logprob"][:, 1:], want, atol=1e-4)
 
 
-def test_a_new_critic_says_nothing():
+def test_a_new_critic_is_zero():
   critic = heads.init_value(4)
   assert not critic["kernel"].any() and critic["bias"] == 0

@@ -1,4 +1,4 @@
-"""Prefixes with continuations cost what separate rows cost, on any mesh."""
+"""Prefixes with continuations score like separate prefixes, on any mesh."""
 
 import jax
 import numpy as np
@@ -40,7 +40,9 @@ def _problem(seed=0, vocab=300):
   return rows, continuations
 
 
-def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
+def test_continuations_score_like_separate_prefixes(
+  tiny_model, one_device, slow_logprob
+):
   config, graphdef, params = tiny_model
   rows, continuations = _problem()
   logprob_scorer = scorer_lib.LogprobScorer(
@@ -56,8 +58,8 @@ def test_equals_separate_rows(tiny_model, one_device, slow_logprob):
     want = whole[continuation.fork - 1 + continuation.skip :]
     np.testing.assert_allclose(got, want, atol=1e-5)
   assert logprobs.prefix_tokens == sum(map(len, rows))
-  # Entropies of continuations are those of the same tokens as rows of their
-  # own, whose entropies are held to torch's in tests/models/test_parity.py.
+  # Entropies of continuations equal those of the same tokens scored as separate
+  # prefixes, which tests/models/test_parity.py compares with torch.
   whole = logprob_scorer.score(
     params,
     [
@@ -157,7 +159,7 @@ def test_completions_are_scored_as_prefixes_are(tiny_model, one_device, fits):
   ]
   want = logprob_scorer.score(params, rows + other)
   assert not got.continuation_logprob
-  # A prompt is run once, where its samples are continuations of it.
+  # If the completions are continuations, their prompt is computed once.
   assert got.prefix_tokens == (3 + 9 + 5 if fits else want.prefix_tokens)
   for name in ("prefix_logprob", "prefix_entropy"):
     for one, row in zip(getattr(got, name), getattr(want, name), strict=True):

@@ -1,5 +1,4 @@
-"""A small model that was taught to think: its thoughts hold stop words by
-themselves."""
+"""A small trained model whose thoughts contain stop words."""
 
 import pytest
 

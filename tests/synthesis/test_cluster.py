@@ -65,7 +65,7 @@ def test_quotas_always_add_up():
     take = cluster.quotas(sizes, total, minimum)
     assert take.sum() == total
     assert (take <= sizes).all() and (take >= floor).all()
-    # Above the minimum, shares differ from proportion by less than one.
+    # Above the minimum, quotas are within one of proportional.
     free = take > floor
     if free.any():
       ideal = sizes * (take[free].sum() / sizes[free].sum())
@@ -79,7 +79,7 @@ def test_bad_quotas():
     cluster.quotas((5, 3), 5, 3)
 
 
-def test_draw(planted):
+def test_sample(planted):
   _, group = planted
   take = np.array([9, 6, 4, 10])
   places = cluster.sample(group, take, seed=1)
@@ -89,7 +89,7 @@ def test_draw(planted):
   assert set(places) != set(cluster.sample(group, take, seed=2))
 
 
-def test_the_picture_keeps_neighbours(planted):
+def test_the_projection_keeps_neighbours(planted):
   vector, group = planted
   place = cluster.project(vector, seed=0)
   assert place.shape == (len(vector), 2) and np.abs(place).max() <= 1

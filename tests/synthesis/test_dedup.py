@@ -44,7 +44,7 @@ def test_exact_and_near():
   assert found == [None, None, ("exact", "0"), None, None]
 
 
-def test_numbers_make_another_sum():
+def test_other_numbers_are_no_duplicate():
   text = "Ann has {} apples and gives {} of them to Ben; how many are left?"
   texts = [text.format(i, i // 2) for i in range(4, 40)]
   assert not any(dedup.repeats(_prompts(texts), threshold=0.8))
@@ -71,7 +71,7 @@ def test_against_all_pairs():
   found = dedup.repeats(_prompts(texts), threshold=0.8)
   dropped = [i for i, one in enumerate(found) if one]
   assert len(expected) > 100
-  # The hash may miss a pair near the threshold and never makes one up.
+  # Hashing may miss pairs near the threshold; it has no false positives.
   for i in dropped:
     assert _index(texts[i], texts[int(found[i][1])], 3) >= 0.8
   assert len(set(expected) - set(dropped)) <= 0.05 * len(expected)
@@ -96,7 +96,7 @@ def _template(count):
   return _prompts(texts)
 
 
-def test_prompts_that_share_much_take_no_longer_than_others():
+def test_similar_prompts_take_linear_time():
   def call(prompts):
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -105,7 +105,7 @@ def test_prompts_that_share_much_take_no_longer_than_others():
   assert growth.twice_doubled(call, _template, 200) < growth.LINEAR
 
 
-def test_what_was_not_compared_is_counted():
+def test_skipped_comparisons_are_counted():
   with pytest.warns(RuntimeWarning, match=r"\d+ of 400 prompts share much"):
     dedup.repeats(_template(400), threshold=0.8)
   with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def test_what_was_not_compared_is_counted():
     dedup.repeats(_template(40), threshold=0.8)
 
 
-def test_clusters_join_what_a_chain_of_near_ones_joins():
+def test_clusters_are_connected_components():
   """A split by `repeats` would part b from c, which is near to b alone."""
   text = [
     "one",

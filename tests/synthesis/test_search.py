@@ -34,7 +34,7 @@ ANSWER = "\n\nThe end.<|im_end|>"
 
 
 class ScriptedEngine:
-  """Hands out given texts instead of sampling; remembers what it was asked.
+  """Returns given texts instead of sampling, and records its calls.
 
   It is its own only worker. What it "samples" is scored by a real model in one
   pass over the context and the text.
@@ -115,7 +115,7 @@ class ScriptedEngine:
     for token in tokens:
       state, event = automaton.step(self.stops, state, np.int32(token))
       events.append(int(event))
-    # The table stops a thought where the script says that it ends.
+    # The automaton stops the thought where the script ends it.
     if not text.endswith("~") and not text.endswith("<|im_end|>"):
       ends = events[-1] or self.stops.end_event[state]
       assert ends and not any(events[:-1]), (text, events)
@@ -163,8 +163,7 @@ def test_trigger_opens_the_candidate_and_the_lowest_is_kept(tokenizer, machine):
   assert trace.status == "complete"
   first = trace.rounds[0]
   assert first.trigger == "Wait"
-  # What follows the next stop word is not part of the candidate, nor is the
-  # stop word.
+  # The candidate ends before the next stop word.
   assert [c.text for c in first.candidates] == [
     "Wait it rains.\n\n", "Wait the attribute. ", "Wait it should be so.\n\n",
     "Wait there is a key.\n\n",
@@ -208,7 +207,9 @@ def test_perplexity_covers_exactly_what_is_kept(tokenizer, machine, kind):
     )
 
 
-def test_budget_binds_and_the_thought_runs_on(tokenizer, machine):
+def test_after_the_budget_the_thought_continues_without_search(
+  tokenizer, machine
+):
   rounds = [[" so.\n\nBut"] * 4] * 2 + [[" to the end.\n\nHmm, yes.\n</think>"]]
   engine = ScriptedEngine(tokenizer, machine, rounds=rounds)
   trace = _run(tokenizer, machine, engine, budget=2)
@@ -246,7 +247,7 @@ def test_broken_traces_say_why(tokenizer, machine, changes, status):
   assert trace.status == status
 
 
-def test_whole_candidates_go_before_broken_ones(tokenizer, machine):
+def test_finished_candidates_are_preferred(tokenizer, machine):
   rounds = [[" on and on~", " stop.<|im_end|>", " fine.\n</think>", " and~"]]
   trace = _run(
     tokenizer, machine, ScriptedEngine(tokenizer, machine, rounds=rounds)
@@ -303,7 +304,7 @@ def test_a_judge_chooses_in_place_of_the_score(tokenizer, machine):
   rounds = [[" on and on~", " it.\n\nBut", " so.\n\nBut", " and~"], *ROUNDS[2:]]
   engine = ScriptedEngine(tokenizer, machine, rounds=rounds)
   trace = _run(tokenizer, machine, engine, choose=last)
-  # Candidates that came to no end are not offered.
+  # Unfinished candidates are not offered.
   assert asked[0] == (
     "Tell a story.",
     "The scene is the old mill.\n\n",
@@ -317,7 +318,7 @@ def test_a_judge_chooses_in_place_of_the_score(tokenizer, machine):
 
 
 @pytest.mark.parametrize("choice", [4, -1, True, None, "1", 0.0])
-def test_no_index_is_refused(tokenizer, machine, choice):
+def test_an_invalid_choice_is_refused(tokenizer, machine, choice):
   with pytest.raises(ValueError, match="among 4 candidates of prompt 'p'"):
     _run(
       tokenizer,

@@ -53,7 +53,7 @@ def _search(teller, tokenizer, device, prompts, settings, **changes):
   return searcher.run(teller[2], teller[2], prompts, jax.random.key(5))
 
 
-# Steps of its thoughts open with these, so that most are stopped at.
+# Most steps of the model's thoughts begin with one of these words.
 STOP_OFTEN = synthesis.Settings(
   stop_words=(*search.STOP_WORDS, "The", "There", "It", "At", "Later"),
   max_step_tokens=80,
@@ -78,7 +78,7 @@ def usual(teller, tokenizer, one_device):
     pytest.param({"budget": 0}, marks=pytest.mark.slow),
   ],
 )
-def test_traces_are_those_of_a_naive_search(
+def test_traces_equal_those_of_a_naive_search(
   teller, tokenizer, one_device, changes
 ):
   """A prefill for every stretch and a pass for every score: the same."""
@@ -99,7 +99,9 @@ def test_traces_are_those_of_a_naive_search(
 
 
 @pytest.mark.slow
-def test_a_trace_depends_on_no_other(teller, tokenizer, one_device, usual):
+def test_a_trace_does_not_depend_on_other_prompts(
+  teller, tokenizer, one_device, usual
+):
   """Neighbours, order, rows and steps: none of them changes a token."""
   assert len({len(trace.rounds) for trace in usual}) > 1
   order = [7, 2, 9, 4, 0]
@@ -132,7 +134,7 @@ def test_a_prompt_is_computed_once(teller, tokenizer, one_device):
       **dataclasses.asdict(dataclasses.replace(STOP_OFTEN, template=template)),
     )
     traces = searcher.run(teller[2], teller[2], _prompts(6), jax.random.key(1))
-    # The second pass is the answer's, from the original prompt.
+    # The second prefill is for the answer, after the original prompt.
     answers = sum(len(t.answer) > 0 for t in traces)
     assert sum(len(t.rounds) for t in traces) > 4
     assert len(admitted) == 6 + (times - 1) * answers

@@ -37,7 +37,7 @@ def test_regions_act_as_their_automata():
 @pytest.mark.parametrize(
   "part, message", [((None, [9]), "stops at"), ((3, []), "compiled for")]
 )
-def test_strangers_are_refused(part, message):
+def test_other_vocabularies_are_refused(part, message):
   if part[0] == 3:
     part = stop_automaton.compile(["a"], VOCAB[:3]), []
   with pytest.raises(ValueError, match=message):

@@ -152,7 +152,7 @@ def test_no_closed_thought_no_steps(small, text):
   assert not np.asarray(found.step_end).any()
 
 
-def test_what_lies_in_the_padding_is_not_read(small):
+def test_padding_is_ignored(small):
   row = small.encode_template("<think>a\n\nBut</think>x")
   tokens, length = pad([row, row])
   tokens[1] = small.encode("But\n\n")[0]
@@ -164,7 +164,7 @@ def test_what_lies_in_the_padding_is_not_read(small):
   assert not found.closed.any()
 
 
-def test_more_steps_than_slots_is_seen(small):
+def test_more_steps_than_are_kept_is_refused(small):
   row = small.encode_template("<think>a\n\nBut\n\nc\n\nwait</think>")
   tokens, length = pad([row])
   found = thought.find(tokens, length, table(small), 2)

@@ -13,17 +13,19 @@ REWARD = [[0.2, 0.9, 0.4], [0.5, 0.5, 0.5]]
 SEQUENCE = ("grpo", "dr_grpo", "rloo", "reinforce", "pairs")
 
 
-def _rule(name):
+def _estimator(name):
   return importlib.import_module(
     f"opera_jax.advantages.{name}"
   ).AdvantageEstimator
 
 
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_sequence_rules_put_one_number_on_every_token(make, name):
+def test_sequence_estimators_give_one_number_to_every_token(make, name):
   case = make(REWARD)
-  got = _rule(name)().advantages(case)
-  assert _rule(name)().scoring_requests(case.rollouts, case.reward_BN) == {}
+  got = _estimator(name)().advantages(case)
+  assert (
+    _estimator(name)().scoring_requests(case.rollouts, case.reward_BN) == {}
+  )
   for advantage, tokens in zip(got.advantage, case.logprob):
     assert advantage.shape == tokens.shape
     assert np.ptp(advantage) == 0
@@ -32,19 +34,19 @@ def test_sequence_rules_put_one_number_on_every_token(make, name):
     np.testing.assert_allclose([a[0] for a in got.advantage], want, rtol=1e-6)
 
 
-def test_reinforce_takes_off_the_mean_of_all_others(make):
+def test_reinforce_subtracts_the_mean_of_all_others(make):
   case = make(REWARD)
-  got = [a[0] for a in _rule("reinforce")().advantages(case).advantage]
+  got = [a[0] for a in _estimator("reinforce")().advantages(case).advantage]
   flat = np.reshape(REWARD, -1)
   want = [r - np.delete(flat, i).mean() for i, r in enumerate(flat)]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  bare = _rule("reinforce")(baseline="none").advantages(case)
+  bare = _estimator("reinforce")(baseline="none").advantages(case)
   np.testing.assert_allclose([a[0] for a in bare.advantage], flat)
   with pytest.raises(ValueError, match="critic"):
-    _rule("reinforce")(baseline="critic")
+    _estimator("reinforce")(baseline="critic")
 
 
-def test_the_penalty_comes_off_the_reward(make):
+def test_the_penalty_is_subtracted_from_the_reward(make):
   case = make(REWARD)
   penalty = [np.full(len(p), 0.1, np.float32) for p in case.penalty]
   taxed = dataclasses.replace(case, penalty=penalty)
@@ -83,7 +85,7 @@ def test_gae_at_one_is_return_minus_value(make):
     gae.AdvantageEstimator().advantages(make(REWARD))
 
 
-def test_gae_of_an_empty_response_is_empty():
+def test_gae_of_an_empty_completion_is_empty():
   assert gae.estimate(np.zeros(0), np.zeros(0), gamma=1.0, lam=1.0).size == 0
 
 
@@ -101,15 +103,15 @@ def test_distillation_is_teacher_minus_student(make):
 
 def test_sdpo_shows_the_best_other_success(make):
   case = make([[0.2, 0.9, 0.6], [0.1, 0.2, 0.3]])
-  rule = sdpo.AdvantageEstimator()
+  estimator = sdpo.AdvantageEstimator()
   np.testing.assert_array_equal(
-    rule.shown(case.reward_BN), [1, 2, 1, -1, -1, -1]
+    estimator.shown(case.reward_BN), [1, 2, 1, -1, -1, -1]
   )
-  request = rule.scoring_requests(case.rollouts, case.reward_BN)["teacher"]
+  request = estimator.scoring_requests(case.rollouts, case.reward_BN)["teacher"]
   assert request.model == "ema"
   assert "text 2" in request.turns[1] and "text 1" not in request.turns[1]
   assert request.turns[4] == "q1"
-  got = rule.advantages(case)
+  got = estimator.advantages(case)
   assert not np.concatenate(got.advantage[3:]).any()
   np.testing.assert_allclose(
     got.advantage[1], case.logprobs["teacher"][1] - case.logprob[1], rtol=1e-6
@@ -118,15 +120,17 @@ def test_sdpo_shows_the_best_other_success(make):
 
 
 def test_pairs_are_best_and_worst_of_groups_with_spread(make):
-  got = _rule("pairs")().advantages(make([[0.2, 0.9, 0.9, 0.1], [1.0] * 4]))
+  got = _estimator("pairs")().advantages(
+    make([[0.2, 0.9, 0.9, 0.1], [1.0] * 4])
+  )
   sides = [a[0] for a in got.advantage]
   assert sides == [0, 1, 0, -1, 0, 0, 0, 0]
 
 
-def test_weighted_rules_add_up_token_by_token(make):
+def test_weighted_estimators_add_up_token_by_token(make):
   case = make(REWARD)
   one, two = (
-    _rule("grpo")().advantages(case),
+    _estimator("grpo")().advantages(case),
     distillation.AdvantageEstimator().advantages(case),
   )
   got = inputs.combine({"grpo": (1.0, one), "distillation": (0.5, two)})
@@ -135,9 +139,9 @@ def test_weighted_rules_add_up_token_by_token(make):
   assert "advantage/distillation/kl" in got.metrics
 
 
-def test_a_bad_advantage_names_its_row(make):
+def test_a_bad_advantage_names_its_completion(make):
   case = make(REWARD)
-  one = _rule("grpo")().advantages(case)
+  one = _estimator("grpo")().advantages(case)
   one.advantage[4][0] = np.nan
   with pytest.raises(ValueError, match="'grpo' gives completion 4"):
     inputs.combine({"grpo": (1.0, one)})
@@ -152,7 +156,7 @@ def test_an_unknown_model_is_refused():
                                   "pairs", "distillation", "sdpo"])  # fmt: skip
 @pytest.mark.parametrize("reward", [[[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 1.0]]])
 def test_degenerate_groups_are_finite(make, name, reward):
-  got = _rule(name)().advantages(make(reward, [0, 4]))
+  got = _estimator(name)().advantages(make(reward, [0, 4]))
   assert [len(a) for a in got.advantage] == [0, 4]
   assert all(np.isfinite(a).all() for a in got.advantage)
   if name in ("grpo", "dr_grpo", "rloo") and np.ptp(reward) == 0:
