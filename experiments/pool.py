@@ -30,7 +30,7 @@ with epy.lazy_imports():
   from opera_jax.sharding import runtime
   from opera_jax.stages import pool as pool_stage
   from opera_jax.stages import supervised
-  from opera_jax.synthesis import pool
+  from opera_jax.synthesis import embedding
   from opera_jax.train import checkpoint
 
 _CONFIG = config_flag.define("configs/open_ended.py")
@@ -66,7 +66,7 @@ def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
     embedder=lambda: (
       policy(config, folder, preemption)
       if settings.embedder == "policy"
-      else pool.sentence_transformer(settings.embedder)
+      else embedding.sentence_transformer(settings.embedder)
     ),
     preemption=preemption,
   )
@@ -74,7 +74,7 @@ def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
 
 def policy(
   config, folder: str, preemption: "checkpoint.Preemption"
-) -> "pool.Embed":
+) -> "embedding.Embed":
   """Embeds by the base model of the run."""
   sections = {name: config[name] for name in setup.SECTIONS}
   # No other stage is run here; the pool may be smaller than what they take.

@@ -7,7 +7,7 @@ import pytest
 from opera_jax import hub
 from opera_jax.data import rows
 from opera_jax.models import hf_config
-from opera_jax.synthesis import pool
+from opera_jax.synthesis import embedding
 from opera_jax.text import tokenizer
 
 
@@ -58,6 +58,6 @@ def test_every_download_asks_for_the_revision(asked, revision):
   assert tokenizer._download(name)
   assert list(rows.read(f"hf:{name}")) == [(1, {"prompt": "a"})]
   assert list(rows.read(f"hf:{name}:config#test"))
-  pool.sentence_transformer(name)
+  embedding.sentence_transformer(name)
   assert len(asked) >= 8
   assert set(asked) == {("some/name", revision)}

@@ -16,7 +16,7 @@ from opera_jax.data import prompts as prompts_lib
 from opera_jax.report import clusters as page
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import runtime
-from opera_jax.synthesis import cluster, pool
+from opera_jax.synthesis import cluster, embedding, screening
 from opera_jax.train import checkpoint, metrics
 
 _NEAREST = 4  # prompts of a cluster that the page shows
@@ -26,7 +26,7 @@ _SHOWN = 5  # rejected prompts of a reason that the page shows
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How the pool is made; see `synthesis.pool` and `synthesis.cluster`."""
+  """How the pool is made; see `synthesis.screening` and `synthesis.cluster`."""
 
   size: int  # prompts of the pool; 0 takes all that are left
   min_chars: int
@@ -50,7 +50,7 @@ def build(
   settings: Settings,
   *,
   seed: int,
-  embedder: Callable[[], pool.Embed],
+  embedder: Callable[[], embedding.Embed],
   preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `pool/prompts.jsonl`, `rejected.jsonl`, `clusters.html`, counts.
@@ -89,10 +89,10 @@ def _build(
   prompts: Sequence[structs.Prompt],
   settings: Settings,
   seed: int,
-  embedder: Callable[[], pool.Embed],
+  embedder: Callable[[], embedding.Embed],
   preemption: checkpoint.Preemption,
 ) -> None:
-  kept, rejected = pool.screen(
+  kept, rejected = screening.screen(
     prompts,
     min_chars=settings.min_chars,
     max_chars=settings.max_chars,
@@ -107,11 +107,11 @@ def _build(
   if not kept or size > len(kept):
     raise ValueError(
       f"config.pool.size asks for {max(size, 1):,} prompts and {len(kept):,} "
-      f"of {len(prompts):,} are left ({pool.counts(rejected)}). Lower it (0 "
-      "takes all), add prompts to config.data, or loosen the filters of "
+      f"of {len(prompts):,} are left ({screening.counts(rejected)}). Lower it "
+      "(0 takes all), add prompts to config.data, or loosen the filters of "
       "config.pool."
     )
-  vector_ND = pool.unit(
+  vector_ND = embedding.unit(
     _embedded(
       stage.path / "embeddings", kept, settings.batch, embedder, preemption
     ),
@@ -130,13 +130,13 @@ def _build(
   taken = np.zeros(len(kept), bool)
   taken[chosen] = True
   rejected += [
-    pool.Rejection(p, "not sampled", f"cluster {label}")
+    screening.Rejection(p, "not sampled", f"cluster {label}")
     for p, label, own in zip(kept, found.label, taken)
     if not own
   ]
   counts = {
     "read": len(prompts),
-    **pool.counts(rejected),
+    **screening.counts(rejected),
     "kept": len(chosen),
     "clusters": len(take_K),
   }
@@ -168,7 +168,7 @@ def _embedded(
   folder: pathlib.Path,
   prompts: Sequence[structs.Prompt],
   batch: int,
-  embedder: Callable[[], pool.Embed],
+  embedder: Callable[[], embedding.Embed],
   preemption: checkpoint.Preemption,
 ) -> np.ndarray:
   """Embeddings of the prompts; a killed run goes on with the next batch."""

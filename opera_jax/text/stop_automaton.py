@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from opera_jax.text import automaton, byte_machine, vocab_fold
+from opera_jax.text import automaton, byte_machine, table_cache, vocab_fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def compile(
     return _tables(machine, vocab_bytes)
 
   key = ["stops", *encoded, left_boundary, right_boundary, ignore_case]
-  tables = vocab_fold.cached(
+  tables = table_cache.cached(
     build, cache_dir=cache_dir, key=key, vocab_bytes=vocab_bytes
   )
   reachable = _reachable_events(tables)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opera_jax.text import automaton, byte_machine, vocab_fold
+from opera_jax.text import automaton, byte_machine, table_cache, vocab_fold
 
 OPEN = 1  # the token is the first <think>
 CLOSE = 2  # the token is the </think> that ends the thought
@@ -93,7 +93,7 @@ def compile(
     )
 
   key = ["thought", *folded, b"cut", cut, match, think_open_id, think_close_id]
-  tables = vocab_fold.cached(
+  tables = table_cache.cached(
     build, cache_dir=cache_dir, key=key, vocab_bytes=vocab_bytes
   )
   return automaton.Automaton(**tables)

@@ -266,16 +266,16 @@ def test_a_cached_automaton_is_built_again(folder, damage):
 def test_every_flipped_byte_of_an_automaton(folder):
   (path,) = (folder / "automata").iterdir()
   whole = path.read_bytes()
-  from opera_jax.text import vocab_fold
+  from opera_jax.text import table_cache
 
-  want = {name: t.tobytes() for name, t in vocab_fold._read(path).items()}
+  want = {name: t.tobytes() for name, t in table_cache._read(path).items()}
   for place in range(len(whole)):
     content = bytearray(whole)
     content[place] ^= 0x41
     path.write_bytes(content)
     try:
-      found = vocab_fold._read(path)
-    except vocab_fold.DAMAGE:
+      found = table_cache._read(path)
+    except table_cache.DAMAGE:
       continue
     assert {name: t.tobytes() for name, t in found.items()} == want
 
