@@ -170,8 +170,8 @@ def _near(
   if lsh.truncated:
     warnings.warn(
       f"{lsh.truncated:,} of {len(indices):,} prompts share much with more "
-      f"than {_MAX_COMPARED} others; each was compared with the "
-      f"{_MAX_COMPARED} likeliest to be its near duplicates.",
+      f"than {_MAX_COMPARED} others; each was only compared with "
+      f"the {_MAX_COMPARED} most similar ones.",
       RuntimeWarning,
       stacklevel=2,
     )

@@ -406,8 +406,8 @@ class Rewriter:
     text = self._tokenizer.decode(tokens)
     if not text.strip():
       return tokens[:0]
-    # The sample may close the thought in its middle, or not close it at its
-    # end. In both cases the text after the step is replaced.
+    # A step in the middle may end with </think>, and the last step with a
+    # separator. In both cases the end is corrected.
     body, end = text.rstrip(), "\n" if last else thought_lib.SEPARATOR
     return tokens if text == body + end else self._tokenizer.encode(body + end)
 
