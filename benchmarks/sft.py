@@ -276,7 +276,7 @@ def _ours(folder, pairs):
   def epoch():
     with jax.set_mesh(one):
       for i in range(len(data)):
-        batch = layout.from_own_rows(data[i], one, batch_size)
+        batch = layout.from_local_rows(data[i], one, batch_size)
         held[0], values = update(held[0], batch)
     return values
 

@@ -47,7 +47,7 @@ with epy.lazy_imports():
 def ablate(config, folder: str, preemption: "checkpoint.Preemption") -> None:
   """The grid, cell by cell, and its tables."""
   root = workdir.make(folder).resolve()
-  with workdir.held(root / "ablate.lock", "ablate", preemption):
+  with workdir.hold_lock(root / "ablate.lock", "ablate", preemption):
     grid(config, root, preemption)
 
 
@@ -61,7 +61,7 @@ def grid(config, root: pathlib.Path, preemption) -> None:
     config.task, start, [f"--config.stages={config.start}"], every, preemption
   )
   task = load(config.task, every)
-  with preemption.at_once():
+  with preemption.exit_at_once():
     run = setup.setup(
       start,
       temperature=task.rollout.temperature,
@@ -84,10 +84,10 @@ def grid(config, root: pathlib.Path, preemption) -> None:
       cost.setdefault(name, {})[seed] = spent(cell)
       print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
   # 3. What each reward pays for completions made to be paid.
-  preemption.leave()
+  preemption.exit_if_requested()
   probed = probe(run, config, task, every) if config.probes else {}
   # 4. Tables and curves.
-  with preemption.at_once():
+  with preemption.exit_at_once():
     write(root, config, values, cost, probed)
 
 
@@ -125,11 +125,11 @@ def run_driver(path: str, folder, settings, every, preemption) -> None:
     *(sys.executable, "-m", "opera_jax.experiments.opera_rl"),
     *(f"--config={path}", f"--workdir={folder}", *every, *settings),
   ]
-  preemption.leave()
+  preemption.exit_if_requested()
   told = False
   with subprocess.Popen(command) as process:
     while process.poll() is None:
-      if preemption.told() and not told:
+      if preemption.requested_here() and not told:
         process.terminate()  # it saves first
         told = True
       with contextlib.suppress(subprocess.TimeoutExpired):
@@ -157,7 +157,7 @@ def train(cell, start, path, seed, config, every, changes, preemption) -> None:
       if name != "tokenizer"
     },
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if stage.finished():
       return
     for name in config.shared:
@@ -201,7 +201,7 @@ def measured(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
     print(f"ablate: {kept} is of something else; measured again.", flush=True)
 
   def advance(_: int) -> None:
-    preemption.leave()
+    preemption.exit_if_requested()
 
   params, prompts = run.load(stage), run.tasks.held_out
   groups = held_out.draw(run, params, prompts, **sampling, advance=advance)

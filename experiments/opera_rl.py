@@ -91,13 +91,13 @@ def run_stages(config, folder: str, preemption) -> None:
   selecting = config.select.to_dict()
   rl_rules = rl_filter.Rules(**selecting.pop("rl"))
   rules = filters.Rules(**selecting)
-  with preemption.at_once():
+  with preemption.exit_at_once():
     run = setup.setup(
       folder,
       temperature=config.rollout.temperature,
       **{name: config[name] for name in setup.SECTIONS},
     )
-  check(config, mesh.data_ways(run.mesh))
+  check(config, mesh.num_data_shards(run.mesh))
   memory_floor.check(
     memory_floor.floor(
       run.model,
@@ -234,7 +234,7 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
     rollout=rollout.to_dict(),
     reward=run.reward,
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not stage.finished():
       stage.finish(train(run, stage, rl, rollout, preemption))
 
@@ -328,7 +328,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
           jax.random.fold_in(state.key, step),
           samples=rl.samples,
           filter_reward=rl.filter_reward,
-          advance=lambda _: preemption.leave(),
+          advance=lambda _: preemption.exit_if_requested(),
         )
       except SystemExit:  # told to stop: this step is sampled again
         if step:
@@ -344,8 +344,10 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
           scored.rollouts.prompts[0].prompt,
           scored.rollouts.texts[0],
         )
-      if scored.opened_B.any() and "score" in scored.terms:
-        ema = smoothing.update_ema(ema, scored.terms["score"][scored.opened_B])
+      if scored.open_ended_B.any() and "score" in scored.terms:
+        ema = smoothing.update_ema(
+          ema, scored.terms["score"][scored.open_ended_B]
+        )
       seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + sampled.reward_seconds
 
@@ -380,7 +382,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       updates = []
       for part in rl_data.mini_batches(rows, updates_a_step):
         state, values = learn.update(
-          state, layout.to_devices(part, layout.rows(run.mesh))
+          state, layout.to_devices(part, layout.batch_sharding(run.mesh))
         )
         updates.append(values)
       updates = layout.to_host(updates)

@@ -31,7 +31,7 @@ from opera_jax import config_flag
 
 # Read when first used: --help and a mistyped flag need none of them.
 with epy.lazy_imports():
-  from opera_jax.plan import programs, table, whole
+  from opera_jax.plan import programs, render, whole
 
 _CONFIG = config_flag.define("configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
@@ -46,7 +46,7 @@ def main(_) -> None:
   if _PAGE.value:
     folder = pathlib.Path(_PAGE.value)
     plans = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
-    (folder / "README.md").write_text(table.markdown(plans))
+    (folder / "README.md").write_text(render.markdown(plans))
     return
   if not _TOPOLOGY.value:
     raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
@@ -64,7 +64,7 @@ def main(_) -> None:
     )
   except ValueError as error:
     raise app.UsageError(str(error)) from error
-  print(table.text(plan))
+  print(render.text(plan))
   if path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1) + "\n")

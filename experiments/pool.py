@@ -56,7 +56,7 @@ def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
     settings["embedder"] = DEFAULT if known else "policy"
     print(f"pool: embeddings by {settings['embedder']}", flush=True)
   settings = pool_stage.Settings(**settings)
-  with preemption.at_once():
+  with preemption.exit_at_once():
     prompts = tasks.read(**{name: config.data[name] for name in tasks.FILES})[0]
   pool_stage.build(
     folder,
@@ -81,7 +81,7 @@ def policy(
   sections["data"] = {
     **config.data, "synthesis": 0, "rl": 0, "held_out": 0,
   }  # fmt: skip
-  with preemption.at_once():
+  with preemption.exit_at_once():
     run = setup.setup(
       folder, temperature=config.rollout.temperature, **sections
     )

@@ -29,7 +29,7 @@ def main(_) -> None:
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
   with checkpoint.Preemption() as preemption:
-    with preemption.at_once():
+    with preemption.exit_at_once():
       run = setup.setup(
         _WORKDIR.value,
         temperature=config.rollout.temperature,

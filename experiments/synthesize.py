@@ -46,7 +46,7 @@ def main(_) -> None:
   selecting.pop("rl")  # of the RL stage
   rules = filters.Rules(**selecting)
   with checkpoint.Preemption() as preemption:
-    with preemption.at_once():
+    with preemption.exit_at_once():
       run = setup.setup(
         _WORKDIR.value,
         temperature=config.rollout.temperature,

@@ -22,7 +22,7 @@ from opera_jax.evals import probes
 from opera_jax.models import tensor_files
 from opera_jax.rewards import format as format_lib
 from opera_jax.rewards import math_exact, verifiable
-from opera_jax.run import kept, workdir
+from opera_jax.run import partial_results, workdir
 from opera_jax.stages import config_check
 from opera_jax.synthesis import templates
 from opera_jax.text import (
@@ -411,7 +411,7 @@ def test_traces(row, raw):
 @given(content=JSON_FILES)
 def test_pieces_of_a_stage(tmp_path_factory, content):
   folder = tmp_path_factory.getbasetemp() / "pieces"
-  pieces = kept.Pieces(folder)
+  pieces = partial_results.PartialResults(folder)
   (folder / "a.json").write_bytes(content)
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)

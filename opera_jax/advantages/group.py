@@ -28,7 +28,7 @@ def grpo(
 
   Returns:
     float32 [B, N]; each group sums to 0 up to rounding. A group whose rewards
-    are equal (see `has_spread`) gets exactly 0.
+    are equal (see `has_different_rewards`) gets exactly 0.
 
   Raises:
     ValueError: fewer than 2 samples, or a reward that is not finite.
@@ -36,7 +36,7 @@ def grpo(
   reward_BN = _checked(reward_BN)
   if ddof not in (0, 1):
     raise ValueError(f"ddof must be 0 or 1, got {ddof}.")
-  spread_B1 = has_spread(reward_BN)[:, None]
+  spread_B1 = has_different_rewards(reward_BN)[:, None]
   centred_BN = jnp.where(spread_B1, _centred(reward_BN), 0.0)
   if not scale_by_std:
     return centred_BN
@@ -67,7 +67,7 @@ def rloo(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   return centred_BN * (samples / (samples - 1))
 
 
-def has_spread(reward_BN: jax.Array | np.ndarray) -> jax.Array:
+def has_different_rewards(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   """Whether a group's rewards differ by more than their rounding error.
 
   A reward is a float32 sum of a few terms, so equal rewards may differ in their
@@ -81,11 +81,11 @@ def has_spread(reward_BN: jax.Array | np.ndarray) -> jax.Array:
     bool [B]: whether the range of a group exceeds 8 float32 epsilons of its
     largest absolute reward.
   """
-  return _has_spread(jnp.asarray(reward_BN, jnp.float32))
+  return _has_different_rewards(jnp.asarray(reward_BN, jnp.float32))
 
 
 @jax.jit
-def _has_spread(reward_BN: jax.Array) -> jax.Array:
+def _has_different_rewards(reward_BN: jax.Array) -> jax.Array:
   range_B = jnp.max(reward_BN, axis=1) - jnp.min(reward_BN, axis=1)
   noise_B = _NOISE * jnp.max(jnp.abs(reward_BN), axis=1)
   return range_B > noise_B

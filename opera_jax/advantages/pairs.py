@@ -32,5 +32,5 @@ class AdvantageEstimator:
     prompts = np.arange(len(reward_BN))
     sign_BN[prompts, reward_BN.argmax(axis=1)] = 1
     sign_BN[prompts, reward_BN.argmin(axis=1)] = -1
-    sign_BN[~np.asarray(group.has_spread(reward_BN))] = 0
+    sign_BN[~np.asarray(group.has_different_rewards(reward_BN))] = 0
     return inputs_lib.Advantages(inputs.broadcast(sign_BN))

@@ -1,4 +1,4 @@
-"""Prompts and their references, from any source of rows, checked one by one."""
+"""Loads prompts and their references, and checks each row."""
 
 import collections
 import hashlib
@@ -21,8 +21,8 @@ FIELDS = {
   "task": "task",
   "id": "id",
 }
-# The final number of a GSM8K answer: the line behind the last "####". It is
-# found in time linear in the text.
+# The final number of a GSM8K answer: the line behind the last "####". The
+# pattern runs in time linear in the text.
 GSM8K_ANSWER = r"(?s)\A.*####\s*+(\S[^\n]*+)"
 # Seconds that a pattern may search one reference.
 _SEARCH = 1.0
@@ -39,25 +39,26 @@ def load(
   require_reference: bool = True,
   seen: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> list[structs.Prompt]:
-  r"""Reads a data set; the first bad row stops it with its place named.
+  r"""Reads a data set; the first invalid row raises an error that names its
+  place.
 
   Args:
     path: a file or another source, see `rows`.
-    fields: our field ("prompt", "reference", "task", "id") to the file's
-      column. A task or id may be None, "" or left out; an id then reads
-      "line-N". Columns that are not named are kept in `Prompt.columns`.
-    task_map: the file's task to ours; "*" stands for every other one. None
-      means that the file already says "open_ended" or "math".
-    default_task: our task of rows without one.
-    limit: read only so many rows.
+    fields: maps our field ("prompt", "reference", "task", "id") to the file's
+      column. A task or id may be None, "" or left out; the id is then "line-N".
+      Columns that are not named are stored in `Prompt.columns`.
+    task_map: maps the file's task to ours; "*" matches every other one. None
+      means that the file already uses "open_ended" and "math".
+    default_task: task of rows that have none.
+    limit: maximum number of rows to read; None reads all.
     answer_pattern: regular expression whose first group, found in the
-      reference, is the true answer of a maths task, such as `GSM8K_ANSWER`;
-      the whole reference is then kept in `Prompt.columns["solution"]`. The
-      search of one reference may take a second, whatever it holds.
-    read: gives a file's bytes, such as `sharding.exchange.read`; None streams
-      the file.
-    require_reference: False lets open-ended tasks lack a reference, which
-      then reads ""; the column may be None, "" or left out of `fields`.
+      reference, is the true answer of a maths task, such as `GSM8K_ANSWER`; the
+      whole reference is then stored in `Prompt.columns["solution"]`. The search
+      in one reference times out after a second.
+    read: returns a file's bytes, such as `sharding.exchange.read_file`; None
+      streams the file.
+    require_reference: False allows open-ended tasks without a reference; it is
+      then "". The column may be None, "" or left out of `fields`.
     seen: called with every row, such as `digest.Source.row`.
 
   Returns:
@@ -139,7 +140,7 @@ def _prompt(
         f"{place} reference {rows.short(reference)} of {len(reference):,} "
         f"characters takes longer than {_SEARCH:g} s to search for "
         f"{answer_pattern.pattern!r}. Mend the row, or write answer_pattern "
-        "so that it does not try many ways, as GSM8K_ANSWER."
+        "so that it does not backtrack, as GSM8K_ANSWER does."
       ) from error
     if hit is None or not (hit.group(1) or "").strip():
       raise ValueError(
@@ -191,7 +192,7 @@ def _compiled(pattern: str) -> regex.Pattern:
 
 
 def _blank(row: Mapping[str, Any], column: str | None) -> bool:
-  """Whether no column is named, or the one named holds nothing."""
+  """Whether the column is None, missing or empty."""
   if column is None:
     return True
   value = row.get(column, column)
@@ -251,14 +252,15 @@ def _task(
 
 
 def row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
-  """A prompt as a row that `load` reads with its own names; `more` wins."""
+  """Converts a prompt to a row that `load` can read; `more` overrides
+  fields."""
   fields = {name: getattr(prompt, name) for name in ("id", *FIELDS)}
   return fields | prompt.columns | fields | more
 
 
 def write(path: str | os.PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
-  """Writes rows as JSONL, whole or not at all."""
-  # Half a surrogate pair becomes its JSON escape.
+  """Writes rows as JSONL, atomically."""
+  # A lone surrogate is written as its JSON escape.
   with atomic_file.replacing(path, errors="backslashreplace") as file:
     for line in lines:
       file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
@@ -267,7 +269,7 @@ def write(path: str | os.PathLike, lines: Iterable[Mapping[str, Any]]) -> None:
 def token_lengths(
   prompts: Sequence[structs.Prompt], tokenizer: tokenizer_lib.Tokenizer
 ) -> list[tuple[int, int]]:
-  """Tokens of each prompt in its chat layout, and of its reference."""
+  """Returns the number of tokens of each chat prompt and of its reference."""
   references = tokenizer.encode_many([prompt.reference for prompt in prompts])
   return [
     (len(tokenizer.chat_prompt(prompt.prompt)), len(reference))
@@ -288,16 +290,16 @@ def filter_by_length(
   Args:
     prompts: the prompts.
     lengths: their `token_lengths`.
-    max_prompt_tokens: most tokens of the prompt in its chat layout.
-    max_reference_tokens: most tokens of the reference.
+    max_prompt_tokens: maximum tokens of the chat prompt.
+    max_reference_tokens: maximum tokens of the reference.
     require_reference: whether a prompt without a reference is an error.
 
   Returns:
     (kept prompts, counts: "kept", "prompt_too_long", "reference_too_long"). A
-    prompt that breaks both limits counts as "prompt_too_long".
+    prompt that exceeds both limits counts as "prompt_too_long".
 
   Raises:
-    ValueError: a reference of zero tokens, or nothing is left of something.
+    ValueError: a reference has zero tokens, or no prompt fits.
   """
   kept = []
   counts = {"kept": 0, "prompt_too_long": 0, "reference_too_long": 0}
@@ -332,25 +334,26 @@ def split(
   *,
   groups: Sequence[str] | None = None,
 ) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
-  """Sets prompts aside by a hash of their text.
+  """Splits off held-out prompts by a hash of their text.
 
   A prompt's rank depends on its text and the seed alone, so the order of the
-  file does not matter. Prompts that differ in case, width or spacing alone are
-  one question, and fall on one side.
+  file does not matter. Prompts that differ only in case, width or spacing are
+  the same question, and go to the same side.
 
   Args:
     prompts: the prompts.
-    held_out: how many to set aside.
+    held_out: number of prompts to hold out.
     seed: any int.
-    groups: what falls on one side, a name for each prompt, such as its
-      cluster of near-duplicates; None is its text, see `words.normal`.
+    groups: a group name for each prompt, such as its cluster of
+      near-duplicates; a group is never split. None groups by text, see
+      `words.normal`.
 
   Returns:
     (training prompts, `held_out` prompts), each in the given order.
 
   Raises:
-    ValueError: held_out is negative or leaves nothing to train on, or groups
-      of several prompts make that number impossible.
+    ValueError: held_out is negative or leaves nothing to train on, or no set of
+      whole groups has exactly that many prompts.
   """
   if not 0 <= held_out < len(prompts):
     raise ValueError(

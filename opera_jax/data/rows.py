@@ -57,7 +57,7 @@ def read(
 
   Args:
     source: see above.
-    read_file: gives a file's bytes, such as `sharding.exchange.read`; None
+    read_file: gives a file's bytes, such as `sharding.exchange.read_file`; None
       streams the file. Data sets of the other kinds are read in place.
 
   Raises:

@@ -214,7 +214,7 @@ def _splash(
   """JAX's splash attention kernel; each device runs its rows and heads."""
   B, T, N, H = q_BTNH.shape
   shards = head_shards = 1
-  if not rules.alone():
+  if not rules.is_single_device():
     mesh = jax.sharding.get_abstract_mesh()
     rows = rules.activation_axis("batch", B)
     heads = rules.activation_axis("heads", k_BTKH.shape[2])
@@ -264,7 +264,7 @@ def _splash(
     )
     return jnp.swapaxes(out_BNTH, 1, 2)
 
-  if not rules.alone():
+  if not rules.is_single_device():
     mask_sharding = jax.sharding.NamedSharding(
       mesh, PartitionSpec(None, sequence)
     )

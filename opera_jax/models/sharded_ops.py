@@ -54,7 +54,7 @@ def shared_prefix_attention(
     continuation_v_BSCKH,
     prefix_length_BS,
   )
-  if rules.alone():
+  if rules.is_single_device():
     return attend(*arrays)
   batch = rules.activation_axis("batch", q_BSGNH.shape[0])
   heads = rules.activation_axis("heads", prefix_k_BTKH.shape[2])
@@ -140,7 +140,7 @@ def decode_attention(
     *(cache_k_LBSKCH, cache_v_LBSKCH, prefix_length_B, num_generated_BS),
     *(() if layer is None else (layer,)),
   )
-  if rules.alone():
+  if rules.is_single_device():
     return run(*arrays)
   batch = rules.activation_axis("batch", q_BSNH.shape[0])
   heads = rules.activation_axis("heads", k_BSKH.shape[2])
@@ -197,7 +197,7 @@ def token_logprob(
     )
     return logprob_M.reshape(B, T), entropy_M.reshape(B, T)
 
-  if rules.alone():
+  if rules.is_single_device():
     return logprob(hidden_BTD, head, target_BT)
   B, T, _ = hidden_BTD.shape
   rows = PartitionSpec(

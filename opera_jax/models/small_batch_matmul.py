@@ -48,7 +48,7 @@ def small_batch_matmul(
   dtype = preferred_element_type or jnp.result_type(x, weight_OI)
   *batch, inputs = x.shape
   tokens = math.prod(batch)
-  if target.platform() != "cpu" or not rules.alone() or tokens == 1:
+  if target.platform() != "cpu" or not rules.is_single_device() or tokens == 1:
     return jnp.tensordot(x, weight_OI.T, 1, preferred_element_type=dtype)
   x_MI = jnp.pad(
     x.reshape(tokens, inputs), ((0, -tokens % BLOCK_TOKENS), (0, 0))

@@ -58,7 +58,7 @@ def _map_rows(
   function: Callable[..., Any], arrays: tuple[jax.Array, ...]
 ) -> Any:
   """Applies `function` to one row after the other on a CPU, else to all."""
-  if target.platform() != "cpu" or not rules.alone():
+  if target.platform() != "cpu" or not rules.is_single_device():
     return function(*arrays)
   rows = jax.lax.map(
     lambda row: function(*(x[None] for x in row)), tuple(arrays)

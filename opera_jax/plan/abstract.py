@@ -32,7 +32,7 @@ class Values:
       ValueError: an axis that the mesh does not divide.
     """
     self._mesh, self._config = mesh, config
-    self._ways = mesh_lib.data_ways(mesh)
+    self._num_data_shards = mesh_lib.num_data_shards(mesh)
     self.graphdef, shapes = qwen3.abstract(config)
     self._axes = qwen3.logical_axes(shapes)
     layout.check(shapes, self._axes, mesh, rules.TRAIN)
@@ -86,12 +86,14 @@ class Values:
     Raises:
       ValueError: it does not divide; `name` is the config's.
     """
-    if shape[0] % self._ways:
+    if shape[0] % self._num_data_shards:
       raise ValueError(
         f"config.{name} gives {shape[0]} rows, which do not divide over "
-        f"{self._ways} data shards. Change it, or config.mesh."
+        f"{self._num_data_shards} data shards. Change it, or config.mesh."
       )
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.rows(self._mesh))
+    return jax.ShapeDtypeStruct(
+      shape, dtype, sharding=layout.batch_sharding(self._mesh)
+    )
 
   def batch(
     self, name: str, B: int, T: int, prefix: int = 0, continuations: int = 0

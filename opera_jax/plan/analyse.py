@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from opera_jax.plan import hardware, hlo
-from opera_jax.plan import programs as decode_loop_lib
+from opera_jax.plan import programs as programs_lib
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\)")
 _UNIT = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -39,11 +39,11 @@ class Cost:
   collective_seconds: float | None  # at stated bandwidth
   seconds: float  # the largest of the three: the least that a call can take
   compile_seconds: float
-  turn: tuple[str, ...]  # what to lower where it does not fit
+  remedies: tuple[str, ...]  # what to lower where it does not fit
 
 
 def analyse(
-  program: decode_loop_lib.Program,
+  program: programs_lib.Program,
   mesh: jax.sharding.Mesh,
   chip: hardware.Chip,
 ) -> Cost:
@@ -98,7 +98,7 @@ def analyse(
     collective_bytes=collectives,
     seconds=max(x for x in floors.values() if x is not None),
     compile_seconds=seconds,
-    turn=program.turn,
+    remedies=program.remedies,
   )
 
 

@@ -41,11 +41,11 @@ def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
   )
 
 
-def cache_ways(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
+def num_cache_shards(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
   """Over how many devices the caches are split: rows, and heads if they go."""
   tensor = mesh.shape["tensor"]
   heads = tensor if config.num_key_value_heads % tensor == 0 else 1
-  return mesh_lib.data_ways(mesh) * heads
+  return mesh_lib.num_data_shards(mesh) * heads
 
 
 def floor(
@@ -90,7 +90,7 @@ def floor(
     "rollout weights": shard_bytes(laid_out(rules.ROLLOUT, config.dtype)),
     "caches": tokens
     * token_bytes(config, cache_dtype)
-    // cache_ways(config, mesh),
+    // num_cache_shards(config, mesh),
   }
 
 

@@ -1,7 +1,6 @@
-"""The jitted programs of a run, with abstract arguments over a mesh.
-
-They are the functions that the run itself calls, at the largest shapes that
-its config allows; nothing is allocated, so the devices may be absent.
+"""The jitted programs of a run, with abstract arguments on a mesh. They are the
+functions that the run itself calls, at the largest shapes that its config
+allows. Nothing is allocated, so the devices need not exist.
 
 Shape key: B rows, T tokens, P prompt tokens, S continuations, G tokens of a
 continuation.
@@ -37,15 +36,17 @@ class Program:
   """One compiled program of a run."""
 
   name: str
-  shape: str  # of its largest call, in words
+  shape: str  # description of its largest call
   jitted: Any
   arguments: tuple[Any, ...]  # trees of ShapeDtypeStructs with shardings
   static: dict[str, Any]
   flops: cost.Flops  # of one call, over all devices
-  streamed: float  # bytes a device reads from HBM in one call, at the least
+  streamed: (
+    float  # lower bound of the bytes a device reads from HBM in one call
+  )
   calls: int  # in one RL step
-  beside: int  # bytes a device that the run holds and the program does not get
-  turn: tuple[str, ...]  # config values that make it smaller, with reasons
+  beside: int  # bytes per device that the run holds besides the arguments
+  remedies: tuple[str, ...]  # config values to lower if it does not fit
 
 
 def build(
@@ -65,10 +66,10 @@ def build(
     mesh: of present or absent devices.
     model: fields of `qwen3.Config`.
     engine: arguments of `rollout.engine.Engine`.
-    rollout: how the run samples.
+    rollout: sampling settings.
     scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
     sft: fields of `stages.supervised.Recipe`.
-    rl: how the run updates.
+    rl: settings of the updates.
     names: which of NAMES, in any order.
 
   Raises:
@@ -82,11 +83,20 @@ def build(
     )
   if model["vocab_size"] < 1:
     raise ValueError(
-      f"config.model.vocab_size is {model['vocab_size']}, to be taken from the "
-      "tokenizer; a plan reads no tokenizer. Set it to the model's rows."
+      f"config.model.vocab_size is {model['vocab_size']}, which means "
+      "the tokenizer's size, and a plan reads no tokenizer. Set it to the "
+      "number of rows of the embedding."
     )
   config = qwen3.Config(**model)
-  run = _Run(mesh, config, engine, rollout, scoring, sft, rl)
+  run = _Run(
+    mesh,
+    config,
+    engine=engine,
+    rollout=rollout,
+    scoring=scoring,
+    sft=sft,
+    rl=rl,
+  )
   makers: dict[str, Callable[[], Program]] = {
     "sft": run.sft,
     "prefill": run.prefill,
@@ -107,7 +117,7 @@ def most(
   scoring: Section,
   rl: Section,
 ) -> dict[str, int]:
-  """How many programs an RL run can compile, as its parts count them."""
+  """Upper bounds on the number of programs that an RL run compiles."""
   config = qwen3.Config(**model)
   graphdef = qwen3.abstract(config)[0]
   logprob_scorer = scorer_lib.LogprobScorer(
@@ -124,7 +134,7 @@ def most(
 
 
 def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
-  """The arguments of `function` that a section has under the same name."""
+  """The fields of a section that are also parameters of `function`."""
   return {
     name: values[name]
     for name in inspect.signature(function).parameters
@@ -133,7 +143,7 @@ def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
 
 
 def _optimizer(section: Section, updates: int) -> Any:
-  """AdamW as a stage makes it."""
+  """The AdamW optimizer that a stage builds from a section."""
   rate = optimizer.schedule(
     section["learning_rate"], updates, warmup_fraction=section["warmup"]
   )
@@ -142,16 +152,26 @@ def _optimizer(section: Section, updates: int) -> Any:
 
 
 class _Run:
-  """The abstract values that the programs of one run completions_per_row."""
+  """The abstract values that the programs of one run share."""
 
-  def __init__(self, mesh, config, engine, rollout, scoring, sft, rl):
+  def __init__(
+    self,
+    mesh: jax.sharding.Mesh,
+    config: qwen3.Config,
+    *,
+    engine: Section,
+    rollout: Section,
+    scoring: Section,
+    sft: Section,
+    rl: Section,
+  ):
     self._mesh, self._config = mesh, config
     self._engine, self._rollout, self._scoring = engine, rollout, scoring
     self._sft, self._rl = sft, rl
     self._values = abstract.Values(mesh, config)
     self._graphdef = self._values.graphdef
     self._params = self._values.params
-    self._ways = mesh_lib.data_ways(mesh)
+    self._num_data_shards = mesh_lib.num_data_shards(mesh)
 
   def sft(self) -> Program:
     recipe = self._sft
@@ -175,7 +195,9 @@ class _Run:
       streamed=0.0,
       calls=0,
       beside=0,
-      turn=self._turn_update("sft", B, recipe["micro_batches"], "row_tokens"),
+      remedies=self._update_remedies(
+        "sft", B, recipe["micro_batches"], "row_tokens"
+      ),
     )
 
   def update(self) -> Program:
@@ -189,10 +211,10 @@ class _Run:
     )
     if learn.critic or learn.pairs:
       raise ValueError(
-        f"A plan covers updates of the policy alone, got config.rl.loss="
+        f"A plan covers policy updates only, got config.rl.loss="
         f"{rl['loss']!r}, value_coef={rl['value_coef']} and divergence_coef="
-        f"{rl['divergence_coef']}. Plan without them: a critic's head and its "
-        "rows come on top; or leave 'update' out of --programs."
+        f"{rl['divergence_coef']}. Plan without them (a critic's head "
+        "needs memory on top), or leave 'update' out of --programs."
       )
     completions_per_row, longest = (
       rl["completions_per_row"],
@@ -226,29 +248,35 @@ class _Run:
       streamed=0.0,
       calls=rl["prompts"] // rl["mini_batch"],
       beside=memory_floor.shard_bytes(self._params),  # the reference policy
-      turn=self._turn_update("rl", B, rl["micro_batches"], "row_buckets"),
+      remedies=self._update_remedies(
+        "rl", B, rl["micro_batches"], "row_buckets"
+      ),
     )
 
   def score(self) -> Program:
-    """The policy's pass: prefixes and the most, longest continuations."""
+    """The reward's scoring pass at its largest number and length of
+    continuations."""
     opt_state = self._values.state(self._rl_optimizer()).opt_state
     return self._scoring_pass(
-      *("score", 1.0),
-      max(self._scoring["slot_buckets"]),
-      max(self._scoring["continuation_buckets"]),
-      1,
-      memory_floor.shard_bytes((self._params, opt_state)),
+      name="score",
+      temperature=1.0,
+      S=max(self._scoring["slot_buckets"]),
+      G=max(self._scoring["continuation_buckets"]),
+      passes=1,
+      beside=memory_floor.shard_bytes((self._params, opt_state)),
     )
 
   def reference(self) -> Program:
-    """Prefixes alone, in the smallest shape of continuations."""
+    """A scoring pass of prefixes only, at the smallest shape of
+    continuations."""
     temperature, scoring = self._rollout["temperature"], self._scoring
     return self._scoring_pass(
-      "reference",
-      temperature,
-      *(min(scoring["slot_buckets"]), min(scoring["continuation_buckets"])),
-      int(self._rl["kl_coef"] != 0) + int(temperature != 1),
-      memory_floor.shard_bytes(self._values.state(self._rl_optimizer())),
+      name="reference",
+      temperature=temperature,
+      S=min(scoring["slot_buckets"]),
+      G=min(scoring["continuation_buckets"]),
+      passes=int(self._rl["kl_coef"] != 0) + int(temperature != 1),
+      beside=memory_floor.shard_bytes(self._values.state(self._rl_optimizer())),
     )
 
   def prefill(self) -> Program:
@@ -274,11 +302,11 @@ class _Run:
       streamed=0.0,
       calls=-(-self._rl["prompts"] // R),
       beside=self._beside() + memory_floor.shard_bytes(slots.cache),
-      turn=self._rollout_turns(),
+      remedies=self._rollout_remedies(),
     )
 
   def decode(self) -> Program:
-    """One call of the loop, caches at their largest, contexts half full."""
+    """One call of the decode loop with the largest caches, half full."""
     config = self._config
     B, P = self._engine["prompt_slots"], max(self._engine["prompt_buckets"])
     S, C = self._slots_a_prompt(), self._rollout["max_new_tokens"]
@@ -287,14 +315,14 @@ class _Run:
       stop_ids=(0,), **named(sampling.Sampling, self._rollout)
     )
     params = self._values.rollout_params()
-    completions_per_row = steps / C
-    # Every step reads the weights, and the caches as far as they are filled.
+    fraction = steps / C  # of the longest response
+    # Every step reads the weights and the filled part of the caches.
     read = B * (C * P + S * cost.causal_pairs(C))
     streamed = C * memory_floor.shard_bytes(
       params
     ) + read * memory_floor.token_bytes(
       config, self._engine["cache_dtype"]
-    ) / memory_floor.cache_ways(config, self._mesh)
+    ) / memory_floor.num_cache_shards(config, self._mesh)
     return Program(
       name="decode",
       shape=f"{B} prompts x {P:,}, {S} slots x {C:,}, {steps} steps",
@@ -306,13 +334,11 @@ class _Run:
         self._values.whole(jax.ShapeDtypeStruct((), jnp.int32)),
       ),
       static={"settings": settings, "steps": steps},
-      flops=cost.Flops(
-        cost.decode(config, B * S, P, C).forward * completions_per_row
-      ),
-      streamed=streamed * completions_per_row,
+      flops=cost.Flops(cost.decode(config, B * S, P, C).forward * fraction),
+      streamed=streamed * fraction,
       calls=self._waves() * -(-C // steps),
       beside=self._beside(),
-      turn=self._rollout_turns(),
+      remedies=self._rollout_remedies(),
     )
 
   def grow(self) -> Program:
@@ -332,15 +358,15 @@ class _Run:
       calls=self._waves() if shorter else 0,
       beside=self._beside()
       + memory_floor.shard_bytes(self._values.rollout_params()),
-      turn=(
+      remedies=(
         f"config.engine.cache_buckets {tuple(self._engine['cache_buckets'])}: "
-        "a shorter one before the last",
-        *self._rollout_turns(),
+        "add a bucket shortly before the last",
+        *self._rollout_remedies(),
       ),
     )
 
   def _waves(self) -> int:
-    """How often the slots fill up in one step."""
+    """How many times the slots are filled in one RL step."""
     rows = -(-self._rl["prompts"] // self._engine["prompt_slots"])
     return rows * -(-self._rl["samples"] // self._slots_a_prompt())
 
@@ -352,16 +378,18 @@ class _Run:
   def _slots_a_prompt(self) -> int:
     return min(self._engine["slots"], self._rl["samples"])
 
-  def _rollout_turns(self) -> tuple[str, ...]:
+  def _rollout_remedies(self) -> tuple[str, ...]:
     return (
       f"config.engine.prompt_slots ({self._engine['prompt_slots']}; a multiple "
-      f"of {self._ways}) or config.engine.slots ({self._engine['slots']})",
+      f"of {self._num_data_shards}) or config.engine.slots "
+      f"({self._engine['slots']})",
       f"config.engine.cache_dtype ({self._engine['cache_dtype']})",
       "config.mesh (a larger tensor axis splits weights and cache)",
     )
 
   def _slots(self, capacity: int = 0) -> slots_lib.Slots:
-    """All slots, their caches at the longest response or `capacity`."""
+    """All slots, with caches of `capacity` tokens; 0 means the longest
+    response."""
     return self._values.slots(
       self._engine["prompt_slots"],
       self._slots_a_prompt(),
@@ -374,9 +402,17 @@ class _Run:
     with jax.set_mesh(self._mesh):
       return slots_lib.padded_length(tokens)
 
-  def _scoring_pass(self, name, temperature, S, G, times, beside) -> Program:
+  def _scoring_pass(
+    self,
+    name: str,
+    temperature: float,
+    S: int,
+    G: int,
+    passes: int,
+    beside: int,
+  ) -> Program:
     B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])
-    rows = self._rl["prompts"] * self._rl["samples"]
+    completions = self._rl["prompts"] * self._rl["samples"]
     continuation = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
     return Program(
       name=name,
@@ -395,18 +431,21 @@ class _Run:
       static={},
       flops=cost.score(self._config, B, T, S, G),
       streamed=0.0,
-      calls=times * -(-rows // B),
+      calls=passes * -(-completions // B),
       beside=beside,
-      turn=(
-        f"config.scoring.batch_size ({B}; a multiple of {self._ways})",
+      remedies=(
+        f"config.scoring.batch_size ({B}; a multiple of "
+        f"{self._num_data_shards})",
         f"config.scoring.slot_buckets (largest {S})",
         f"config.scoring.continuation_buckets (largest {G})",
         "config.mesh (a larger tensor or sequence axis splits a row)",
       ),
     )
 
-  def _turn_update(self, section, B, micro_batches, lengths):
-    most = B // self._ways
+  def _update_remedies(
+    self, section: str, B: int, micro_batches: int, lengths: str
+  ) -> tuple[str, ...]:
+    most = B // self._num_data_shards
     return (
       f"config.{section}.micro_batches ({micro_batches}; at most {most})",
       f"config.model.remat ({self._config.remat}; full keeps least)",
@@ -414,6 +453,6 @@ class _Run:
       "config.mesh (a larger tensor or sequence axis splits a row)",
     )
 
-  def _rl_optimizer(self):
+  def _rl_optimizer(self) -> Any:
     updates = self._rl["prompts"] // self._rl["mini_batch"]
     return _optimizer(self._rl, self._rl["steps"] * updates)

@@ -1,6 +1,6 @@
-"""Rewards to advantages, by the estimators that a config names.
+"""Computes advantages with the estimators that a config names.
 
-Shape key: B prompts, N samples a prompt, R = B * N rows.
+Shape key: B prompts, N samples per prompt, R = B * N completions.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _PACKAGE, _CLASS = "opera_jax.advantages", "AdvantageEstimator"
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Advantages of a step, and what was scored to get them."""
+  """Advantages of a step, and the scoring requests they needed."""
 
   advantage: Sequence[np.ndarray]  # [R] of float32 [C_r]
   returns: Sequence[np.ndarray] | None  # a critic's targets, [R] of [C_r]
@@ -32,26 +32,26 @@ class Estimate:
 
 
 class WeightedEstimators:
-  """Weighted advantage estimators, see `advantages.inputs`."""
+  """A weighted sum of advantage estimators, see `advantages.inputs`."""
 
   def __init__(
     self,
-    rules: str,
+    weighted_sum: str,
     options: Mapping[str, Mapping[str, Any]],
     logprob_scorer: scorer_lib.LogprobScorer,
   ):
-    """Builds the rules.
+    """Builds the estimators.
 
     Args:
-      rules: names and weights, as in "grpo + 0.5*oppo".
-      options: settings of rules by name, where their defaults do not do.
-      scorer: scores completions at the policy's temperature.
+      weighted_sum: names and weights, as in "grpo + 0.5*oppo".
+      options: settings of estimators by name that differ from their defaults.
+      logprob_scorer: scores completions at the policy's temperature.
 
     Raises:
-      ValueError: an unknown rule or setting.
+      ValueError: an unknown estimator or setting.
     """
-    self._weights = compose.weights(rules)
-    self._rules = build(rules, options)
+    self._weights = compose.weights(weighted_sum)
+    self._estimators = build(weighted_sum, options)
     self._logprob_scorer = logprob_scorer
 
   def estimate(
@@ -63,38 +63,42 @@ class WeightedEstimators:
     penalty: Sequence[np.ndarray],
     value: Sequence[np.ndarray] | None = None,
   ) -> Estimate:
-    """Advantages of every token of a step's completions.
+    """Computes the advantage of every token of a step's completions.
 
     Args:
       models: parameters of "policy", "teacher" and "ema"; None for one that
         the run does not have.
       scored: rewards of the samples.
       old: [R] of [C_r], log-probabilities under the old policy.
-      penalty: [R] of [C_r], KL to be taken off the reward.
+      penalty: [R] of [C_r], KL to subtract from the reward.
       value: [R] of [C_r], a critic's values.
 
     Raises:
-      ValueError: a rule asks for a model that the run does not have.
+      ValueError: an estimator requests a model that the run does not have.
     """
     rollouts, reward_BN = scored.rollouts, scored.total_BN
     by_name, requests, tokens = {}, {}, 0
-    for name, rule in self._rules.items():
+    for name, estimator in self._estimators.items():
       logprobs = {}
-      for key, request in rule.scoring_requests(rollouts, reward_BN).items():
+      for key, request in estimator.scoring_requests(
+        rollouts, reward_BN
+      ).items():
         if models[request.model] is None:
           raise ValueError(
-            f"Advantage estimator {name!r} asks for the model "
+            f"Advantage estimator {name!r} requests the model "
             f"{request.model!r}, which this run does not have. Set "
             "config.rl.ema above 0."
           )
-        got = self._logprob_scorer.score(
+        scored_logprobs = self._logprob_scorer.score(
           models[request.model], rollouts.after(request.turns)
         )
-        tokens += got.prefix_tokens
+        tokens += scored_logprobs.prefix_tokens
         requests[key] = request
         logprobs[key] = [
           row[len(row) - len(s.tokens) :]
-          for row, s in zip(got.prefix_logprob, rollouts.completions)
+          for row, s in zip(
+            scored_logprobs.prefix_logprob, rollouts.completions
+          )
         ]
       inputs = inputs_lib.AdvantageInputs(
         rollouts=rollouts,
@@ -105,7 +109,7 @@ class WeightedEstimators:
         logprobs=logprobs,
         value=value,
       )
-      by_name[name] = (self._weights[name], rule.advantages(inputs))
+      by_name[name] = (self._weights[name], estimator.advantages(inputs))
     combined = inputs_lib.combine(by_name)
     return Estimate(
       advantage=combined.advantage,
@@ -116,8 +120,8 @@ class WeightedEstimators:
 
 
 def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
-  """Success of each sample, 0 to 1: for maths whether it is correct, where
-  that was checked; else the reward, clipped."""
+  """Success of each sample, 0 to 1: the term `correct` for maths if there is
+  one, otherwise the reward, clipped."""
   clipped_BN = np.clip(scored.total_BN, 0.0, 1.0)
   if "correct" not in scored.terms:
     return clipped_BN
@@ -131,13 +135,13 @@ def importance_weighted(
   completions: Sequence[structs.Sample],
   cap: float,
 ) -> Sequence[np.ndarray]:
-  """Advantages corrected for the distribution that the sampler drew from.
+  """Multiplies advantages by truncated importance weights (trainer / sampler).
 
   Args:
     advantage: [R] of [C_r].
     old: [R] of [C_r], log-probabilities under the trainer's policy.
-    completions: [R], with their log-probabilities as drawn.
-    cap: see `policy.truncated_weight`; 0 corrects nothing.
+    completions: [R], with the sampler's log-probabilities.
+    cap: see `policy.truncated_weight`; 0 turns the correction off.
   """
   if not cap:
     return advantage
@@ -154,7 +158,7 @@ def kl_penalties(
   coef: float,
   estimator: str,
 ) -> list[np.ndarray]:
-  """`coef * KL` of each token, to be taken off rewards; [R] of [C_r]."""
+  """`coef * KL` of each token, to subtract from rewards; [R] of [C_r]."""
   divergence = kl.estimator(estimator)
   return [
     np.asarray(coef * divergence(o, r), np.float32) if coef else 0.0 * o
@@ -163,31 +167,32 @@ def kl_penalties(
 
 
 def build(
-  rules: str, options: Mapping[str, Mapping[str, Any]]
+  weighted_sum: str, options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-  """The advantage estimators of a weighted sum, by name.
+  """Builds the advantage estimators of a weighted sum, by name.
 
   Args:
-    rules: names and weights, as in "grpo + 0.5*oppo".
-    options: settings of rules by name, where their defaults do not do.
+    weighted_sum: names and weights, as in "grpo + 0.5*oppo".
+    options: settings of estimators by name that differ from their defaults.
 
   Raises:
-    ValueError: an unknown rule or setting, or settings of another rule.
+    ValueError: an unknown estimator or setting, or options of an estimator that
+      is not in the sum.
   """
-  names = list(compose.weights(rules))
+  names = list(compose.weights(weighted_sum))
   for name in options:
     if name not in names:
       raise ValueError(
         f"config.rl.advantage_options sets {name!r}, which is none of the "
-        f"rules {names} of config.rl.advantage. Add it there, or leave its "
-        "options out."
+        f"estimators {names} of config.rl.advantage. Add it there, or remove "
+        "its options."
       )
   return {name: _build(name, dict(options.get(name, {}))) for name in names}
 
 
 def _build(name: str, settings: dict[str, Any]) -> Any:
   try:
-    rule = getattr(importlib.import_module(f"{_PACKAGE}.{name}"), _CLASS)
+    estimator = getattr(importlib.import_module(f"{_PACKAGE}.{name}"), _CLASS)
   except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
       f"There is no advantage estimator {name!r}"
@@ -195,9 +200,10 @@ def _build(name: str, settings: dict[str, Any]) -> Any:
       "Name a file of opera_jax/advantages that has an AdvantageEstimator."
     ) from error
   try:
-    return rule(**settings)
+    return estimator(**settings)
   except TypeError as error:
     raise ValueError(
       f"Advantage estimator {name!r} takes the settings "
-      f"{sorted(rule.__dataclass_fields__)}, got {sorted(settings)}: {error}."
+      f"{sorted(estimator.__dataclass_fields__)}, got {sorted(settings)}: "
+      f"{error}."
     ) from error

@@ -298,7 +298,9 @@ def _by_mini_batch(
 ) -> Any:
   """`fn` of a host batch, mini-batch by mini-batch; host arrays, joined."""
   outs = [
-    layout.to_host(fn(params, layout.to_devices(part, layout.rows(mesh))))
+    layout.to_host(
+      fn(params, layout.to_devices(part, layout.batch_sharding(mesh)))
+    )
     for part in rl_data.mini_batches(batch, count)
   ]
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outs)

@@ -102,7 +102,9 @@ def collect(
     if len(batches) == 1:
       kept, found = [(scored, list(range(wanted)))], wanted
       break
-    spread_B = np.asarray(group_lib.has_spread(_decides(scored, filter_reward)))
+    spread_B = np.asarray(
+      group_lib.has_different_rewards(_decides(scored, filter_reward))
+    )
     new_B = np.asarray([p.id not in seen for p in batch])
     taken = np.flatnonzero(spread_B & new_B)[: wanted - found].tolist()
     kept.append((scored, taken))

@@ -1,10 +1,10 @@
-"""Completions to rewards: find the steps, score in one pass, add the terms.
+"""Computes rewards: finds the steps, scores in one pass, sums the terms.
 
-The log-probability requests of all rewards go into one scoring pass. The prefix
-pass that scores a completion's continuations also gives its own tokens'
-log-probabilities, which the update needs as those of the old policy.
+One scoring pass answers the log-probability requests of all rewards. It also
+returns the log-probabilities of the completions' own tokens, which the update
+uses as those of the old policy.
 
-Shape key: B prompts, N samples a prompt, R = B * N rows, J steps.
+Shape key: B prompts, N samples per prompt, R = B * N completions, J steps.
 """
 
 import dataclasses
@@ -34,11 +34,10 @@ class Scored:
   prefixes: list[np.ndarray]  # prompt + completion tokens, prompt-major
   logprobs: structs.Logprobs  # of the prefixes, and of all continuations
   thoughts: structs.Thoughts  # host arrays, R = B * N rows
-  deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where it was not scored
-  opened_B: np.ndarray  # bool, open-ended prompts; the others are maths
-  separate_tokens: (
-    int  # tokens that one row for each prefix of every step would take
-  )
+  deltas_RJ: np.ndarray  # P_j - P_{j-1}; NaN where not scored
+  open_ended_B: np.ndarray  # bool; False for maths prompts
+  # Tokens if every prefix of every step were scored in a row of its own.
+  separate_tokens: int
   rollouts: structs.Rollouts
 
   def completion_sizes(self) -> list[int]:
@@ -57,14 +56,15 @@ class Scored:
     ]
 
 
-# Rows whose steps are found in one call, and their shortest width.
-_ROWS_AT_ONCE, _LEAST_WIDTH = 128, 128
-# Arguments of `build_rewards` that are fields of config.reward.
-OF_TERMS = (
+# Completions per call of the step finder, and their minimum padded length.
+_STEP_BATCH, _MIN_PADDED_LENGTH = 128, 128
+# Fields of config.reward that `build_rewards` takes as arguments.
+REWARD_FIELDS = (
   *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
   *("compare", "bridge", "match", "math_check"),
 )
-# Settings of a term that fields of config.reward give, and which field.
+# For each term, its settings that come from fields of config.reward. None marks
+# a setting that the code sets itself.
 _OWN: dict[str, dict[str, str | None]] = {
   "opera": {
     "alpha": "alpha",
@@ -95,11 +95,11 @@ def build_rewards(
   match: str,
   math_check: str,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-  """The reward terms of a run: weights, and rewards, by name.
+  """Builds the reward terms of a run: weights and rewards by name.
 
   Args:
-    encode: text of ours to token ids.
-    terms: see `RewardScorer`; and so on.
+    encode: tokenizes the bridge text.
+    terms: see `RewardScorer`.
     options: see `RewardScorer`.
     timeout: see `RewardScorer`.
     environment: see `RewardScorer`.
@@ -112,8 +112,8 @@ def build_rewards(
     math_check: see `RewardScorer`.
 
   Raises:
-    ValueError: an unknown reward or setting, a setting of a reward that is no
-      term, or one that a field of config.reward has.
+    ValueError: an unknown reward or setting, options of a reward that is not a
+      term, or an option that duplicates a field of config.reward.
   """
   weights = compose.weights(terms)
   given = {name: dict(value) for name, value in (options or {}).items()}
@@ -121,15 +121,15 @@ def build_rewards(
     if name not in weights:
       raise ValueError(
         f"config.reward.options sets {sorted(settings)} of {name!r}, which is "
-        f"no term of config.reward.terms = {terms!r}. Add it (0*{name} "
-        "measures and does not pay), or leave its options out."
+        f"not a term of config.reward.terms = {terms!r}. Add it (0*{name} only "
+        "logs it), or remove its options."
       )
     for setting in settings:
       field = _OWN.get(name, {}).get(setting, "")
       if field is None or field:
         raise ValueError(
           f"config.reward.options.{name}.{setting} is set elsewhere: "
-          + (f"use config.reward.{field}." if field else "by what is scored.")
+          + (f"use config.reward.{field}." if field else "the code sets it.")
         )
   own: dict[str, dict[str, Any]] = {
     "opera": {
@@ -158,13 +158,13 @@ def _find(
   length_R: np.ndarray,
   max_steps: int,
 ) -> tuple[structs.Thoughts, jax.Array]:
-  """Steps of each row, and their true number, in one program."""
+  """Finds the steps of each completion, and their untruncated number."""
   codes_RT = automaton.run(table, tokens_RT, length_R)
   return thought.from_codes(codes_RT, max_steps), thought.total_steps(codes_RT)
 
 
 class RewardScorer:
-  """Scores completions under the policy given at each call."""
+  """Computes rewards of completions under the policy given at each call."""
 
   def __init__(
     self,
@@ -187,28 +187,28 @@ class RewardScorer:
     math_check: str = "exact",
     cache_dir: str | None = None,
   ):
-    """Builds the rewards, and the automaton of the reflective states.
+    """Builds the rewards, and the automaton that finds reflective states.
 
     Args:
-      scorer: scores prefixes and continuations at temperature 1.
+      logprob_scorer: scores prefixes and continuations at temperature 1.
       tokenizer: of the policy.
-      terms: which rewards, with which weights; see `compose.weights`.
-      options: settings of rewards by name, where their defaults do not do;
-        arguments of this function cannot be among them.
-      timeout: seconds that a user's function may take for one step.
-      environment: variables that it sees although they look like keys.
+      terms: weighted sum of rewards; see `compose.weights`.
+      options: settings of rewards by name that differ from their defaults;
+        settings that are arguments of this function are refused.
+      timeout: time limit in seconds of a user's function for one step.
+      environment: variables passed to it although their names look like keys.
       alpha: weight of R_ppl.
       tau: R_self = tanh(count / tau).
       mode: see `opera_reward.rewards`.
       compare: what a reflective step must beat, see `opera_requests.plan`.
       keywords: words that make a step reflective.
-      match: "word" or "substring"; "any" drops the condition: every step may
-        count.
-      separator: what divides steps.
-      bridge: text between a partial thought and the reference.
-      max_steps: steps told apart in a thought; more are counted in a metric.
+      match: "word", "substring", or "any", which lets every step count.
+      separator: text between steps.
+      bridge: text inserted between a partial thought and the reference.
+      max_steps: maximum steps per thought that are scored; a metric counts the
+        rest.
       math_check: see `verifiable.correct_many`.
-      cache_dir: where built automata are kept; None builds anew.
+      cache_dir: folder that caches built automata; None builds one each time.
 
     Raises:
       ValueError: an unknown reward, setting or comparison.
@@ -240,17 +240,17 @@ class RewardScorer:
     )
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
-    """Tries every reward that has a `probe`, on one process each.
+    """Calls `probe` of every reward that has one, each on one process.
 
-    A judge's endpoint or a user's function fails here, before anything
-    expensive runs.
+    So a broken judge endpoint or user function fails before anything expensive
+    runs.
 
     Args:
-      prompts: that will be rewarded; none leaves nothing to try.
+      prompts: that will be rewarded; nothing is probed if empty.
 
     Raises:
-      RuntimeError: a judge that does not answer.
-      ValueError: a user's function that cannot be called.
+      RuntimeError: the judge does not answer.
+      ValueError: the user's function cannot be called.
     """
     probes = [r.probe for r in self._rewards.values() if hasattr(r, "probe")]
 
@@ -258,20 +258,24 @@ class RewardScorer:
       return [probes[at](prompts) for at in indices]
 
     if prompts:
-      exchange.each(range(len(probes)), work)
+      exchange.map_across_processes(range(len(probes)), work)
 
   def thoughts(self, samples: Sequence[structs.Sample]):
-    """Where the steps lie: host `Thoughts`, and each row's true count.
+    """Finds the steps: host `Thoughts`, and each completion's untruncated
+    count.
 
-    Rows come in blocks of one size, and lengths are padded to powers of two
-    times the shortest, so that few programs are compiled.
+    Completions are batched to one size, and lengths are padded to powers of two
+    times a minimum, so that few programs are compiled.
     """
     longest = max(len(s.tokens) for s in samples)
-    width = _LEAST_WIDTH << max(0, (longest - 1) // _LEAST_WIDTH).bit_length()
+    width = (
+      _MIN_PADDED_LENGTH
+      << max(0, (longest - 1) // _MIN_PADDED_LENGTH).bit_length()
+    )
     found = []
-    for start in range(0, len(samples), _ROWS_AT_ONCE):
-      rows = [s.tokens for s in samples[start : start + _ROWS_AT_ONCE]]
-      more = _ROWS_AT_ONCE - len(rows)
+    for start in range(0, len(samples), _STEP_BATCH):
+      rows = [s.tokens for s in samples[start : start + _STEP_BATCH]]
+      more = _STEP_BATCH - len(rows)
       tokens_RT, length_R = batching.pad_rows(
         rows + [np.zeros(0, np.int32)] * more,
         length=width,
@@ -294,22 +298,22 @@ class RewardScorer:
     all_steps: bool = False,
     advance: Callable[[int], None] | None = None,
   ) -> Scored:
-    """Scores N samples of each of B prompts.
+    """Computes the rewards of N samples of each of B prompts.
 
     Args:
       params: the policy before this step's update.
       prompts: tasks.
       prompt_ids: their tokens.
       groups: N >= 2 samples of each.
-      all_steps: score the end of every step, for pictures.
-      advance: called with the tokens scored as they are done.
+      all_steps: score the end of every step, for the report.
+      advance: progress callback, called with the number of tokens scored.
 
     Returns:
       Rewards, terms and log-probabilities.
 
     Raises:
-      ValueError: an empty reference, fewer than two samples for a reward that
-        ranks, a reward that is not finite.
+      ValueError: an empty reference, a single sample for a reward that ranks,
+        or a reward that is not finite.
     """
     rollouts, total_R = self._rollouts(prompts, prompt_ids, groups)
     prefixes = [
@@ -319,10 +323,10 @@ class RewardScorer:
     rewards = dict(self._rewards)
     if all_steps and "opera" in rewards:
       rewards["opera"] = dataclasses.replace(rewards["opera"], all_steps=True)
-    asked = {
+    requests = {
       n: reward.logprob_request(rollouts) for n, reward in rewards.items()
     }
-    every, continuations = _joined(prefixes, asked)
+    every, continuations = _joined(prefixes, requests)
     if continuations:
       logprobs = self._logprob_scorer.score(
         params, every, continuations, advance=advance
@@ -332,15 +336,18 @@ class RewardScorer:
       logprobs = self._logprob_scorer.score_completions(
         params, rows[0], rows[1], every[len(prefixes) :], advance=advance
       )
-    result = _results(logprobs, rollouts, asked)
+    result = _results(logprobs, rollouts, requests)
     total_BN, terms = compose.weighted_sum(
-      {n: _given(r, rollouts, asked[n], result[n]) for n, r in rewards.items()},
+      {
+        n: _terms_of(r, rollouts, requests[n], result[n])
+        for n, r in rewards.items()
+      },
       self._weights,
     )
     thoughts = rollouts.thoughts
     deltas_RJ = np.full(thoughts.step_end.shape, np.nan, np.float32)
-    opened_B = np.asarray([p.task == "open_ended" for p in prompts])
-    opened = np.flatnonzero(np.repeat(opened_B, rollouts.samples))
+    open_ended_B = np.asarray([p.task == "open_ended" for p in prompts])
+    opened = np.flatnonzero(np.repeat(open_ended_B, rollouts.samples))
     if "opera" in rewards and opened.size:
       mine = result["opera"]
       deltas_RJ[opened] = opera_reward.step_deltas(
@@ -367,13 +374,18 @@ class RewardScorer:
       ),
       thoughts,
       deltas_RJ,
-      opened_B,
+      open_ended_B,
       self._separate_tokens(rollouts, prefixes, opened),
       rollouts,
     )
 
-  def _rollouts(self, prompts, prompt_ids, groups):
-    """What rewards see of the samples, and each row's true count of steps."""
+  def _rollouts(
+    self,
+    prompts: Sequence[structs.Prompt],
+    prompt_ids: Sequence[np.ndarray],
+    groups: Sequence[Sequence[structs.Sample]],
+  ) -> tuple[structs.Rollouts, np.ndarray]:
+    """Builds `Rollouts`, and counts the steps of each completion."""
     flat = [s for group in groups for s in group]
     thoughts, total_R = self.thoughts(flat)
     tokenizer = self._tokenizer
@@ -388,8 +400,13 @@ class RewardScorer:
       chat_prompt=tokenizer.chat_prompt,
     ), total_R
 
-  def _separate_tokens(self, rollouts, prefixes, rows) -> int:
-    """Tokens of the released code's way: a row for P_0, every P_j, and L."""
+  def _separate_tokens(
+    self,
+    rollouts: structs.Rollouts,
+    prefixes: Sequence[np.ndarray],
+    completions: np.ndarray,
+  ) -> int:
+    """Tokens that the released code scores: a row for P_0, every P_j, and L."""
     total, thoughts = 0, rollouts.thoughts
     for r in rows:
       owner = rollouts.prompt_index(r)
@@ -404,10 +421,14 @@ class RewardScorer:
     return total
 
 
-def _joined(prefixes, asked: Mapping[str, structs.LogprobRequest]):
-  """All rewards' prefixes behind the rows, and all their continuations."""
+def _joined(
+  prefixes: Sequence[np.ndarray],
+  requests: Mapping[str, structs.LogprobRequest],
+) -> tuple[list[np.ndarray], list[structs.Continuation]]:
+  """Concatenates all requests: prefixes (completions first) and
+  continuations."""
   every, continuations = list(prefixes), []
-  for request in asked.values():
+  for request in requests.values():
     shift = len(every) - len(prefixes)
     continuations += [
       b
@@ -422,9 +443,9 @@ def _joined(prefixes, asked: Mapping[str, structs.LogprobRequest]):
 def _results(
   logprobs: structs.Logprobs,
   rollouts: structs.Rollouts,
-  asked: Mapping[str, structs.LogprobRequest],
+  requests: Mapping[str, structs.LogprobRequest],
 ) -> dict[str, structs.LogprobResult]:
-  """Each reward's indices of the log-probabilities, in the order it asked."""
+  """Splits the log-probabilities into one result per request."""
   rows = len(rollouts.completions)
   begins = [
     len(rollouts.prompt_ids[rollouts.prompt_index(r)]) for r in range(rows)
@@ -436,7 +457,7 @@ def _results(
     logprobs.prefix_entropy[r][b:] for r, b in enumerate(begins)
   ]
   prefix, continuation, out = rows, 0, {}
-  for name, request in asked.items():
+  for name, request in requests.items():
     prefix_end = prefix + len(request.prefixes)
     continuation_end = continuation + len(request.continuations)
     out[name] = structs.LogprobResult(
@@ -452,21 +473,21 @@ def _results(
   return out
 
 
-def _given(
+def _terms_of(
   reward: Any,
   rollouts: structs.Rollouts,
-  asked: structs.LogprobRequest,
+  request: structs.LogprobRequest,
   result: structs.LogprobResult,
 ) -> dict[str, np.ndarray]:
-  """A reward's terms, [B, N] each, the same on every process.
+  """Computes a reward's terms, [B, N] each, identical on every process.
 
-  Every process computes every reward on all prompts, and they must agree. A
-  reward that is expensive or not reproducible (a judge, a user's function, a
-  checker in processes of its own) says `by_host = True`: each process then
-  computes its own prompts, and all take its values.
+  By default every process computes the reward of all prompts, and the values
+  must agree. A reward that is expensive or not reproducible (a judge, a user's
+  function, a checker in subprocesses) sets `by_host = True`: each process then
+  computes its share of the prompts, and the values are gathered.
 
   Raises:
-    ValueError: a reward by host that asked for log-probabilities.
+    ValueError: a `by_host` reward requests log-probabilities.
     RuntimeError: processes computed different values.
   """
   name = type(reward).__module__
@@ -479,7 +500,7 @@ def _given(
       "class, so that each process computes its own prompts",
     )
     return everywhere
-  if asked.prefixes or asked.continuations:
+  if request.prefixes or request.continuations:
     raise ValueError(
       f"The reward {name} has by_host = True and asks for log-probabilities, "
       "which all processes score together. Drop one of the two."
@@ -490,7 +511,7 @@ def _given(
     rows = [
       b * rollouts.samples + n for b in indices for n in range(mine.samples)
     ]
-    got = reward.rewards(
+    computed = reward.rewards(
       mine,
       structs.LogprobResult(
         completion_logprob=[result.completion_logprob[r] for r in rows],
@@ -498,31 +519,31 @@ def _given(
       ),
     )
     return [
-      {name: part[b].tolist() for name, part in got.items()}
+      {name: part[b].tolist() for name, part in computed.items()}
       for b in range(len(indices))
     ]
 
-  each = exchange.each(range(len(rollouts.prompts)), terms)
+  by_prompt = exchange.map_across_processes(range(len(rollouts.prompts)), terms)
   return {
-    name: np.asarray([part[name] for part in each], np.float32)
-    for name in each[0]
+    name: np.asarray([part[name] for part in by_prompt], np.float32)
+    for name in by_prompt[0]
   }
 
 
 def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
-  """Some groups of several scorings, as one.
+  """Joins selected groups of several scoring calls.
 
-  Log-probabilities of continuations are left out; the counts of tokens are
-  those of all that was scored.
+  Log-probabilities of continuations are dropped; token counts include
+  everything that was scored.
 
   Args:
-    chosen: scorings with the places of their prompts to be kept; a scoring
-      that comes twice counts once.
+    chosen: (scored, indices of its prompts to keep) pairs; if the same `scored`
+      occurs twice, its tokens count once.
 
   Returns:
     The groups in the order given.
   """
-  if len(chosen) == 1 and len(chosen[0][1]) == len(chosen[0][0].opened_B):
+  if len(chosen) == 1 and len(chosen[0][1]) == len(chosen[0][0].open_ended_B):
     return chosen[0][0]
   distinct = list({id(scored): scored for scored, _ in chosen}.values())
   samples = distinct[0].rollouts.samples
@@ -531,10 +552,10 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     for _, kept in chosen
   ]
 
-  def prompts(get):
+  def of_prompts(get: Callable[[Scored], np.ndarray]) -> np.ndarray:
     return np.concatenate([get(s)[list(kept)] for s, kept in chosen])
 
-  def flat(get):
+  def of_completions(get: Callable[[Scored], Sequence[Any]]) -> list[Any]:
     return [get(s)[r] for (s, _), mine in zip(chosen, rows) for r in mine]
 
   thoughts = jax.tree.map(
@@ -547,20 +568,20 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     distinct[0].rollouts,
     prompts=[s.rollouts.prompts[b] for s, kept in chosen for b in kept],
     prompt_ids=[s.rollouts.prompt_ids[b] for s, kept in chosen for b in kept],
-    completions=flat(lambda s: s.rollouts.completions),
-    texts=flat(lambda s: s.rollouts.texts),
+    completions=of_completions(lambda s: s.rollouts.completions),
+    texts=of_completions(lambda s: s.rollouts.texts),
     thoughts=thoughts,
   )
   return Scored(
-    total_BN=prompts(lambda s: s.total_BN),
+    total_BN=of_prompts(lambda s: s.total_BN),
     terms={
-      name: prompts(lambda s, name=name: s.terms[name])
+      name: of_prompts(lambda s, name=name: s.terms[name])
       for name in distinct[0].terms
     },
-    prefixes=flat(lambda s: s.prefixes),
+    prefixes=of_completions(lambda s: s.prefixes),
     logprobs=structs.Logprobs(
-      prefix_logprob=flat(lambda s: s.logprobs.prefix_logprob),
-      prefix_entropy=flat(lambda s: s.logprobs.prefix_entropy),
+      prefix_logprob=of_completions(lambda s: s.logprobs.prefix_logprob),
+      prefix_entropy=of_completions(lambda s: s.logprobs.prefix_entropy),
       continuation_logprob=[],
       continuation_entropy=[],
       prefix_tokens=sum(s.logprobs.prefix_tokens for s in distinct),
@@ -570,7 +591,7 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     deltas_RJ=np.concatenate(
       [s.deltas_RJ[mine] for (s, _), mine in zip(chosen, rows)]
     ),
-    opened_B=prompts(lambda s: s.opened_B),
+    open_ended_B=of_prompts(lambda s: s.open_ended_B),
     separate_tokens=sum(s.separate_tokens for s in distinct),
     rollouts=rollouts,
   )

@@ -57,7 +57,8 @@ def rl_step(
   out = {
     "reward/mean": total_BN.mean(),
     "reward/std": total_BN.std(axis=1, ddof=1).mean(),
-    "frac_reward_zero_std": 1 - group_lib.has_spread(total_BN).mean(),
+    "frac_reward_zero_std": 1
+    - group_lib.has_different_rewards(total_BN).mean(),
     "completions/mean_length": length_R.mean(),
     "completions/min_length": length_R.min(),
     "completions/max_length": length_R.max(),
@@ -71,19 +72,19 @@ def rl_step(
     "scoring/continuation_tokens": scored.logprobs.continuation_tokens,
     "scoring/separate_tokens": scored.separate_tokens,
   }
-  opened_B = scored.opened_B
+  open_ended_B = scored.open_ended_B
   for name, part_BN in scored.terms.items():
-    mine_B = np.ones_like(opened_B)
+    mine_B = np.ones_like(open_ended_B)
     if name in OPEN_ENDED:
-      mine_B = opened_B
+      mine_B = open_ended_B
     elif name in MATHS:
-      mine_B = ~opened_B
+      mine_B = ~open_ended_B
     if mine_B.any():
       out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
   if ema is not None:
     out["reward/score_ema"] = ema
-  if ema is not None and opened_B.any() and "score" in scored.terms:
-    score_ON = scored.terms["score"][opened_B]
+  if ema is not None and open_ended_B.any() and "score" in scored.terms:
+    score_ON = scored.terms["score"][open_ended_B]
     out["reward/score_smoothed"] = smoothing.smoothed(score_ON, ema).mean()
   for name in updates[0]:
     out[name] = np.mean([values[name] for values in updates])

@@ -197,7 +197,7 @@ class PromptSlots:
       self._num_generated[where], self._budget[where] = 0, fork.budget
     arrays = starts_BS, token_BS, self._budget.astype(np.int32), state_BS
     starts_BS, token_BS, budget_BS, state_BS = layout.to_devices(
-      [x[self._resident] for x in arrays], layout.rows(self._mesh)
+      [x[self._resident] for x in arrays], layout.batch_sharding(self._mesh)
     )
     # Without the caches one program serves all their sizes.
     slots = self._slots
@@ -300,7 +300,7 @@ class PromptSlots:
       length_R[i] = len(tokens)
       prompt_slot_R[i] = self._index[prompt_slot]
     token_RP, length_R = layout.to_devices(
-      (token_RP, length_R), layout.rows(self._mesh)
+      (token_RP, length_R), layout.batch_sharding(self._mesh)
     )
     prefix, prefix_length = self._call(
       "prefill",
@@ -376,7 +376,7 @@ def compacts_active_slots() -> bool:
   however many slots are computed. On a mesh of several devices, slots stay on
   the device that holds their prompt slot.
   """
-  return target.platform() == "cpu" and rules.alone()
+  return target.platform() == "cpu" and rules.is_single_device()
 
 
 def prompt_slot_counts(prompt_slots: int) -> list[int]:

@@ -77,7 +77,7 @@ class Run:
     scorer_lib.LogprobScorer
   )  # at the policy's temperature; the same object where both are 1
   reward_scorer: score_lib.RewardScorer  # of the run's rewards
-  measurer: score_lib.RewardScorer  # of OPERA's, for evaluation
+  eval_scorer: score_lib.RewardScorer  # of OPERA's, for evaluation
   settings: dict[str, Any]  # settings that results depend on; see `stage`
   reward: dict[str, Any]  # and those of stages that compute rewards
   tokenizer_digest: tuple[str, str]  # path and SHA-256 of its files
@@ -128,7 +128,7 @@ class Run:
     if tasks:
       common |= data_settings(self.settings, tasks)
       made_from |= data_inputs(self.tasks, tasks)
-    made_from |= exchange.by_lead(given)
+    made_from |= exchange.on_main_process(given)
     return workdir_lib.Stage(
       self.workdir,
       name,
@@ -143,7 +143,10 @@ class Run:
     def tokens(items):
       return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in items]
 
-    return [np.asarray(t, np.int32) for t in exchange.each(prompts, tokens)]
+    return [
+      np.asarray(t, np.int32)
+      for t in exchange.map_across_processes(prompts, tokens)
+    ]
 
   def sampling(self, **settings: Any) -> sampling_lib.Sampling:
     """Sampling settings for the run's models; fields of `sampling.Sampling`."""
@@ -157,12 +160,12 @@ class Run:
       params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
     )
 
-  def on_own_devices(self) -> "Run | None":
+  def on_local_devices(self) -> "Run | None":
     """The run on this process's own devices, independent of other processes.
 
-    None where the model is split over hosts, see `sharding.mesh.own`.
+    None where the model is split over hosts, see `sharding.mesh.local_mesh`.
     """
-    own = mesh_lib.own(self.mesh)
+    own = mesh_lib.local_mesh(self.mesh)
     if own is None:
       return None
     if own == self.mesh:
@@ -312,7 +315,7 @@ def setup(
   dropped: dict[str, int] = {}
   for name in ("synthesis", "rl", "held_out"):
     every = getattr(tasks, name)
-    lengths = exchange.each(
+    lengths = exchange.map_across_processes(
       every, lambda share: prompts_lib.token_lengths(share, loaded_tokenizer)
     )
     kept[name], counts = prompts_lib.filter_by_length(
@@ -371,7 +374,7 @@ def setup(
     reward_scorer=score_lib.RewardScorer(
       logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
     ),
-    measurer=score_lib.RewardScorer(
+    eval_scorer=score_lib.RewardScorer(
       logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward | measured
     ),
   )
@@ -456,7 +459,7 @@ def _tokenizer(
   """The run's tokenizer, and the digest of its files; a stage of its own."""
   if path:
     given: dict[str, Any] = {"tokenizer": {"path": path}}
-    made_from = exchange.by_lead(
+    made_from = exchange.on_main_process(
       lambda: directory_inputs(
         "tokenizer.path",
         path,
@@ -488,8 +491,8 @@ def _tokenizer(
       )
     return found
 
-  with stage.alone():
-    found = exchange.by_lead(make)
+  with stage.locked():
+    found = exchange.on_main_process(make)
   tokenizer = tokenizer_lib.Tokenizer.load(stage.path)
   return tokenizer, (str(stage.path), found)
 

@@ -185,7 +185,7 @@ def load(
     )
   made: list[Any] = []
   if documents:
-    responses = digest.Source(exchange.read)
+    responses = digest.Source(exchange.read_file)
     made, drafted = _drafted(
       train,
       [p for p in more_maths if words.normal(p.prompt) not in unseen],
@@ -256,7 +256,7 @@ def read(
     )
   every, digests = [], {}
   if path:
-    source = digest.Source(exchange.read)
+    source = digest.Source(exchange.read_file)
     every = prompts_lib.load(
       path,
       fields=fields,
@@ -269,7 +269,7 @@ def read(
     digests["path"] = path, source.hexdigest()
   if not math_path:
     return every, [], digests
-  source = digest.Source(exchange.read)
+  source = digest.Source(exchange.read_file)
   maths = [
     # Ids of two files may clash.
     dataclasses.replace(p, id=f"math/{p.id}")

@@ -66,7 +66,7 @@ def make(folder: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def held(
+def hold_lock(
   lock: pathlib.Path,
   name: str,
   preemption: checkpoint.Preemption | None = None,
@@ -88,15 +88,15 @@ def held(
           f"{name}: {told[0]} is at it in {lock.parent}; waiting.", flush=True
         )
       if preemption is not None:
-        preemption.leave_alone()
+        preemption.exit_if_requested_here()
 
     def take() -> None:
       stack.enter_context(file_lock.claim(lock, wait=wait))
 
-    exchange.by_lead(take)
+    exchange.on_main_process(take)
     yield
     if preemption is not None:
-      preemption.leave()
+      preemption.exit_if_requested()
 
 
 class Stage:
@@ -135,7 +135,7 @@ class Stage:
     self.path = pathlib.Path(workdir) / name
     self._settings = _flat(json.loads(json.dumps(settings)))
     self._inputs = inputs or {}
-    exchange.by_lead(lambda: self._open(name in redo))
+    exchange.on_main_process(lambda: self._open(name in redo))
 
   def finished(self) -> bool:
     """Whether `finish` was called, in this run or an earlier one.
@@ -150,15 +150,15 @@ class Stage:
     return True
 
   @contextlib.contextmanager
-  def alone(
+  def locked(
     self, preemption: checkpoint.Preemption | None = None
   ) -> Iterator[None]:
     """Holds the stage's lock against other runs; waits until it is free.
 
     Ask `finished` inside: another run may have done the stage meanwhile. See
-    `held` for the rest.
+    `hold_lock` for the rest.
     """
-    with held(self.path / _LOCK, self.name, preemption):
+    with hold_lock(self.path / _LOCK, self.name, preemption):
       yield
 
   def result(self) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def redo(workdir: str | os.PathLike, asked: str) -> tuple[str, ...]:
   workdir, names = pathlib.Path(workdir), redo_names(asked)
   if names:
     chosen = sorted(_names("config.redo", asked, ORDER))
-    exchange.by_lead(lambda: _redo(workdir, chosen, names))
+    exchange.on_main_process(lambda: _redo(workdir, chosen, names))
   return names
 
 

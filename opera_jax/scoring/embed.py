@@ -81,7 +81,9 @@ class Embedder:
         hidden_BD = layout.to_host(
           self._run(
             params,
-            *layout.to_devices((token_BT, length_B), layout.rows(self._mesh)),
+            *layout.to_devices(
+              (token_BT, length_B), layout.batch_sharding(self._mesh)
+            ),
           )
         )
       for row, index in enumerate(group):

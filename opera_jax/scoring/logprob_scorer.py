@@ -233,7 +233,7 @@ class LogprobScorer:
     prefix_entropy: list[Any] = [None] * len(prefixes)
     continuation_logprob: list[Any] = [None] * len(continuations)
     continuation_entropy: list[Any] = [None] * len(continuations)
-    sharding = layout.rows(self._mesh)
+    sharding = layout.batch_sharding(self._mesh)
 
     def store(batch: packing_lib.MicroBatch, results: Any) -> None:
       logprob_BT, entropy_BT, logprob_BSG, entropy_BSG = layout.to_host(results)

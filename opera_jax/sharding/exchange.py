@@ -24,14 +24,14 @@ _Item = TypeVar("_Item")
 _LENGTH_BYTES = 8
 
 
-def part(count: int, index: int, parts: int) -> range:
+def shard_range(count: int, index: int, parts: int) -> range:
   """The `index`th of `parts` runs of 0 .. count - 1, alike to one in length."""
   return range(count * index // parts, count * (index + 1) // parts)
 
 
-def own(count: int) -> range:
+def local_range(count: int) -> range:
   """This process's share of `count` items, in order."""
-  return part(count, jax.process_index(), jax.process_count())
+  return shard_range(count, jax.process_index(), jax.process_count())
 
 
 def gather(mine: bytes) -> list[bytes]:
@@ -48,7 +48,7 @@ def gather(mine: bytes) -> list[bytes]:
   return [row[:size].tobytes() for row, size in zip(rows, sizes)]
 
 
-def each(
+def map_across_processes(
   items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[Any]]
 ) -> list[Any]:
   """`work(items)`, each process working on its own share.
@@ -64,7 +64,7 @@ def each(
   Raises:
     RuntimeError: some process's work raised; with one process, its own error.
   """
-  mine = [items[i] for i in own(len(items))]
+  mine = [items[i] for i in local_range(len(items))]
   if jax.process_count() == 1:
     return list(work(mine)) if mine else []
   # What it raises is told to all, who else would wait for ever.
@@ -106,20 +106,20 @@ def check_same(values: Mapping[str, np.ndarray], message: str) -> None:
       raise RuntimeError(f"{message}: {name!r} differs.")
 
 
-def read(path: str | os.PathLike) -> bytes:
+def read_file(path: str | os.PathLike) -> bytes:
   """A file's bytes; each process reads its own part of it, and no more.
 
   Raises:
     OSError: it cannot be read.
   """
   path = pathlib.Path(path)
-  mine = own(path.stat().st_size)
+  mine = local_range(path.stat().st_size)
   with open(path, "rb") as file:
     file.seek(mine.start)
     return b"".join(gather(file.read(len(mine))))
 
 
-def by_lead(work: Callable[[], Any]) -> Any:
+def on_main_process(work: Callable[[], Any]) -> Any:
   """What `work` returns on process 0, on every process; all must call it.
 
   Args:

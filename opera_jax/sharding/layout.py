@@ -32,10 +32,10 @@ def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
   def visit(path, leaf, names):
     for size, name in zip(leaf.shape, names):
       axis = rules[name]
-      if size % rules_lib.ways(axis, mesh):
+      if size % rules_lib.num_shards(axis, mesh):
         wrong.append(
           f"{jax.tree_util.keystr(path)}: {name} has {size}, mesh axis "
-          f"{axis!r} has {rules_lib.ways(axis, mesh)}"
+          f"{axis!r} has {rules_lib.num_shards(axis, mesh)}"
         )
 
   jax.tree_util.tree_map_with_path(visit, shapes, axes)
@@ -63,7 +63,7 @@ def move(
   return jax.device_put(tree, rules_lib.shardings(axes, mesh, rules))
 
 
-def rows(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The layout of a batch: first axis over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
@@ -79,7 +79,7 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
   Args:
     tree: numpy arrays, scalars, or arrays on one device (random keys too);
       equal on every process, which keeps the parts its devices hold.
-    sharding: of every leaf, e.g. `rows(mesh)` or `replicated(mesh)`.
+    sharding: of every leaf, e.g. `batch_sharding(mesh)` or `replicated(mesh)`.
 
   Returns:
     The tree of global arrays.
@@ -99,29 +99,29 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, tree)
 
 
-def own_rows(mesh: Mesh, count: int) -> np.ndarray:
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
   """Which of a batch's `count` rows this process's devices hold, ascending."""
-  places = rows(mesh).addressable_devices_indices_map((count,))
+  places = batch_sharding(mesh).addressable_devices_indices_map((count,))
   return np.unique(
     np.concatenate([np.arange(count)[index] for index in places.values()])
   )
 
 
-def from_own_rows(tree: Any, mesh: Mesh, count: int) -> Any:
-  """The batch of `count` rows of which each process brings its `own_rows`."""
+def from_local_rows(tree: Any, mesh: Mesh, count: int) -> Any:
+  """The batch of `count` rows of which each process brings its `local_rows`."""
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(
-      rows(mesh), leaf, (count, *leaf.shape[1:])
+      batch_sharding(mesh), leaf, (count, *leaf.shape[1:])
     ),
     tree,
   )
 
 
-def own_copy(tree: Any, mesh: Mesh) -> Any:
+def local_copy(tree: Any, mesh: Mesh) -> Any:
   """The copy of a tree that this process's devices hold; nothing moves.
 
   Args:
-    tree: arrays on a mesh, each host with a whole copy (`mesh.own`).
+    tree: arrays on a mesh, each host with a whole copy (`mesh.local_mesh`).
     mesh: of this process's devices alone.
   """
   return jax.tree.map(

@@ -43,12 +43,12 @@ def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
   )
 
 
-def data_ways(mesh: Mesh) -> int:
+def num_data_shards(mesh: Mesh) -> int:
   """Over how many shards a batch is split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def own(mesh: Mesh) -> Mesh | None:
+def local_mesh(mesh: Mesh) -> Mesh | None:
   """This process's part of the mesh, where it can hold a whole model.
 
   That is so if only the axis "data", along which parameters are copies, goes

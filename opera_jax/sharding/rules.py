@@ -52,13 +52,13 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: dict[str, Any]):
   )
 
 
-def alone() -> bool:
+def is_single_device() -> bool:
   """Whether the program being traced is for one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh.empty or mesh.size == 1
 
 
-def ways(axis: Axis, mesh: Mesh | AbstractMesh) -> int:
+def num_shards(axis: Axis, mesh: Mesh | AbstractMesh) -> int:
   """Over how many shards one mesh axis, or several together, split an array."""
   names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
   return math.prod(mesh.shape[name] for name in names)
@@ -67,7 +67,7 @@ def ways(axis: Axis, mesh: Mesh | AbstractMesh) -> int:
 def activation_axis(name: str | None, size: int) -> Axis:
   """The mesh axes of an activation's axis; None where they do not divide it."""
   axis = ACTIVATIONS[name]
-  shards = ways(axis, jax.sharding.get_abstract_mesh())
+  shards = num_shards(axis, jax.sharding.get_abstract_mesh())
   return axis if size % shards == 0 else None
 
 
@@ -76,7 +76,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
   An axis that the mesh does not divide stays whole.
   """
-  if alone():
+  if is_single_device():
     return x
   parts = [activation_axis(name, size) for size, name in zip(x.shape, axes)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))

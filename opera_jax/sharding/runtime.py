@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from opera_jax.sharding import compile_log, last_words
+from opera_jax.sharding import compile_log, peer_failure
 
 _ADDRESS = re.compile(r"(?P<address>.+:\d+),(?P<count>\d+),(?P<index>\d+)")
 
@@ -36,7 +36,7 @@ def start(
       this time, with an error.
     compile_cache: see `cache_folder`.
     folder: of the run; takes what the runtime of several processes writes of
-      its own, see `last_words`. "" leaves it on the screen.
+      its own, see `peer_failure`. "" leaves it on the screen.
 
   Raises:
     ValueError: `distributed` is none of these.
@@ -65,7 +65,7 @@ def start(
     # JAX itself would listen on every address of the machine.
     if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
       given["coordinator_bind_address"] = match["address"]
-  words = last_words.Words(folder) if folder else None
+  words = peer_failure.FailureReporter(folder) if folder else None
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
     **given,

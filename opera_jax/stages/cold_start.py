@@ -1,10 +1,9 @@
-"""The cold start: synthesise traces with the base model, then select.
-
-Synthesis is divided into shards of `Search.batch` prompts. Any number of
-processes may share the folder of the run: each shard is made by one of them,
-and what a process that dies leaves undone is done by another, now or at the
-next start. A kill loses only the traces in flight. Memory does not grow with
-the number of finished traces.
+"""The cold start: synthesises traces with the base model, then selects among
+them. Synthesis is split into shards of `Search.batch` prompts. Any number of
+processes may share the run's folder. Each shard is claimed by one of them; if a
+process dies, another one finishes its shard, now or at the next start. A kill
+loses only the traces in flight. Memory does not grow with the number of
+finished traces.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ METHODS = ("search", "rewrite")
 class Search:
   """Settings of `search.Searcher` or `rewrite.Rewriter`, and of the batches."""
 
-  batch: int  # prompts of a shard, which one process makes
+  batch: int  # prompts per shard; one process works on a shard
   candidates: int
   budget: int
   score: str
@@ -48,14 +47,15 @@ class Search:
   max_thought_tokens: int
   max_answer_tokens: int
   stop_words: tuple[str, ...]
-  template: str  # its text; a .txt file is read
+  template: str  # text, or the path of a .txt file
   method: str  # "search", or "rewrite" (REER, without stop words)
   rounds: int  # of rewriting
-  guide: str  # template of rewriting, with the reference
+  guide: str  # prompt template of rewriting, which contains the reference
   seed: int = -1  # random seed of this stage; below 0 takes the run's
 
   def __post_init__(self):
-    """Reads the templates, so that the stage records their text."""
+    """Reads the templates from their files, so that the stage records their
+    text."""
     if self.method not in METHODS:
       raise ValueError(
         f"Unknown config.synthesis.method {self.method!r}; use one of "
@@ -68,7 +68,7 @@ class Search:
       object.__setattr__(self, setting, text)
 
   def templates(self) -> tuple[str, ...]:
-    """The fields whose templates are in force."""
+    """Names of the fields whose templates this method uses."""
     return ("template",) if self.method == "search" else ("template", "guide")
 
 
@@ -80,29 +80,29 @@ def synthesize(
 ) -> None:
   """Writes `synthesize/traces`: one trace a prompt, complete or not.
 
-  Where each host holds a whole model (`sharding.mesh.own`), the hosts divide
-  the shards between them; else all work on each together.
+  If each host holds a whole model (`sharding.mesh.local_mesh`), the hosts split
+  the shards; otherwise all hosts work on each shard together.
 
   Args:
     run: the run, with a finished base model.
     settings: of the search.
     card: of the data set.
-    preemption: asked after every call; all traces that have ended are kept.
+    preemption: checked after every call; all finished traces are saved.
 
   Raises:
     OSError: a shard cannot be written.
   """
-  asked = dataclasses.asdict(settings)
+  recorded = dataclasses.asdict(settings)
   stage = run.stage(
-    "synthesize", tasks=("synthesis",), models=("base",), synthesize=asked
+    "synthesize", tasks=("synthesis",), models=("base",), synthesize=recorded
   )
   if _whole(stage):
     return
   prompts, longer = _fitting(run, settings)
   if longer and runtime.is_main_process():
     print(
-      f"synthesize: {longer} prompts are too long for the sampler in their "
-      "template and are left out.",
+      f"synthesize: {longer} prompts with their template exceed the engine's "
+      "prompt buckets and are skipped.",
       flush=True,
     )
   shards = shards_lib.Shards(
@@ -111,18 +111,18 @@ def synthesize(
   _make(run, prompts, shards, settings, preemption)
 
   def write() -> dict[str, int]:
-    with preemption.at_once():
+    with preemption.exit_at_once():
       return traces.write(
         stage.path / "traces",
         shards.read(),
         card=lambda counts: dataset_card_lib.write(
-          run, card, counts, {"Search": asked}
+          run, card, counts, {"Search": recorded}
         ),
       )
 
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not _whole(stage):
-      stage.finish(exchange.by_lead(write))
+      stage.finish(exchange.on_main_process(write))
 
 
 def select(
@@ -133,20 +133,21 @@ def select(
   preemption: checkpoint.Preemption,
 ) -> None:
   """Writes `select/traces` and `select/rejected`, with counts by reason."""
-  asked = dataclasses.asdict(settings)
+  recorded = dataclasses.asdict(settings)
   stage = run.stage(
     "select",
     sets=("synthesize",),
     computes=False,
-    select=asked,
+    select=recorded,
     reward={"keywords": list(keywords)},
   )
   source = run.workdir / "synthesize" / "traces"
 
   def write() -> dict[str, int]:
-    # Two passes: memory holds only an id and a number of each trace.
+    # Two passes over the file: only an id and a number per trace stay in
+    # memory.
     why, counts = filters.verdicts(traces.read(source), settings, keywords)
-    tables = {"Filters": asked | {"keywords": tuple(keywords)}}
+    tables = {"Filters": recorded | {"keywords": tuple(keywords)}}
     tables["Of all traces"] = counts
     tables["Search"] = {
       name.removeprefix("synthesize."): value
@@ -164,33 +165,36 @@ def select(
     print(f"select: {counts}", flush=True)
     return counts
 
-  def write_at_once() -> dict[str, int]:
-    with preemption.at_once():
+  def write_interruptibly() -> dict[str, int]:
+    with preemption.exit_at_once():
       return write()
 
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not _whole(stage):
-      stage.finish(exchange.by_lead(write_at_once))
+      stage.finish(exchange.on_main_process(write_interruptibly))
 
 
 def _chosen(
   source: pathlib.Path, why: list[str | None], kept: bool
 ) -> Iterator[traces.Trace]:
-  """The kept traces, or the rejected ones with the reason as their status."""
+  """Yields the kept traces, or the rejected ones with the reason as their
+  status."""
   for trace, word in zip(traces.read(source), why, strict=True):
     if (word is None) == kept:
       yield trace if word is None else dataclasses.replace(trace, status=word)
 
 
 def _whole(stage: workdir_lib.Stage) -> bool:
-  """Whether the stage is finished and its sets are as they were written."""
+  """Whether the stage is finished and its trace files are intact."""
   damage = ""
   if stage.finished():
     folders = [stage.path / "traces", stage.path / "rejected"]
     found = [f for f in folders if f.name == "traces" or f.exists()]
     damage = next(filter(None, map(traces.damage, found)), "")
     if damage and runtime.is_main_process():
-      print(f"{stage.name}: {damage}; the set is written anew.", flush=True)
+      print(
+        f"{stage.name}: {damage}; the traces are written again.", flush=True
+      )
   whole = stage.finished() and not damage
   return bool(runtime.from_main_process(np.asarray(whole)))
 
@@ -202,27 +206,28 @@ def _make(
   settings: Search,
   preemption: checkpoint.Preemption,
 ) -> None:
-  """Makes every trace that the shards lack, unless another process does."""
+  """Synthesises the traces that the shards lack and no other process works
+  on."""
   done = len(prompts) - int(
     runtime.from_main_process(np.asarray(shards.lacking()))
   )
   if done == len(prompts):
     return
-  own, params = run.on_own_devices(), run.load("base")
+  own, params = run.on_local_devices(), run.load("base")
   if own is None:
-    machine, work = run, _agreed(shards, preemption)
-    leave = preemption.leave
+    local, work = run, _claims_of_main_process(shards, preemption)
+    leave = preemption.exit_if_requested
   else:
-    machine = own
+    local = own
     mine = range(jax.process_index(), len(shards), jax.process_count())
     if jax.process_count() > 1:
       print(f"this host makes {len(mine)} of {len(shards)} shards", flush=True)
-    work = shards.work(mine, preemption.leave_alone)
-    params = layout.own_copy(params, own.mesh)
-    # Hosts run independently here, so no collective may be called.
-    leave = preemption.leave_alone
-  rollout_params = machine.for_rollout(params)
-  searcher = _searcher(machine, settings)
+    work = shards.work(mine, preemption.exit_if_requested_here)
+    params = layout.local_copy(params, own.mesh)
+    # Hosts run independently here, so collectives would deadlock.
+    leave = preemption.exit_if_requested_here
+  rollout_params = local.for_rollout(params)
+  searcher = _searcher(local, settings)
   seed = run.seed if settings.seed < 0 else settings.seed
   key = jax.random.key(seed + 1)
   shown: list[str] = []
@@ -266,28 +271,28 @@ def _make(
     count_others()
 
 
-def _agreed(
+def _claims_of_main_process(
   shards: shards_lib.Shards, preemption: checkpoint.Preemption
 ) -> Iterator[tuple[int, list[int]]]:
-  """What process 0 claims, on every process."""
-  work = shards.work(range(len(shards)), preemption.leave_alone)
+  """Broadcasts the shards that process 0 claims to every process."""
+  work = shards.work(range(len(shards)), preemption.exit_if_requested_here)
   while True:
-    note = np.asarray(exchange.by_lead(lambda: _note(next(work, None))))
+    note = np.asarray(exchange.on_main_process(lambda: _note(next(work, None))))
     if not note.size:
       return
     yield int(note[0]), [int(item) for item in note[1:]]
 
 
 def _note(claimed: tuple[int, list[int]] | None) -> list[int]:
-  """A shard and its items in one list; [] where no shard is left."""
+  """A shard's index and its items in one list; [] if no shard is left."""
   return [] if claimed is None else [claimed[0], *claimed[1]]
 
 
 def _searcher(
   run: setup_lib.Run, settings: Search
 ) -> search.Searcher | rewrite.Rewriter:
-  machines = run.engine, run.logprob_scorer, run.tokenizer
-  draw: dict[str, Any] = {
+  shared = run.engine, run.logprob_scorer, run.tokenizer
+  common: dict[str, Any] = {
     "candidates": settings.candidates,
     "temperature": settings.temperature,
     "top_k": settings.top_k,
@@ -299,21 +304,21 @@ def _searcher(
   }
   if settings.method == "rewrite":
     return rewrite.Rewriter(
-      *machines, rounds=settings.rounds, guide=settings.guide, **draw
+      *shared, rounds=settings.rounds, guide=settings.guide, **common
     )
   return search.Searcher(
-    *machines,
+    *shared,
     stop_words=settings.stop_words,
     budget=settings.budget,
     score=settings.score,
     choose=user_choice(run, settings),
-    **draw,
+    **common,
   )
 
 
 def user_choice(run: setup_lib.Run, settings: Search) -> function.Choice | None:
-  """The user's function that chooses in the log-probability's place, loaded; or
-  None.
+  """Loads the user's function that replaces the log-probability choice; None if
+  unset.
 
   Raises:
     ValueError: it cannot be imported.
@@ -330,10 +335,11 @@ def user_choice(run: setup_lib.Run, settings: Search) -> function.Choice | None:
 def _fitting(
   run: setup_lib.Run, settings: Search
 ) -> tuple[list[structs.Prompt], int]:
-  """The prompts that the sampler holds in their templates; how many are not.
+  """Returns the prompts that fit the engine with their templates, and the
+  number of those that do not.
 
   Raises:
-    ValueError: none; or one without a reference, where it is needed.
+    ValueError: no prompt fits, or one lacks the reference that rewriting needs.
   """
   opened = len(run.tokenizer.encode_template("<think>\n"))
   room = run.engine.longest_prompt() - opened
@@ -343,7 +349,7 @@ def _fitting(
       rewrite.check(prompt)
   texts = [getattr(settings, name) for name in settings.templates()]
 
-  def lengths(items):
+  def lengths(items: Sequence[structs.Prompt]) -> list[int]:
     return [
       max(
         len(
@@ -357,12 +363,12 @@ def _fitting(
     ]
 
   prompts = run.tasks.synthesis
-  found = exchange.each(prompts, lengths)
+  found = exchange.map_across_processes(prompts, lengths)
   kept = [p for p, length in zip(prompts, found, strict=True) if length <= room]
   if not kept:
     raise ValueError(
-      f"No prompt of {len(prompts)} fits in {room} tokens with its template; "
-      f"the shortest has {min(found, default=0)}. Raise "
+      f"None of {len(prompts)} prompts fits in {room} tokens with its "
+      f"template; the shortest has {min(found, default=0)}. Raise "
       "config.engine.prompt_buckets, or shorten the template."
     )
   return kept, len(prompts) - len(kept)

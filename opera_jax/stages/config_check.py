@@ -500,7 +500,7 @@ def _terms(
       for name, weight in weights.items()
       if ":" not in name
     ]
-    settings = {name: reward[name] for name in score.OF_TERMS}
+    settings = {name: reward[name] for name in score.REWARD_FIELDS}
     if ours:
       score.build_rewards(
         lambda _: (), **settings | {"terms": " + ".join(ours)}

@@ -15,7 +15,7 @@ from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
 from opera_jax.rl import score as score_lib
-from opera_jax.run import kept as kept_lib
+from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.train import checkpoint, metrics
@@ -91,7 +91,7 @@ def evaluate(
     evaluate=dataclasses.asdict(settings),
     reward=run.reward,
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not stage.finished():
       stage.finish(_evaluate(run, stage, settings, preemption))
 
@@ -104,13 +104,13 @@ def _evaluate(
 ) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  pieces = kept_lib.Pieces(stage.path / "pieces")
+  pieces = partial_lib.PartialResults(stage.path / "pieces")
   samples, values = {}, {}
   with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
 
     def advance(tokens: int) -> None:
       progress.update(0, tokens=tokens)
-      preemption.leave()
+      preemption.exit_if_requested()
 
     for model in MODELS:
       samples[model], values[model] = _one_model(
@@ -144,7 +144,7 @@ def _one_model(
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   settings: Settings,
-  pieces: kept_lib.Pieces,
+  pieces: partial_lib.PartialResults,
   advance: Advance,
 ) -> tuple[list[list[structs.Sample]], dict[str, np.ndarray]]:
   """Its samples, [B][N], and what they measure, [B] each."""
@@ -152,8 +152,8 @@ def _one_model(
   to_sample = functools.cache(lambda: run.for_rollout(load()))
   told = all("facts" in p.columns for p in prompts)
   every, measured = [], []
-  for block in kept_lib.blocks(len(prompts)):
-    mine = kept_lib.block(prompts, block), kept_lib.block(ids, block)
+  for block in partial_lib.blocks(len(prompts)):
+    mine = partial_lib.block(prompts, block), partial_lib.block(ids, block)
 
     def draw(mine=mine) -> list[Any]:
       drawn = run.engine.sample(
@@ -169,13 +169,13 @@ def _one_model(
         ids=[p.id for p in mine[0]],
         advance=advance,
       )
-      return kept_lib.samples_out(drawn)
+      return partial_lib.samples_to_json(drawn)
 
     name = f"{model}-{block.start:08d}"
-    groups = kept_lib.samples_in(pieces.get(f"{name}-samples", draw))
+    groups = partial_lib.samples_from_json(pieces.get(f"{name}-samples", draw))
 
     def measure(mine=mine, groups=groups) -> dict[str, list[float]]:
-      scored = run.measurer.score(
+      scored = run.eval_scorer.score(
         load(), mine[0], mine[1], groups, advance=advance
       )
       found = _measures(
@@ -185,7 +185,7 @@ def _one_model(
 
     every += groups
     measured.append(pieces.get(f"{name}-values", measure))
-  return every, _joined(measured, list(kept_lib.blocks(len(prompts))))
+  return every, _joined(measured, list(partial_lib.blocks(len(prompts))))
 
 
 def _joined(
@@ -321,19 +321,19 @@ def _pooled_rank(
   ids: Sequence[np.ndarray],
   samples: dict[str, list[list[structs.Sample]]],
   opened: np.ndarray,
-  pieces: kept_lib.Pieces,
+  pieces: partial_lib.PartialResults,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
   """R_ppl where the group is every model's samples, scored by one model."""
   load = functools.cache(lambda: run.load("sft"))
   chosen = [b for b in range(len(prompts)) if opened[b]]
   out = {model: np.zeros(len(prompts)) for model in MODELS}
-  for block in kept_lib.blocks(len(chosen)):
-    mine = kept_lib.block(chosen, block)
+  for block in partial_lib.blocks(len(chosen)):
+    mine = partial_lib.block(chosen, block)
 
     def rank(mine=mine) -> list[list[float]]:
       pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
-      scored = run.measurer.score(
+      scored = run.eval_scorer.score(
         load(),
         [prompts[b] for b in mine],
         [ids[b] for b in mine],
@@ -384,7 +384,7 @@ def _shown(
   out = []
   for model in MODELS if chosen else ():
     groups = [samples[model][b] for b in chosen]
-    scored = run.measurer.score(
+    scored = run.eval_scorer.score(
       run.load(model),
       [prompts[b] for b in chosen],
       [ids[b] for b in chosen],

@@ -64,7 +64,7 @@ def measure(
   """Means over each prompt's samples, by measure.
 
   Args:
-    run: its measurer.
+    run: its eval_scorer.
     params: the model that wrote the samples.
     prompts: B tasks.
     groups: N >= 2 samples of each.
@@ -76,7 +76,7 @@ def measure(
     measure of which there is no prompt is left out.
   """
   ids = run.prompt_ids(prompts)
-  scored = run.measurer.score(params, prompts, ids, groups, advance=advance)
+  scored = run.eval_scorer.score(params, prompts, ids, groups, advance=advance)
   opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   maths = [b for b, p in enumerate(prompts) if p.task == "math"]
   told = [b for b in opened if "facts" in prompts[b].columns]

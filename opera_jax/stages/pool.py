@@ -1,4 +1,4 @@
-"""The prompt pool: what the cold start is synthesised from."""
+"""Builds the prompt pool from which the cold start is synthesised."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ _SHOWN = 5  # rejected prompts of a reason that the page shows
 class Settings:
   """How the pool is made; see `synthesis.screening` and `synthesis.cluster`."""
 
-  size: int  # prompts of the pool; 0 takes all that are left
+  size: int  # prompts of the pool; 0 keeps all that pass the filters
   min_chars: int
   max_chars: int
   max_reference_chars: int
@@ -37,11 +37,11 @@ class Settings:
   near_duplicate: float
   ngram: int
   embedder: str  # hub id or directory of sentence-transformers, or "policy"
-  batch: int  # prompts embedded at once; work is kept batch by batch
+  batch: int  # prompts per embedding batch; each batch is saved
   clusters: int
   cluster_choices: tuple[int, ...]
   cluster_sample: int
-  minimum: int  # fewest prompts of a cluster
+  minimum: int  # minimum prompts of a cluster
 
 
 def build(
@@ -57,15 +57,15 @@ def build(
 
   Args:
     workdir: folder of the run.
-    prompts: of all sources, with distinct ids.
-    settings: how.
-    seed: of clusters, sample and picture.
-    embedder: makes the embedder, once it is needed.
-    preemption: asked after every batch that is embedded, which is kept.
+    prompts: from all sources, with distinct ids.
+    settings: of filters, embeddings and clusters.
+    seed: of clustering, sampling and the plot.
+    embedder: creates the embedder; called only if a batch must be embedded.
+    preemption: checked after every embedded batch; finished batches are saved.
 
   Raises:
-    ValueError: fewer prompts are left than asked for, or whatever of the
-      settings does not fit.
+    ValueError: fewer prompts pass than config.pool.size, or a setting is
+      invalid.
   """
   digest = hashlib.sha256()
   for prompt in prompts:
@@ -79,7 +79,7 @@ def build(
       "prompts": digest.hexdigest(),
     },
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not stage.finished():
       _build(stage, prompts, settings, seed, embedder, preemption)
 
@@ -102,14 +102,14 @@ def _build(
     near_duplicate=settings.near_duplicate,
     ngram=settings.ngram,
   )
-  preemption.leave()
+  preemption.exit_if_requested()
   size = settings.size or len(kept)
   if not kept or size > len(kept):
     raise ValueError(
       f"config.pool.size asks for {max(size, 1):,} prompts and {len(kept):,} "
-      f"of {len(prompts):,} are left ({screening.counts(rejected)}). Lower it "
-      "(0 takes all), add prompts to config.data, or loosen the filters of "
-      "config.pool."
+      f"of {len(prompts):,} pass the filters "
+      f"({screening.counts(rejected)}). Lower it (0 keeps all), add prompts to "
+      "config.data, or loosen the filters of config.pool."
     )
   vector_ND = embedding.unit(
     _embedded(
@@ -124,7 +124,7 @@ def _build(
     sample=settings.cluster_sample,
     seed=seed,
   )
-  preemption.leave()
+  preemption.exit_if_requested()
   take_K = cluster.quotas(found.sizes(), size, settings.minimum)
   chosen = cluster.sample(found.label, take_K, seed)
   taken = np.zeros(len(kept), bool)
@@ -171,15 +171,15 @@ def _embedded(
   embedder: Callable[[], embedding.Embed],
   preemption: checkpoint.Preemption,
 ) -> np.ndarray:
-  """Embeddings of the prompts; a killed run goes on with the next batch."""
+  """Embeds the prompts; a killed run resumes with the next batch."""
   parts, embed = [], None
   folder.mkdir(exist_ok=True)
   with metrics.Progress(len(prompts), "embed", unit="prompt") as progress:
     for start in range(0, len(prompts), batch):
-      preemption.leave()
+      preemption.exit_if_requested()
       path = folder / f"{start:08d}.npy"
       texts = [p.prompt for p in prompts[start : start + batch]]
-      vectors = _kept(path, len(texts))
+      vectors = _saved(path, len(texts))
       if vectors is None:
         embed = embed or embedder()
         vectors = embed(texts)
@@ -191,8 +191,8 @@ def _embedded(
   return np.concatenate(parts)
 
 
-def _kept(path: pathlib.Path, count: int) -> np.ndarray | None:
-  """A batch of embeddings; None where there is none, or a damaged one."""
+def _saved(path: pathlib.Path, count: int) -> np.ndarray | None:
+  """Reads a saved batch of embeddings; None if it is missing or damaged."""
   if not os.path.lexists(path):
     return None
   try:
@@ -200,9 +200,9 @@ def _kept(path: pathlib.Path, count: int) -> np.ndarray | None:
       raise ValueError("it is a link")
     vectors = np.load(path, allow_pickle=False)
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2:
-      raise ValueError("it holds no table")
+      raise ValueError("it is not a 2-D array")
     if len(vectors) != count or not np.isfinite(vectors).all():
-      raise ValueError(f"it holds no {count} finite vectors")
+      raise ValueError(f"it does not hold {count} finite vectors")
     return vectors
   except (ValueError, OSError, EOFError, TypeError) as error:
     warnings.warn(

@@ -48,7 +48,7 @@ def rl(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
   if not rl_select.asks_function(rules):
     return
   if not workdir_lib.result(run.workdir, "select_rl"):
-    exchange.each([rules.judge], lambda _: _tried(run, rules))
+    exchange.map_across_processes([rules.judge], lambda _: _tried(run, rules))
 
 
 def _tried(run: setup_lib.Run, rules: rl_filter.Rules) -> list[None]:

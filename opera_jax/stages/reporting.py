@@ -26,11 +26,11 @@ def write(
   """
 
   def at_once() -> None:
-    with preemption.at_once():
+    with preemption.exit_at_once():
       _write(run, config)
 
-  with workdir_lib.held(run.workdir / "report.lock", "report", preemption):
-    exchange.by_lead(at_once)
+  with workdir_lib.hold_lock(run.workdir / "report.lock", "report", preemption):
+    exchange.on_main_process(at_once)
 
 
 def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:

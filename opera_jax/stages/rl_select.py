@@ -14,7 +14,7 @@ from opera_jax.data import digest
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.rewards import function, verifiable
 from opera_jax.rollout import sampling
-from opera_jax.run import kept as kept_lib
+from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, runtime
@@ -50,9 +50,9 @@ def select(
     rollout=dataclasses.asdict(settings),
     reward={"math_check": run.reward["math_check"]},
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not stage.finished():
-      pieces = kept_lib.Pieces(stage.path / "pieces")
+      pieces = partial_lib.PartialResults(stage.path / "pieces")
       found = _found(run, rules, settings, pieces, preemption)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
       if runtime.is_main_process():
@@ -68,7 +68,7 @@ def select(
       print(f"select_rl: {counts}", flush=True)
       stage.finish(counts)
   chosen = stage.path / "prompts.jsonl"
-  source = digest.Source(exchange.read)
+  source = digest.Source(exchange.read_file)
   kept = _ids(chosen, source)
   rl = [p for p in run.tasks.rl if p.id in kept]
   if len(rl) != len(kept) or len(rl) != stage.result().get("kept"):
@@ -123,7 +123,7 @@ def _found(
   run: setup_lib.Run,
   rules: rl_filter.Rules,
   settings: sampling.Sampling,
-  pieces: kept_lib.Pieces,
+  pieces: partial_lib.PartialResults,
   preemption: checkpoint.Preemption,
 ) -> dict[str, dict[str, Any]]:
   """`right` and `score` of `rl_filter.verdicts`."""
@@ -146,7 +146,7 @@ def _found(
       jax.random.key(run.seed + 4),
       samples=samples,
       ids=[p.id for p in prompts],
-      advance=lambda _: preemption.leave(),
+      advance=lambda _: preemption.exit_if_requested(),
     )
     return [
       [run.tokenizer.decode(s.tokens, skip_special=True) for s in group]
@@ -170,13 +170,13 @@ def _found(
 
   def asks(name, prompts, samples, work):
     out: dict[str, Any] = {}
-    for block in kept_lib.blocks(len(prompts)):
-      some = kept_lib.block(prompts, block)
+    for block in partial_lib.blocks(len(prompts)):
+      some = partial_lib.block(prompts, block)
 
       def answers(some=some):
         pairs = list(zip(some, texts(some, samples), strict=True))
-        preemption.leave()
-        return exchange.each(pairs, work)
+        preemption.exit_if_requested()
+        return exchange.map_across_processes(pairs, work)
 
       kept = pieces.get(f"{name}-{block.start:08d}", answers)
       out |= {p.id: one for p, one in zip(some, kept, strict=True)}

@@ -74,7 +74,7 @@ def base(
     stage = run.stage(
       "base", tasks=("documents",), base=dataclasses.asdict(recipe)
     )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if not stage.finished():
       _base(run, stage, recipe, preemption, path)
 
@@ -95,7 +95,11 @@ def _base(
   )
   if path:
     loaded = qwen3_params.load(
-      path, run.model, run.mesh, rules.TRAIN, advance=preemption.leave
+      path,
+      run.model,
+      run.mesh,
+      rules.TRAIN,
+      advance=preemption.exit_if_requested,
     )
     stage.finish({"path": path, "model": run.save("base", loaded)})
     return
@@ -116,7 +120,7 @@ def sft(
     sets=("select",),
     sft=dataclasses.asdict(recipe),
   )
-  with stage.alone(preemption):
+  with stage.locked(preemption):
     if stage.finished():
       return
     pairs = [

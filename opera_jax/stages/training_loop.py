@@ -72,7 +72,7 @@ def fit(
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else start
   )
-  mine = layout.own_rows(mesh, batch_size)
+  mine = layout.local_rows(mesh, batch_size)
 
   def record(at, values):
     values = layout.to_host(values)
@@ -88,7 +88,7 @@ def fit(
       batch = batches(i, mine)
       tokens = int((batch.segments > 0).sum())
       state, values = update(
-        state, layout.from_own_rows(batch, mesh, batch_size)
+        state, layout.from_local_rows(batch, mesh, batch_size)
       )
       if waiting is not None:
         record(*waiting)

@@ -1,10 +1,10 @@
-"""Checkpoints that survive being killed at any instant.
+"""Checkpoints that survive a kill at any time.
 
 A checkpoint holds a tree of arrays (parameters, optimizer, step, key) and a
-JSON record of the host's own state (data position, reward state). Orbax writes
-it; a list of its files with sizes and checksums is written last, by an atomic
-rename. A checkpoint that does not match its list is set aside with a warning
-and the one before it is used.
+JSON record of the host state (data position, reward state). Orbax writes it; a
+list of its files with sizes and checksums is written last, by an atomic rename.
+A checkpoint that does not match its list is moved aside with a warning, and the
+previous one is used.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ _FILES = "FILES.json"
 _DAMAGED = "damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _LOCK = "writer.lock"
-# Enough to meet every small file whole; sizes tell about the rest.
+# Only the head of a large file is checksummed; its size covers the rest.
 _CHECKED_BYTES = 64 * 2**20
 
 
 class MismatchError(ValueError):
-  """A checkpoint holds other arrays than this run's config makes."""
+  """The arrays of a checkpoint do not match this run's config."""
 
 
 class Checkpoints:
   """The checkpoints of one stage, in one directory.
 
-  Saving waits until the checkpoint is whole on disk: an update donates the
-  buffers of the state it was given, so the next one may not run meanwhile.
-  One process (or the processes of one run) writes a directory at a time, and
-  holds its lock until `close`; others only read it meanwhile.
+  Saving blocks until the checkpoint is complete on disk: an update donates the
+  buffers of its input state, so the next update must not run before. Only one
+  run writes to a directory at a time; it holds the lock until `close`, and
+  other processes can only read.
   """
 
   def __init__(
@@ -53,20 +53,20 @@ class Checkpoints:
   ):
     """Opens a directory and checks what is in it.
 
-    Where it may write and nobody else does, it makes the directory if need be,
-    removes what a kill left half written, and sets aside the newest
-    checkpoints that do not match their lists, each with a RuntimeWarning.
-    Else it passes over them and touches nothing.
+    If it may write and no other run does, it creates the directory, removes
+    half-written checkpoints, and moves the newest checkpoints that do not match
+    their lists aside, each with a RuntimeWarning. Otherwise it skips them and
+    changes nothing.
 
     Args:
-      directory: local path or gs:// address; of this stage alone. An address
-        has no lock; there the stage's lock alone keeps others out.
-      keep: how many checkpoints to hold; at least 2, for one may be damaged.
-      write: whether to write here.
+      directory: local path or gs:// address; used by this stage only. A gs://
+        address has no lock of its own; the stage's lock excludes other runs.
+      keep: number of checkpoints to keep; at least 2, since one may be damaged.
+      write: whether checkpoints will be written.
 
     Raises:
       ValueError: `keep` below 2.
-      OSError: the lock's file is no plain file.
+      OSError: the lock file is not a regular file.
     """
     if keep < 2:
       raise ValueError(
@@ -75,9 +75,11 @@ class Checkpoints:
       )
     self._directory = epath.Path(directory).resolve()
     self._lock = contextlib.ExitStack()
-    # One process looks at the files, and all go by it.
-    self._writes, self._latest = exchange.by_lead(lambda: self._begin(write))
-    self._manager: Any = None  # where there is a folder
+    # Process 0 inspects the files and broadcasts the result.
+    self._writes, self._latest = exchange.on_main_process(
+      lambda: self._begin(write)
+    )
+    self._manager: Any = None  # None without a folder
     if self._writes or self._directory.exists():
       self._manager = ocp.CheckpointManager(
         self._directory,
@@ -93,23 +95,23 @@ class Checkpoints:
       )
 
   def save(self, step: int, state: Any, host: dict[str, Any]) -> bool:
-    """Writes a checkpoint and returns when it is whole.
+    """Writes a checkpoint and returns once it is complete on disk.
 
     Args:
-      step: its number, above that of every checkpoint so far.
+      step: number of the checkpoint, larger than all earlier ones.
       state: tree of arrays.
-      host: what JSON can hold; floats come back bit for bit.
+      host: JSON values; floats are restored bit for bit.
 
     Returns:
-      False if that step was the newest already.
+      False if that step is already the newest checkpoint.
 
     Raises:
-      RuntimeError: another process writes here, or this was opened to read.
+      RuntimeError: another run writes here, or `write` was False.
     """
     if not self._writes:
       raise RuntimeError(
-        f"{self._directory} was opened to read alone, for it was asked for or "
-        "another process writes checkpoints there. Wait for that one to end."
+        f"{self._directory} was opened read-only, because write is False or "
+        "another run writes checkpoints there. Wait until that run ends."
       )
     if self.latest() == step:
       return False
@@ -138,15 +140,15 @@ class Checkpoints:
     """Reads the newest intact checkpoint.
 
     Args:
-      like: tree of arrays or `jax.ShapeDtypeStruct`s with shardings; what is
-        read takes their shapes, dtypes and shardings, whatever devices wrote
-        it.
+      like: tree of arrays or `jax.ShapeDtypeStruct`s with shardings; the
+        restored arrays have their shapes, dtypes and shardings, whatever
+        devices wrote them.
 
     Returns:
       Its step, the tree and the host record; None if there is none.
 
     Raises:
-      MismatchError: the checkpoint holds other arrays than `like`.
+      MismatchError: the arrays of the checkpoint do not match `like`.
     """
     step = self.latest()
     if step is None:
@@ -167,7 +169,7 @@ class Checkpoints:
     return step, read.state, read.host
 
   def faults(self) -> list[str]:
-    """What is wrong with each checkpoint that stands there damaged."""
+    """Describes what is wrong with each damaged checkpoint in the directory."""
     if not self._directory.exists():
       return []
     found = {
@@ -176,14 +178,15 @@ class Checkpoints:
     return [f"{step}: {fault}" for step, fault in found.items() if fault]
 
   def close(self) -> None:
-    """Lets go of the directory."""
+    """Closes the manager and releases the lock."""
     if self._manager is not None:
       self._manager.close()
     self._lock.close()
     self._writes = False
 
   def _begin(self, write: bool) -> tuple[bool, int | None]:
-    """Whether this run writes here from now on; the newest intact step."""
+    """Takes the lock, cleans up, and returns (whether this run may write,
+    newest intact step)."""
     local = "://" not in str(self._directory)
     if write:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -203,12 +206,12 @@ class Checkpoints:
     return write, None
 
   def _steps(self) -> list[int]:
-    """Of what stands there, whole or not; the newest first."""
+    """Steps of all checkpoints, intact or not; newest first."""
     names = [child.name for child in self._directory.iterdir()]
     return sorted((int(n) for n in names if n.isdigit()), reverse=True)
 
   def _clean(self) -> None:
-    """Removes what was half written."""
+    """Removes half-written checkpoints."""
     for half in list(self._directory.iterdir()):
       if _TEMPORARY in half.name:
         _warn(f"Ignoring half-written checkpoint {half.name}; removing it.")
@@ -244,7 +247,7 @@ class Checkpoints:
 
 
 class Preemption:
-  """Turns SIGTERM into a flag, for a loop to save and leave.
+  """Turns SIGTERM into a flag, so that a loop can save and exit.
 
       with Preemption() as preemption:
         for ...:
@@ -253,14 +256,14 @@ class Preemption:
             checkpoints.save(...)
             sys.exit(preemption.EXIT_CODE)
 
-  Where all that is worth keeping is kept already, `leave` between two calls
-  does. Work of the host alone goes in `at_once`. Enter it from the main
-  thread. A second SIGTERM acts as it did before.
+  Where all results are already saved, call `exit_if_requested` between two
+  steps. Put host-only work in `exit_at_once`. Enter the context from the main
+  thread. A second SIGTERM has its original effect.
   """
 
   EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a SIGTERM
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._flag = self._now = False
     self._before: Any = signal.SIG_DFL
 
@@ -276,12 +279,13 @@ class Preemption:
   ) -> None:
     signal.signal(signal.SIGTERM, self._before)
 
-  def told(self) -> bool:
-    """Whether this process was told to stop, whatever the others were."""
+  def requested_here(self) -> bool:
+    """Whether this process received SIGTERM, without asking the other
+    processes."""
     return self._flag
 
   def requested(self) -> bool:
-    """Whether any process was told to stop; all must ask together.
+    """Whether any process received SIGTERM; all processes must call this.
 
     With several processes this is one small collective.
     """
@@ -289,8 +293,8 @@ class Preemption:
       return self._flag
     return bool(np.any(multihost_utils.process_allgather(self._flag)))
 
-  def leave(self) -> None:
-    """Ends all processes if any was told to stop; all must ask together.
+  def exit_if_requested(self) -> None:
+    """Exits on all processes if any received SIGTERM; all must call this.
 
     Raises:
       SystemExit: with `EXIT_CODE`.
@@ -298,8 +302,8 @@ class Preemption:
     if self.requested():
       raise SystemExit(self.EXIT_CODE)
 
-  def leave_alone(self) -> None:
-    """Ends this process if it was told to stop, whatever the others were.
+  def exit_if_requested_here(self) -> None:
+    """Exits if this process received SIGTERM, without asking the others.
 
     Raises:
       SystemExit: with `EXIT_CODE`.
@@ -308,18 +312,18 @@ class Preemption:
       raise SystemExit(self.EXIT_CODE)
 
   @contextlib.contextmanager
-  def at_once(self) -> Iterator[None]:
-    """A block that a SIGTERM ends wherever it is, or that does not begin.
+  def exit_at_once(self) -> Iterator[None]:
+    """A block that SIGTERM interrupts at once; skipped if it already came.
 
-    For work of one host that writes whole files or none; no collective may
-    stand in it, for the others would wait there.
+    For host-only work that writes files atomically. It must contain no
+    collectives, since the other processes would wait in them.
 
     Raises:
       SystemExit: with `EXIT_CODE`.
     """
     self._now = True
     try:
-      self.leave_alone()
+      self.exit_if_requested_here()
       yield
     finally:
       self._now = False
@@ -336,7 +340,7 @@ def _warn(message: str) -> None:
 
 
 def _listing(folder: epath.Path) -> dict[str, list[int]]:
-  """Size and checksum of every file of a checkpoint but the list itself."""
+  """Size and checksum of every file of a checkpoint except the list itself."""
   return {
     str(path.relative_to(folder)): [path.stat().length, _checksum(path)]
     for path in _walk(folder)
@@ -358,7 +362,7 @@ def _checksum(path: epath.Path) -> int:
 
 
 def _fault(folder: epath.Path) -> str | None:
-  """What is wrong with a checkpoint's files, or None."""
+  """Describes what is wrong with a checkpoint's files; None if nothing is."""
   listing = folder / _FILES
   if not listing.exists():
     return f"it was not finished ({_FILES} is missing)"
@@ -367,7 +371,7 @@ def _fault(folder: epath.Path) -> str | None:
   except (ValueError, OSError, RecursionError) as error:
     return f"{_FILES} cannot be read as JSON ({error})"
   if not _is_listing(expected):
-    return f"{_FILES} is no list of files with their sizes and checksums"
+    return f"{_FILES} is not a list of files with their sizes and checksums"
   for name, (size, checksum) in expected.items():
     path = folder / name
     try:
@@ -383,7 +387,7 @@ def _fault(folder: epath.Path) -> str | None:
 
 
 def _is_listing(value: Any) -> bool:
-  """Whether it says of some files inside the folder how they were written."""
+  """Whether a value maps relative file names to [size, checksum]."""
   return (
     isinstance(value, dict)
     and bool(value)
@@ -399,7 +403,7 @@ def _is_listing(value: Any) -> bool:
 
 
 def _without_keys(tree: Any) -> Any:
-  """Typed random keys as the integers they are saved as."""
+  """Replaces typed random keys by the integers they are saved as."""
   return jax.tree.map(
     lambda leaf: (
       jax.random.key_data(leaf)

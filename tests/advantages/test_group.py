@@ -84,7 +84,7 @@ def test_rounding_is_no_spread(rule, ulps):
   reward = np.asarray([[0.3] * 7 + [0.3 + ulps * _ULP]], np.float32)
   assert reward.max() > reward.min()
   np.testing.assert_array_equal(rule(reward), 0.0)
-  assert not group.has_spread(reward).any()
+  assert not group.has_different_rewards(reward).any()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -97,7 +97,7 @@ def test_a_groups_advantages_sum_to_zero(rule, level, step):
   reward[1, :7] += step
   reward[2] += step * np.random.default_rng(0).normal(size=8)
   got = np.asarray(rule(reward), np.float64)
-  assert group.has_spread(reward).all()
+  assert group.has_different_rewards(reward).all()
   assert (got.max(1) > 0).all() and (got.min(1) < 0).all()
   size = np.abs(got).sum(1)
   np.testing.assert_array_less(np.abs(got.sum(1)), 1e-6 * size)

@@ -86,7 +86,7 @@ def test_no_program_is_compiled_after_the_warm_up(tiny_model, one_device):
       placement,
       [np.full(size, draw.normal(), np.float32) for size in sizes],
     )
-    placed = layout.to_devices(batch, layout.rows(one_device))
+    placed = layout.to_devices(batch, layout.batch_sharding(one_device))
     state, metrics = update(state, placed)
     return state, layout.to_host(metrics)
 

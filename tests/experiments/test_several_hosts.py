@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from opera_jax.clock_metrics import depends_on_clock
 from opera_jax.data import storyworld, traces
-from opera_jax.sharding import exchange, last_words, runtime
+from opera_jax.sharding import exchange, peer_failure, runtime
 from opera_jax.train import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -149,7 +149,7 @@ def test_two_processes_do_what_one_does_and_outlive_a_kill(selected, alone):
   output, _ = first.communicate(timeout=120)
   seconds = time.monotonic() - killed
   print(f"the other process ended after {seconds:.1f} s")
-  assert first.returncode == last_words.EXIT_CODE, output
+  assert first.returncode == peer_failure.EXIT_CODE, output
   assert seconds < 3 * HEARTBEAT, output
   # One line says who; the runtime's page is in a file.
   (said,) = [line for line in output.splitlines() if "of the run ends" in line]
@@ -215,31 +215,35 @@ from opera_jax.sharding import exchange, layout, mesh, runtime
 
 runtime.start(distributed="auto", heartbeat_seconds=10, compile_cache="")
 devices = mesh.create()
-mine = layout.own_rows(devices, 8)
+mine = layout.local_rows(devices, 8)
 whole = np.arange(16.0).reshape(8, 2)
-placed = layout.from_own_rows(whole[mine], devices, 8)
+placed = layout.from_local_rows(whole[mine], devices, 8)
 np.testing.assert_array_equal(layout.to_host(placed * 2), whole * 2)
-copied = layout.to_devices(whole, layout.rows(devices))
+copied = layout.to_devices(whole, layout.batch_sharding(devices))
 np.testing.assert_array_equal(layout.to_host(copied + placed), whole * 2)
 key = layout.to_devices(jax.random.key(1), layout.replicated(devices))
 bits = layout.to_host(jax.random.bits(key))
 assert bits == jax.random.bits(jax.random.key(1))
 # Each does its own share of host work, all learn the whole.
 index = jax.process_index()
-done = exchange.each(range(5), lambda share: [[i, index] for i in share])
+done = exchange.map_across_processes(
+  range(5), lambda share: [[i, index] for i in share]
+)
 assert done == [[0, 0], [1, 0], [2, 1], [3, 1], [4, 1]], done
-assert exchange.each([3.3e-7], lambda share: [x / 3 for x in share]) == [1.1e-7]
+third = exchange.map_across_processes([3.3e-7], lambda xs: [x / 3 for x in xs])
+assert third == [1.1e-7]
 assert exchange.gather(b"ab" * index) == [b"", b"ab"]
 # What one alone may do, all learn, with what it raised.
 alone = []
-assert exchange.by_lead(lambda: alone.append(1) or {"a": [1]}) == {"a": [1]}
+told = exchange.on_main_process(lambda: alone.append(1) or {"a": [1]})
+assert told == {"a": [1]}
 assert len(alone) == 1 - index
 for work, kind, words in (
   (lambda: 1 // 0, (ZeroDivisionError, RuntimeError), "integer division"),
   (lambda: exit(143), SystemExit, "143"),
 ):
   try:
-    exchange.by_lead(work)
+    exchange.on_main_process(work)
   except kind as error:
     assert words in str(error), error
   else:
@@ -255,10 +259,12 @@ class Counted(io.FileIO):
 
 
 exchange.open = Counted
-assert exchange.read(path).decode() == "0123456789\u00e9"
+assert exchange.read_file(path).decode() == "0123456789\u00e9"
 assert taken == [6], taken
 try:
-  exchange.each(range(2), lambda share: [1 // (1 - i) for i in share])
+  exchange.map_across_processes(
+    range(2), lambda share: [1 // (1 - i) for i in share]
+  )
 except (ZeroDivisionError, RuntimeError) as error:
   print(type(error).__name__, error)
 print("share", jax.process_index(), runtime.is_main_process(), mine.tolist())
@@ -301,7 +307,7 @@ def test_hosts_of_a_slurm_job_find_each_other_and_share_the_work(tmp_path):
 
 def test_shares_are_disjoint_and_cover_all():
   for count, parts in ((0, 3), (2, 3), (10, 4), (12, 4)):
-    shares = [exchange.part(count, i, parts) for i in range(parts)]
+    shares = [exchange.shard_range(count, i, parts) for i in range(parts)]
     assert [i for share in shares for i in share] == list(range(count))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1

@@ -151,7 +151,7 @@ def test_over_a_mesh(implementation, shape):
   want = _value_and_gradients(_einsum, arrays, segment_BT)
   mesh = mesh_lib.create(shape)
   with jax.set_mesh(mesh):
-    placed = jax.device_put(arrays, layout.rows(mesh))
+    placed = jax.device_put(arrays, layout.batch_sharding(mesh))
     got = _value_and_gradients(attend, placed, segment_BT)
     _assert_close(jax.device_get(got), want)
 
@@ -248,7 +248,9 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
   )
   batch = structs.Batch(
     *[
-      jax.ShapeDtypeStruct((4, 640), dtype, sharding=layout.rows(mesh))
+      jax.ShapeDtypeStruct(
+        (4, 640), dtype, sharding=layout.batch_sharding(mesh)
+      )
       for dtype in [jnp.int32] * 3 + [jnp.float32] * 4
     ]
   )

@@ -42,7 +42,7 @@ def test_floor_is_the_sum_of_its_shards():
 def test_heads_that_a_tensor_axis_does_not_divide_are_whole():
   config = presets.PRESETS["0.6b"]
   mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 16})
-  assert memory_floor.cache_ways(config, mesh) == 1
+  assert memory_floor.num_cache_shards(config, mesh) == 1
 
 
 def test_too_much_names_its_parts_and_what_to_turn():

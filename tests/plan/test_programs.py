@@ -133,7 +133,7 @@ def test_too_large_says_what_to_turn(nothing_cached):
   small = dataclasses.replace(hardware.CHIPS["v5e"], hbm_bytes=1 << 20)
   cost = analyse.analyse(reference, mesh, small)
   assert not cost.fits
-  assert "config.scoring.batch_size (16; a multiple of 2)" in cost.turn[0]
+  assert "config.scoring.batch_size (16; a multiple of 2)" in cost.remedies[0]
 
 
 def test_what_the_compiler_refuses_does_not_fit(nothing_cached):

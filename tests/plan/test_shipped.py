@@ -7,7 +7,7 @@ from conftest import ROOT
 
 from opera_jax.configs import qwen3_0_6b, qwen3_8b
 from opera_jax.models import presets
-from opera_jax.plan import programs, table
+from opera_jax.plan import programs, render
 
 FOLDER = ROOT / "docs" / "plans"
 PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -31,7 +31,7 @@ def test_all_of_an_rl_step_fits(plan):
 
 
 def test_the_page_is_what_the_plans_say():
-  assert (FOLDER / "README.md").read_text() == table.markdown(PLANS)
+  assert (FOLDER / "README.md").read_text() == render.markdown(PLANS)
 
 
 @pytest.mark.parametrize(

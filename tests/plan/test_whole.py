@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from opera_jax.plan import table, whole
+from opera_jax.plan import render, whole
 
 CONFIG = (
   *("--config=configs/tiny.py:smoke", "--config.model.vocab_size=640"),
@@ -49,7 +49,7 @@ def saved(tmp_path_factory):
 def test_the_command_prints_the_table_and_saves_the_plan(saved):
   output, folder = saved
   plan = json.loads((folder / "tiny.json").read_text())
-  assert output.endswith(table.text(plan) + "\n")
+  assert output.endswith(render.text(plan) + "\n")
   assert plan["devices"] == plan["chips"] == 4
   [reference] = plan["programs"]
   assert plan["step_seconds"] == reference["calls"] * reference["seconds"]
@@ -66,7 +66,7 @@ def test_the_page_holds_every_saved_plan(saved):
   assert _run(f"--page={folder}").returncode == 0
   page = (folder / "README.md").read_text()
   plan = json.loads((folder / "tiny.json").read_text())
-  assert page == table.markdown([plan])
+  assert page == render.markdown([plan])
   assert "## `configs/tiny.py:smoke` on v5e:2x2" in page
   assert "| reference | " in page
 
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_said_and_has_no_number_it_lacks(saved):
     "collective_bytes": None,
     "collective_seconds": None,
   }
-  text = table.text(plan)
+  text = render.text(plan)
   assert "reference does not fit" in text
   assert "config.scoring.batch_size (16; a multiple of 2)" in text
   assert text.count("not available") == 3

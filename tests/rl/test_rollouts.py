@@ -45,7 +45,7 @@ class _Scorer:
       logprobs=structs.Logprobs(names, names, [], [], 10, 1),
       thoughts=thoughts,
       deltas_RJ=np.zeros((rows, 4)),
-      opened_B=np.ones(len(prompts), bool),
+      open_ended_B=np.ones(len(prompts), bool),
       separate_tokens=5,
       rollouts=structs.Rollouts(
         prompts=list(prompts),

@@ -159,7 +159,7 @@ import sys
 from opera_jax.run import workdir
 from opera_jax.train import checkpoint
 stage = workdir.Stage(sys.argv[1], "rl", {})
-with checkpoint.Preemption() as preemption, stage.alone(preemption):
+with checkpoint.Preemption() as preemption, stage.locked(preemption):
   print("finished" if stage.finished() else "mine", flush=True)
 """
 
@@ -176,7 +176,7 @@ def _waiting(folder):
 
 def test_the_second_start_says_who_has_the_stage_and_waits(tmp_path):
   stage = workdir.Stage(tmp_path, "rl", {})
-  with stage.alone():
+  with stage.locked():
     second, said = _waiting(tmp_path)
     assert f"rl: process {os.getpid()} on " in said and "waiting" in said
     stage.finish({})
@@ -185,7 +185,7 @@ def test_the_second_start_says_who_has_the_stage_and_waits(tmp_path):
 
 
 def test_a_wait_ends_when_it_is_told_to(tmp_path):
-  with workdir.Stage(tmp_path, "rl", {}).alone():
+  with workdir.Stage(tmp_path, "rl", {}).locked():
     second, said = _waiting(tmp_path)
     assert "waiting" in said
     second.send_signal(signal.SIGTERM)
@@ -195,7 +195,7 @@ def test_a_wait_ends_when_it_is_told_to(tmp_path):
 def test_a_stage_ends_the_run_that_was_told_to_stop(tmp_path):
   with checkpoint.Preemption() as preemption:
     stage = workdir.Stage(tmp_path, "rl", {})
-    with pytest.raises(SystemExit) as left, stage.alone(preemption):
+    with pytest.raises(SystemExit) as left, stage.locked(preemption):
       os.kill(os.getpid(), signal.SIGTERM)
       (tmp_path / "done").write_text("")
     assert left.value.code == 143

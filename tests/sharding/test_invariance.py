@@ -110,7 +110,7 @@ def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
     logprob_fn, _adamw(), micro_batches=micro_batches
   )
   state = _state(config, mesh)
-  rows = layout.rows(mesh)
+  rows = layout.batch_sharding(mesh)
   with jax.set_mesh(mesh):
     batch = jax.device_put(_batch(0), rows)
     logprobs = jax.jit(logprob_fn)(state.params, batch)

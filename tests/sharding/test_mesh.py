@@ -23,7 +23,7 @@ def test_every_device_is_on_fsdp_unless_told():
 def test_one_axis_takes_what_is_left():
   mesh = mesh_lib.create({"data": 2, "fsdp": -1, "tensor": 2})
   assert mesh.devices.shape == (2, 2, 1, 2)
-  assert mesh_lib.data_ways(mesh) == 4
+  assert mesh_lib.num_data_shards(mesh) == 4
   # Neighbours share a tensor axis: its traffic is the heaviest.
   assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1]
 
@@ -118,7 +118,7 @@ def test_constraints_pin_what_divides_and_leave_the_rest():
 def test_to_devices_and_back_changes_no_value():
   mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
   host = {"a": np.arange(16.0).reshape(8, 2), "b": np.arange(8)}
-  placed = layout.to_devices(host, layout.rows(mesh))
+  placed = layout.to_devices(host, layout.batch_sharding(mesh))
   assert placed["a"].addressable_shards[0].data.shape == (2, 2)
   jax.tree.map(np.testing.assert_array_equal, layout.to_host(placed), host)
   key = layout.to_devices(jax.random.key(3), layout.replicated(mesh))

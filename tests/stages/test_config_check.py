@@ -154,8 +154,12 @@ HOSTILE = [
   ),
   ("reward.options", {"verifiable": {"time_out": 9}}, "time_out"),
   ("reward.options", {"opera": {"alhpa": 0.5}}, "alhpa"),
-  ("reward.options", {"sar": {"form": "log"}}, "no term"),
-  ("rl.advantage_options", {"oppo": {"anchor": False}}, "none of the rules"),
+  ("reward.options", {"sar": {"form": "log"}}, "not a term"),
+  (
+    "rl.advantage_options",
+    {"oppo": {"anchor": False}},
+    "none of the estimators",
+  ),
   ("rl.advantage_options", {"grpo": {"epsilom": 1e-3}}, "epsilom"),
   ("rl.advantage_options", {"grpo": {"ddof": 2}}, "ddof"),
   ("rl.advantage_options", {"grpo": {"epsilon": 0.0}}, "epsilon"),
@@ -378,7 +382,7 @@ def test_one_field_says_how_maths_is_checked_in_every_term():
     }
   ).reward.to_dict()
   _, made = score.build_rewards(
-    lambda _: (), **{name: reward[name] for name in score.OF_TERMS}
+    lambda _: (), **{name: reward[name] for name in score.REWARD_FIELDS}
   )
   assert made["verifiable"].method == made["length"].method == "math_verify"
   assert made["length"].kind == "efficient"

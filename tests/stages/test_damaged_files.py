@@ -307,12 +307,12 @@ def test_the_list_of_a_set_of_traces(tmp_path, damage):
 def test_an_embedding_is_made_again(tmp_path, damage):
   path = tmp_path / "0.npy"
   np.save(path, np.ones((2, 3), np.float32))
-  assert pool._kept(path, 2).shape == (2, 3)
+  assert pool._saved(path, 2).shape == (2, 3)
   damage(path)
   if damage is _flip:  # a number among numbers: it may not show
     np.save(path, np.full((2, 3), np.nan, np.float32))
   with pytest.warns(RuntimeWarning, match="embedded again"):
-    assert pool._kept(path, 2) is None
+    assert pool._saved(path, 2) is None
 
 
 @pytest.mark.parametrize(

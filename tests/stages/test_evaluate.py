@@ -7,7 +7,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.rollout import sampling
-from opera_jax.run import kept
+from opera_jax.run import partial_results
 from opera_jax.stages import evaluate
 
 COUNT = 10
@@ -27,14 +27,14 @@ IDS = [np.asarray([i + 1], np.int32) for i in range(COUNT)]
 
 
 class _Run:
-  """Models, an engine and a measurer that note what they are asked for."""
+  """Models, an engine and a eval_scorer that note what they are asked for."""
 
   seed = 0
   tokenizer = types.SimpleNamespace(end_id=0)
 
   def __init__(self):
     self.asked = []
-    self.engine = self.measurer = self
+    self.engine = self.eval_scorer = self
 
   def sampling(self, **settings):
     return sampling.Sampling(stop_ids=(0,), **settings)
@@ -67,7 +67,7 @@ class _Run:
 @pytest.fixture
 def evaluated(tmp_path, monkeypatch):
   """`evaluated(run, stop)`: one model's outcome; ends at the stopth call."""
-  monkeypatch.setattr(kept, "TOGETHER", 4)
+  monkeypatch.setattr(partial_results, "PROMPTS_PER_BLOCK", 4)
 
   def measures(run, params, prompts, ids, groups, scored, told, advance):
     found = {"length": np.asarray([len(g[1].tokens) / 3 for g in groups])}
@@ -91,7 +91,7 @@ def evaluated(tmp_path, monkeypatch):
       PROMPTS,
       IDS,
       SETTINGS,
-      kept.Pieces(tmp_path / folder),
+      partial_results.PartialResults(tmp_path / folder),
       advance,
     )
 

@@ -270,7 +270,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path, write):
     assert (half / "state" / "part").read_text() == "half"
     assert ours.latest() == 1
     assert ours.restore({"w": jnp.zeros(4)})[1]["w"].tolist() == [1] * 4
-    with pytest.raises(RuntimeError, match="another process writes"):
+    with pytest.raises(RuntimeError, match="another run writes"):
       ours.save(3, {"w": jnp.ones(4)}, {})
     ours.close()
   finally:
@@ -301,10 +301,13 @@ def test_to_read_is_to_pass_over_what_is_damaged(tmp_path):
 
 def test_once_told_the_next_call_is_the_last():
   with checkpoint.Preemption() as preemption:
-    preemption.leave()
-    preemption.leave_alone()
+    preemption.exit_if_requested()
+    preemption.exit_if_requested_here()
     os.kill(os.getpid(), signal.SIGTERM)
-    for leave in (preemption.leave, preemption.leave_alone):
+    for leave in (
+      preemption.exit_if_requested,
+      preemption.exit_if_requested_here,
+    ):
       with pytest.raises(SystemExit) as left:
         leave()
       assert left.value.code == 143
@@ -313,12 +316,12 @@ def test_once_told_the_next_call_is_the_last():
 def test_at_once_ends_wherever_it_is():
   done = []
   with checkpoint.Preemption() as preemption:
-    with pytest.raises(SystemExit) as left, preemption.at_once():
+    with pytest.raises(SystemExit) as left, preemption.exit_at_once():
       done.append("begun")
       os.kill(os.getpid(), signal.SIGTERM)
       done.append("gone on")
     assert left.value.code == 143 and done == ["begun"]
     # And does not begin once it was told.
-    with pytest.raises(SystemExit), preemption.at_once():
+    with pytest.raises(SystemExit), preemption.exit_at_once():
       done.append("begun")
   assert done == ["begun"]

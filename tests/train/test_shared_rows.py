@@ -107,7 +107,7 @@ def _updated(batch, mesh, **changes):
     train_state.create(params, learn.optimizer, jax.random.key(0)), mesh
   )
   with jax.set_mesh(mesh):
-    batch = jax.device_put(batch, layout.rows(mesh))
+    batch = jax.device_put(batch, layout.batch_sharding(mesh))
     state, metrics = learn.update(state, batch)
   # After one update the first moment is a tenth of the gradient.
   shape = jax.tree.structure(state.params)

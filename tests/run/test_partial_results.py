@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.run import kept
+from opera_jax.run import partial_results
 
 
 def test_a_piece_is_made_once(tmp_path):
@@ -18,7 +18,7 @@ def test_a_piece_is_made_once(tmp_path):
     return piece
 
   for _ in range(2):
-    assert kept.Pieces(tmp_path).get("a", make) == piece
+    assert partial_results.PartialResults(tmp_path).get("a", make) == piece
   assert made == [1]
 
 
@@ -27,11 +27,11 @@ def test_a_piece_is_made_once(tmp_path):
   [b"", b'{"piece": [1', b"[1]", b'{"other": 1}', b"\xff\xfe", b"[" * 100_000],
 )
 def test_a_damaged_piece_is_made_again_with_a_warning(tmp_path, damage):
-  kept.Pieces(tmp_path).get("a", lambda: [1])
+  partial_results.PartialResults(tmp_path).get("a", lambda: [1])
   (tmp_path / "a.json").write_bytes(damage)
   with pytest.warns(RuntimeWarning, match="Ignoring .*a.json"):
-    assert kept.Pieces(tmp_path).get("a", lambda: [2]) == [2]
-  assert kept.Pieces(tmp_path).get("a", lambda: [3]) == [2]
+    assert partial_results.PartialResults(tmp_path).get("a", lambda: [2]) == [2]
+  assert partial_results.PartialResults(tmp_path).get("a", lambda: [3]) == [2]
 
 
 def test_a_link_in_its_place_is_not_followed(tmp_path):
@@ -39,8 +39,10 @@ def test_a_link_in_its_place_is_not_followed(tmp_path):
   victim.write_text(json.dumps({"piece": [9]}))
   (tmp_path / "parts").mkdir()
   (tmp_path / "parts" / "a.json").symlink_to(victim)
-  with pytest.warns(RuntimeWarning, match="no plain file"):
-    assert kept.Pieces(tmp_path / "parts").get("a", lambda: [2]) == [2]
+  with pytest.warns(RuntimeWarning, match="not a regular file"):
+    assert partial_results.PartialResults(tmp_path / "parts").get(
+      "a", lambda: [2]
+    ) == [2]
   assert json.loads(victim.read_text()) == {"piece": [9]}
 
 
@@ -58,8 +60,8 @@ def test_samples_come_back_bit_for_bit():
     ]
     for _ in range(2)
   ]
-  text = json.dumps(kept.samples_out(groups))
-  back = kept.samples_in(json.loads(text))
+  text = json.dumps(partial_results.samples_to_json(groups))
+  back = partial_results.samples_from_json(json.loads(text))
   for a, b in zip(groups, back, strict=True):
     for x, y in zip(a, b, strict=True):
       assert x.tokens.tobytes() == y.tokens.tobytes()
@@ -70,6 +72,7 @@ def test_samples_come_back_bit_for_bit():
 
 def test_blocks_cover_all_once():
   for count in (0, 1, 64, 65, 200):
-    blocks = list(kept.blocks(count))
+    blocks = list(partial_results.blocks(count))
     assert [i for block in blocks for i in block] == list(range(count))
-    assert all(0 < len(block) <= kept.TOGETHER for block in blocks)
+    most = partial_results.PROMPTS_PER_BLOCK
+    assert all(0 < len(block) <= most for block in blocks)

@@ -1,8 +1,7 @@
-"""Intermediate results of a stage, one file a piece, so that it can resume.
-
-A piece is a JSON value that is made once; a stage that is ended goes on with
-the next. Pieces are the same whenever the stage is begun, so that what comes
-out does not depend on where it was ended.
+"""Partial results of a stage, one JSON file each, so that the stage can resume.
+Each result is computed once; a killed stage continues with the next one. The
+split into results is fixed, so the outcome of a stage does not depend on where
+it was interrupted.
 """
 
 import json
@@ -17,69 +16,71 @@ from opera_jax import structs
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange, runtime
 
-TOGETHER = 64  # prompts of a piece
+PROMPTS_PER_BLOCK = 64
 
 
 def blocks(count: int) -> Iterator[range]:
-  """The pieces of `count` prompts, by index."""
-  for start in range(0, count, TOGETHER):
-    yield range(start, min(start + TOGETHER, count))
+  """Splits `count` prompts into ranges of at most PROMPTS_PER_BLOCK indices."""
+  for start in range(0, count, PROMPTS_PER_BLOCK):
+    yield range(start, min(start + PROMPTS_PER_BLOCK, count))
 
 
 def block(items: Sequence[Any], indices: range) -> list[Any]:
-  """The items of a piece."""
+  """The items at the indices of a block."""
   return [items[i] for i in indices]
 
 
-class Pieces:
-  """The pieces of one stage."""
+class PartialResults:
+  """The partial results of one stage."""
 
   def __init__(self, folder: pathlib.Path):
-    """Opens the folder, making it if need be."""
+    """Opens the folder, and creates it if it does not exist."""
     self._folder = folder
     if runtime.is_main_process():
       folder.mkdir(parents=True, exist_ok=True)
 
-  def get(self, name: str, make: Callable[[], Any]) -> Any:
-    """A piece, made by all processes together where it is not there.
+  def get(self, name: str, compute: Callable[[], Any]) -> Any:
+    """Reads a result, or computes it on all processes if its file is missing.
 
     Args:
-      name: of the piece, which is its file's.
-      make: gives a JSON value, the same on every process. Floats come back
-        bit for bit.
+      name: of the result and of its file.
+      compute: returns a JSON value, the same on every process. Floats are
+        restored bit for bit.
     """
     path = self._folder / f"{name}.json"
-    found = exchange.by_lead(lambda: _read(path))
+    found = exchange.on_main_process(lambda: _read(path))
     if found is not None:
       return found["piece"]
-    made = make()
+    value = compute()
     if runtime.is_main_process():
-      workdir_lib.write(path, {"piece": made})
-    return made
+      workdir_lib.write(path, {"piece": value})
+    return value
 
 
 def _read(path: pathlib.Path) -> dict[str, Any] | None:
-  """A piece; None where there is none, or a damaged one."""
+  """Reads a result; None if the file is missing or damaged."""
   if not path.exists() and not path.is_symlink():
     return None
   try:
     if path.is_symlink() or not path.is_file():
-      raise ValueError("it is no plain file")
+      raise ValueError("it is not a regular file")
     value = json.loads(path.read_bytes().decode())
     if not isinstance(value, dict) or "piece" not in value:
-      raise ValueError("it holds no piece")
+      raise ValueError("it has no field 'piece'")
     return value
   except (ValueError, OSError, RecursionError) as error:
     warnings.warn(
-      f"Ignoring {path} ({error}); what it held is made again.",
+      f"Ignoring {path} ({error}); its result is computed again.",
       RuntimeWarning,
       stacklevel=4,
     )
     return None
 
 
-def samples_out(groups: Sequence[Sequence[structs.Sample]]) -> list[list[Any]]:
-  """Samples as a JSON value."""
+def samples_to_json(
+  groups: Sequence[Sequence[structs.Sample]],
+) -> list[list[Any]]:
+  """Converts samples to a JSON value."""
   return [
     [
       [
@@ -97,8 +98,8 @@ def samples_out(groups: Sequence[Sequence[structs.Sample]]) -> list[list[Any]]:
   ]
 
 
-def samples_in(value: list[list[Any]]) -> list[list[structs.Sample]]:
-  """What `samples_out` made, bit for bit."""
+def samples_from_json(value: list[list[Any]]) -> list[list[structs.Sample]]:
+  """Restores what `samples_to_json` wrote, bit for bit."""
   return [
     [
       structs.Sample(

@@ -114,7 +114,9 @@ def _foot(plan: dict[str, Any]) -> list[str]:
       lines += [
         "",
         f"{p['name']} does not fit: {p['total_bytes'] / GIB:.2f} GiB of "
-        f"{plan['hbm_bytes'] / GIB:.2f}. Turn: " + "; ".join(p["turn"]) + ".",
+        f"{plan['hbm_bytes'] / GIB:.2f}. Turn: "
+        + "; ".join(p["remedies"])
+        + ".",
       ]
   return lines
 

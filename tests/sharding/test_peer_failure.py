@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from opera_jax.sharding import last_words
+from opera_jax.sharding import peer_failure
 
 SILENT = """E1127 coordination_service.cc:1549] error to all tasks: \
 UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
@@ -26,7 +26,7 @@ F1127 client.h:80] UNAVAILABLE: failed to connect to all addresses
 """
 
 
-class _Words(last_words.Words):
+class _Words(peer_failure.FailureReporter):
   """Without taking over the standard error of the tests."""
 
   def __init__(self, folder, index, text):
@@ -109,7 +109,7 @@ def test_of_two_the_other_one_says_who_died(tmp_path, victim, idle):
   _, said = other.communicate(timeout=60)
   dead.communicate()
   assert time.monotonic() - begin < 30
-  assert other.returncode == last_words.EXIT_CODE
+  assert other.returncode == peer_failure.EXIT_CODE
   assert said.count("\n") == 1, said
   assert (
     f"process {victim} (host {socket.gethostname()}, pid {dead.pid}" in said

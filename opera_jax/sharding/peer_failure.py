@@ -46,7 +46,7 @@ def _of_the_network(error: BaseException | None) -> bool:
   return False
 
 
-class Words:
+class FailureReporter:
   """Of this process: takes over standard error as C++ sees it."""
 
   def __init__(self, folder: str | os.PathLike):
