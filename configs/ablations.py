@@ -1,10 +1,11 @@
-"""A grid of methods and seeds on one task, from one SFT model.
+"""Compares RL methods over seeds on one task, starting from one SFT model.
 
   python -m experiments.ablate --config=configs/ablations.py --workdir=runs/abl
 
-`--config=configs/ablations.py:smoke` is two rows and one seed, for tests. Own
-data: `--config.flags="--config.data.kind=jsonl --config.data.path=FILE"`,
-which every run of the grid is given.
+Expect a table of held-out measures with intervals, per method.
+`--config=configs/ablations.py:smoke` runs two rows and one seed, for tests. For
+your own data pass flags to every run of the grid:
+`--config.flags="--config.data.kind=jsonl --config.data.path=FILE"`.
 """
 
 import ml_collections
@@ -13,7 +14,7 @@ OPERA = "configs/methods/opera.py"
 SAR = "configs/methods/sar.py"
 OPPO = "configs/methods/oppo.py"
 
-# Name of a row, its method's config, what is changed in it.
+# (name of the row, config of its method, flags that change it).
 ROWS = (
   ("opera", OPERA, ""),
   ("opera, R_self only", OPERA, "--config.reward.mode=r_self"),
@@ -38,7 +39,7 @@ ROWS = (
     "--config.rl.advantage_options.oppo.anchor=False",
   ),
 )
-# What a row's difference from another answers, by which measure.
+# (question, row, row to compare with, measure).
 QUESTIONS = (
   ("Does R_SA alone shorten answers?", "R_SA only", "sft", "tokens"),
   (
@@ -89,22 +90,25 @@ CURVES = (
 def get_config(arg: str = ""):
   """Returns the config; `arg` is "" or "smoke"."""
   config = ml_collections.ConfigDict()
-  config.task = f"{OPERA}:ablation"  # of base model, SFT and evaluation
-  config.size = "ablation"  # argument of every method's config
-  config.flags = ""  # given to every run of the grid
+  config.task = (
+    f"{OPERA}:ablation"  # config of the base model, SFT and evaluation
+  )
+  config.size = "ablation"  # argument of every method config
+  config.flags = ""  # flags passed to every run of the grid
   config.rows = ROWS
   config.questions = QUESTIONS
-  config.baseline = "opera"  # what rows are compared with
+  config.baseline = "opera"  # row that the others are compared with
   config.seeds = (0, 1, 2)
-  # Stages of the model that all begin with, folders of it that cells share,
-  # stages of a cell, the models before and after, and flags of every cell.
+  # start: stages that make the shared model; shared: its folders that every
+  # cell links to; stages: stages of a cell; first, last: models before and
+  # after a cell; each: flags of every cell.
   config.start, config.shared = START, ("tokenizer", "base", "sft")
   config.stages, config.first, config.last = "rl", "sft", "rl"
   config.each = EACH.format(seed="{seed}", tokens=60_000)
   config.measures = MEASURES
   config.curves, config.over = CURVES, "rollout/tokens"
-  config.samples = 2  # a held-out prompt
-  config.probes = 32  # held-out prompts that are probed
+  config.samples = 2  # per held-out prompt
+  config.probes = 32  # held-out prompts on which rewards are probed
   config.resamples = 2_000
   if arg == "smoke":
     config.task, config.size = f"{OPERA}:smoke", "smoke"

@@ -1,21 +1,22 @@
-"""Ways to synthesise the cold start, by the SFT model that each gives.
+"""Compares synthesis methods of the cold start by the resulting SFT model.
 
   python -m experiments.ablate --config=configs/cold_start.py --workdir=runs/cs
 
-On storyworld. Real prompts, as in configs/open_ended.py:
+This uses storyworld. For real prompts, as in configs/open_ended.py, add:
 
   --config.task=configs/open_ended.py \\
   --config.flags="--config.data.path=FILE.jsonl ..."
 
-Every row starts from one base model, synthesises with its own search, and is
-trained on what the filters keep. `--config=configs/cold_start.py:smoke` is two
-rows and one seed, for tests.
+Every row starts from the same base model, synthesises traces with its own
+search, and trains on the traces that the filters keep. Expect a table of
+held-out measures per row. `--config=configs/cold_start.py:smoke` runs two rows
+and one seed, for tests.
 """
 
 import ml_collections
 
 TINY = "configs/tiny.py"
-# Name of a row, its config ("" takes the task's), what is changed in it.
+# (name of the row, its config, "" for config.task, flags that change it).
 ROWS = (
   ("lowest perplexity", "", ""),
   ("plain sampling", "", "--config.synthesis.budget=0"),
@@ -59,20 +60,20 @@ def get_config(arg: str = ""):
   config = ml_collections.ConfigDict()
   config.task = TINY + (":smoke" if arg else "")
   config.size = ""
-  config.flags = ""  # given to every run of the grid
+  config.flags = ""  # flags passed to every run of the grid
   config.rows = ROWS
   config.questions = QUESTIONS
   config.baseline = "lowest perplexity"
   config.seeds = (0, 1, 2)
-  # See configs/ablations.py.
+  # configs/ablations.py explains these fields.
   config.start, config.shared = "base", ("tokenizer", "base")
   config.stages = "synthesize,select,sft"
   config.first, config.last = "base", "sft"
   config.each = "--config.synthesis.seed={seed} --config.sft.seed={seed}"
   config.measures = MEASURES
   config.curves, config.over = ("sft/loss", "sft/entropy"), "sft/tokens"
-  config.samples = 2  # a held-out prompt
-  config.probes = 0  # of rewards; they have no part in this
+  config.samples = 2  # per held-out prompt
+  config.probes = 0  # rewards play no role here, so none are probed
   config.resamples = 2_000
   if arg == "smoke":
     config.rows, config.questions = ROWS[:2], QUESTIONS[:1]

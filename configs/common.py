@@ -1,7 +1,8 @@
-"""Every field of a run, with the paper's values where the paper has one.
+"""Every config field, with the paper's value as default where it states one.
 
-A config file starts from `get_config()`, changes values, and returns the
-locked result. Sources: [P] the paper, [C] its released code, see the README.
+A config file starts from `get_config()`, changes values, and returns the locked
+result. A comment that begins with [P] marks a default that the paper states,
+[C] one from its released code; all others are ours.
 """
 
 import ml_collections
@@ -13,229 +14,249 @@ def supervised() -> dict:
   """Fields of `opera_jax.stages.supervised.Recipe`."""
   return {
     "epochs": 1,  # passes over the training pairs
-    "batch_size": 16,  # packed rows an update
+    "batch_size": 16,  # packed rows per update
     "row_tokens": 4096,  # length of a row; a longer pair is dropped and counted
-    "packed": False,  # several pairs a row, kept apart by segments
+    "packed": False,  # several pairs per row, separated by segment ids
     "learning_rate": 1e-5,  # peak of the schedule
-    "warmup": 0.05,  # share of the updates over which the rate rises
-    "decay": "constant",  # after the warm-up: constant, or cosine
-    "b2": 0.999,  # of AdamW's second moment
+    "warmup": 0.05,  # fraction of the updates with a rising learning rate
+    "decay": "constant",  # schedule after the warm-up: constant or cosine
+    "b2": 0.999,  # AdamW's decay rate of the second moment
     "weight_decay": 0.01,  # decoupled, on every parameter
     "max_grad_norm": 1.0,  # gradients are clipped to this global norm
-    "moment_dtype": "float32",  # of Adam's moments, float32 or bfloat16
+    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
+    # how token losses are averaged:
     # token_mean or sequence_mean, see losses/reduce.py
     "reduction": "token_mean",
-    "micro_batches": 1,  # an update's rows go through in so many pieces
+    "micro_batches": 1,  # gradient accumulation steps per update
     "checkpoint_every": 100,  # updates between two checkpoints
-    "seed": -1,  # of this stage alone; -1 takes the run's
+    "seed": -1,  # seed of this stage; -1 uses config.seed
   }
 
 
 def get_config() -> ml_collections.ConfigDict:
   """The paper's recipe, without a model size."""
   config = ml_collections.ConfigDict()
-  config.stages = STAGES  # stages to run, separated by commas, in this order
-  # stages to do again, with those after them; what they left goes to dropped/
+  config.stages = STAGES  # comma-separated stages to run; their order is fixed
+  # stages to run again, with all later ones; their old results move to dropped/
   config.redo = ""
-  config.seed = 0  # of data, models, samples and order
-  # devices along each axis; one may be -1 and takes those that are left
+  config.seed = 0  # seed of data, initialisation, sampling and shuffling
+  # devices along each mesh axis; one may be -1 for all remaining devices
   config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
   config.runtime = {
     # "" for one process, "auto" (TPU pod, SLURM), or HOST:PORT,COUNT,INDEX
     "distributed": "",
-    # a process that is silent for so long ends the run
+    # seconds without a heartbeat after which a process counts as dead
     "heartbeat_seconds": 60,
-    # folder of compiled programs; "auto" is private to you, "" keeps none
+    # folder that caches compiled programs; "auto" is in your user cache, "" is
+    # off
     "compile_cache": "auto",
   }
   # directory or hub id (NAME@REVISION) of a Qwen3; "" pretrains a model
   config.checkpoint = ""
   config.tokenizer = {
     "path": "",  # directory or hub id; "" trains a BPE on the documents
-    "bpe_size": 8192,  # vocabulary of the BPE that is trained
+    "bpe_size": 8192,  # vocabulary size of the trained BPE
   }
   config.max_prompt_tokens = 6_144  # [C] longer prompts are dropped and counted
   # longer references are dropped and counted
   config.max_reference_tokens = 4_096
 
   config.model = {
-    # rows of the embedding; 0 takes the tokenizer's vocabulary
+    # rows of the embedding; 0 uses the tokenizer's vocabulary size
     "vocab_size": 0,
     "hidden_size": 128,  # width of the residual stream
     "num_hidden_layers": 2,  # transformer blocks
     "num_attention_heads": 4,  # query heads
-    # key and value heads; they divide the query heads
+    # key and value heads; must divide the query heads
     "num_key_value_heads": 2,
-    "head_dim": 32,  # width of an attention head
+    "head_dim": 32,  # size of an attention head
     "intermediate_size": 384,  # width of the feed-forward layer
     "rope_theta": 1_000_000.0,  # base of the rotary embedding
     "rms_norm_eps": 1e-6,  # added under the root of RMSNorm
     "tie_word_embeddings": True,  # the output head is the embedding
-    # of the computation, float32 or bfloat16; weights stay float32
+    # dtype of activations, float32 or bfloat16; master weights stay float32
     "dtype": "float32",
     # what the backward pass recomputes: none, dots, attention or full
     "remat": "dots",
-    # implementation: splash, cudnn or xla; "" goes by the device
+    # attention implementation: splash, cudnn or xla; "" picks by device
     "attention": "",
   }
   config.data = {
-      # storyworld (made from the seed), or jsonl for any file
+      # storyworld (generated from the seed), or jsonl for files and data sets
       "kind": "storyworld",
       "synthesis": 20_000,  # [P] tasks of the cold start
       "rl": 1_674,  # [P] tasks of RL
-      "held_out": 200,  # tasks that no training stage sees
-      "documents": 0,  # pretraining documents; unread with a checkpoint
-      "math_share": 0.0,  # share of storyworld's tasks that are sums
-      "path": "",  # tasks: JSONL, Parquet, hf:, tfds:, or a directory
+      "held_out": 200,  # held-out tasks that no training stage sees
+      "documents": 0,  # pretraining documents; unused with a checkpoint
+      "math_share": 0.0,  # fraction of storyworld's tasks that are sums
+      "path": "",  # source of tasks: JSONL, Parquet, hf:, tfds:, or a directory
       # our field -> column of data.path
       "fields": {"id": "id", "task": "task", "prompt": "prompt",
                  "reference": "reference"},
       # value of the task column -> open_ended or math
       "task_map": {"open_ended": "open_ended", "math": "math"},
-      "default_task": "",  # task of rows that name none; "" makes them errors
-      "prompt_words": 0,  # a longer prompt is dropped; 0 for no limit
-      # longer references are cut to these; 0 keeps them whole
+      "default_task": "",  # task of rows without one; "" makes them errors
+      # maximum words of a prompt, longer ones are dropped; 0 means unlimited
+      "prompt_words": 0,
+      # references are truncated to this many words; 0 keeps them whole
       "excerpt_words": 0,
-      "math_path": "",  # a second source, of maths tasks alone; "" for none
+      "math_path": "",  # a second source, of maths tasks only; "" means none
       # our field -> column of data.math_path
       "math_fields": {"prompt": "question", "reference": "answer"},
       # regular expression whose first group is the true answer
       "math_answer": r"(?s)\A.*####\s*+(\S[^\n]*+)",
-      "math_limit": 0,  # maths tasks taken of data.math_path; 0 for all
-      # JSONL of responses that documents are drafted from
+      "math_limit": 0,  # maximum maths tasks from data.math_path; 0 means all
+      # JSONL of responses from which pretraining documents are built
       "responses_path": "",
-      # word 3-gram Jaccard index that keeps two tasks on one side of the split
+      # word 3-gram Jaccard index from which two tasks stay on one side of the
+      # split
       "near_duplicate": 0.0,
   }  # fmt: skip
-  config.pool = {  # of experiments/pool.py
-    "size": 20_000,  # [P] prompts of the pool; 0 takes all that are left
+  config.pool = {  # settings of experiments/pool.py
+    # [P] prompts of the pool; 0 keeps all that pass the filters
+    "size": 20_000,
     "min_chars": 8,  # shorter prompts are dropped
-    "max_chars": 20_000,  # longer prompts are dropped; 0 for no limit
-    "max_reference_chars": 0,  # longer references are dropped; 0 for no limit
-    # codes of languages that stay, such as "en"; none keeps all
+    "max_chars": 20_000,  # longer prompts are dropped; 0 means unlimited
+    # longer references are dropped; 0 means unlimited
+    "max_reference_chars": 0,
+    # language codes to keep, such as "en"; empty keeps all
     "languages": (),
-    # probability from which a prompt counts as of another language
+    # probability above which a prompt counts as another language
     "certainty": 0.5,
-    # Jaccard index of n-grams that makes a near duplicate; 0 looks for none
+    # n-gram Jaccard index of near duplicates; 0 turns the search off
     "near_duplicate": 0.8,
-    "ngram": 3,  # words of an n-gram of pool.near_duplicate
-    # directory or hub id of a sentence-transformers model; or "policy"
+    "ngram": 3,  # words per n-gram for pool.near_duplicate
+    # directory or hub id of a sentence-transformers model, or "policy"
     "embedder": "",
-    "batch": 4096,  # prompts embedded between two saves
-    # number of clusters; 0 takes the choice of highest silhouette
+    "batch": 4096,  # prompts embedded per batch; each batch is saved
+    # number of clusters; 0 picks the one of highest silhouette
     "clusters": 0,
-    # numbers of clusters tried where pool.clusters is 0
+    # numbers of clusters to try if pool.clusters is 0
     "cluster_choices": (8, 12, 16, 24, 32, 48, 64),
-    "cluster_sample": 4000,  # prompts on which the silhouette is measured
-    "minimum": 10,  # smallest cluster that is sampled from, prompts
+    "cluster_sample": 4000,  # prompts used to compute the silhouette
+    "minimum": 10,  # clusters with fewer prompts are not sampled
   }
   config.base = supervised()
   config.base.decay = "cosine"
   config.base.b2 = 0.95
   config.engine = {
     "prompt_slots": 16,  # prompts in flight
-    "slots": 16,  # samples of a prompt in flight; further ones wait
+    "slots": 16,  # samples of a prompt in flight; further ones are queued
     # allowed padded lengths of a prompt, tokens
     "prompt_buckets": (512, 1024, 2048, 4096, 6144),
-    # lengths that a sample's KV cache grows through, tokens
+    # KV cache sizes of a sample, in tokens; it grows through them
     "cache_buckets": (1024, 2048, 4096, 8192, 10_240),
-    "steps": 64,  # tokens that are decoded between two looks of the host
-    "cache_dtype": "float32",  # of keys and values, float32 or bfloat16
+    # decode steps per call; the host looks at the results in between
+    "steps": 64,
+    "cache_dtype": "float32",  # dtype of the KV cache: float32 or bfloat16
   }
   config.rollout = {
-    "max_new_tokens": 10_240,  # [C] longest completion, its stop token included
+    # [C] maximum tokens of a completion, including its stop token
+    "max_new_tokens": 10_240,
     "temperature": 1.0,  # [P] divides the logits
-    "top_k": 0,  # keeps the k likeliest tokens; 0 keeps all
-    "top_p": 1.0,  # [P] keeps the likeliest tokens that reach this share
-    "min_p": 0.0,  # keeps tokens so likely beside the likeliest; 0 keeps all
-    "min_new_tokens": 0,  # no completion ends before so many tokens
-    # longest period of a repetition that ends a completion; 0 ends none
+    "top_k": 0,  # keeps the k most likely tokens; 0 keeps all
+    # [P] nucleus sampling: keeps the top tokens of this total probability
+    "top_p": 1.0,
+    # drops tokens below this fraction of the top probability; 0 keeps all
+    "min_p": 0.0,
+    "min_new_tokens": 0,  # minimum tokens of a completion
+    # longest period of a repetition that stops a completion; 0 turns this off
     "loop_period": 0,
-    "loop_tokens": 0,  # last tokens that must repeat; at least two periods
+    # number of final tokens that must repeat; at least two periods
+    "loop_tokens": 0,
     "banned_ids": (),  # token ids that are never sampled
     "logit_bias": (),  # (token id, number added to its logit) pairs
   }
   config.scoring = {
-    "batch_size": 16,  # prefixes scored in one call
+    "batch_size": 16,  # prefixes per scoring call
     # allowed padded lengths of a prefix, tokens
     "prefix_buckets": (1024, 2048, 4096, 8192, 16_384),
-    # allowed numbers of continuations of a prefix in a call
+    # allowed numbers of continuations per prefix in a call
     "slot_buckets": (1, 4, 8, 16, 32),
     # allowed padded lengths of a continuation, tokens
     "continuation_buckets": (256, 512, 1024, 2048, 4096),
   }
   config.reward = {
-    # weighted sum of rewards or "module:function"s; weight 0 only measures
+    # weighted sum of rewards or "module:function"s; weight 0 only logs a term
     "terms": "opera + verifiable",
-    "options": {},  # settings of those terms by name, other than their defaults
-    "timeout": 60.0,  # seconds that a user's function may take for one step
-    # variables passed to a user's function although they look like keys
+    # settings of those terms by name that differ from their defaults
+    "options": {},
+    "timeout": 60.0,  # time limit in seconds of a user's function for one step
+    # environment variables passed to it although they look like secrets
     "environment": (),
-    "alpha": 0.3,  # [P] weight of R_ppl; R_self has the rest
+    "alpha": 0.3,  # [P] weight of R_ppl; R_self has weight 1 - alpha
     "tau": 2.0,  # [P] R_self = tanh(count / tau)
     "mode": "both",  # both, or an ablation of the paper: r_self, r_ppl, one_hot
     # words that make a step reflective
     "keywords": ("But", "Wait", "Hmm", "However", "Let me think"),
-    # keywords as a word, a substring (as the release), or any: every step
+    # match keywords as a word or substring (as the release); any: every step
+    # counts
     "match": "word",
-    # [P] what a step must beat: previous, reflective or start
+    # [P] baseline of a step: previous, reflective or start
     "compare": "previous",
-    "separator": "\n\n",  # [C] between two steps of a thought
-    # [C] text before the reference; "\n</think>\n\n" closes the thought first
+    "separator": "\n\n",  # [C] separates the steps of a thought
+    # [C] text inserted before the reference; "\n</think>\n\n" closes the
+    # thought
     "bridge": "",
-    "max_steps": 64,  # steps told apart in a thought; further ones are counted
-    # exact (asks math-verify where it cannot tell), or math_verify
+    # maximum scored steps of a thought; a metric counts the rest
+    "max_steps": 64,
+    # exact (falls back to math-verify if undecided), or math_verify
     "math_check": "exact",
   }
   config.synthesis = {
-    "batch": 256,  # prompts of a shard, which one process works at
-    "candidates": 4,  # [P] k, next steps sampled at a reflection word
-    # [C] reflections that are searched in a thought; 0 is plain sampling
+    "batch": 256,  # prompts per shard; one process works on a shard
+    "candidates": 4,  # [P] k, continuations sampled at a reflection word
+    # [C] reflections searched per thought; 0 is plain sampling
     "budget": 20,
-    # [P] perplexity over the whole sequence, or over the candidate
+    # [P] perplexity of the whole sequence, or of the candidate only
     "score": "sequence",
-    "choose": "",  # a judge in place of the perplexity, "module:function"
+    "choose": "",  # "module:function" that chooses instead of the perplexity
     "temperature": 0.6,  # [C] divides the logits
-    "top_k": 20,  # [C] keeps the k likeliest tokens; 0 keeps all
-    "top_p": 0.95,  # [C] keeps the likeliest tokens that reach this share
-    "max_step_tokens": 1024,  # longest candidate
-    "max_thought_tokens": 8192,  # a longer thought stays unclosed
-    "max_answer_tokens": 4096,  # longest final answer
+    "top_k": 20,  # [C] keeps the k most likely tokens; 0 keeps all
+    # [C] nucleus sampling: keeps the top tokens of this total probability
+    "top_p": 0.95,
+    "max_step_tokens": 1024,  # maximum tokens of a candidate
+    # maximum tokens; a longer thought stays unclosed
+    "max_thought_tokens": 8192,
+    "max_answer_tokens": 4096,  # maximum tokens of the final answer
     # [C] words at which the search forks; ("\n\n",) forks at every step
     "stop_words": ("Wait", "But", "Hmm", "Let me think", "However"),
-    # the guiding words around a prompt, or a .txt file with them
+    # prompt template, or a .txt file with it
     "template": "{prompt}",
     "method": "search",  # search, or rewrite (REER, arXiv 2509.06160)
-    "rounds": 10,  # most rounds of rewriting
-    # guiding words of rewriting, with the reference in them
+    "rounds": 10,  # maximum rounds of rewriting
+    # prompt template of rewriting, which contains the reference
     "guide": "configs/templates/rewrite.txt",
-    "seed": -1,  # of this stage alone; -1 takes the run's
+    "seed": -1,  # seed of this stage; -1 uses config.seed
   }
   config.select = {  # see `opera_jax.synthesis.filters`
-    "min_reflections": 1,  # fewest reflective steps of a thought
-    "max_repeat": 0.2,  # largest share of steps that repeat an earlier one
-    "ngram": 8,  # words of an n-gram of the next two rules
-    "max_ngram_repeat": 0.5,  # largest share of n-grams that repeat
-    "max_copied": 0.7,  # largest share of the answer that is the prompt's text
-    "max_foreign": 0.1,  # largest share of letters of a foreign script
-    "think_tags": False,  # whether a think tag may stand inside a text
-    # words that open a sentence of thinking, hardly one of an answer
+    "min_reflections": 1,  # minimum reflective steps of a thought
+    "max_repeat": 0.2,  # maximum fraction of steps that repeat an earlier one
+    "ngram": 8,  # words per n-gram in the next two rules
+    "max_ngram_repeat": 0.5,  # maximum fraction of repeated n-grams
+    "max_copied": 0.7,  # maximum fraction of the answer copied from the prompt
+    "max_foreign": 0.1,  # maximum fraction of letters of a foreign script
+    "think_tags": False,  # whether think tags are allowed inside a text
+    # words that open a sentence in a thought, but hardly ever in an answer
     "stop_words": ("Wait", "Hmm", "Let me think"),
-    "max_stop_words": 1,  # most stop words in an answer
-    "min_thought_words": 1,  # shortest thought, words
-    "max_thought_words": 0,  # longest thought, words; 0 for no limit
-    "min_answer_words": 1,  # shortest answer, words
-    "max_answer_words": 0,  # longest answer, words; 0 for no limit
-    # perplexity outliers, robust standard deviations; 0 for no limit
+    "max_stop_words": 1,  # maximum stop words in an answer
+    "min_thought_words": 1,  # minimum words of a thought
+    "max_thought_words": 0,  # maximum words of a thought; 0 means unlimited
+    "min_answer_words": 1,  # minimum words of an answer
+    "max_answer_words": 0,  # maximum words of an answer; 0 means unlimited
+    # maximum perplexity in robust standard deviations; 0 means unlimited
     "max_deviation": 6.0,
-    "keep_share": 1.0,  # part kept of what passes, by perplexity
-    "rl": {  # which prompts RL is run on
-      # completions that judge a maths prompt ([P] 8); 0 keeps all prompts
+    "keep_share": 1.0,  # fraction of the passing traces to keep, by perplexity
+    "rl": {  # which prompts RL uses
+      # samples per maths prompt that decide about it ([P] 8); 0 keeps all
+      # prompts
       "samples": 0,
-      "right": (1,),  # [P] a maths prompt is kept if so many of them are right
+      "right": (
+        1,
+      ),  # [P] a maths prompt is kept if this many samples are right
       # "column:NAME" or "module:function" that scores open-ended prompts
       "judge": "",
-      "band": (2.0, 3.0),  # [P] lowest and highest score of 5 that is kept
+      "band": (2.0, 3.0),  # [P] lowest and highest score (of 5) to keep
     },
   }
   # name and licence in the dataset cards of synthesis and selection
@@ -243,77 +264,81 @@ def get_config() -> ml_collections.ConfigDict:
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
   config.rl = {
-    "steps": 26,  # [P] each samples, rewards and updates once
-    "prompts": 64,  # [C] prompts of a step
-    "samples": 16,  # [C] completions of a prompt
-    "mini_batch": 8,  # [C] prompts of an update
-    "micro_batches": 1,  # an update's rows go through in so many pieces
-    # completions of a prompt that share one copy of it in an update
+    "steps": 26,  # [P] steps of rollout, reward and update
+    "prompts": 64,  # [C] prompts per step
+    "samples": 16,  # [C] completions per prompt
+    "mini_batch": 8,  # [C] prompts per update
+    "micro_batches": 1,  # gradient accumulation steps per update
+    # completions per packed row; they share one copy of their prompt
     "completions_per_row": 1,
     # allowed padded lengths of a row (or of its completions), tokens
     "row_buckets": (2048, 4096, 8192, 16_384),
     "learning_rate": 1e-6,  # [P] after the warm-up, constant
-    "warmup": 0.4,  # [C] share of the updates over which the rate rises
+    "warmup": 0.4,  # [C] fraction of the updates with a rising learning rate
     "weight_decay": 0.01,  # [C] decoupled, on every parameter
     "max_grad_norm": 1.0,  # [C] gradients are clipped to this global norm
-    "moment_dtype": "float32",  # of Adam's moments, float32 or bfloat16
+    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
     "clip_low": 0.2,  # [C] the ratio is clipped at 1 - this
     "clip_high": 0.2,  # [C] and at 1 + this
-    # [C] bound of the loss at negative advantages; 0 for none
+    # [C] dual-clip bound at negative advantages; 0 turns it off
     "dual_clip": 3.0,
-    "kl_coef": 0.001,  # [C] weight of KL to the SFT model; 0 leaves it out
-    "kl_estimator": "k3",  # [C] k3 or k2; or k1, in the reward alone
+    "kl_coef": 0.001,  # [C] weight of KL to the SFT model; 0 turns it off
+    "kl_estimator": "k3",  # [C] k3, k2, or k1 (only in the reward)
     # [C] sequence_mean, token_mean or constant; see losses/reduce.py
     "reduction": "sequence_mean",
     "constant": 0.0,  # divisor of the reduction "constant"
-    "kl_in": "loss",  # [C] KL joins the loss, or is taken off the reward
+    # [C] loss: KL is added to the loss; reward: subtracted from the reward
+    "kl_in": "loss",
     "loss": "clipped",  # [C] clipped, gspo or dpo
     "beta": 0.1,  # strength of DPO's reference
     "entropy_coef": 0.0,  # [C] weight of the entropy bonus
     "advantage": "grpo",  # [P] weighted sum of advantage estimators by name
-    "advantage_options": {},  # settings of those estimators by name
-    # bound on trainer's / sampler's probability as a weight; 0 for no weights
+    # settings of those estimators by name that differ from their defaults
+    "advantage_options": {},
+    # cap of the importance weight trainer / sampler; 0 turns it off
     "importance_cap": 0.0,
-    # nats between sampler and trainer that end the run; 0 watches nothing
+    # maximum |logprob| difference of sampler and trainer, nats; 0 is no check
     "max_logprob_diff": 0.1,
-    "max_logprob_diff_steps": 3,  # steps in a row beyond it that end the run
-    # most further batches in place of groups with equal rewards (DAPO)
+    "max_logprob_diff_steps": 3,  # consecutive steps above it that end the run
+    # maximum extra batches that replace groups with equal rewards (DAPO)
     "max_resamples": 0,
-    # term whose spread keeps a group; "" is the weighted sum
+    # term that must differ within a group; "" means the weighted sum
     "filter_reward": "",
-    # weight of a critic's loss, for the estimator "gae"; 0 for no critic
+    # weight of the critic's loss, for the estimator "gae"; 0 means no critic
     "value_coef": 0.0,
-    "value_clip": 0.2,  # bound on the change of the critic's value in an update
-    "ema": 0.0,  # rate of a moving mean of the policy, for "sdpo"; 0 keeps none
-    # weight of the divergence from a teacher's top tokens
+    "value_clip": 0.2,  # clip of the change of the critic's value in an update
+    "ema": 0.0,  # rate of the policy's EMA, for "sdpo"; 0 turns it off
+    # weight of the divergence from a teacher on its top tokens
     "divergence_coef": 0.0,
     "teacher_top_k": 100,  # number of those top tokens
-    "teacher": "",  # stage whose model is the teacher; "" takes the SFT model
-    "tasks": ("open_ended", "math"),  # kinds of tasks that RL uses
-    "seed": -1,  # of this stage alone; -1 takes the run's
-    # ends RL once so many tokens were sampled; 0 for no budget
+    "teacher": "",  # stage whose model is the teacher; "" means the SFT model
+    "tasks": ("open_ended", "math"),  # task kinds that RL uses
+    "seed": -1,  # seed of this stage; -1 uses config.seed
+    # RL stops after this many sampled tokens; 0 means unlimited
     "token_budget": 0,
     "checkpoint_every": 1,  # steps between two checkpoints
   }
   config.evaluate = {
-    "samples": 2,  # completions of a held-out prompt, for each model
-    "temperature": 1.0,  # divides the logits; 0 takes the likeliest token
-    "top_p": 1.0,  # keeps the likeliest tokens that reach this share
+    "samples": 2,  # completions per held-out prompt and model
+    "temperature": 1.0,  # divides the logits; 0 is greedy
+    # nucleus sampling: keeps the top tokens of this total probability
+    "top_p": 1.0,
     "thoughts": 4,  # thoughts that the report shows step by step
-    "resamples": 2_000,  # resamples of the bootstrap
+    "resamples": 2_000,  # bootstrap resamples
   }
   return config
 
 
 def full_size(config: ml_collections.ConfigDict, name: str) -> None:
-  """What the published Qwen3 models share at the paper's lengths, in place.
+  """Sets the values that the published Qwen3 models share at the paper's
+  lengths.
 
   Prompts of 6,144 and responses of 10,240 tokens make rows of 16,384. Compute
   is bf16 and master weights float32. A prefix with more continuations than the
   largest slot bucket is scored in several rows.
 
   Args:
-    config: changed.
+    config: modified in place.
     name: hub id of checkpoint and tokenizer.
   """
   config.checkpoint = name

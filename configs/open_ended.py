@@ -3,9 +3,9 @@
   python -m experiments.opera_rl --config=configs/open_ended.py \
     --config.data.path=FILE.jsonl --workdir=runs/open_ended
 
-Each line of the file is {"prompt": ..., "reference": ..., "task":
-"open_ended" | "math"}; other names go by `config.data.fields` and
-`config.data.task_map`. Two files are optional:
+Each line of the file is {"prompt": ..., "reference": ..., "task": "open_ended"
+| "math"}; map other names with `config.data.fields` and `config.data.task_map`.
+Two more files are optional:
 
   --config.data.responses_path=FILE.jsonl.xz  lines of {"id", "score",
     "response"}, from which the base model's documents are drafted; without
@@ -13,14 +13,13 @@ Each line of the file is {"prompt": ..., "reference": ..., "task":
   --config.data.math_path=FILE.jsonl  maths tasks in GSM8K's form (its
     question and answer, the final number after ####); works alone too.
 
-About 20 minutes on 2 free cores. What to expect: a model of this size writes
-half-sentences in the right register and gets next to no sum right; the run
-shows that the chain works on real input, not that the method helps.
-`--config=configs/open_ended.py:smoke` is the same in about two minutes.
+It takes about 20 minutes on 2 free cores. Expect half-sentences in the right
+register and almost no right sums: the run shows that the pipeline works on real
+input, not that the method helps. `--config=configs/open_ended.py:smoke` takes
+about two minutes.
 
-Cut to fit: prompts of more than 110 words are dropped, and the scored
-reference is the head of the reference, at most 50 words. The run prints and
-its report states how many.
+Prompts of more than 110 words are dropped, and references are truncated to at
+most 50 words. The run prints both counts, and the report contains them.
 """
 
 from opera_jax.configs import common
@@ -43,7 +42,7 @@ def get_config(arg: str = ""):
   config.data.rl = 400
   config.data.held_out = 100
   config.data.documents = 8_000
-  # HelloBench's names for open-ended tasks (arXiv 2409.16191) beside ours.
+  # HelloBench's names of open-ended tasks (arXiv 2409.16191), and ours.
   config.data.task_map = {
     "open_ended": "open_ended",
     "math": "math",
@@ -58,8 +57,8 @@ def get_config(arg: str = ""):
   config.max_prompt_tokens = 224
   config.max_reference_tokens = 160
 
-  # Few tokens are affordable, so updates are small and many: at equal tokens
-  # 4 rows an update end at 1.61 nats a character, 16 rows at 1.82.
+  # Small batches use few tokens better: at equal tokens, 4 rows per update
+  # reach 1.61 nats per character, 16 rows 1.82.
   config.base.batch_size = 4
   config.base.packed = True
   config.base.row_tokens = 512
@@ -79,7 +78,9 @@ def get_config(arg: str = ""):
   config.synthesis.max_step_tokens = 96
   config.synthesis.max_thought_tokens = 224
   config.synthesis.max_answer_tokens = 128
-  config.synthesis.guide = "{prompt}"  # too small to follow another
+  config.synthesis.guide = (
+    "{prompt}"  # the model is too small to follow a template
+  )
 
   config.sft.batch_size = 4
   config.sft.packed = True

@@ -3,8 +3,8 @@
   python -m experiments.opera_rl --config=configs/qwen3_0_6b.py \
     --config.data.path=FILE.jsonl --workdir=runs/qwen3_0_6b
 
-For v5e:2x2 and other small slices; docs/plans/README.md has what it takes of a
-device, docs/tpu.md how to start there.
+For v5e:2x2 and other small slices. docs/plans/README.md lists the memory it
+needs per device; docs/tpu.md explains how to start it there.
 """
 
 from opera_jax.configs import common

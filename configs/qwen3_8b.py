@@ -4,15 +4,16 @@
     --config.data.path=FILE.jsonl --workdir=runs/qwen3_8b
 
 The argument names the slice: v5p_4x4x4 (the default), v5e_8x8, v6e_8x8 or
-tpu7x_2x2x1. What each program takes of a device is in docs/plans/README.md;
-how to get a slice and start there is in docs/tpu.md. Another slice starts from
-the nearest one; `python -m experiments.plan` says whether it fits.
+tpu7x_2x2x1. docs/plans/README.md lists the memory each program needs per
+device; docs/tpu.md explains how to get a slice and start there. For another
+slice, start from the nearest one and check with `python -m experiments.plan`
+whether it fits.
 """
 
 from opera_jax.configs import common
 
-# Slice -> mesh (fsdp, tensor), prompts in flight, prefixes a call of
-# the scorer, micro-batches of an SFT and of a policy update.
+# Slice -> mesh (fsdp, tensor), prompts in flight, prefixes per scoring call,
+# micro-batches of an SFT update and of a policy update.
 SLICES = {
   "v5p_4x4x4": ((16, 4), 64, 16, 1, 4),
   "v5e_8x8": ((8, 8), 16, 8, 2, 16),
@@ -22,7 +23,7 @@ SLICES = {
 
 
 def get_config(arg: str = ""):
-  """Returns the config; `arg` is a key of SLICES, "" is the first."""
+  """Returns the config; `arg` is a key of SLICES, "" means the first."""
   slice_name = arg or next(iter(SLICES))
   if slice_name not in SLICES:
     raise ValueError(

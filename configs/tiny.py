@@ -1,9 +1,9 @@
-"""The whole method in minutes on a laptop: storyworld, a 0.7M Qwen3, CPU.
+"""The whole method in minutes on a laptop CPU: storyworld and a 0.7M Qwen3.
 
   python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 
-`--config=configs/tiny.py:smoke` is the same chain in about a minute, for
-tests: too small to learn anything.
+docs/results.md shows what to expect. `--config=configs/tiny.py:smoke` runs the
+same stages in about a minute, for tests; it is too small to learn anything.
 """
 
 from opera_jax.configs import common
@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
   config.synthesis.max_step_tokens = 96
   config.synthesis.max_thought_tokens = 192
   config.synthesis.max_answer_tokens = 96
-  # Too small to follow a guide: where it rewrites, it samples anew.
+  # The model is too small to follow a template; rewriting samples again.
   config.synthesis.guide = "{prompt}"
 
   config.sft.batch_size = 8
@@ -57,7 +57,7 @@ def get_config(arg: str = ""):
   config.sft.epochs = 2
   config.sft.checkpoint_every = 50
 
-  # 16 prompts x 8 samples; a rate that moves 0.7M parameters in 20 steps.
+  # 16 prompts x 8 samples; the learning rate is high enough for 20 steps.
   config.rl.steps = 20
   config.rl.prompts = 16
   config.rl.samples = 8

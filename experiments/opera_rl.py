@@ -1,14 +1,13 @@
-"""OPERA, top to bottom (arXiv 2606.25757).
+"""The OPERA training pipeline, top to bottom (arXiv 2606.25757).
 
   python -m experiments.opera_rl --config=configs/tiny.py --workdir=runs/tiny
 
-prompts -> base model -> trace synthesis -> selection -> SFT -> RL ->
-evaluation -> report. Every stage leaves its outcome in the workdir and is not
-repeated; a killed run goes on where it was when the same command is given
-again. Rewards, advantages and loss go by name: `configs/methods/` has the
-recipes of OPERA's neighbours.
+prompts -> base model -> trace synthesis -> selection -> SFT -> RL -> evaluation
+-> report. Every stage saves its result in the workdir and runs once; after a
+kill, the same command resumes the run. The config names rewards, advantage
+estimators and loss; `configs/methods/` has recipes of related methods.
 
-Shape key: B prompts a step, N samples a prompt.
+Shape key: B prompts per step, N samples per prompt.
 """
 
 import time
@@ -17,9 +16,9 @@ from absl import app, flags, logging
 from etils import epy
 
 from opera_jax import config_flag
-from opera_jax.sharding import clock  # the run's clock starts here
+from opera_jax.sharding import clock  # starts the run's clock
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   import jax
 
@@ -64,7 +63,7 @@ STAGES = ("base", "synthesize", "select", "sft", "rl", "evaluate", "report")
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   if runtime.is_main_process():
@@ -77,27 +76,27 @@ def main(_) -> None:
 
 
 def opera(config, folder: str) -> None:
-  """The whole method, in the folder of the run; leaves when it is told to."""
+  """Runs the whole method in the run's folder; SIGTERM saves and exits."""
   with checkpoint.Preemption() as preemption:
     run_stages(config, folder, preemption)
 
 
 def run_stages(config, folder: str, preemption) -> None:
-  """The method's stages, one after the other."""
+  """Runs the method's stages in order."""
   times = stage_times.StageTimes(clock.began())
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
-  searching = cold_start.Search(**config.synthesis)
-  selecting = config.select.to_dict()
-  rl_rules = rl_filter.Rules(**selecting.pop("rl"))
-  rules = filters.Rules(**selecting)
+  search = cold_start.Search(**config.synthesis)
+  select = config.select.to_dict()
+  rl_rules = rl_filter.Rules(**select.pop("rl"))
+  rules = filters.Rules(**select)
   with preemption.exit_at_once():
     run = setup.setup(
       folder,
       temperature=config.rollout.temperature,
       **{name: config[name] for name in setup.SECTIONS},
     )
-  check(config, mesh.num_data_shards(run.mesh))
+  check_batches_divide(config, mesh.num_data_shards(run.mesh))
   memory_floor.check(
     memory_floor.floor(
       run.model,
@@ -112,20 +111,20 @@ def run_stages(config, folder: str, preemption) -> None:
     memory_floor.device_limit(run.mesh),
   )
   if "rl" in stages:
-    enough(config, len(run.tasks.rl))
+    check_enough_prompts(config, len(run.tasks.rl))
     preflight.rl(run, rl_rules)
     truncated = run.sampling(**config.rollout.to_dict()).truncates()
     if truncated and not config.rl.importance_cap:
       print(
-        "rl: warning: config.rollout truncates (top_k, top_p or min_p), so "
-        "samples are likelier than the policy makes them, and the update takes "
-        "them for its own. config.rl.importance_cap=2.0 corrects for it; "
-        "sampler_trainer/truncation_diff says by how much they differ.",
+        "rl: warning: config.rollout truncates (top_k, top_p or min_p), so the "
+        "sampler's probabilities exceed the policy's, and the update treats "
+        "the samples as on-policy. config.rl.importance_cap=2.0 corrects this; "
+        "the metric sampler_trainer/truncation_diff shows the difference.",
         flush=True,
       )
   if "synthesize" in stages:
-    preflight.synthesis(run, searching)
-  # 1. A base model that thinks, badly.
+    preflight.synthesis(run, search)
+  # 1. Base model: load a checkpoint, or pretrain a small model.
   times.enter("base")
   supervised.base(
     run,
@@ -133,13 +132,13 @@ def run_stages(config, folder: str, preemption) -> None:
     preemption,
     path=config.checkpoint,
   )
-  # 2. Cold start: stop at reflection words, continuation, keep what the policy
-  #    finds least perplexing.
+  # 2. Cold start: fork the thought at reflection words and keep the
+  # continuation of lowest perplexity; then filter the traces.
   if "synthesize" in stages:
     times.enter("synthesize")
     cold_start.synthesize(
       run,
-      searching,
+      search,
       dataset_card.Card(**config.card),
       preemption,
     )
@@ -152,23 +151,24 @@ def run_stages(config, folder: str, preemption) -> None:
       dataset_card.Card(**config.card),
       preemption,
     )
-  # 3. SFT on what was selected.
+  # 3. SFT on the selected traces.
   if "sft" in stages:
     times.enter("sft")
     supervised.sft(run, supervised.Recipe(**config.sft), preemption)
-  # 4. RL: reflections that make the reference likelier are rewarded, on
-  #    prompts that the SFT model neither masters nor fails.
+  # 4. RL: reward reflections that raise the log-probability of the reference,
+  # on prompts that the SFT model neither always solves nor always fails.
   if "rl" in stages:
     times.enter("rl")
-    chosen = rl_select.select(
+    selected = rl_select.select(
       run,
       rl_rules,
       run.sampling(**config.rollout.to_dict()),
       preemption,
     )
-    enough(config, len(chosen.tasks.rl))
-    reinforce(chosen, config.rl, config.rollout, preemption)
-  # 5. Was it real? Held-out prompts, all three models, an outside measure.
+    check_enough_prompts(config, len(selected.tasks.rl))
+    reinforce(selected, config.rl, config.rollout, preemption)
+  # 5. Evaluation: all three models on held-out prompts, also by a measure that
+  # no reward uses.
   if "evaluate" in stages:
     times.enter("evaluate")
     evaluate.evaluate(
@@ -185,46 +185,47 @@ def run_stages(config, folder: str, preemption) -> None:
   times.finish(folder)
 
 
-def check(config, ways: int) -> None:
-  """Refuses rows that do not divide over the mesh.
+def check_batches_divide(config, num_data_shards: int) -> None:
+  """Refuses batches that do not divide over the data shards of the mesh.
 
   Raises:
-    ValueError: names them.
+    ValueError: names the batch and its number of rows.
   """
   rl = config.rl
-  used = (
+  rows_per_group = (
     2 if rl.loss == "dpo" else rl.samples // rl.completions_per_row
-  )  # rows of a group
+  )
   for name, rows in (
-    ("config.rl.mini_batch x rows of a group", rl.mini_batch * used),
+    ("config.rl.mini_batch x rows of a group", rl.mini_batch * rows_per_group),
     ("config.base.batch_size", config.base.batch_size),
     ("config.sft.batch_size", config.sft.batch_size),
   ):
-    if rows % ways:
+    if rows % num_data_shards:
       raise ValueError(
-        f"{name} gives {rows} rows an update, which do not divide over "
-        f"{ways} data shards. Change it, or config.mesh."
+        f"{name} gives {rows} rows per update, which do not divide over "
+        f"{num_data_shards} data shards. Change it, or config.mesh."
       )
 
 
-def enough(config, left: int) -> None:
-  """Refuses RL with fewer prompts than a step takes.
+def check_enough_prompts(config, num_prompts: int) -> None:
+  """Refuses RL with fewer prompts than one step needs.
 
   Raises:
-    ValueError: `left` prompts are too few.
+    ValueError: `num_prompts` is below config.rl.prompts.
   """
-  if left < config.rl.prompts:
+  if num_prompts < config.rl.prompts:
     raise ValueError(
-      f"config.rl.prompts asks for {config.rl.prompts} prompts a step and "
-      f"{left} tasks are left for RL. Lower it, or raise config.data.rl, add "
-      "tasks, raise the length limits, or loosen config.select.rl."
+      f"config.rl.prompts is {config.rl.prompts} prompts per step and only "
+      f"{num_prompts} tasks are left for RL. Lower it, or raise "
+      "config.data.rl, add tasks, raise the length limits, or loosen "
+      "config.select.rl."
     )
 
 
 def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
-  """RL by the rewards, the advantages and the loss that the config names.
+  """RL with the rewards, advantage estimators and loss of the config.
 
-  OPERA's: GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
+  OPERA uses GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
   """
   stage = run.stage(
     "rl",
@@ -240,19 +241,19 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
 
 
 def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
-  """The steps of RL; what the stage reports."""
-  # The SFT model is where the policy starts, and what KL holds it to.
+  """Runs the RL steps; returns the stage's result."""
+  # The SFT model initialises the policy and is the reference of KL.
   reference = run.load("sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
   prompt_ids = run.prompt_ids(prompts)
-  batches = 1 + rl.max_resamples  # of prompts, at most, a step
+  batches = 1 + rl.max_resamples  # maximum prompt batches per step
   epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
   order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
-  updates_a_step = rl.prompts // rl.mini_batch
+  updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
-    rl.learning_rate, rl.steps * updates_a_step, warmup_fraction=rl.warmup
+    rl.learning_rate, rl.steps * updates_per_step, warmup_fraction=rl.warmup
   )
   adamw = optimizer.adamw(
     schedule,
@@ -274,7 +275,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   settings = run.sampling(**rollout.to_dict())
   watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
-  # One checkpoint: parameters, optimizer, key, step, and the reward's state.
+  # One checkpoint holds parameters, optimizer, key, step and the reward state.
   state = training_loop.place(
     train_state.create(
       learn.initial(run.load("sft"), run.model.hidden_size),
@@ -289,16 +290,16 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   if restored is not None:
     step, state, host = restored
     ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
-    print(f"rl: goes on after step {step}", flush=True)
+    print(f"rl: resuming after step {step}", flush=True)
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else step
   )
-  updating = learner.programs(
+  update_programs = learner.programs(
     rl.row_buckets, rl.completions_per_row, run.engine.prompt_lengths()
   )
   print(
-    f"rl: at most {run.engine.programs()} programs to sample, "
-    f"{run.logprob_scorer.programs()} to score, {updating} to update",
+    f"rl: compiles at most {run.engine.programs()} programs to sample, "
+    f"{run.logprob_scorer.programs()} to score, {update_programs} to update",
     flush=True,
   )
 
@@ -310,27 +311,28 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds = {"time/start": time.monotonic()}
       policy = learn.policy(state.params)
 
-      # Rollout: N samples of each prompt. Reward: one pass over every
-      # completion gives its tokens' scores, and those of the reference after
-      # each reflective step, after the step before it, and after the whole.
+      # Rollout: N samples per prompt. Reward: one scoring pass returns the
+      # log-probabilities of the completions' tokens, and of the reference after
+      # each reflective step, after the step before it, and after the whole
+      # completion.
       batch_indices = [order[step * batches + at] for at in range(batches)]
       try:
         sampled = rollouts.collect(
           run.engine,
           run.reward_scorer,
-          policy,
-          run.for_rollout(policy),
           [
             ([prompts[i] for i in batch], [prompt_ids[i] for i in batch])
             for batch in batch_indices
           ],
-          settings,
-          jax.random.fold_in(state.key, step),
+          params=policy,
+          rollout_params=run.for_rollout(policy),
+          settings=settings,
+          key=jax.random.fold_in(state.key, step),
           samples=rl.samples,
           filter_reward=rl.filter_reward,
           advance=lambda _: preemption.exit_if_requested(),
         )
-      except SystemExit:  # told to stop: this step is sampled again
+      except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
           saves.save(step, state, host_state(ema, total_tokens))
         raise
@@ -351,7 +353,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + sampled.reward_seconds
 
-      # The policy that the updates start from, and the one KL holds it to.
+      # Log-probabilities under the policy before the updates, and under the
+      # reference policy of KL.
       old = ref = scored.logprobs
       tokens = scored.rollouts.tokens()
       if run.policy_logprob_scorer is not run.logprob_scorer:
@@ -360,13 +363,13 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         ref = run.policy_logprob_scorer.score_completions(reference, *tokens)
       seconds["time/reference"] = time.monotonic()
 
-      # Advantages: how much better than its group, or what its tokens did.
+      # Advantages: one per token, packed with the tokens into rows.
       rows, advantage_metrics = packed_rows(
         run,
         rl,
-        learn,
-        estimators,
         scored,
+        learn=learn,
+        estimators=estimators,
         old=old,
         ref=ref,
         params=state.params,
@@ -378,11 +381,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       )
       seconds["time/advantages"] = time.monotonic()
 
-      # Update: one epoch over the samples, in mini-batches of prompts.
+      # Update: one epoch over the completions, in mini-batches of prompts.
       updates = []
-      for part in rl_data.mini_batches(rows, updates_a_step):
+      for mini_batch in rl_data.mini_batches(rows, updates_per_step):
         state, values = learn.update(
-          state, layout.to_devices(part, layout.batch_sharding(run.mesh))
+          state, layout.to_devices(mini_batch, layout.batch_sharding(run.mesh))
         )
         updates.append(values)
       updates = layout.to_host(updates)
@@ -394,7 +397,12 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       step += 1
       line = (
         step_metrics.rl_step(
-          scored, sampled.samples, old, ema, updates, seconds
+          scored,
+          sampled.samples,
+          old=old,
+          ema=ema,
+          updates=updates,
+          clock=seconds,
         )
         | advantage_metrics
         | sampled.metrics()
@@ -403,10 +411,10 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       log.write(step, line)
       watch.check(line["sampler_trainer/logprob_diff"], step)
       progress.update(tokens=sampled.sampled_tokens)
-      leave = preemption.requested()
-      if leave or step % rl.checkpoint_every == 0 or step == rl.steps:
+      stop = preemption.requested()
+      if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
         saves.save(step, state, host_state(ema, total_tokens))
-      if leave:
+      if stop:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
@@ -417,32 +425,36 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
 def packed_rows(
   run: "setup.Run",
   rl,
-  learn: "learner.Learner",
-  estimators: "advantages.WeightedEstimators",
   scored: "score.Scored",
   *,
+  learn: "learner.Learner",
+  estimators: "advantages.WeightedEstimators",
   old: "structs.Logprobs",
   ref: "structs.Logprobs",
   params,
   models,
 ) -> "tuple[structs.Batch, dict[str, float]]":
-  """The packed rows of a step's updates, and metrics of their advantages.
+  """Packs a step's completions into rows, with their advantages.
 
   Args:
-    run: engine and mesh.
+    run: the run; its engine and mesh are used.
     rl: `config.rl`.
-    learn: the update's critic and teacher, where it has them.
-    estimators: of the advantages.
-    scored: completions and their rewards.
-    old: of prompt + completion, under the policy that the updates start from.
+    scored: the completions with their rewards.
+    learn: the update, with its critic and teacher if it has them.
+    estimators: advantage estimators.
+    old: log-probabilities of prompt + completion under the policy before the
+      updates.
     ref: the same under the reference policy.
-    params: what the update changes; a critic's are among them.
+    params: the trained parameters, including a critic's.
     models: parameters of "policy", "teacher" and "ema".
+
+  Returns:
+    The packed rows, and metrics of the advantages.
   """
   completions = scored.rollouts.completions
   mini_batches = rl.prompts // rl.mini_batch
   old_R, ref_R = scored.of_completions(old), scored.of_completions(ref)
-  # Where each completion's tokens stand in the packed rows.
+  # The position of each completion's tokens in the packed rows.
   sizes = scored.completion_sizes()
   placement = rl_data.place(
     [len(prefix) - size for prefix, size in zip(scored.prefixes, sizes)],
@@ -452,7 +464,7 @@ def packed_rows(
     padded_prompt=max(map(run.engine.bucket, scored.rollouts.prompt_ids)),
   )
   rows = rl_data.build_batch(placement, scored.prefixes, old_R, ref_R)
-  # Advantages of every token, from rewards, KL and a critic's values.
+  # Advantages of every token from rewards, KL and a critic's values.
   value = learn.critic_values(
     params, rows, placement, mesh=run.mesh, mini_batches=mini_batches
   )
@@ -468,9 +480,12 @@ def packed_rows(
     ),
     value=value,
   )
-  # Corrected for what the sampler did, as far as the cap lets it.
+  # Truncated importance weights correct for the sampler's distribution.
   weighted = advantages.importance_weighted(
-    estimate.advantage, old_R, completions, rl.importance_cap
+    estimate.advantage,
+    old=old_R,
+    completions=completions,
+    cap=rl.importance_cap,
   )
   extra = learn.extra_targets(
     placement,
@@ -490,7 +505,7 @@ def packed_rows(
 
 
 def host_state(ema: float | None, sampled: int) -> dict:
-  """What a checkpoint of RL holds beside the arrays."""
+  """The host state that an RL checkpoint stores beside the arrays."""
   return {"reward_ema": ema, "sampled_tokens": sampled}
 
 

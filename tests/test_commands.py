@@ -63,7 +63,7 @@ def test_functions_lie_in_the_working_directory_and_hide_nothing(tmp_path):
 @pytest.mark.parametrize(
   "function, said",
   [
-    ("opera_rl", ("OPERA, top to bottom", "--config:", "--workdir:")),
+    ("opera_rl", ("pipeline, top to bottom", "--config:", "--workdir:")),
     ("plan", ("Proves a run on a TPU slice", "--topology:", "--config:")),
     ("chat", ("Tries a checkpoint by hand", "--prompt:", "--config:")),
   ],

@@ -1,11 +1,12 @@
-"""What the method configs share: three sizes of one recipe.
+"""Builds a method config in one of three sizes.
 
   ""          the paper's sizes, without a model or data
-  "smoke"     seconds a step, for tests
+  "smoke"     seconds per step, for tests
   "ablation"  storyworld with sums, for `experiments.ablate`
 
-A method's file states what defines it at any size (`method`) and the sizes of
-its paper (`paper`); everything else is OPERA's recipe.
+A method's file has a function `method`, which sets what defines the method at
+any size, and optionally `paper`, which sets the sizes of its paper. Everything
+else is OPERA's recipe.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def build(
   method: Callable[[Config], None],
   paper: Callable[[Config], None] | None = None,
 ) -> Config:
-  """The locked config of a method at a size."""
+  """Returns the locked config of a method in the size `arg`."""
   if arg == "":
     config = common.get_config()
     if paper is not None:
@@ -38,14 +39,13 @@ def build(
     )
   method(config)
   if config.rl.divergence_coef and arg:
-    config.rl.teacher_top_k = {"smoke": 8, "ablation": 16}[
-      arg
-    ]  # of a small vocabulary
+    # The vocabulary is small.
+    config.rl.teacher_top_k = {"smoke": 8, "ablation": 16}[arg]
   return config.lock()
 
 
 def smoke() -> Config:
-  """One step of a model that has learned next to nothing."""
+  """One RL step of a barely trained model."""
   config = tiny.get_config("smoke").copy_and_resolve_references()
   config.unlock()
   config.data.math_share = 0.5
@@ -67,8 +67,8 @@ def ablation() -> Config:
   config.data.math_share = 0.35
   config.data.held_out = 120
   config.rollout.max_new_tokens = 160
-  config.rl.steps = 400  # a token budget ends it before
-  config.rl.warmup = 0.0  # so that no rate depends on that bound
+  config.rl.steps = 400  # the token budget ends RL earlier
+  config.rl.warmup = 0.0  # so that no learning rate depends on `steps`
   config.rl.prompts = 8
   config.rl.samples = 8
   config.rl.mini_batch = 4

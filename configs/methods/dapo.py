@@ -1,13 +1,13 @@
-"""DAPO (arXiv 2503.14476): higher upper clip, token mean, groups with spread.
+"""DAPO (arXiv 2503.14476): clip-higher, token mean, dynamic sampling.
 
-Overlong shaping counts tokens.
+Overlong shaping counts tokens of the completion.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + length"
   limit = config.rollout.max_new_tokens
   config.reward.options = {
@@ -18,12 +18,13 @@ def method(config):
   config.rl.kl_coef = 0.0
   config.rl.reduction = "token_mean"
   config.rl.max_resamples = 9
-  # Overlong shaping would spread a group of wrong answers: accuracy decides.
+  # Overlong shaping makes rewards differ even in a group of wrong answers, so
+  # accuracy decides which groups are kept.
   config.rl.filter_reward = "verifiable"
 
 
 def paper(config):
-  """The paper's sizes."""
+  """Sets the sizes of the method's paper."""
   config.rl.prompts = 512
   config.rl.mini_batch = 32
   config.rollout.max_new_tokens = 20_480
@@ -31,5 +32,5 @@ def paper(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method, paper)

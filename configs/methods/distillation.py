@@ -1,19 +1,20 @@
-"""On-policy distillation: the teacher's log-ratio on every sampled token.
+"""On-policy distillation: the advantage of each token is the teacher's
+log-ratio.
 
-The teacher is the model of config.rl.teacher, a finished stage's folder; the
-SFT model where none is named.
+config.rl.teacher names the finished stage whose model is the teacher; "" means
+the SFT model.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "0*verifiable + 0*opera"
   config.rl.advantage = "distillation"
   config.rl.kl_coef = 0.0
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

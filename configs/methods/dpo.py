@@ -4,7 +4,7 @@ from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "opera + verifiable"
   config.rl.advantage = "pairs"
   config.rl.loss = "dpo"
@@ -12,5 +12,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

@@ -1,13 +1,13 @@
-"""Dr.GRPO (arXiv 2503.20783): no deviation, a constant normaliser.
+"""Dr.GRPO (arXiv 2503.20783): no division by the deviation, constant divisor.
 
-Sizes of its use as a host in arXiv 2509.05489.
+The sizes are those of arXiv 2509.05489, which combines it with SAR.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "dr_grpo"
   config.rl.reduction = "constant"
@@ -18,7 +18,7 @@ def method(config):
 
 
 def paper(config):
-  """The paper's sizes."""
+  """Sets the sizes of the method's paper."""
   config.rl.prompts = 128
   config.rl.samples = 6
   config.rl.mini_batch = 64
@@ -27,5 +27,5 @@ def paper(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method, paper)

@@ -1,10 +1,10 @@
-"""GSPO (arXiv 2507.18071): one importance ratio a sequence."""
+"""GSPO (arXiv 2507.18071): one importance ratio per sequence."""
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.loss = "gspo"
   config.rl.clip_low, config.rl.clip_high = 3e-4, 4e-4
@@ -14,5 +14,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

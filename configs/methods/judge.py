@@ -1,9 +1,8 @@
-"""A rubric judge in the reward's place, an ablation of arXiv 2606.25757.
+"""A rubric judge as the reward, an ablation of arXiv 2606.25757.
 
-Name the endpoint: --config.reward.options.judge.endpoint=https://host/v1 and
-.model; the key is read from the environment variable that key_variable names.
-Needs requirements-judge.txt. The fields are those of
-`opera_jax.rewards.judge.Reward`.
+Set --config.reward.options.judge.endpoint=https://host/v1 and .model. The API
+key is read from the environment variable named by key_variable. Needs
+requirements-judge.txt. `opera_jax.rewards.judge.Reward` documents the fields.
 """
 
 from opera_jax.configs.methods import base
@@ -16,28 +15,29 @@ SYSTEM = (
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "judge + format"
   config.reward.options = {
     "judge": {
       "endpoint": "http://127.0.0.1:8000/v1",
       "model": "judge",
       "mode": "rubric",  # or "pairwise"
-      "opponents": 1,  # of each sample, in "pairwise"
-      "key_variable": "OPENAI_API_KEY",  # name of a variable, never the key
-      "cache": "",  # folder of answers already paid for
-      "timeout": 60.0,  # seconds of a request in all
+      "opponents": 1,  # per sample, in "pairwise"
+      # name of an environment variable, never the key itself
+      "key_variable": "OPENAI_API_KEY",
+      "cache": "",  # folder that caches answers; "" turns it off
+      "timeout": 60.0,  # seconds per request
       "retries": 4,
-      "backoff": 1.0,  # seconds before the first of them
-      "parallel": 8,  # requests at a time
-      "max_tokens": 1024,  # of a reply, thinking included
+      "backoff": 1.0,  # seconds before the first retry
+      "parallel": 8,  # concurrent requests
+      "max_tokens": 1024,  # of a reply, including thinking
       "length_field": "max_tokens",  # or "max_completion_tokens"
-      "temperature": 0.0,  # below 0 leaves it to the endpoint
+      "temperature": 0.0,  # below 0 uses the endpoint's default
       "system": SYSTEM,  # "" sends none
-      "schema": True,  # asks for JSON of a schema, where that is taken
-      "max_failed": 0.1,  # share of a step's questions without an answer
-      "reply_bytes": 1_000_000,  # of a reply
-      "prompt_price": 0.0,  # of a million tokens
+      "schema": True,  # request JSON of a schema, if supported
+      "max_failed": 0.1,  # maximum fraction of failed questions per step
+      "reply_bytes": 1_000_000,  # maximum size of a reply
+      "prompt_price": 0.0,  # per million tokens
       "completion_price": 0.0,
     }
   }
@@ -45,5 +45,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

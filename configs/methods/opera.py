@@ -4,19 +4,19 @@ reference.
   python -m experiments.opera_rl --config=configs/methods/opera.py:smoke \
     --workdir=runs/opera
 
-The paper's ablations are one value away: config.reward.mode (r_self, r_ppl,
-one_hot), .match (substring, any), .compare, .bridge, and config.rl.tasks.
+Each ablation of the paper changes one value: config.reward.mode (r_self, r_ppl,
+one_hot), .match (substring, any), .compare, .bridge, or config.rl.tasks.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "opera + verifiable"
   config.rl.advantage = "grpo"
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

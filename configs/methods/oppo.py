@@ -1,13 +1,15 @@
-"""OPPO (arXiv 2605.21851): an oracle's evidence moves a belief in success.
+"""OPPO (arXiv 2605.21851): token advantages from a belief in success that an
+oracle's log-probabilities update.
 
-Self-oracle, odds belief, anchored and normalised over the group's tokens.
+Settings: self-oracle, odds belief, anchored, normalised over the group's
+  tokens.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "oppo"
   config.rl.advantage_options = {
@@ -22,5 +24,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

@@ -7,7 +7,7 @@ from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "gae"
   config.rl.advantage_options = {"gae": {"gamma": 1.0, "lam": 0.95}}
@@ -18,5 +18,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

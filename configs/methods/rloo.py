@@ -4,7 +4,7 @@ from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "rloo"
   config.rl.kl_in = "reward"
@@ -12,10 +12,10 @@ def method(config):
 
 
 def paper(config):
-  """The paper's sizes."""
+  """Sets the sizes of the method's paper."""
   config.rl.kl_coef = 0.03
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method, paper)

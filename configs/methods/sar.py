@@ -1,10 +1,10 @@
-"""SAR (arXiv 2509.05489): R_VR + 0.2 R_SA, hosted by Dr.GRPO."""
+"""SAR (arXiv 2509.05489): R_VR + 0.2 R_SA with Dr.GRPO advantages."""
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0.2*sar + 0*opera"
   config.rl.advantage = "dr_grpo"
   config.rl.reduction = "constant"
@@ -15,7 +15,7 @@ def method(config):
 
 
 def paper(config):
-  """The paper's sizes."""
+  """Sets the sizes of the method's paper."""
   config.rl.prompts = 128
   config.rl.samples = 6
   config.rl.mini_batch = 64
@@ -24,5 +24,5 @@ def paper(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method, paper)

@@ -1,14 +1,15 @@
-"""SAR (arXiv 2509.05489) hosted by PPO: one critic, no KL.
+"""SAR (arXiv 2509.05489) with PPO: a critic, no KL.
 
-The paper samples once a prompt; R_SA needs no group. Its critic is a second
-model at 2e-6; here it is a head on the policy, trained in the same update.
+The paper draws one sample per prompt, since R_SA needs no group. Its critic is
+a second model with learning rate 2e-6; here it is a head on the policy, trained
+in the same update.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0.2*sar"
   config.rl.advantage = "gae"
   config.rl.value_coef = 0.5
@@ -16,12 +17,12 @@ def method(config):
 
 
 def paper(config):
-  """The paper's sizes."""
-  config.rl.samples = 2  # the least that a group may have
+  """Sets the sizes of the method's paper."""
+  config.rl.samples = 2  # the minimum group size here
   config.rl.prompts = 512
   config.rl.mini_batch = 256
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method, paper)

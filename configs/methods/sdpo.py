@@ -1,15 +1,16 @@
-"""SDPO: the policy taught by its moving mean, shown a success of its group.
+"""SDPO: self-distillation from the policy's EMA, which sees a successful
+sample.
 
-The top-logit form: Jensen-Shannon divergence (alpha 0.5) from the teacher's
-100 likeliest tokens joins the loss; the sampled-token form is advantage "sdpo"
-with divergence_coef 0.
+This is the top-logit form: the loss adds the Jensen-Shannon divergence (alpha
+0.5) from the teacher on its top 100 tokens. For the sampled-token form set
+divergence_coef to 0; the advantage "sdpo" stays.
 """
 
 from opera_jax.configs.methods import base
 
 
 def method(config):
-  """What defines it."""
+  """Sets what defines the method."""
   config.reward.terms = "verifiable + 0*opera"
   config.rl.advantage = "sdpo"
   config.rl.ema = 0.05
@@ -18,5 +19,5 @@ def method(config):
 
 
 def get_config(arg: str = ""):
-  """Returns the config; see `base` for `arg`."""
+  """Returns the config; `arg` is a size of `base.build`."""
   return base.build(arg, method)

@@ -131,6 +131,7 @@ def success(rollouts: structs.Rollouts, scored: score_lib.Scored) -> np.ndarray:
 
 def importance_weighted(
   advantage: Sequence[np.ndarray],
+  *,
   old: Sequence[np.ndarray],
   completions: Sequence[structs.Sample],
   cap: float,

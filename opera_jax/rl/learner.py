@@ -1,4 +1,4 @@
-"""The update of an RL step by the names in a config: loss, critic, teacher."""
+"""Builds the update of an RL step: loss, critic and teacher by config."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from opera_jax.train import ema as ema_lib
 from opera_jax.train import step as step_lib
 
 LOSSES = (*policy_loss.NAMES, "dpo")
-# Arguments of `build` that a driver takes from its config by the same name.
+# Arguments of `build` that are fields of config.rl with the same name.
 SETTINGS = (
   *("loss", "clip_low", "clip_high", "dual_clip", "kl_estimator"),
   *(
@@ -35,30 +35,31 @@ SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """An update and how its parameters are laid out."""
+  """An update function and the structure of its parameters."""
 
   optimizer: optax.GradientTransformation
   update: step_lib.Update
   critic: bool  # params are {"policy": ..., "value": ...}
-  pairs: bool  # rows are better samples first, then worse ones
-  averaged: bool  # the optimizer keeps a moving mean
+  pairs: bool  # rows are DPO pairs: preferred samples first, then the others
+  averaged: bool  # the optimizer keeps an EMA of the parameters
   values: Callable[[Any, structs.Batch], jax.Array] | None
   teacher_top: (
     Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]] | None
   )
 
   def initial(self, params: Any, hidden: int) -> Any:
-    """The parameters that the update trains, from the policy's."""
+    """The initial trained parameters: the policy's, and a critic's if there is
+    one."""
     if not self.critic:
       return params
     return {"policy": params, "value": heads.init_value(hidden)}
 
   def policy(self, params: Any) -> Any:
-    """The policy's parameters, of those that the update trains."""
+    """Selects the policy's parameters among the trained ones."""
     return params["policy"] if self.critic else params
 
   def mean(self, opt_state: Any) -> Any:
-    """The moving mean of the policy's parameters; None where none is kept."""
+    """The EMA of the policy's parameters; None without EMA."""
     return self.policy(opt_state.mean) if self.averaged else None
 
   def critic_values(
@@ -70,14 +71,15 @@ class Learner:
     mesh: jax.sharding.Mesh,
     mini_batches: int,
   ) -> list[np.ndarray] | None:
-    """The critic's value before each completion token; None without a critic.
+    """Computes the critic's value before each completion token; None without
+    critic.
 
     Args:
-      params: what the update trains, with the critic's parameters.
-      rows: of the step.
-      placement: of the completions in them.
+      params: the trained parameters, including the critic's.
+      rows: packed rows of the step.
+      placement: of the completions in the rows.
       mesh: over which rows are split.
-      mini_batches: of a step, scored one after the other.
+      mini_batches: number per step; they are evaluated one after the other.
 
     Returns:
       [R] of float32 [C_r].
@@ -100,18 +102,18 @@ class Learner:
     mesh: jax.sharding.Mesh,
     mini_batches: int,
   ) -> dict[str, np.ndarray]:
-    """What the loss reads besides advantages, [rows, T, ...] by name.
+    """Further inputs of the loss besides advantages, [rows, T, ...] by name.
 
     Args:
       placement: of the completions in the rows.
-      rollouts: the step's.
+      rollouts: of the step.
       value: of `critic_values`.
-      returns: what a critic should predict, [R] of [C_r].
-      requests: what the advantage estimators had scored, by name.
+      returns: a critic's targets, [R] of [C_r].
+      requests: scoring requests of the advantage estimators, by name.
       models: parameters by name of a request's model.
-      buckets: allowed lengths of a teacher's rows.
+      buckets: allowed padded lengths of the teacher's rows.
       mesh: over which rows are split.
-      mini_batches: of a step.
+      mini_batches: number per step.
 
     Returns:
       "value" and "returns" for a critic; "top_ids" and "top_logprob" for the
@@ -125,7 +127,8 @@ class Learner:
       if returns is None:
         raise ValueError(
           "config.rl.value_coef trains a critic, and no advantage estimator "
-          "gives it targets. Add gae to config.rl.advantage, or set it to 0."
+          "returns targets for it. Add gae to config.rl.advantage, or set it "
+          "to 0."
         )
       extra = {
         "value": placement.scatter(value),
@@ -161,7 +164,7 @@ class Learner:
     mesh: jax.sharding.Mesh,
     mini_batches: int,
   ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The teacher's likeliest tokens in its own context, [R] of [C_r, K]."""
+    """The teacher's top-K tokens in its own context, [R] of [C_r, K]."""
     lengths = [len(prefix) for prefix in prefixes]
     zeros = [np.zeros(length, np.float32) for length in lengths]
     placement = rl_data.one_per_row(
@@ -203,13 +206,13 @@ def build(
   constant: float,
   micro_batches: int,
 ) -> Learner:
-  """The update that a config names.
+  """Builds the update that a config names.
 
   Args:
     graphdef: of the model.
     optimizer: an optax transformation.
-    schedule: of the optimizer's learning rate, which becomes a metric.
-    temperature: at which the policy is sampled.
+    schedule: learning-rate schedule, logged as a metric.
+    temperature: sampling temperature of the policy.
     loss: "clipped", "gspo" or "dpo".
     clip_low: see `losses.policy`.
     clip_high: see `losses.policy`.
@@ -219,9 +222,9 @@ def build(
     entropy_coef: weight of the entropy bonus.
     value_coef: above 0 adds a critic.
     value_clip: see `losses.value`.
-    divergence_coef: above 0 adds the divergence from a teacher's top tokens.
-    teacher_top_k: how many of them.
-    ema: rate of the policy's moving mean; 0 keeps none.
+    divergence_coef: above 0 adds the divergence from a teacher's top-K tokens.
+    teacher_top_k: K of those top tokens.
+    ema: rate of the policy's EMA; 0 turns it off.
     beta: of DPO.
     reduction: one of `losses.reduce.NAMES`.
     constant: divisor of reduction "constant"; 0 for the others.
@@ -283,7 +286,7 @@ def programs(
   completions_per_row: int,
   prompt_lengths: Sequence[int],
 ) -> int:
-  """Largest number of update programs: one a shape; see `data.rl`."""
+  """Upper bound of compiled update programs: one per shape, see `data.rl`."""
   return len(row_buckets) * (
     len(prompt_lengths) if completions_per_row > 1 else 1
   )
@@ -296,11 +299,12 @@ def _by_mini_batch(
   mesh: jax.sharding.Mesh,
   count: int,
 ) -> Any:
-  """`fn` of a host batch, mini-batch by mini-batch; host arrays, joined."""
+  """Applies `fn` to each mini-batch of a host batch; returns concatenated host
+  arrays."""
   outs = [
     layout.to_host(
-      fn(params, layout.to_devices(part, layout.batch_sharding(mesh)))
+      fn(params, layout.to_devices(mini_batch, layout.batch_sharding(mesh)))
     )
-    for part in rl_data.mini_batches(batch, count)
+    for mini_batch in rl_data.mini_batches(batch, count)
   ]
   return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outs)

@@ -1,13 +1,14 @@
-"""Samples and rewards of one RL step; groups of equal rewards replaced.
+"""Samples and scores one RL step, and resamples groups with equal rewards.
 
 Dynamic sampling is DAPO's (arXiv 2503.14476): a group whose samples are all
-right or all wrong teaches nothing, so other prompts are sampled in its place,
-from at most as many batches as given. What is still missing then is filled with
-such groups. A named reward decides, and not the sum: a term that shapes it,
-such as a penalty on length, spreads the sum of a group in which every answer is
-wrong. No prompt is taken twice in a step, unless there are too few others.
+right or all wrong has no gradient, so other prompts are sampled in its place,
+from at most as many batches as given. If groups are still missing then, such
+groups fill the step. One named reward term decides, not the weighted sum: a
+shaping term, such as a penalty on length, makes the sums differ in a group in
+which every answer is wrong. A prompt is used twice in a step only if there are
+too few others.
 
-Shape key: B prompts, N samples a prompt.
+Shape key: B prompts, N samples per prompt.
 """
 
 import dataclasses
@@ -31,13 +32,13 @@ class Collected:
 
   samples: list[list[structs.Sample]]  # [B][N]
   scored: score_lib.Scored
-  batches: int  # sampled, 1 + resamples
-  sampled_tokens: int  # of all batches, dropped groups included
+  batches: int  # number of sampled batches, 1 + resamples
+  sampled_tokens: int  # in all batches, including dropped groups
   rollout_seconds: float
   reward_seconds: float
 
   def metrics(self) -> dict[str, float]:
-    """What it took, by name."""
+    """Metrics of sampling, by name."""
     return {
       "rollout/tokens": float(self.sampled_tokens),
       "rollout/resamples": float(self.batches - 1),
@@ -46,13 +47,13 @@ class Collected:
 
 def collect(
   engine: engine_lib.Engine,
-  scorer: score_lib.RewardScorer,
+  reward_scorer: score_lib.RewardScorer,
+  batches: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
+  *,
   params: Any,
   rollout_params: Any,
-  batches: Sequence[tuple[Sequence[structs.Prompt], Sequence[np.ndarray]]],
   settings: sampling.Sampling,
   key: jax.Array,
-  *,
   samples: int,
   filter_reward: str = "",
   advance: Callable[[int], None] | None = None,
@@ -60,28 +61,29 @@ def collect(
   """Samples and scores a batch of prompts, and further batches if needed.
 
   Args:
-    engine: samples.
-    scorer: gives rewards.
+    engine: samples completions.
+    reward_scorer: computes rewards.
+    batches: prompts and their tokens, all batches of one size; if there is
+      only one batch, all its groups are kept.
     params: the policy before this step's update, in the TRAIN layout.
     rollout_params: the same in the ROLLOUT layout.
-    batches: prompts and their tokens, all batches of one size; where there is
-      one alone, all its groups are kept.
-    settings: how to sample.
-    key: of this step.
+    settings: sampling settings.
+    key: random key of this step.
     samples: N.
-    filter_reward: the reward term whose spread in a group decides whether the
-      group is kept; "" is the weighted sum.
-    advance: called with the tokens sampled or scored as they are done; what it
-      raises ends the step, which has changed nothing yet.
+    filter_reward: a group is kept if this reward term differs among its
+      samples; "" means the weighted sum.
+    advance: progress callback, called with the number of tokens sampled or
+      scored; an exception from it aborts the step, which has not changed any
+      state yet.
 
   Raises:
-    ValueError: there is no such term.
+    ValueError: `filter_reward` is not a reward term.
   """
   kept: list[tuple[score_lib.Scored, list[int]]] = []
-  spare: list[tuple[score_lib.Scored, list[int]]] = []
-  again: list[tuple[score_lib.Scored, list[int]]] = []
-  seen: set[str] = set()
-  tokens, spent, wanted, found = 0, [0.0, 0.0], 0, 0
+  equal: list[tuple[score_lib.Scored, list[int]]] = []
+  repeated: list[tuple[score_lib.Scored, list[int]]] = []
+  seen_ids: set[str] = set()
+  tokens, seconds, wanted, found = 0, [0.0, 0.0], 0, 0
   for at, (batch, ids) in enumerate(batches):
     begin = time.monotonic()
     groups = engine.sample(
@@ -94,27 +96,27 @@ def collect(
       advance=advance,
     )
     sampled = time.monotonic()
-    scored = scorer.score(params, batch, ids, groups, advance=advance)
-    spent[0] += sampled - begin
-    spent[1] += time.monotonic() - sampled
+    scored = reward_scorer.score(params, batch, ids, groups, advance=advance)
+    seconds[0] += sampled - begin
+    seconds[1] += time.monotonic() - sampled
     tokens += sum(len(s.tokens) for group in groups for s in group)
     wanted = len(batch)
     if len(batches) == 1:
       kept, found = [(scored, list(range(wanted)))], wanted
       break
-    spread_B = np.asarray(
-      group_lib.has_different_rewards(_decides(scored, filter_reward))
+    differs_B = np.asarray(
+      group_lib.has_different_rewards(_filter_values(scored, filter_reward))
     )
-    new_B = np.asarray([p.id not in seen for p in batch])
-    taken = np.flatnonzero(spread_B & new_B)[: wanted - found].tolist()
+    new_B = np.asarray([p.id not in seen_ids for p in batch])
+    taken = np.flatnonzero(differs_B & new_B)[: wanted - found].tolist()
     kept.append((scored, taken))
-    spare.append((scored, np.flatnonzero(~spread_B & new_B).tolist()))
-    again.append((scored, np.flatnonzero(~new_B).tolist()))
-    seen.update(p.id for p in batch)
+    equal.append((scored, np.flatnonzero(~differs_B & new_B).tolist()))
+    repeated.append((scored, np.flatnonzero(~new_B).tolist()))
+    seen_ids.update(p.id for p in batch)
     found += len(taken)
     if found == wanted:
       break
-  for scored, rest in (*spare, *again) if found < wanted else ():
+  for scored, rest in (*equal, *repeated) if found < wanted else ():
     filled = rest[: wanted - found]
     kept.append((scored, filled))
     found += len(filled)
@@ -125,18 +127,18 @@ def collect(
     scored=joined,
     batches=at + 1,
     sampled_tokens=tokens,
-    rollout_seconds=spent[0],
-    reward_seconds=spent[1],
+    rollout_seconds=seconds[0],
+    reward_seconds=seconds[1],
   )
 
 
-def _decides(scored: score_lib.Scored, name: str) -> np.ndarray:
-  """The reward whose spread makes a group worth keeping, float32 [B, N]."""
+def _filter_values(scored: score_lib.Scored, name: str) -> np.ndarray:
+  """The reward that decides which groups are kept, float32 [B, N]."""
   if not name:
     return scored.total_BN
   if name not in scored.terms:
     raise ValueError(
-      f"config.rl.filter_reward is {name!r}, and this run measures "
+      f"config.rl.filter_reward is {name!r}, and this run has the terms "
       f"{sorted(scored.terms)}. Name one of the terms of config.reward.terms, "
       'or "" for their weighted sum.'
     )

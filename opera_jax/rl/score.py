@@ -355,9 +355,9 @@ class RewardScorer:
       )
     shape = total_BN.shape
     terms |= {
-      "reflections": thoughts.reflective.sum(1).reshape(shape),
+      "reflections": np.sum(thoughts.reflective, axis=1).reshape(shape),
       "steps": total_R.reshape(shape),
-      "closed": thoughts.closed.reshape(shape),
+      "closed": np.reshape(thoughts.closed, shape),
       "thought_tokens": np.where(
         thoughts.closed, thoughts.end - thoughts.start, 0
       ).reshape(shape),
@@ -575,7 +575,7 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
   return Scored(
     total_BN=of_prompts(lambda s: s.total_BN),
     terms={
-      name: of_prompts(lambda s, name=name: s.terms[name])
+      name: np.concatenate([s.terms[name][list(kept)] for s, kept in chosen])
       for name in distinct[0].terms
     },
     prefixes=of_completions(lambda s: s.prefixes),

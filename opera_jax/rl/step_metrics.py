@@ -1,4 +1,4 @@
-"""One RL step in numbers."""
+"""Metrics of one RL step."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from opera_jax.advantages import group as group_lib
 from opera_jax.rewards import smoothing
 from opera_jax.rl import score as score_lib
 
-# Parts that only open-ended prompts have, and those of maths alone.
+# Reward terms of open-ended prompts only, and of maths prompts only.
 OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")
 MATHS = ("verifiable", "correct", "cannot_tell", "check_failed", "undecided")
 NAMES = {
@@ -25,22 +25,23 @@ NAMES = {
 def rl_step(
   scored: score_lib.Scored,
   samples: Sequence[Sequence[structs.Sample]],
+  *,
   old: structs.Logprobs,
   ema: float | None,
   updates: Sequence[Mapping[str, Any]],
   clock: Mapping[str, float],
 ) -> dict[str, float]:
-  """The metrics of a step.
+  """Computes the metrics of a step.
 
   Args:
-    scored: rewards of its samples.
+    scored: rewards of the step's samples.
     samples: [B][N] completions.
-    old: the trainer's log-probabilities of their rows at the sampling
+    old: the trainer's log-probabilities of prompt + completion at the sampling
       temperature.
-    ema: moving mean of L, nats a token; a metric alone. None before the
-      first open-ended prompt.
+    ema: EMA of L, nats per token; used as a metric only. None before the first
+      open-ended prompt.
     updates: metrics of each mini-batch.
-    clock: monotonic seconds at the end of each part, in order.
+    clock: monotonic seconds at the end of each phase, in order.
 
   Returns:
     Scalars by name.
@@ -73,14 +74,14 @@ def rl_step(
     "scoring/separate_tokens": scored.separate_tokens,
   }
   open_ended_B = scored.open_ended_B
-  for name, part_BN in scored.terms.items():
+  for name, term_BN in scored.terms.items():
     mine_B = np.ones_like(open_ended_B)
     if name in OPEN_ENDED:
       mine_B = open_ended_B
     elif name in MATHS:
       mine_B = ~open_ended_B
     if mine_B.any():
-      out[NAMES.get(name, f"reward/{name}")] = part_BN[mine_B].mean()
+      out[NAMES.get(name, f"reward/{name}")] = term_BN[mine_B].mean()
   if ema is not None:
     out["reward/score_ema"] = ema
   if ema is not None and open_ended_B.any() and "score" in scored.terms:

@@ -25,7 +25,7 @@ def blocks(count: int) -> Iterator[range]:
     yield range(start, min(start + PROMPTS_PER_BLOCK, count))
 
 
-def block(items: Sequence[Any], indices: range) -> list[Any]:
+def take(items: Sequence[Any], indices: range) -> list[Any]:
   """The items at the indices of a block."""
   return [items[i] for i in indices]
 

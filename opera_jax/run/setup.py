@@ -1,4 +1,4 @@
-"""What every stage of a run shares: mesh, tokenizer, model, tasks, engine."""
+"""Sets up what all stages share: mesh, tokenizer, model, tasks, engine."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
 from opera_jax.train import fingerprint as fingerprint_lib
 
-# Arguments of `setup` that a driver takes from its config by the same name.
+# Arguments of `setup` that are config sections with the same name.
 SECTIONS = (
   "seed",
   "mesh",
@@ -42,13 +42,13 @@ SECTIONS = (
   "reward",
   "redo",
 )
-MEASURED = "opera + verifiable"
-# Files that are read of a model's or a tokenizer's directory.
+EVAL_TERMS = "opera + verifiable"
+# Files that are read from a model's or a tokenizer's directory.
 MODEL_FILES = ("*.safetensors", "*.json")
 TOKENIZER_FILES = ("*.json", "*.jinja")
-# Fields that name files of tasks; a file is identified by its digest.
+# Fields of config.data that name files; a file is identified by its digest.
 _READ = ("path", "math_path", "responses_path")
-# Fields of config.data that matter to these tasks alone.
+# Fields of config.data that affect only these tasks.
 _SAVED_TOKENIZER = ("tokenizer*.json", "generation_config.json")
 _COUNTS = {
   "documents": ("documents",),
@@ -60,7 +60,7 @@ _COUNTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The shared parts of a run; parameters are passed beside it."""
+  """The objects that all stages share; parameters are passed separately."""
 
   workdir: pathlib.Path
   seed: int
@@ -73,16 +73,15 @@ class Run:
   dropped: dict[str, int]
   engine: engine_lib.Engine
   logprob_scorer: scorer_lib.LogprobScorer  # at temperature 1, for rewards
-  policy_logprob_scorer: (
-    scorer_lib.LogprobScorer
-  )  # at the policy's temperature; the same object where both are 1
-  reward_scorer: score_lib.RewardScorer  # of the run's rewards
-  eval_scorer: score_lib.RewardScorer  # of OPERA's, for evaluation
-  settings: dict[str, Any]  # settings that results depend on; see `stage`
-  reward: dict[str, Any]  # and those of stages that compute rewards
+  # at the policy's temperature; the same object if that is 1
+  policy_logprob_scorer: scorer_lib.LogprobScorer
+  reward_scorer: score_lib.RewardScorer  # config.reward
+  eval_scorer: score_lib.RewardScorer  # OPERA's own terms, for evaluation
+  settings: dict[str, Any]  # settings that results depend on, see `stage`
+  reward: dict[str, Any]  # config.reward, for stages that compute rewards
   tokenizer_digest: tuple[str, str]  # path and SHA-256 of its files
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
-  # The engine and the scorer at temperature 1, made for a mesh.
+  # Builds the engine and the temperature-1 scorer for a mesh.
   build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
@@ -98,19 +97,21 @@ class Run:
     computes: bool = True,
     **settings: Any,
   ) -> workdir_lib.Stage:
-    """Opens a stage's folder; see `workdir.Stage` for what it refuses.
+    """Opens a stage's folder; `workdir.Stage` lists what it refuses.
 
     Args:
       name: of the stage.
-      tasks: fields of `tasks.Tasks` that it reads.
+      tasks: fields of `tasks.Tasks` that the stage reads.
       models: stages whose models it reads.
       sets: stages whose traces it reads.
-      inputs: gives what else it is made from; process 0 asks for it.
-      computes: whether it runs the model: seed, sizes and tokenizer matter.
-      **settings: of the stage alone. How often it saves does not matter.
+      inputs: returns further inputs; called on process 0.
+      computes: whether it runs the model; then its result depends on seed,
+        model sizes and tokenizer.
+      **settings: of this stage. `checkpoint_every` is not recorded, since
+        results do not depend on it.
     """
 
-    def given() -> dict[str, list[str] | None]:
+    def stage_inputs() -> dict[str, list[str] | None]:
       found: dict[str, Any] = dict(inputs()) if inputs is not None else {}
       for stage in models:
         found[f"{stage}/model"] = workdir_lib.model(self.workdir, stage)
@@ -128,19 +129,19 @@ class Run:
     if tasks:
       common |= data_settings(self.settings, tasks)
       made_from |= data_inputs(self.tasks, tasks)
-    made_from |= exchange.on_main_process(given)
+    made_from |= exchange.on_main_process(stage_inputs)
     return workdir_lib.Stage(
       self.workdir,
       name,
-      common | {k: _lasting(v) for k, v in settings.items()},
+      common | {k: _without_save_interval(v) for k, v in settings.items()},
       made_from,
       redo=self.redo,
     )
 
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
-    """The chat prompt of each task, as tokens; each process makes some."""
+    """Tokenizes the chat prompt of each task; each process does its share."""
 
-    def tokens(items):
+    def tokens(items: Sequence[structs.Prompt]) -> list[list[int]]:
       return [self.tokenizer.chat_prompt(p.prompt).tolist() for p in items]
 
     return [
@@ -149,21 +150,22 @@ class Run:
     ]
 
   def sampling(self, **settings: Any) -> sampling_lib.Sampling:
-    """Sampling settings for the run's models; fields of `sampling.Sampling`."""
+    """Builds the sampling settings; takes fields of `sampling.Sampling`."""
     return sampling_lib.for_tokenizer(
       sampling_lib.Sampling(**settings), self.tokenizer, self.model.vocab_size
     )
 
   def for_rollout(self, params: Any) -> Any:
-    """The parameters in the layout and the dtype that decoding computes in."""
+    """Reshards and casts the parameters for decoding."""
     return layout.move(
       params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
     )
 
   def on_local_devices(self) -> "Run | None":
-    """The run on this process's own devices, independent of other processes.
+    """A copy of the run on this process's devices, independent of other
+    processes.
 
-    None where the model is split over hosts, see `sharding.mesh.local_mesh`.
+    None if the model is sharded over hosts, see `sharding.mesh.local_mesh`.
     """
     own = mesh_lib.local_mesh(self.mesh)
     if own is None:
@@ -184,10 +186,10 @@ class Run:
     return create()
 
   def save(self, stage: str, params: Any) -> str:
-    """Keeps a stage's final parameters.
+    """Saves a stage's final parameters.
 
     Returns:
-      Their fingerprint, which `finish` is to report as "model".
+      Their fingerprint, which the stage passes to `finish` as "model".
     """
     saves = checkpoint.Checkpoints(self.workdir / stage / "model")
     saves.save(0, params, {})
@@ -195,16 +197,16 @@ class Run:
     return fingerprint_lib.fingerprint(params)
 
   def model_digest(self, stage: str) -> str | None:
-    """The fingerprint of a finished stage's model; None if there is none."""
+    """The fingerprint of a finished stage's model, or None."""
     found = workdir_lib.model(self.workdir, stage)
     return found and found[1]
 
   def load(self, stage: str) -> Any:
-    """A stage's final parameters, in the TRAIN layout.
+    """Loads a stage's final parameters in the TRAIN layout.
 
     Raises:
       FileNotFoundError: the stage has not finished.
-      ValueError: the model is not the one that the stage reported.
+      ValueError: the model is damaged, or not the one that the stage reported.
     """
     shapes = qwen3.abstract(self.model)[1]
     shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
@@ -220,23 +222,23 @@ class Run:
     saves.close()
     if faults:
       raise ValueError(
-        f"The model in {folder} is damaged: {'; '.join(faults)}. Bring the "
-        f"folder back from a copy; or delete it and "
-        f"{self.workdir / stage / 'DONE.json'} and run the stage: the model is "
-        "written again from the stage's last checkpoint, or read again where "
-        "it came from; all else is kept."
+        f"The model in {folder} is damaged: {'; '.join(faults)}. Restore the "
+        f"folder from a copy; or delete it and "
+        f"{self.workdir / stage / 'DONE.json'} and run the stage: it writes "
+        "the model again from its last checkpoint, or loads it again from its "
+        "source; everything else is kept."
       )
     if restored is None:
       raise FileNotFoundError(
-        f"Stage {stage!r} has left no model in {self.workdir / stage}. Run "
+        f"Stage {stage!r} has saved no model in {self.workdir / stage}. Run "
         f"it first: add {stage} to config.stages."
       )
-    said = workdir_lib.result(self.workdir, stage).get("model")
+    reported = workdir_lib.result(self.workdir, stage).get("model")
     found = fingerprint_lib.fingerprint(restored[1])
-    if said is not None and said != found:
+    if reported is not None and reported != found:
       raise ValueError(
         f"{folder} holds another model ({found[:12]}) than stage {stage!r} "
-        f"reported ({str(said)[:12]}). Bring the folder back from a copy, use "
+        f"reported ({str(reported)[:12]}). Restore the folder from a copy, use "
         f"a new --workdir, {workdir_lib.remedy(stage)}."
       )
     return restored[1]
@@ -259,26 +261,26 @@ def setup(
   checkpoint: str = "",
   redo: str = "",
 ) -> Run:
-  """Loads or makes everything that the stages share; trains only the BPE.
+  """Loads or builds everything that the stages share; trains only the BPE.
 
   Args:
     workdir: folder of the run.
-    seed: of everything random in the run.
+    seed: random seed of the run.
     mesh: axis sizes, see `sharding.mesh.create`.
     tokenizer: `path`, a directory or hub id, or "" to train a BPE of
       `bpe_size` ids on the documents.
-    model: fields of `qwen3.Config` but the vocabulary, which is the
-      tokenizer's unless `vocab_size` is positive.
-    data: arguments of `tasks.load` but the seed.
-    max_prompt_tokens: a longer chat prompt is dropped and counted.
-    max_reference_tokens: a longer reference is dropped and counted.
+    model: fields of `qwen3.Config`; `vocab_size` 0 uses the tokenizer's
+      vocabulary size.
+    data: arguments of `tasks.load` except the seed.
+    max_prompt_tokens: longer chat prompts are dropped and counted.
+    max_reference_tokens: longer references are dropped and counted.
     engine: arguments of `rollout.engine.Engine`.
-    score: arguments of `scoring.logprob_scorer.LogprobScorer`.
-    reward: arguments of `score.Scorer`.
-    temperature: at which the policy is sampled and updated.
-    checkpoint: directory or hub id whose generation_config.json says which
-      ids end a completion; "" where the base model is trained.
-    redo: stages to be dropped first, see `workdir.redo`.
+    scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
+    reward: arguments of `score.RewardScorer`.
+    temperature: sampling temperature of the policy, also used in updates.
+    checkpoint: directory or hub id whose generation_config.json lists the stop
+      ids; "" if the base model is trained.
+    redo: stages to drop first, see `workdir.redo`.
 
   Raises:
     ValueError: settings that contradict one another.
@@ -305,7 +307,7 @@ def setup(
     raise ValueError(
       f"The tokenizer has {loaded_tokenizer.vocab_size} ids and "
       f"config.model.vocab_size is {sizes['vocab_size']}; every id needs a "
-      "row. Raise it, or set 0 to take the tokenizer's."
+      "row of the embedding. Raise it, or set 0 to use the tokenizer's."
     )
   config = qwen3.Config(**sizes)
   graphdef, shapes = qwen3.abstract(config)
@@ -316,7 +318,8 @@ def setup(
   for name in ("synthesis", "rl", "held_out"):
     every = getattr(tasks, name)
     lengths = exchange.map_across_processes(
-      every, lambda share: prompts_lib.token_lengths(share, loaded_tokenizer)
+      every,
+      lambda prompts: prompts_lib.token_lengths(prompts, loaded_tokenizer),
     )
     kept[name], counts = prompts_lib.filter_by_length(
       every,
@@ -336,17 +339,19 @@ def setup(
   reward, automata = _plain(reward), str(workdir / "automata")
   sizes = {"vocab_size": config.vocab_size, **scoring}
 
-  def build_engine(on: jax.sharding.Mesh):
+  def build_engine(
+    on: jax.sharding.Mesh,
+  ) -> tuple[engine_lib.Engine, scorer_lib.LogprobScorer]:
     return (
       engine_lib.Engine(graphdef, config, mesh=on, **engine),
       scorer_lib.LogprobScorer(graphdef, mesh=on, **sizes),
     )
 
   sampler, logprob_scorer = build_engine(device_mesh)
-  # OPERA's terms alone, and of the options those of these terms.
-  terms = compose.weights(MEASURED)
-  measured = {
-    "terms": MEASURED,
+  # Only OPERA's terms, with their options.
+  terms = compose.weights(EVAL_TERMS)
+  eval_reward = {
+    "terms": EVAL_TERMS,
     "options": {n: o for n, o in reward["options"].items() if n in terms},
   }
   return Run(
@@ -375,13 +380,16 @@ def setup(
       logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
     ),
     eval_scorer=score_lib.RewardScorer(
-      logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward | measured
+      logprob_scorer,
+      loaded_tokenizer,
+      cache_dir=automata,
+      **reward | eval_reward,
     ),
   )
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested mappings (of a config) as plain dicts."""
+  """Converts nested mappings of a config to plain dicts."""
   return {
     name: _plain(value) if hasattr(value, "items") else value
     for name, value in values.items()
@@ -391,11 +399,11 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def data_settings(
   settings: Mapping[str, Any], tasks: Sequence[str]
 ) -> dict[str, Any]:
-  """The settings that matter to some fields of `tasks.Tasks`."""
+  """Selects the settings that some fields of `tasks.Tasks` depend on."""
   data = settings["data"]
   counts = {field for name in tasks for field in _COUNTS[name]}
   if data["kind"] == "jsonl":
-    # One file is split, and RL draws after the cold start.
+    # One file is split, and RL samples after the cold start.
     counts |= {"held_out"} | ({"synthesis"} if "rl" in tasks else set())
   others = {field for fields in _COUNTS.values() for field in fields} - counts
   out = {
@@ -415,7 +423,7 @@ def data_settings(
 def data_inputs(
   tasks: tasks_lib.Tasks, names: Sequence[str]
 ) -> dict[str, tuple[str, str]]:
-  """Places and digests of the data that some fields of the tasks are from."""
+  """Places and digests of the data that some fields of the tasks come from."""
   return {
     field if "/" in field else f"data.{field}": found
     for field, found in tasks.digests.items()
@@ -426,13 +434,14 @@ def data_inputs(
 def directory_inputs(
   name: str, path: str, files: tuple[str, ...], finished: bool
 ) -> workdir_lib.Inputs:
-  """A directory that a stage is made from, as `workdir.Stage` takes it.
+  """Describes an input directory of a stage for `workdir.Stage`.
 
   Args:
-    name: of the field that names it.
-    path: the directory, or an id of the hub; that one is a setting.
-    files: patterns of the files that count.
-    finished: whether the stage is; then the directory may be gone.
+    name: of the config field that names the directory.
+    path: the directory, or a hub id, which counts as a setting and not as an
+      input.
+    files: patterns of the files in the digest.
+    finished: whether the stage has finished; then the directory may be gone.
   """
   folder = pathlib.Path(path)
   if folder.is_dir():
@@ -440,8 +449,8 @@ def directory_inputs(
   return {name: None} if finished else {}
 
 
-def _lasting(values: Any) -> Any:
-  """Settings of a stage without how often it saves."""
+def _without_save_interval(values: Any) -> Any:
+  """Drops `checkpoint_every` from the settings of a stage."""
   if not isinstance(values, dict):
     return values
   return {k: v for k, v in values.items() if k != "checkpoint_every"}
@@ -456,9 +465,10 @@ def _tokenizer(
   path: str,
   bpe_size: int,
 ) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str]]:
-  """The run's tokenizer, and the digest of its files; a stage of its own."""
+  """Loads or trains the run's tokenizer, as a stage; returns it with its path
+  and digest."""
   if path:
-    given: dict[str, Any] = {"tokenizer": {"path": path}}
+    recorded: dict[str, Any] = {"tokenizer": {"path": path}}
     made_from = exchange.on_main_process(
       lambda: directory_inputs(
         "tokenizer.path",
@@ -468,26 +478,28 @@ def _tokenizer(
       )
     )
   else:
-    given = {"tokenizer": {"bpe_size": bpe_size}}
-    given |= data_settings(settings, ("documents",))
+    recorded = {"tokenizer": {"bpe_size": bpe_size}}
+    recorded |= data_settings(settings, ("documents",))
     made_from = data_inputs(tasks, ("documents",))
-  ends = _checkpoint_ends(checkpoint)
-  given["ends"] = list(ends)
-  stage = workdir_lib.Stage(workdir, "tokenizer", given, made_from, redo=redo)
+  stop_ids = _checkpoint_stop_ids(checkpoint)
+  recorded["ends"] = list(stop_ids)
+  stage = workdir_lib.Stage(
+    workdir, "tokenizer", recorded, made_from, redo=redo
+  )
 
   def make() -> str:
     if not stage.finished():
       tokenizer = _new_tokenizer(tasks, path, bpe_size)
-      tokenizer.with_ends(ends).save(stage.path)
+      tokenizer.with_ends(stop_ids).save(stage.path)
       found = digest.folder(stage.path, _SAVED_TOKENIZER)
       workdir_lib.write(stage.path / "DONE.json", {"sha256": found})
     found = digest.folder(stage.path, _SAVED_TOKENIZER)
-    said = workdir_lib.result(workdir, "tokenizer").get("sha256")
-    if found != said:
+    reported = workdir_lib.result(workdir, "tokenizer").get("sha256")
+    if found != reported:
       raise ValueError(
-        f"{stage.path} holds another tokenizer ({found[:12]}) than was made "
-        f"there ({str(said)[:12]}). Bring its files back from a copy, use a "
-        f"new --workdir, {workdir_lib.remedy('tokenizer')}."
+        f"{stage.path} holds another tokenizer ({found[:12]}) than the run "
+        f"saved there ({str(reported)[:12]}). Restore its files from a copy, "
+        f"use a new --workdir, {workdir_lib.remedy('tokenizer')}."
       )
     return found
 
@@ -497,8 +509,8 @@ def _tokenizer(
   return tokenizer, (str(stage.path), found)
 
 
-def _checkpoint_ends(checkpoint: str) -> tuple[int, ...]:
-  """The ids that a checkpoint ends its completions with; none without one."""
+def _checkpoint_stop_ids(checkpoint: str) -> tuple[int, ...]:
+  """The stop ids of a checkpoint; empty without one."""
   if not checkpoint:
     return ()
   names = ("generation_config.json", "config.json")

@@ -1,8 +1,8 @@
 """The shards of a long synthesis: JSONL files that survive a kill.
 
-Shard i holds the traces of items [i * size, (i + 1) * size), a JSONL file to
-which a line is added as each item ends; when all have, it is put in order. What
-a file lacks, after a crash or a kill, is made again, item by item.
+Shard i is a JSONL file with the traces of items [i * size, (i + 1) * size). A
+line is appended when an item finishes; once all have, the file is sorted by
+item. After a crash or a kill only the missing items are computed again.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ _POLL = 1.0  # seconds between two checks of other processes' locks
 
 
 class Shards:
-  """Which items are done, in a folder that several processes may share."""
+  """Tracks finished items in a folder that several processes may share."""
 
   def __init__(self, folder: str | os.PathLike, ids: Sequence[str], size: int):
-    """Opens the folder, making it if need be.
+    """Opens the folder, and creates it if it does not exist.
 
     Args:
       folder: of the shards.
-      ids: of the items, distinct; the same at every start.
-      size: items of a shard, likewise.
+      ids: distinct ids of the items; the same at every start.
+      size: items per shard; the same at every start.
 
     Raises:
-      ValueError: an id twice, or no item a shard.
+      ValueError: a duplicate id, or a size below 1.
     """
     if size < 1:
       raise ValueError(
@@ -39,103 +39,102 @@ class Shards:
     if len(set(ids)) < len(ids):
       twice = next(one for one in ids if ids.count(one) > 1)
       raise ValueError(
-        f"Item id {twice!r} is given twice; ids must be distinct, for they say "
-        "what is done. Change the ids of the tasks."
+        f"Item id {twice!r} occurs twice; ids must be distinct, since they "
+        "mark finished items. Change the ids of the tasks."
       )
     self._folder, self._ids, self.size = pathlib.Path(folder), list(ids), size
     self._folder.mkdir(parents=True, exist_ok=True)
-    self._whole: set[int] = set()
+    self._finished: set[int] = set()
 
   def __len__(self) -> int:
     return -(-len(self._ids) // self.size)
 
-  def lacking(self) -> int:
-    """How many items have no trace yet, in all."""
+  def num_missing(self) -> int:
+    """Number of items without a trace, over all shards."""
     return sum(len(self.missing(index)) for index in range(len(self)))
 
   def missing(self, index: int) -> list[int]:
     """The items of a shard that have no trace yet."""
-    if index in self._whole:
+    if index in self._finished:
       return []
     found = self._found(index)
     left = [i for i in self._items(index) if self._ids[i] not in found]
     if not left:
-      self._whole.add(index)
+      self._finished.add(index)
     return left
 
   def work(
-    self, own: Collection[int], wait: Callable[[], None] = lambda: None
+    self, local: Collection[int], wait: Callable[[], None] = lambda: None
   ) -> Iterator[tuple[int, list[int]]]:
     """Claims shards that lack items, one at a time, until no shard does.
 
-    Where another process works on a shard, it is waited for at the end; if
-    that process dies, the shard is claimed here.
+    Shards of other processes come last: this waits for them, and claims a shard
+    if its process dies.
 
     Args:
-      own: the shards to claim; of the others the end is waited for.
-      wait: called again and again meanwhile; what it raises ends the wait.
+      local: the shards to claim here; this waits until the others are finished.
+      wait: called repeatedly while waiting; may raise to stop.
 
     Yields:
-      A shard and the items that it lacks, which `add` is to add before the
-      next is asked for.
+      A shard and its missing items; `add` them before taking the next shard.
     """
     left = [i for i in range(len(self)) if self.missing(i)]
     while left:
       for index in left:
-        with self._claim(index, own) as held:
-          items = self.missing(index)  # it may have been made meanwhile
-          if held and items:
-            self._mend(index)
+        with self._claim(index, local) as claimed:
+          items = self.missing(index)  # another process may have finished it
+          if claimed and items:
+            self._rewrite(index)
             yield index, items
-            self._mend(index)
+            self._rewrite(index)
       before, left = len(left), [i for i in left if self.missing(i)]
       if len(left) == before:
         wait()
         time.sleep(_POLL)
 
   def add(self, index: int, trace: traces.Trace) -> None:
-    """Adds a trace to a shard; its claimant calls it.
+    """Appends a trace to a shard that this process has claimed.
 
     Raises:
-      OSError: the disk is full, or the like.
-      ValueError: a trace of no item of the shard, or one that
-        `traces.to_line` refuses.
+      OSError: the file cannot be written.
+      ValueError: the trace is not an item of the shard, or `traces.to_line`
+        refuses it.
     """
     wanted = [self._ids[i] for i in self._items(index)]
     if trace.id not in wanted:
       raise ValueError(
         f"Shard {index} holds items {wanted[0]!r} to {wanted[-1]!r}, and "
-        f"{trace.id!r} is none of them."
+        f"{trace.id!r} is not one of them."
       )
     line = traces.to_line(trace)
     with (
-      _explained(self._path(index)),
+      _explain_errors(self._path(index)),
       open(self._path(index), "a", encoding="utf-8", newline="\n") as file,
     ):
       file.write(line)
 
-  def _mend(self, index: int) -> None:
-    """Puts a shard's whole lines in order, on the disk; drops what is none."""
+  def _rewrite(self, index: int) -> None:
+    """Rewrites a shard in item order and syncs it; drops truncated lines."""
     found, path = self._found(index), self._path(index)
     wanted = [self._ids[i] for i in self._items(index)]
     lines = [traces.to_line(found[name]) for name in wanted if name in found]
-    with _explained(path):
+    with _explain_errors(path):
       atomic_file.write(path, "".join(lines), newline="\n")
       traces.sync(self._folder)
 
   def read(self) -> Iterator[traces.Trace]:
-    """Every trace, in the order of the items, one shard in memory at a time.
+    """Yields every trace in item order, with one shard in memory at a time.
 
     Raises:
-      ValueError: an item has none.
+      ValueError: an item has no trace.
     """
     for index in range(len(self)):
       found = self._found(index)
       for item in self._items(index):
         if self._ids[item] not in found:
           raise ValueError(
-            f"{self._path(index)} lacks item {self._ids[item]!r}; give the "
-            "same command again, and it is made."
+            f"{self._path(index)} lacks item {self._ids[item]!r}. Run the "
+            "same command again to compute it."
           )
         yield found[self._ids[item]]
 
@@ -146,14 +145,15 @@ class Shards:
   def _path(self, index: int) -> pathlib.Path:
     return self._folder / f"{index * self.size:08d}.jsonl"
 
-  def _claim(self, index: int, own: Collection[int]):
-    if index not in own:
+  def _claim(
+    self, index: int, local: Collection[int]
+  ) -> contextlib.AbstractContextManager[bool]:
+    if index not in local:
       return contextlib.nullcontext(False)
     return file_lock.claim(self._path(index).with_suffix(".lock"))
 
   def _found(self, index: int) -> dict[str, traces.Trace]:
-    """The traces of a shard's file by id; what is no whole line is not
-    there."""
+    """Reads a shard's traces by id; truncated lines are ignored."""
     path = self._path(index)
     out: dict[str, traces.Trace] = {}
     wanted = {self._ids[i] for i in self._items(index)}
@@ -163,7 +163,7 @@ class Shards:
       for line in file:
         try:
           trace = traces.from_line(str(path), line.decode())
-        except ValueError:  # cut short: made again
+        except ValueError:  # truncated; the item is computed again
           continue
         if trace.id in wanted:
           out[trace.id] = trace
@@ -171,11 +171,11 @@ class Shards:
 
 
 @contextlib.contextmanager
-def _explained(path: pathlib.Path) -> Iterator[None]:
+def _explain_errors(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
     raise OSError(
-      f"{path} cannot be written ({error}). What is done is kept: make room, "
-      "or give the rights, and give the same command again."
+      f"{path} cannot be written ({error}). Finished traces are kept. Free "
+      "disk space or fix the permissions, and run the same command again."
     ) from error

@@ -1,4 +1,4 @@
-"""The tasks of a run, and the documents its base model is pretrained on."""
+"""Loads the tasks of a run, and the pretraining documents of its base model."""
 
 import dataclasses
 import random
@@ -27,15 +27,15 @@ FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-  """Disjoint tasks of the stages."""
+  """The tasks of each stage."""
 
   synthesis: list[structs.Prompt]
   rl: list[structs.Prompt]
   held_out: list[structs.Prompt]
   documents: list[structs.Document]  # for pretraining
-  notes: tuple[str, ...] = ()  # messages on tasks that were dropped or cut
-  # By field of config.data, or by stage and name of what it chose, the place
-  # and the SHA-256 of what was read there.
+  notes: tuple[str, ...] = ()  # messages on dropped or truncated tasks
+  # (place, SHA-256) of each source, keyed by field of config.data, or by the
+  # stage that selected prompts.
   digests: Mapping[str, tuple[str, str]] = dataclasses.field(
     default_factory=dict
   )
@@ -63,49 +63,56 @@ def load(
   responses_path: str,
   near_duplicate: float = 0.0,
 ) -> Tasks:
-  """Loads or makes the tasks.
+  """Loads or generates the tasks.
 
   Args:
-    kind: "storyworld", made from the seed, or "jsonl".
-    seed: of the making and the splitting.
+    kind: "storyworld", generated from the seed, or "jsonl".
+    seed: of generation and splitting.
     synthesis: tasks for the cold start.
-    rl: tasks for RL (jsonl: at most; may be those of the cold start).
+    rl: tasks for RL (jsonl: at most this many; may overlap with the cold
+      start).
     held_out: tasks that no training stage sees.
-    documents: pretraining documents; 0 where the base model is loaded.
-    math_share: share of storyworld's tasks and documents that are sums.
-    path: source of tasks, see `data.rows`; "" for maths tasks alone. Those
-      without a reference serve the cold start alone.
+    documents: pretraining documents; 0 if the base model is loaded.
+    math_share: fraction of storyworld's tasks and documents that are sums.
+    path: source of tasks, see `data.rows`; "" for maths tasks only. Tasks
+      without a reference are used only by the cold start.
     fields: our field -> column of `path`.
     task_map: value of the task column -> "open_ended" or "math".
-    default_task: task of rows of `path` without one; "" makes them errors.
-    prompt_words: a prompt of more words is dropped and counted; 0 keeps all.
-      (What is too long in tokens is dropped later, by `prompts`.)
-    excerpt_words: open-ended references and the answers of documents are cut
-      to so many words, see `drafts.excerpt`; 0 keeps them whole.
+    default_task: task of rows of `path` without one; "" makes such rows errors.
+    prompt_words: longer prompts, in words, are dropped and counted; 0 keeps
+      all. (`prompts.filter_by_length` later drops prompts with too many
+      tokens.)
+    excerpt_words: open-ended references and answers of documents are truncated
+      to this many words, see `drafts.excerpt`; 0 keeps them whole.
     math_path: source of maths tasks, "" for none.
     math_fields: our field -> column of `math_path`.
     math_answer: regular expression whose first group is the true answer.
-    math_limit: maths tasks used at most, 0 for all; the other rows of the
-      file become pretraining documents alone.
-    responses_path: JSONL of `id, score, response`, what documents are drafted
-      from; "" drafts from the references.
-    near_duplicate: share of word 3-grams (Jaccard index) from which two tasks
-      fall on one side of the split; 0 keeps together what differs in case,
-      width and spacing alone.
+    math_limit: maximum maths tasks, 0 for all; the other rows of the file only
+      become pretraining documents.
+    responses_path: JSONL of `id, score, response` from which documents are
+      built; "" uses the references.
+    near_duplicate: word 3-gram Jaccard index from which two tasks go to the
+      same side of the split; 0 keeps only tasks together that differ in case,
+      width or spacing.
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: an unknown kind, a bad row, or files without enough tasks.
+    ValueError: an unknown kind, an invalid row, or too num_sums tasks.
   """
   if kind == "storyworld":
     unseen: set[str] = set()
 
-    def mix(story, sum_, count, at):
-      few = round(count * math_share)
+    def mix(
+      story: Callable[[int, int], list[Any]],
+      sum_: Callable[[int, int], list[Any]],
+      count: int,
+      seed_: int,
+    ) -> list[Any]:
+      num_sums = round(count * math_share)
       return sums.mixed(
-        _others(story, count - few, at, unseen),
-        _others(sum_, few, at, unseen),
-        at,
+        _not_held_out(story, count - num_sums, seed_, unseen),
+        _not_held_out(sum_, num_sums, seed_, unseen),
+        seed_,
       )
 
     held = mix(storyworld.prompts, sums.prompts, held_out, seed + 3)
@@ -147,23 +154,23 @@ def load(
   if same:
     near = f" or share {near_duplicate:g} of its 3-grams" * (near_duplicate > 0)
     notes.append(
-      f"{same} tasks ask what another one asks{near}; such tasks stay "
-      "together, all held out or none."
+      f"{same} tasks have the same prompt as another one{near}; such tasks "
+      "stay on one side of the split."
     )
   unseen = {words.normal(p.prompt) for p in held}
-  told = [p for p in bare if words.normal(p.prompt) in unseen]
-  if told:
+  leaked = [p for p in bare if words.normal(p.prompt) in unseen]
+  if leaked:
     notes.append(
-      f"{len(told)} open-ended tasks without a reference ask what a held-out "
-      "one asks; they are left out."
+      f"{len(leaked)} open-ended tasks without a reference have the prompt of "
+      "a held-out task; they are dropped."
     )
     bare = [p for p in bare if words.normal(p.prompt) not in unseen]
   rng = random.Random(f"tasks/{seed}")
   for_synthesis = [*train, *bare]
   if synthesis > len(for_synthesis):
     raise ValueError(
-      f"config.data.synthesis asks for {synthesis:,} prompts and "
-      f"{len(for_synthesis):,} are left beside {held_out:,} held out. Lower it "
+      f"config.data.synthesis is {synthesis:,} prompts and only "
+      f"{len(for_synthesis):,} remain beside {held_out:,} held out. Lower it "
       "or config.data.held_out, raise config.data.prompt_words, or add tasks."
     )
   chosen = {
@@ -180,13 +187,13 @@ def load(
   )
   if bare:
     notes.append(
-      f"{len(bare)} open-ended tasks have no reference; they serve the cold "
-      "start alone."
+      f"{len(bare)} open-ended tasks have no reference; only the cold start "
+      "uses them."
     )
   made: list[Any] = []
   if documents:
     responses = digest.Source(exchange.read_file)
-    made, drafted = _drafted(
+    made, drafted = _documents(
       train,
       [p for p in more_maths if words.normal(p.prompt) not in unseen],
       responses_path,
@@ -209,23 +216,23 @@ def load(
   )
 
 
-def _others(
+def _not_held_out(
   make: Callable[[int, int], list[Any]],
   count: int,
   seed: int,
-  unseen: Collection[str],
+  held_out: Collection[str],
 ) -> list[Any]:
-  """The first `count` of what `make(more, seed)` draws that is not `unseen`."""
+  """The first `count` items of `make(n, seed)` whose prompt is not held out."""
   more = count
   while True:
     every = make(more, seed)
-    kept = [x for x in every if words.normal(x.prompt) not in unseen]
+    kept = [x for x in every if words.normal(x.prompt) not in held_out]
     if len(kept) >= count:
       return kept[:count]
     if more > 100 * count:
       raise ValueError(
-        f"Of {more:,} prompts drawn only {len(kept):,} are not among the "
-        f"{len(unseen):,} held out, and {count:,} are asked for. Lower "
+        f"Of {more:,} generated prompts only {len(kept):,} are not among the "
+        f"{len(held_out):,} held out, and {count:,} are needed. Lower "
         "config.data.held_out."
       )
     more += 2 * (count - len(kept))
@@ -244,10 +251,11 @@ def read(
 ) -> tuple[
   list[structs.Prompt], list[structs.Prompt], dict[str, tuple[str, str]]
 ]:
-  """All tasks of both files, the maths rows beyond the limit, and digests.
+  """Reads all tasks of both files, the maths rows beyond the limit, and
+  digests.
 
-  Open-ended tasks may lack a reference. Arguments as in `load`; digests as in
-  `Tasks`.
+  Open-ended tasks may lack a reference. The arguments are those of `load`, the
+  digests those of `Tasks`.
   """
   if not path and not math_path:
     raise ValueError(
@@ -290,7 +298,8 @@ def read(
 def _shortened(
   every: Sequence[structs.Prompt], prompt_words: int, excerpt_words: int
 ) -> tuple[list[structs.Prompt], list[str]]:
-  """Drops long prompts and cuts open-ended references, saying how many."""
+  """Drops long prompts, truncates open-ended references, and reports both
+  counts."""
   kept = [
     p
     for p in every
@@ -311,13 +320,13 @@ def _shortened(
     out.append(prompt)
   if cut:
     notes.append(
-      f"The scored reference is an excerpt in {cut} open-ended tasks: its "
-      f"head, at most {excerpt_words} words, ended at a sentence if possible."
+      f"The references of {cut} open-ended tasks are truncated to at most "
+      f"{excerpt_words} words, at the end of a sentence if possible."
     )
   return out, notes
 
 
-def _drafted(
+def _documents(
   train: Sequence[structs.Prompt],
   more_maths: Sequence[structs.Prompt],
   responses_path: str,
@@ -327,7 +336,8 @@ def _drafted(
   words: int,
   read_file: rows.Read,
 ) -> tuple[list[structs.Document], list[str]]:
-  """Documents of training tasks, maths in its share of the tasks."""
+  """Builds documents of training tasks; the fraction of maths is that of the
+  tasks."""
   opened = [p for p in train if p.task == "open_ended"]
   maths = [p for p in train if p.task == "math"]
   worked = [p for p in (*maths, *more_maths) if drafts.solution(p)]
@@ -354,7 +364,7 @@ def _drafted(
       opened, responses, count=count - for_maths, seed=seed, words=words
     )
     notes.append(
-      f"{count - for_maths:,} open-ended pretraining documents drafted from "
+      f"{count - for_maths:,} open-ended pretraining documents built from "
       f"{source} to {len(opened)} training prompts"
       + (f" ({empty} empty ones left out)." if empty else ".")
     )

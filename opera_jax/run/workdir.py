@@ -1,11 +1,11 @@
-"""The run's folder: which stages are finished, and what each was made from.
+"""The run's folder: which stages are finished, and what their inputs were.
 
 A stage is a folder of the workdir:
 
-    SETTINGS.json   the settings that its outcome depends on, and digests of
-                    what it was made from: data, tokenizer, the stages before
-    DONE.json       what it reports; it is finished
-    stage.lock      held by whoever writes in it, and says who that is
+    SETTINGS.json   the settings that its result depends on, and digests of its
+                    inputs: data, tokenizer, earlier stages
+    DONE.json       its result; marks the stage as finished
+    stage.lock      held by the process that writes here; names that process
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from opera_jax import atomic_file, file_lock
 from opera_jax.sharding import exchange, runtime
 from opera_jax.train import checkpoint
 
-# Each is made from those before it; redoing one drops those after it.
+# Each stage depends on earlier ones; redoing one drops all later ones.
 ORDER = (
   "tokenizer",
   "base",
@@ -40,16 +40,16 @@ _LOCK, _BEGUN, _DONE, _REDO = (
   "REDO.json",
 )
 _BEGINNING = "SETTINGS.lock"
-_STAYS = (_LOCK, _BEGINNING)  # where a stage's outcome is dropped
+_STAYS = (_LOCK, _BEGINNING)  # stays when a stage's result is dropped
 
 Inputs = Mapping[str, tuple[str, str] | None]
 
 
 def make(folder: str | os.PathLike) -> pathlib.Path:
-  """Makes the run's folder, and makes sure that it can be written.
+  """Creates the run's folder, and checks that it is writable.
 
   Raises:
-    OSError: it cannot.
+    OSError: it is not writable.
   """
   folder = pathlib.Path(folder)
   probe = folder / f".probe-{secrets.token_hex(8)}"
@@ -59,8 +59,8 @@ def make(folder: str | os.PathLike) -> pathlib.Path:
     probe.unlink()
   except OSError as error:
     raise OSError(
-      f"--workdir={folder} cannot be written ({error}); everything that a run "
-      "leaves goes there. Name another folder, or give the rights to this one."
+      f"--workdir={folder} is not writable ({error}), and a run saves all its "
+      "files there. Name another folder, or fix the permissions of this one."
     ) from error
   return folder
 
@@ -71,21 +71,22 @@ def hold_lock(
   name: str,
   preemption: checkpoint.Preemption | None = None,
 ) -> Iterator[None]:
-  """Holds a lock file against other runs; waits until it is free.
+  """Takes a lock file that excludes other runs; waits until it is free.
 
   Args:
-    lock: file.
-    name: of the stage, for what is said.
-    preemption: ends the wait, and the run after the block, once it was told.
+    lock: the lock file.
+    name: of the stage, for the message while waiting.
+    preemption: SIGTERM ends the wait; after the block it ends the run.
   """
   with contextlib.ExitStack() as stack:
-    told: list[str] = []
+    holders: list[str] = []
 
     def wait() -> None:
-      if not told:
-        told.append(file_lock.holder(lock))
+      if not holders:
+        holders.append(file_lock.holder(lock))
         print(
-          f"{name}: {told[0]} is at it in {lock.parent}; waiting.", flush=True
+          f"{name}: waiting for {holders[0]}, which works in {lock.parent}.",
+          flush=True,
         )
       if preemption is not None:
         preemption.exit_if_requested_here()
@@ -100,10 +101,10 @@ def hold_lock(
 
 
 class Stage:
-  """One stage's folder `<workdir>/<name>`, with a mark when it is finished.
+  """One stage's folder `<workdir>/<name>`, with a marker once it is finished.
 
-  What the stage was begun with and made from is recorded. A finished stage is
-  not repeated, and a changed setting or input is an error rather than a silent
+  The settings and inputs of the stage are recorded. A finished stage does not
+  run again, and a changed setting or input is an error instead of a silent
   mixture.
   """
 
@@ -116,19 +117,19 @@ class Stage:
     *,
     redo: Sequence[str] = (),
   ):
-    """Opens the folder, making it if need be.
+    """Opens the folder, and creates it if it does not exist.
 
     Args:
       workdir: folder of the run.
       name: of the stage.
-      settings: what the stage's outcome depends on; JSON values.
-      inputs: what it is made from: by name the place and the SHA-256 of each;
-        None where it is not there, which a finished stage does not need.
-      redo: stages that may be dropped where they do not fit, see `redo`.
+      settings: JSON values that the stage's result depends on.
+      inputs: (place, SHA-256) of each input by name; None for a missing one,
+        which is allowed if the stage has finished.
+      redo: stages that may be dropped if they do not match, see `redo`.
 
     Raises:
-      ValueError: the stage was begun with other settings or from other
-        inputs, or its record cannot be read.
+      ValueError: the stage was started with other settings or inputs, or its
+        record cannot be read.
       FileNotFoundError: an input of an unfinished stage is missing.
     """
     self.name = name
@@ -141,7 +142,7 @@ class Stage:
     """Whether `finish` was called, in this run or an earlier one.
 
     Raises:
-      ValueError: the mark is damaged.
+      ValueError: the marker file is damaged.
     """
     mark = self.path / _DONE
     if not os.path.lexists(mark):
@@ -153,27 +154,29 @@ class Stage:
   def locked(
     self, preemption: checkpoint.Preemption | None = None
   ) -> Iterator[None]:
-    """Holds the stage's lock against other runs; waits until it is free.
+    """Takes the stage's lock, which excludes other runs; waits until it is
+    free.
 
-    Ask `finished` inside: another run may have done the stage meanwhile. See
-    `hold_lock` for the rest.
+    Check `finished` inside the block: another run may have finished the stage
+    meanwhile. See `hold_lock`.
     """
     with hold_lock(self.path / _LOCK, self.name, preemption):
       yield
 
   def result(self) -> dict[str, Any]:
-    """What it reported; {} if it has not finished."""
+    """The stage's result; {} if it has not finished."""
     return result(self.path.parent, self.name)
 
   def finish(self, result: Mapping[str, Any]) -> None:
-    """Marks the stage finished; returns when every process is done with it."""
+    """Saves the result, which marks the stage finished; waits for all
+    processes."""
     if runtime.is_main_process():
       write(self.path / _DONE, dict(result))
     runtime.barrier(f"{self.name} finished")
 
   def _open(self, may_drop: bool) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    # Two runs that begin at once must not both find an empty folder.
+    # Two runs that start together must not both find an empty folder.
     with file_lock.claim(self.path / _BEGINNING, wait=lambda: None):
       changed = self._changed()
       if changed and may_drop:
@@ -181,8 +184,8 @@ class Stage:
         _drop(self.path.parent, self.name)
       elif changed:
         raise ValueError(
-          f"Stage {self.name} in {self.path} {changed}. Go on with what it was "
-          f"begun with, use a new --workdir, {remedy(self.name)}."
+          f"Stage {self.name} in {self.path} {changed}. Use its old settings "
+          f"and inputs, use a new --workdir, {remedy(self.name)}."
         )
       if not os.path.lexists(self.path / _BEGUN):
         self._begin()
@@ -191,8 +194,8 @@ class Stage:
     missing = [name for name, one in self._inputs.items() if one is None]
     if missing:
       raise FileNotFoundError(
-        f"Stage {self.name} in {self.path} is made from {', '.join(missing)}, "
-        "and that has not been made yet. Run the stage that makes it first: "
+        f"Stage {self.name} in {self.path} needs {', '.join(missing)}, which "
+        "does not exist yet. Run the stage that creates it first: "
         f"add {missing[0].partition('/')[0]} to config.stages."
       )
     inputs = {k: v for k, v in self._inputs.items() if v is not None}
@@ -207,8 +210,8 @@ class Stage:
     write(self.path / _BEGUN, record)
 
   def _changed(self) -> str:
-    """The settings and inputs that changed since the stage began; "" if
-    none."""
+    """Describes settings and inputs that changed since the stage began; "" if
+    none did."""
     if not os.path.lexists(self.path / _BEGUN):
       return ""
     record = _record(self.path / _BEGUN, self.name)
@@ -221,7 +224,7 @@ class Stage:
     then, inputs = record["made_from"], []
     for name in sorted(then.keys() | self._inputs.keys()):
       if self._inputs.get(name, ()) is None and self.finished():
-        continue  # the input is gone, and a finished stage does not need it
+        continue  # a finished stage does not need its inputs
       place, digest = self._inputs.get(name) or ("not there", "none")
       before_digest = then.get(name, {}).get("sha256", "none")
       if before_digest != digest:
@@ -232,63 +235,63 @@ class Stage:
     return " and ".join(
       f"was {what}: {'; '.join(some)}"
       for what, some in (
-        ("begun with other settings", settings_),
-        ("made from something else", inputs),
+        ("started with other settings", settings_),
+        ("given other inputs", inputs),
       )
       if some
     )
 
 
 def remedy(name: str) -> str:
-  """How to do a stage again, to end the sentence of an error."""
+  """How to redo a stage; ends the sentence of an error message."""
   if name not in ORDER:
     return "or delete that folder"
   later = ORDER[ORDER.index(name) + 1 :]
-  rest = f" and {', '.join(later)} after it" if later else ""
+  rest = f" and of {', '.join(later)} after it" if later else ""
   return (
-    f"or do it again with --config.redo={name}, which moves what {name}{rest} "
-    f"left to {DROPPED}/ of the workdir"
+    f"or redo it with --config.redo={name}, which moves the files of "
+    f"{name}{rest} to {DROPPED}/ in the workdir"
   )
 
 
-def redo(workdir: str | os.PathLike, asked: str) -> tuple[str, ...]:
-  """Drops the outcome of stages, and of those after them, to be done again.
+def redo(workdir: str | os.PathLike, stages: str) -> tuple[str, ...]:
+  """Drops the results of stages and of all later ones, so that they run again.
 
-  What they left is moved to `dropped/`, each under its lock. A redo that was
-  killed goes on when it is asked for again, until `redone` ends it.
+  Their files move to `dropped/`, each stage under its lock. The same redo after
+  a kill continues the first one, until `redone` ends it.
 
   Args:
     workdir: folder of the run.
-    asked: `config.redo`, a comma-separated choice of `ORDER`; "" for none.
+    stages: `config.redo`, comma-separated names of `ORDER`; "" for none.
 
   Returns:
     The stages that may be dropped.
 
   Raises:
     ValueError: an unknown stage.
-    OSError: another process works at one of them.
+    OSError: another process works on one of them.
   """
-  workdir, names = pathlib.Path(workdir), redo_names(asked)
+  workdir, names = pathlib.Path(workdir), redo_names(stages)
   if names:
-    chosen = sorted(_names("config.redo", asked, ORDER))
+    chosen = sorted(_names("config.redo", stages, ORDER))
     exchange.on_main_process(lambda: _redo(workdir, chosen, names))
   return names
 
 
-def redo_names(asked: str) -> tuple[str, ...]:
-  """The stages that `config.redo` drops: those it names and all after them.
+def redo_names(stages: str) -> tuple[str, ...]:
+  """The stages that `config.redo` drops: those it names and all later ones.
 
   Raises:
     ValueError: an unknown stage.
   """
-  if not asked.strip():
+  if not stages.strip():
     return ()
-  chosen = _names("config.redo", asked, ORDER)
+  chosen = _names("config.redo", stages, ORDER)
   return ORDER[min(map(ORDER.index, chosen)) :]
 
 
 def redone(workdir: str | os.PathLike) -> None:
-  """Marks the `redo` as done."""
+  """Marks the `redo` as finished."""
   if runtime.is_main_process():
     (pathlib.Path(workdir) / _REDO).unlink(missing_ok=True)
 
@@ -298,11 +301,11 @@ def _redo(
 ) -> None:
   mark = workdir / _REDO
   if os.path.lexists(mark):
-    record = read(mark, "delete it: the redo that it speaks of begins anew")
+    record = read(mark, "delete it: the redo that it records starts over")
     if record.get("asked") == chosen:
-      print(f"redo: goes on with that of {', '.join(chosen)}.", flush=True)
+      print(f"redo: continues that of {', '.join(chosen)}.", flush=True)
       return
-  # The last stage first, so that no stage outlives one it was made from.
+  # The last stage first, so that no stage outlives its inputs.
   for name in reversed(names):
     if (workdir / name).exists():
       _drop(workdir, name)
@@ -310,7 +313,7 @@ def _redo(
 
 
 def _drop(workdir: pathlib.Path, name: str) -> None:
-  """Moves what a stage left to `dropped/`, under its lock."""
+  """Moves a stage's files to `dropped/`, under its lock."""
   folder = workdir / name
   if folder.is_symlink():
     raise OSError(
@@ -320,8 +323,8 @@ def _drop(workdir: pathlib.Path, name: str) -> None:
   with file_lock.claim(folder / _LOCK) as own:
     if not own:
       raise OSError(
-        f"{file_lock.holder(folder / _LOCK)} is at stage {name} in {folder}; "
-        "it cannot be dropped meanwhile. Wait for it, or end it."
+        f"{file_lock.holder(folder / _LOCK)} works on stage {name} in "
+        f"{folder}, so the stage cannot be dropped. Wait for it, or end it."
       )
     left = [one for one in folder.iterdir() if one.name not in _STAYS]
     if not left:
@@ -331,18 +334,18 @@ def _drop(workdir: pathlib.Path, name: str) -> None:
     while (workdir / DROPPED / f"{name}-{number}").exists():
       number += 1
     aside = workdir / DROPPED / f"{name}-{number}"
-    print(f"redo: drops {name}; what it left is now {aside}.", flush=True)
+    print(f"redo: drops {name}; its files are now in {aside}.", flush=True)
     aside.mkdir()
-    # DONE.json first: a kill in between leaves no stage that seems finished.
+    # DONE.json first, so that after a kill the stage does not look finished.
     for one in sorted(left, key=lambda path: path.name != _DONE):
       one.rename(aside / one.name)
 
 
 def result(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
-  """What a finished stage reported; {} if it has not finished.
+  """Reads a finished stage's result; {} if it has not finished.
 
   Raises:
-    ValueError: the report is damaged.
+    ValueError: the file is damaged.
   """
   mark = pathlib.Path(workdir) / name / _DONE
   return read(mark, _unmarked(name)) if os.path.lexists(mark) else {}
@@ -350,13 +353,14 @@ def result(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
 
 def _unmarked(name: str) -> str:
   return (
-    "delete that file and give the same command again: the stage ends anew "
-    f"with what it has kept; {remedy(name)}"
+    "delete that file and run the same command again: the stage finishes "
+    f"again from its saved work; {remedy(name)}"
   )
 
 
 def settings(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
-  """What a stage was begun with, by dotted name; {} if it was not."""
+  """Reads a stage's recorded settings, by dotted name; {} if it has not
+  started."""
   begun = pathlib.Path(workdir) / name / _BEGUN
   if not os.path.lexists(begun):
     return {}
@@ -364,41 +368,42 @@ def settings(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
 
 
 def model(workdir: str | os.PathLike, stage: str) -> tuple[str, str] | None:
-  """A finished stage's model as an input of another; None if there is none."""
+  """(place, digest) of a finished stage's model; None if there is none."""
   digest = result(workdir, stage).get("model")
   place = pathlib.Path(workdir) / stage / "model"
   return None if digest is None else (str(place), str(digest))
 
 
-def read(path: pathlib.Path, mend: str) -> dict[str, Any]:
-  """A JSON object that a run has left.
+def read(path: pathlib.Path, remedy: str) -> dict[str, Any]:
+  """Reads a JSON object that a run has written.
 
   Args:
     path: file.
-    mend: what to do if it is damaged, to end the sentence.
+    remedy: what to do if it is damaged; ends the error message.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is not a JSON object.
     OSError: it cannot be read.
   """
   try:
     value = json.loads(path.read_bytes().decode())
-    wrong = "" if isinstance(value, dict) else "it holds no JSON object"
+    wrong = "" if isinstance(value, dict) else "it is not a JSON object"
   except (ValueError, RecursionError) as error:
-    wrong = f"it is no JSON ({error})"
+    wrong = f"it is not JSON ({error})"
   except OSError as error:
     raise type(error)(
-      f"{path} cannot be read ({error.strerror}). Give the rights, or {mend}."
+      f"{path} cannot be read ({error.strerror}). Fix its permissions, or "
+      f"{remedy}."
     ) from error
   if wrong:
     raise ValueError(
-      f"{path} is damaged: {wrong}. Bring it back from a copy, or {mend}."
+      f"{path} is damaged: {wrong}. Restore it from a copy, or {remedy}."
     )
   return value
 
 
 def write(path: pathlib.Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all, never by way of a link."""
+  """Writes a JSON file atomically; never follows a link."""
   atomic_file.write(path, json.dumps(value, indent=1))
 
 
@@ -406,7 +411,7 @@ def parse_stages(text: str, known: tuple[str, ...]) -> set[str]:
   """The stages that a comma-separated list names.
 
   Raises:
-    ValueError: an unknown stage, or none.
+    ValueError: an unknown stage, or no stage.
   """
   return _names("config.stages", text, known)
 
@@ -416,24 +421,24 @@ def _names(field: str, text: str, known: tuple[str, ...]) -> set[str]:
   unknown = sorted(chosen - set(known))
   if unknown or not chosen:
     raise ValueError(
-      f"{field}={text!r} names {unknown or 'no stage'}; choose among "
+      f"{field}={text!r} names {unknown or 'no stage'}; use stages of "
       f"{','.join(known)}."
     )
   return chosen
 
 
 def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
-  """A stage's SETTINGS.json, checked.
+  """Reads and checks a stage's SETTINGS.json.
 
   Raises:
     ValueError: it is damaged, or an earlier version of the code wrote it.
   """
-  mend = f"use a new --workdir, {remedy(name)}"
-  record = read(path, mend)
+  advice = f"use a new --workdir, {remedy(name)}"
+  record = read(path, advice)
   if record.get("format") != _FORMAT:
     raise ValueError(
-      f"{path} does not say what stage {name} was made from; an earlier "
-      f"version of this code wrote it. Go on with that version, {mend}."
+      f"{path} does not record the inputs of stage {name}; an earlier version "
+      f"of this code wrote it. Continue with that version, {advice}."
     )
   parts = [record.get("settings"), record.get("made_from")]
   whole = all(isinstance(part, dict) for part in parts) and all(
@@ -442,8 +447,8 @@ def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
   )
   if not whole:
     raise ValueError(
-      f"{path} is damaged: it lacks settings or digests. Bring it back from a "
-      f"copy, {mend}."
+      f"{path} is damaged: it lacks settings or digests. Restore it from a "
+      f"copy, {advice}."
     )
   return record
 

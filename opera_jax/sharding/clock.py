@@ -1,11 +1,11 @@
-"""When the process began, and how long its main thread waited for programs.
+"""The process's start time, and how long its main thread waited for programs.
 
-Nothing here needs JAX, so that a driver imports it before anything else.
+This module does not need JAX, so a driver imports it first.
 
-Waiting is the time in which the main thread can do nothing but wait for what
-a program computes: it fetches results (`layout.to_host`), or all threads that
-sample are at work (`rollout.workers`). It is a lower bound: on a CPU a small
-program runs in the very call that starts it.
+Waiting is the time in which the main thread is blocked on a program's result:
+it fetches arrays (`layout.to_host`), or all sampling threads are busy
+(`rollout.workers`). It is a lower bound: on a CPU a small program runs inside
+the call that dispatches it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def began() -> float:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-  """Counts what the block takes as waiting, in the main thread alone."""
+  """Counts the block's duration as waiting, in the main thread only."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return

@@ -1,8 +1,9 @@
-"""What processes tell one another on the host: shares of work, then results.
+"""Splits host work over processes, and gathers or broadcasts results.
 
-Work on the host (reading files, tokenising, asking a judge) is split: each
-process does its own share and all learn the whole, so that it is done once and
-all go on with the same numbers. With one process nothing is sent.
+Host work (reading files, tokenising, asking a judge) is sharded over the
+processes, and the results are gathered on all of them: each item is processed
+once, and all processes continue with the same values. With one process nothing
+is sent.
 
 Every process must call these functions in the same order.
 """
@@ -24,18 +25,19 @@ _Item = TypeVar("_Item")
 _LENGTH_BYTES = 8
 
 
-def shard_range(count: int, index: int, parts: int) -> range:
-  """The `index`th of `parts` runs of 0 .. count - 1, alike to one in length."""
-  return range(count * index // parts, count * (index + 1) // parts)
+def shard_range(count: int, index: int, num_shards: int) -> range:
+  """Shard `index` of range(count) in `num_shards` contiguous shards, whose
+  lengths differ by at most one."""
+  return range(count * index // num_shards, count * (index + 1) // num_shards)
 
 
 def local_range(count: int) -> range:
-  """This process's share of `count` items, in order."""
+  """The contiguous shard of range(count) that belongs to this process."""
   return shard_range(count, jax.process_index(), jax.process_count())
 
 
 def gather(mine: bytes) -> list[bytes]:
-  """What every process brings, in the order of the processes."""
+  """Gathers the bytes of every process, in the order of the processes."""
   if jax.process_count() == 1:
     return [mine]
   sizes = multihost_utils.process_allgather(
@@ -51,48 +53,49 @@ def gather(mine: bytes) -> list[bytes]:
 def map_across_processes(
   items: Sequence[_Item], work: Callable[[Sequence[_Item]], Sequence[Any]]
 ) -> list[Any]:
-  """`work(items)`, each process working on its own share.
+  """Computes `work(items)`; each process works on its shard of the items.
 
   Args:
     items: the same on every process.
-    work: a list of one JSON value for each of the items it is given; it is
-      not called without items. Python writes floats to JSON exactly.
+    work: maps items to a list of one JSON value per item; it is not called
+      without items. Floats survive JSON exactly.
 
   Returns:
     One value for each item, in order, on every process.
 
   Raises:
-    RuntimeError: some process's work raised; with one process, its own error.
+    RuntimeError: `work` raised on some process; the process itself raises the
+      original error.
   """
   mine = [items[i] for i in local_range(len(items))]
   if jax.process_count() == 1:
     return list(work(mine)) if mine else []
-  # What it raises is told to all, who else would wait for ever.
+  # An error must reach all processes, or they would wait for ever.
   with futures.ThreadPoolExecutor(1) as pool:
     done = pool.submit(lambda: list(work(mine)) if mine else [])
   raised = done.exception()
   if raised is None:
-    told: dict[str, Any] = {"values": done.result()}
+    reply: dict[str, Any] = {"values": done.result()}
   else:
-    told = {"error": f"{type(raised).__name__}: {raised}"}
-  heard = [json.loads(one) for one in gather(json.dumps(told).encode())]
+    reply = {"error": f"{type(raised).__name__}: {raised}"}
+  replies = [json.loads(one) for one in gather(json.dumps(reply).encode())]
   if raised is not None:
     raise raised
-  for index, one in enumerate(heard):
+  for index, one in enumerate(replies):
     if "error" in one:
       raise RuntimeError(f"Process {index} of the run: {one['error']}")
-  return [value for one in heard for value in one["values"]]
+  return [value for one in replies for value in one["values"]]
 
 
 def check_same(values: Mapping[str, np.ndarray], message: str) -> None:
-  """Refuses values that differ between processes, bit for bit.
+  """Raises an error if values differ between processes, bit for bit.
 
   Args:
-    values: arrays by name, of equal shape on every process.
-    message: of the error, without its full stop.
+    values: arrays by name, with the same shapes on every process.
+    message: of the error, without a final full stop.
 
   Raises:
-    RuntimeError: on every process alike; names the first array that differs.
+    RuntimeError: on every process; names the first array that differs.
   """
   if jax.process_count() == 1:
     return
@@ -100,14 +103,15 @@ def check_same(values: Mapping[str, np.ndarray], message: str) -> None:
     name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     for name, value in values.items()
   }
-  heard = [json.loads(one) for one in gather(json.dumps(mine).encode())]
-  for name in sorted(set().union(*heard)):
-    if len({one.get(name) for one in heard}) > 1:
+  replies = [json.loads(one) for one in gather(json.dumps(mine).encode())]
+  for name in sorted(set().union(*replies)):
+    if len({one.get(name) for one in replies}) > 1:
       raise RuntimeError(f"{message}: {name!r} differs.")
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-  """A file's bytes; each process reads its own part of it, and no more.
+  """Reads a file: each process reads its shard of the bytes, and all gather
+  them.
 
   Raises:
     OSError: it cannot be read.
@@ -120,34 +124,35 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def on_main_process(work: Callable[[], Any]) -> Any:
-  """What `work` returns on process 0, on every process; all must call it.
+  """Runs `work` on process 0 and broadcasts its result; all processes must call
+  this.
 
   Args:
-    work: what one process alone may do, such as writing; gives a JSON value.
-      The others only wait for it.
+    work: something that only one process may do, such as writing a file;
+      returns a JSON value. The other processes wait.
 
   Raises:
-    RuntimeError: it raised; process 0 raises the error itself.
-    SystemExit: it left, and so all leave, with its code.
+    RuntimeError: `work` raised; process 0 raises the original error.
+    SystemExit: `work` exited; all processes exit with its code.
   """
   if jax.process_count() == 1:
     return work()
-  told: dict[str, Any] = {}
+  reply: dict[str, Any] = {}
   if jax.process_index() == 0:
     try:
-      told["value"] = work()
+      reply["value"] = work()
     except SystemExit as left:
-      told["code"] = left.code
+      reply["code"] = left.code
       raise
     finally:
       error = sys.exception()
-      if error is not None and "code" not in told:
-        told["error"] = f"{type(error).__name__}: {error}"
-      gather(json.dumps(told).encode())
-    return told["value"]
-  told = json.loads(gather(b"")[0])
-  if "code" in told:
-    raise SystemExit(told["code"])
-  if "error" in told:
-    raise RuntimeError(f"Process 0 of the run: {told['error']}")
-  return told["value"]
+      if error is not None and "code" not in reply:
+        reply["error"] = f"{type(error).__name__}: {error}"
+      gather(json.dumps(reply).encode())
+    return reply["value"]
+  reply = json.loads(gather(b"")[0])
+  if "code" in reply:
+    raise SystemExit(reply["code"])
+  if "error" in reply:
+    raise RuntimeError(f"Process 0 of the run: {reply['error']}")
+  return reply["value"]

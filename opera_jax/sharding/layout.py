@@ -1,10 +1,11 @@
-"""Moves trees: between tables, from the host to the mesh, and back.
+"""Moves trees between layouts, and between the host and the mesh.
 
-`to_devices` and `to_host` are the only ways across. On several hosts each
-process holds the shards of its own devices and no other.
+Only `to_devices` and `to_host` transfer between host and mesh. On several hosts
+each process holds only the shards of its own devices.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from opera_jax.sharding import rules as rules_lib
 
 
 def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
-  """Raises one error naming every parameter axis that the mesh cannot split.
+  """Raises one error that names every parameter axis the mesh does not divide.
 
   Args:
     shapes: tree of arrays or ShapeDtypeStructs.
@@ -29,7 +30,7 @@ def check(shapes: Any, axes: Any, mesh: Mesh, rules: dict[str, Any]) -> None:
   """
   wrong = []
 
-  def visit(path, leaf, names):
+  def visit(path: Any, leaf: Any, names: Any) -> None:
     for size, name in zip(leaf.shape, names):
       axis = rules[name]
       if size % rules_lib.num_shards(axis, mesh):
@@ -54,9 +55,9 @@ def move(
   *,
   dtype: str | None = None,
 ) -> Any:
-  """`tree` laid out on `mesh` by `rules`, in `dtype` where one is given.
+  """Reshards `tree` on `mesh` by `rules`, and casts it to `dtype` if given.
 
-  The cast comes first: what devices send one another is in `dtype`.
+  The cast comes first, so that the communication is in `dtype`.
   """
   if dtype is not None:
     tree = _cast(tree, dtype)
@@ -64,21 +65,21 @@ def move(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The layout of a batch: first axis over data and fsdp."""
+  """The sharding of a batch: first axis over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """One whole copy on every device."""
+  """The sharding of a full copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def to_devices(tree: Any, sharding: NamedSharding) -> Any:
-  """Host arrays onto the mesh; no process sends anything to another.
+  """Places host arrays on the mesh, without communication.
 
   Args:
     tree: numpy arrays, scalars, or arrays on one device (random keys too);
-      equal on every process, which keeps the parts its devices hold.
+      equal on every process; each keeps the shards of its devices.
     sharding: of every leaf, e.g. `batch_sharding(mesh)` or `replicated(mesh)`.
 
   Returns:
@@ -87,7 +88,7 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
 
-  def place(leaf):
+  def place(leaf: Any) -> jax.Array:
     if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
       data = place(jax.random.key_data(leaf))
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -100,7 +101,8 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-  """Which of a batch's `count` rows this process's devices hold, ascending."""
+  """Indices of the rows of a batch of `count` that this process's devices hold,
+  ascending."""
   places = batch_sharding(mesh).addressable_devices_indices_map((count,))
   return np.unique(
     np.concatenate([np.arange(count)[index] for index in places.values()])
@@ -108,7 +110,7 @@ def local_rows(mesh: Mesh, count: int) -> np.ndarray:
 
 
 def from_local_rows(tree: Any, mesh: Mesh, count: int) -> Any:
-  """The batch of `count` rows of which each process brings its `local_rows`."""
+  """Assembles a batch of `count` rows from each process's `local_rows`."""
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(
       batch_sharding(mesh), leaf, (count, *leaf.shape[1:])
@@ -118,11 +120,12 @@ def from_local_rows(tree: Any, mesh: Mesh, count: int) -> Any:
 
 
 def local_copy(tree: Any, mesh: Mesh) -> Any:
-  """The copy of a tree that this process's devices hold; nothing moves.
+  """The copy of a tree on this process's devices, without communication.
 
   Args:
-    tree: arrays on a mesh, each host with a whole copy (`mesh.local_mesh`).
-    mesh: of this process's devices alone.
+    tree: arrays on a mesh on which each host has a full copy
+      (`mesh.local_mesh`).
+    mesh: of this process's devices only.
   """
   return jax.tree.map(
     lambda x: jax.make_array_from_single_device_arrays(
@@ -135,21 +138,21 @@ def local_copy(tree: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """Whole arrays as numpy, on every process; waits for them.
+  """Gathers full arrays as numpy on every process; blocks until they are ready.
 
   Every process must call it with the same arrays in the same order.
   """
   leaves, shape = jax.tree.flatten(tree)
-  apart = [
+  sharded = [
     i
     for i, x in enumerate(leaves)
     if isinstance(x, jax.Array)
     and not (x.is_fully_addressable or x.is_fully_replicated)
   ]
-  if apart:
-    mesh = leaves[apart[0]].sharding.mesh
-    whole = _gather(mesh)([leaves[i] for i in apart])
-    for i, leaf in zip(apart, whole):
+  if sharded:
+    mesh = leaves[sharded[0]].sharding.mesh
+    whole = _gather(mesh)([leaves[i] for i in sharded])
+    for i, leaf in zip(sharded, whole):
       leaves[i] = leaf
   with clock.waiting():
     leaves = jax.device_get(leaves)
@@ -162,5 +165,5 @@ def _cast(tree: Any, dtype: str) -> Any:
 
 
 @functools.cache
-def _gather(mesh: Mesh):
+def _gather(mesh: Mesh) -> Callable[[list[jax.Array]], list[jax.Array]]:
   return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))

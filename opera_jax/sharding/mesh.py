@@ -8,15 +8,16 @@ from opera_jax.sharding import rules
 
 
 def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
-  """Lays the devices out on the axes of `rules.MESH_AXES`.
+  """Creates a mesh of the devices with the axes `rules.MESH_AXES`.
 
   Args:
-    shape: size of each axis; -1 for one of them takes what is left. None
-      puts every device on `fsdp`.
+    shape: size of each axis; one may be -1 for all remaining devices. None puts
+      every device on `fsdp`.
     devices: defaults to all of `jax.devices()`.
 
   Raises:
-    ValueError: unknown axis, or sizes that do not multiply to the devices.
+    ValueError: an unknown axis, or sizes whose product is not the number of
+      devices.
   """
   devices = jax.devices() if devices is None else devices
   shape = dict(shape or {"fsdp": -1})
@@ -44,15 +45,15 @@ def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
 
 
 def num_data_shards(mesh: Mesh) -> int:
-  """Over how many shards a batch is split."""
+  """Number of shards that a batch is split into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_mesh(mesh: Mesh) -> Mesh | None:
-  """This process's part of the mesh, where it can hold a whole model.
+  """This process's part of the mesh, if it holds a whole model; otherwise None.
 
-  That is so if only the axis "data", along which parameters are copies, goes
-  from host to host. None where another axis does.
+  It does if only the axis "data", along which parameters are replicated, spans
+  several hosts.
   """
   local = mesh.local_mesh
   split = [axis for axis in mesh.shape if axis != "data"]

@@ -1,9 +1,9 @@
-"""What a process of several says when another one has died: one line.
+"""Reports the death of another process of the run in one line.
 
-The runtime of a host writes a page of C++ and aborts the process when another
-host is gone. Here that page goes to a file of the run's folder, and the
-process ends with a line that names who it was. Python's own errors are shown
-as ever.
+When a host disappears, the JAX runtime of every other host prints a page of C++
+output and aborts. Here that output goes to a file in the run's folder, and the
+process ends with one line that names the dead process. Python errors are
+printed as usual.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ import jax
 
 FOLDER = "runtime"  # in the run's folder
 EXIT_CODE = 1
-_TAIL = 64 * 2**10  # bytes read of what the runtime wrote
+_TAIL = 64 * 2**10  # bytes read from the end of the runtime's output
 _STDERR = 2
-_IN_USE: list[Any] = []  # what C calls must outlive whoever made it
+_IN_USE: list[Any] = []  # keeps C callbacks alive
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 # "stopped sending heartbeats):\n1\n2\n", or "/job:x/replica:0/task:1".
 _SILENT = re.compile(r"heartbeats\):((?:[\s,]+\d+)+)\s*\n")
@@ -36,8 +36,8 @@ _SERVICE = re.compile(r"(?i)unavailable|socket closed|failed to connect|"
                       r"connection re|polled an error")  # fmt: skip
 
 
-def _of_the_network(error: BaseException | None) -> bool:
-  """Whether the runtime raised it, or what it came from, and not we."""
+def _from_the_runtime(error: BaseException | None) -> bool:
+  """Whether the error, or one of its causes, comes from the JAX runtime."""
   while error is not None:
     runtime = isinstance(error, jax.errors.JaxRuntimeError)
     if runtime or _BROKEN.search(str(error)):
@@ -47,16 +47,16 @@ def _of_the_network(error: BaseException | None) -> bool:
 
 
 class FailureReporter:
-  """Of this process: takes over standard error as C++ sees it."""
+  """Redirects this process's C++ standard error, and reports dead processes."""
 
   def __init__(self, folder: str | os.PathLike):
-    """Sends what is written to standard error, but not by Python, to a file.
+    """Redirects standard error to a file, except for what Python writes.
 
     Args:
-      folder: of the run, which all processes see.
+      folder: of the run, shared by all processes.
 
     Raises:
-      OSError: the file cannot be made.
+      OSError: the file cannot be created.
     """
     self._folder = pathlib.Path(folder) / FOLDER
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +76,12 @@ class FailureReporter:
     self._index, self._count = 0, 1
 
   def ready(self, *, index: int, count: int, seconds: float) -> None:
-    """All processes are there: from now on a death is explained.
+    """Starts reporting; called once all processes have joined.
 
     Args:
       index: of this process.
       count: of processes.
-      seconds: after which the runtime gives up a silent process.
+      seconds: heartbeat timeout of the runtime.
     """
     self._index, self._count = index, count
     named = self._folder / f"{index}.txt"
@@ -100,31 +100,34 @@ class FailureReporter:
       error: BaseException,
       trace: types.TracebackType | None,
     ) -> None:
-      broken = _of_the_network(error)
+      broken = _from_the_runtime(error)
       if broken:
-        # Who died is known once its signs of life stop; this process goes on
-        # giving its own meanwhile, for it is well.
+        # The dead process is known only after its heartbeats stop; this process
+        # keeps sending its own meanwhile.
         time.sleep(2 * seconds)
       before(kind, error, trace)
       if broken:
         sys.stderr.flush()
-        os._exit(EXIT_CODE)  # no farewell to processes that are gone
+        os._exit(
+          EXIT_CODE
+        )  # skip the shutdown barrier, which would wait for the dead
 
     sys.excepthook = hook
 
   def _on_abort(self, number: int) -> None:
-    """Called by the thread that aborts the process."""
+    """Signal handler; runs in the thread that aborts the process."""
     os.write(self._screen, (self.line() + "\n").encode())
     os._exit(EXIT_CODE)
 
   def line(self) -> str:
-    """Who has died, as far as the runtime has said."""
+    """Builds the line that names the dead processes, from the runtime's
+    output."""
     with open(self._path, "rb") as file:
       file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
       text = file.read().decode(errors="replace")
     end = (
-      f"Give the same command again on every host, and the run goes on. What "
-      f"the runtime wrote is in {self._path}."
+      f"Run the same command again on every host to resume. The output of the "
+      f"runtime is in {self._path}."
     )
     dead = sorted(self._dead(text))
     me = f"Process {self._index} of the run ends"
@@ -132,7 +135,7 @@ class FailureReporter:
       return f"{me}: the runtime aborted it. {end}"
     names = " and ".join(f"process {i} ({self._of(i)})" for i in dead)
     verb = "has" if len(dead) == 1 else "have"
-    return f"{me}, for {names} {verb} died or cannot be reached. {end}"
+    return f"{me}: {names} {verb} died or cannot be reached. {end}"
 
   def _dead(self, text: str) -> set[int]:
     silent = _SILENT.findall(text)
@@ -140,11 +143,11 @@ class FailureReporter:
     found = found or {int(n) for n in _TASK.findall(text)}
     found = {i for i in found if i < self._count and i != self._index}
     if not found and self._index and _SERVICE.search(text):
-      return {0}  # where the service runs that all report to
+      return {0}  # the process that runs the coordination service
     return found
 
   def _of(self, index: int) -> str:
-    """The host of a process, by the file that it has left."""
+    """The host of a process, from the file that it wrote."""
     with contextlib.suppress(OSError):
       path = self._folder / f"{index}.txt"
       with open(path, "rb") as file:

@@ -1,8 +1,7 @@
-"""One table a purpose: logical axis -> mesh axis.
+"""One sharding table per purpose: logical axis -> mesh axis.
 
-TRAIN shards parameters over fsdp, sequence and tensor; ROLLOUT keeps them
-whole but over tensor, because a decode step cannot afford to gather weights a
-token at a time.
+TRAIN shards parameters over fsdp, sequence and tensor. ROLLOUT shards them over
+tensor only, because gathering weights in every decode step is too slow.
 ACTIVATIONS splits rows over data and fsdp, and their length over sequence.
 """
 
@@ -53,28 +52,29 @@ def shardings(axes_tree: Any, mesh: jax.sharding.Mesh, rules: dict[str, Any]):
 
 
 def is_single_device() -> bool:
-  """Whether the program being traced is for one device."""
+  """Whether the mesh in context has at most one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh.empty or mesh.size == 1
 
 
 def num_shards(axis: Axis, mesh: Mesh | AbstractMesh) -> int:
-  """Over how many shards one mesh axis, or several together, split an array."""
+  """Number of shards along one mesh axis, or along several together."""
   names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
   return math.prod(mesh.shape[name] for name in names)
 
 
 def activation_axis(name: str | None, size: int) -> Axis:
-  """The mesh axes of an activation's axis; None where they do not divide it."""
+  """The mesh axes of an activation's axis; None if they do not divide it."""
   axis = ACTIVATIONS[name]
   shards = num_shards(axis, jax.sharding.get_abstract_mesh())
   return axis if size % shards == 0 else None
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Pins an activation's layout on the mesh in force; nothing without one.
+  """Constrains an activation's sharding on the mesh in context, if there is
+  one.
 
-  An axis that the mesh does not divide stays whole.
+  An axis that the mesh does not divide is replicated.
   """
   if is_single_device():
     return x

@@ -1,8 +1,8 @@
-"""What a driver does before anything else touches JAX.
+"""Process setup that a driver runs before anything else uses JAX.
 
-Several hosts run one program: each starts the same command, finds the others,
-and holds the shards of its own devices. They share the folder of the run; only
-process 0 writes to it, but for checkpoints, which all write together.
+On several hosts, each runs the same command, joins the others, and holds the
+shards of its own devices. All share the run's folder. Only process 0 writes to
+it, except for checkpoints, which all write together.
 """
 
 import os
@@ -26,20 +26,20 @@ def start(
   compile_cache: str,
   folder: str | os.PathLike = "",
 ) -> None:
-  """Joins the other processes, and opens the cache of compiled programs.
+  """Joins the other processes, and opens the compilation cache.
 
   Args:
-    distributed: "" for one process; "auto" where the machines say who they
-      are (a TPU pod, SLURM); or "HOST:PORT,COUNT,INDEX", the address of process
-      0, the number of processes, and which one this is.
-    heartbeat_seconds: when a process has died, the others end within about
-      this time, with an error.
+    distributed: "" for one process; "auto" if the environment describes the
+      cluster (a TPU pod, SLURM); or "HOST:PORT,COUNT,INDEX", the address of
+      process 0, the number of processes, and which one this is.
+    heartbeat_seconds: heartbeat timeout; after a process dies, the others end
+      with an error within about this time.
     compile_cache: see `cache_folder`.
-    folder: of the run; takes what the runtime of several processes writes of
-      its own, see `peer_failure`. "" leaves it on the screen.
+    folder: of the run; with several processes it receives the JAX runtime's
+      output, see `peer_failure`. "" leaves that output on the terminal.
 
   Raises:
-    ValueError: `distributed` is none of these.
+    ValueError: `distributed` has another form.
   """
   count_compiled()
   cache = cache_folder(compile_cache)
@@ -62,44 +62,45 @@ def start(
       "num_processes": int(match["count"]),
       "process_id": int(match["index"]),
     }
-    # JAX itself would listen on every address of the machine.
+    # By default JAX would listen on every address of the machine.
     if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
       given["coordinator_bind_address"] = match["address"]
-  words = peer_failure.FailureReporter(folder) if folder else None
+  reporter = peer_failure.FailureReporter(folder) if folder else None
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
     **given,
     heartbeat_timeout_seconds=heartbeat_seconds,
     shutdown_timeout_seconds=heartbeat_seconds,
   )
-  if words is not None:
-    words.ready(
+  if reporter is not None:
+    reporter.ready(
       index=jax.process_index(),
       count=jax.process_count(),
       seconds=heartbeat_seconds,
     )
 
 
-def cache_folder(asked: str) -> str:
-  """The directory of compiled programs, made if need be; "" for none.
+def cache_folder(setting: str) -> str:
+  """Returns the directory of the compilation cache, and creates it; "" for
+  none.
 
-  Whoever can write there decides what our programs do. So it belongs to this
-  user alone; one that is named and shared is taken with a warning.
+  Whoever can write there controls the programs that we run. So it must belong
+  to this user alone; if the user names a shared one, there is a warning.
 
   Args:
-    asked: "" for none; "auto" for the one of JAX_COMPILATION_CACHE_DIR, or
-      else opera_jax/compiled in the user's cache directory (XDG_CACHE_HOME, or
+    setting: "" for none; "auto" for JAX_COMPILATION_CACHE_DIR, or if unset
+      opera_jax/compiled in the user's cache directory (XDG_CACHE_HOME, or
       ~/.cache); or a local directory that outlives the run.
 
   Raises:
-    OSError: it cannot be made, or the one of "auto" is open to others.
+    OSError: it cannot be created, or others can write to the one of "auto".
   """
-  if not asked:
+  if not setting:
     return ""
-  named = asked if asked != "auto" else ""
+  named = setting if setting != "auto" else ""
   named = named or os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
   home = os.environ.get("XDG_CACHE_HOME", "")
-  if not os.path.isabs(home):  # the standard ignores others
+  if not os.path.isabs(home):  # the XDG standard ignores relative paths
     home = os.path.expanduser("~/.cache")
   folder = named or os.path.join(home, "opera_jax", "compiled")
   if "://" in folder:
@@ -111,8 +112,8 @@ def cache_folder(asked: str) -> str:
     found = os.stat(folder)
   except OSError as error:
     raise OSError(
-      f"{folder} cannot be made ({error}); compiled programs are kept there. "
-      "Name another --config.runtime.compile_cache, or '' for none."
+      f"{folder} cannot be created ({error}), and it is the compilation cache. "
+      "Set another --config.runtime.compile_cache, or '' for none."
     ) from error
   fault = ""
   if found.st_uid != os.geteuid():
@@ -121,12 +122,13 @@ def cache_folder(asked: str) -> str:
     fault = f"can be written by others (mode {found.st_mode & 0o777:03o})"
   if fault and not named:
     raise OSError(
-      f"{folder} {fault}, and what lies there is run. chmod 700 it or remove "
-      "it, or name another --config.runtime.compile_cache ('' for none)."
+      f"{folder} {fault}, and the compiled programs in it are executed. chmod "
+      "700 it, remove it, or set another --config.runtime.compile_cache ('' "
+      "for none)."
     )
   if fault:
     warnings.warn(
-      f"{folder} {fault}, and the compiled programs that lie there are run: "
+      f"{folder} {fault}, and the compiled programs in it are executed: "
       "whoever writes there is trusted. chmod 700 it, or set "
       "--config.runtime.compile_cache=auto for a private one.",
       RuntimeWarning,
@@ -138,28 +140,30 @@ def cache_folder(asked: str) -> str:
 
 
 def is_main_process() -> bool:
-  """Whether this process is the one that writes."""
+  """Whether this is process 0, which writes the files."""
   return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here, so that all see what one wrote."""
+  """Waits for all processes, so that all see what one wrote."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def from_main_process(values: np.ndarray) -> np.ndarray:
-  """What process 0 has, on every process; all must call it together."""
+  """Broadcasts the values of process 0; all processes must call this
+  together."""
   if jax.process_count() == 1:
     return values
   return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def compiled() -> int:
-  """Programs compiled, or read from the cache, since `count_compiled`."""
+  """Number of programs compiled or read from the cache since
+  `count_compiled`."""
   return compile_log.programs(compile_log.spans())
 
 
 def count_compiled() -> None:
-  """Starts to count; calls after the first change nothing."""
+  """Starts counting; further calls have no effect."""
   compile_log.spans()

@@ -209,7 +209,7 @@ def _make(
   """Synthesises the traces that the shards lack and no other process works
   on."""
   done = len(prompts) - int(
-    runtime.from_main_process(np.asarray(shards.lacking()))
+    runtime.from_main_process(np.asarray(shards.num_missing()))
   )
   if done == len(prompts):
     return
@@ -236,7 +236,7 @@ def _make(
   ) as progress:
 
     def count_others() -> None:
-      progress.update(len(prompts) - shards.lacking() - progress.done)
+      progress.update(len(prompts) - shards.num_missing() - progress.done)
 
     for index, items in work:
 

@@ -1,4 +1,4 @@
-"""The card of a synthesised data set: the README.md that stands beside it."""
+"""Writes the README.md (dataset card) of a synthesised data set."""
 
 import dataclasses
 import importlib.metadata
@@ -12,7 +12,7 @@ from opera_jax.run import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """What only the owner of a data set knows: its name and licence."""
+  """The name and licence of a data set, set by its owner."""
 
   name: str
   license: str  # identifier of the Hugging Face hub, "unknown" if undecided
@@ -25,9 +25,9 @@ FIELDS = {
   "thought": "between the think tags",
   "answer": "after the thought",
   "completion": "token ids from <think> to <|im_end|>",
-  "rounds": "a round of the search each: the reflection word, the candidate "
+  "rounds": "one per round of the search: the reflection word, the candidate "
   "steps with their perplexities and tokens, and which one was kept",
-  "status": '"complete", or why the trace is not, or was not kept',
+  "status": '"complete", or why the trace is incomplete or was rejected',
 }
 SIZES = (("1K", 10_000, "10K"), ("10K", 100_000, "100K"), ("100K", 10**6, "1M"))
 
@@ -38,13 +38,13 @@ def write(
   counts: Mapping[str, int],
   tables: Mapping[str, Mapping[str, Any]],
 ) -> str:
-  """The card.
+  """Returns the text of the card.
 
   Args:
-    run: that made the set.
+    run: the run that made the set.
     card: its name and licence.
     counts: traces by status.
-    tables: further tables by title, as of the filters: names and values.
+    tables: further tables by title, such as the filters: names and values.
   """
   total = sum(counts.values())
   base = workdir_lib.settings(run.workdir, "base")
@@ -110,7 +110,7 @@ def _parameters(run: setup_lib.Run) -> int:
 
 
 def _size(total: int) -> str:
-  """The hub's name for a size."""
+  """The Hugging Face hub's category of a size."""
   if total < 1_000:
     return "n<1K"
   for low, bound, name in SIZES:

@@ -1,4 +1,4 @@
-"""Base, SFT and RL models on held-out prompts, by measures of their own.
+"""Evaluates the base, SFT and RL models on held-out prompts.
 
 Shape key: B prompts, N samples a prompt, M models.
 """
@@ -48,7 +48,7 @@ CORRECT = table.Measure("correct", "maths answers right")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How held-out prompts are sampled and judged."""
+  """Settings of sampling and scoring the held-out prompts."""
 
   samples: int  # N, at least 2
   temperature: float
@@ -58,22 +58,22 @@ class Settings:
   resamples: int  # of the bootstrap
 
 
-Advance = Callable[
-  [int], None
-]  # progress callback, takes a number of tokens; may raise SystemExit
+# Progress callback with a number of tokens; may raise SystemExit.
+Advance = Callable[[int], None]
 
 
 def evaluate(
   run: setup_lib.Run, settings: Settings, preemption: checkpoint.Preemption
 ) -> None:
-  """Writes `evaluate/DONE.json`: measures, table, and samples to read.
+  """Writes `evaluate/DONE.json`: measures, their table, and a few samples.
 
-  What is done is kept in `evaluate/pieces`, some prompts of a model at a time.
+  Partial results are saved in `evaluate/pieces`, a block of prompts of one
+  model each.
 
   Args:
-    run: the run, with its three models.
-    settings: how.
-    preemption: asked after every call.
+    run: the run, with three finished models.
+    settings: of sampling and scoring.
+    preemption: checked after every call.
 
   Raises:
     FileNotFoundError: a model is missing.
@@ -104,7 +104,7 @@ def _evaluate(
 ) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  pieces = partial_lib.PartialResults(stage.path / "pieces")
+  partial = partial_lib.PartialResults(stage.path / "pieces")
   samples, values = {}, {}
   with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
 
@@ -114,16 +114,18 @@ def _evaluate(
 
     for model in MODELS:
       samples[model], values[model] = _one_model(
-        run, model, prompts, ids, settings, pieces, advance
+        run, model, prompts, ids, settings, partial, advance
       )
       progress.update()
-    opened = np.asarray([p.task == "open_ended" for p in prompts])
-    if opened.any():
-      pooled = _pooled_rank(run, prompts, ids, samples, opened, pieces, advance)
+    open_ended = np.asarray([p.task == "open_ended" for p in prompts])
+    if open_ended.any():
+      pooled = _pooled_rank(
+        run, prompts, ids, samples, open_ended, partial, advance
+      )
       for model in MODELS:
         values[model]["r_ppl"] = pooled[model]
     shown = _shown(run, prompts, ids, samples, settings, advance)
-  rows = _table(values, opened, prompts, settings)
+  rows = _table(values, open_ended, prompts, settings)
   print(table.as_markdown(rows), flush=True)
   return {
     "prompts": len(prompts),
@@ -144,16 +146,16 @@ def _one_model(
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   settings: Settings,
-  pieces: partial_lib.PartialResults,
+  partial: partial_lib.PartialResults,
   advance: Advance,
 ) -> tuple[list[list[structs.Sample]], dict[str, np.ndarray]]:
-  """Its samples, [B][N], and what they measure, [B] each."""
+  """Samples [B][N] of one model, and its measures, [B] each."""
   load = functools.cache(lambda: run.load(model))
   to_sample = functools.cache(lambda: run.for_rollout(load()))
-  told = all("facts" in p.columns for p in prompts)
+  has_facts = all("facts" in p.columns for p in prompts)
   every, measured = [], []
   for block in partial_lib.blocks(len(prompts)):
-    mine = partial_lib.block(prompts, block), partial_lib.block(ids, block)
+    mine = partial_lib.take(prompts, block), partial_lib.take(ids, block)
 
     def draw(mine=mine) -> list[Any]:
       drawn = run.engine.sample(
@@ -172,32 +174,32 @@ def _one_model(
       return partial_lib.samples_to_json(drawn)
 
     name = f"{model}-{block.start:08d}"
-    groups = partial_lib.samples_from_json(pieces.get(f"{name}-samples", draw))
+    groups = partial_lib.samples_from_json(partial.get(f"{name}-samples", draw))
 
     def measure(mine=mine, groups=groups) -> dict[str, list[float]]:
       scored = run.eval_scorer.score(
         load(), mine[0], mine[1], groups, advance=advance
       )
       found = _measures(
-        run, load(), mine[0], mine[1], groups, scored, told, advance
+        run, load(), mine[0], mine[1], groups, scored, has_facts, advance
       )
       return {key: value.tolist() for key, value in found.items()}
 
     every += groups
-    measured.append(pieces.get(f"{name}-values", measure))
+    measured.append(partial.get(f"{name}-values", measure))
   return every, _joined(measured, list(partial_lib.blocks(len(prompts))))
 
 
 def _joined(
-  pieces: Sequence[dict[str, list[float]]], blocks: Sequence[range]
+  partial: Sequence[dict[str, list[float]]], blocks: Sequence[range]
 ) -> dict[str, np.ndarray]:
-  """Measures of all prompts; 0 where a piece has none of their kind."""
-  names = {name: None for piece in pieces for name in piece}  # in order
+  """Joins the measures of all blocks; 0 if a block lacks a measure."""
+  names = {name: None for result in partial for name in result}  # in order
   return {
     name: np.concatenate(
       [
-        np.asarray(piece.get(name, [0.0] * len(block)), np.float64)
-        for piece, block in zip(pieces, blocks, strict=True)
+        np.asarray(result.get(name, [0.0] * len(block)), np.float64)
+        for result, block in zip(partial, blocks, strict=True)
       ]
     )
     for name in names
@@ -205,7 +207,8 @@ def _joined(
 
 
 def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
-  """What a completion answers: the text after its thought, "" without one."""
+  """The answer of a completion: the text after its thought, "" if it has
+  none."""
   text = run.tokenizer.decode(sample.tokens, skip_special=True)
   _, closed, answer = text.partition("</think>")
   return answer.strip() if closed else ""
@@ -218,10 +221,10 @@ def _measures(
   ids: Sequence[np.ndarray],
   groups: Sequence[Sequence[structs.Sample]],
   scored: score_lib.Scored,
-  told: bool,
+  has_facts: bool,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """Per-prompt means over its samples, [B] each; facts where `told`."""
+  """Means over each prompt's samples, [B] each; facts only if `has_facts`."""
   parts = {
     name: part_BN.mean(axis=1)
     for name, part_BN in scored.terms.items()
@@ -230,7 +233,7 @@ def _measures(
   parts["finished"] = np.asarray(
     [np.mean([s.finished for s in group]) for group in groups]
   )
-  if told:
+  if has_facts:
     parts["facts"] = np.asarray(
       [
         np.mean(
@@ -258,19 +261,20 @@ def thought_logprobs(
   groups: Sequence[Sequence[structs.Sample]],
   advance: Advance | None = None,
 ) -> dict[str, np.ndarray]:
-  """Log-probability of the reference after an empty thought and after its own.
+  """Log-probabilities of the reference after an empty and after the own
+  thought.
 
   Args:
-    run: its scorer.
+    run: the run; its scorer is used.
     params: the model that scores.
     prompts: B tasks.
     ids: their chat prompts as tokens.
-    groups: samples of each, whose thoughts alone are read.
-    advance: called with the tokens scored as they are done.
+    groups: samples of each; only their thoughts are used.
+    advance: progress callback, called with the number of tokens scored.
 
   Returns:
-    "logp_direct" and "logp_thought", nats a token, [B] each; the second is the
-    mean over a prompt's samples.
+    "logp_direct" and "logp_thought", nats per token, [B] each; the second is
+    the mean over a prompt's samples.
   """
   empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
   gap = run.tokenizer.encode("\n\n")
@@ -308,7 +312,8 @@ def thought_logprobs(
 
 
 def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:
-  """Tokens up to and with </think>; all but the end where there is none."""
+  """Tokens up to </think> inclusive; all but the stop token if there is
+  none."""
   close = np.flatnonzero(sample.tokens == run.tokenizer.think_close_id)
   if close.size:
     return sample.tokens[: close[0] + 1]
@@ -320,16 +325,17 @@ def _pooled_rank(
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   samples: dict[str, list[list[structs.Sample]]],
-  opened: np.ndarray,
-  pieces: partial_lib.PartialResults,
+  open_ended: np.ndarray,
+  partial: partial_lib.PartialResults,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """R_ppl where the group is every model's samples, scored by one model."""
+  """R_ppl in groups that pool the samples of all models, scored by the SFT
+  model."""
   load = functools.cache(lambda: run.load("sft"))
-  chosen = [b for b in range(len(prompts)) if opened[b]]
+  chosen = [b for b in range(len(prompts)) if open_ended[b]]
   out = {model: np.zeros(len(prompts)) for model in MODELS}
   for block in partial_lib.blocks(len(chosen)):
-    mine = partial_lib.block(chosen, block)
+    mine = partial_lib.take(chosen, block)
 
     def rank(mine=mine) -> list[list[float]]:
       pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
@@ -343,30 +349,38 @@ def _pooled_rank(
       rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(MODELS), -1)
       return rank_BX.mean(axis=2).tolist()
 
-    for b, ranks in zip(mine, pieces.get(f"pooled-{block.start:08d}", rank)):
+    for b, ranks in zip(mine, partial.get(f"pooled-{block.start:08d}", rank)):
       for model, value in zip(MODELS, ranks, strict=True):
         out[model][b] = value
   return out
 
 
-def _table(values, opened, prompts, settings) -> list[table.Row]:
-  """Open-ended measures over open-ended prompts, the rest over all."""
+def _table(
+  values: dict[str, dict[str, np.ndarray]],
+  open_ended: np.ndarray,
+  prompts: Sequence[structs.Prompt],
+  settings: Settings,
+) -> list[table.Row]:
+  """The table: open-ended measures over open-ended prompts, the rest over
+  all."""
   if "facts" in values[MODELS[0]]:
     general: tuple[table.Measure, ...] = (FACTS, *GENERAL)
   else:
     general = GENERAL
 
-  def rows(measures, keep):
+  def rows(
+    measures: Sequence[table.Measure], keep: np.ndarray
+  ) -> list[table.Row]:
     kept = {m: {k: v[keep] for k, v in a.items()} for m, a in values.items()}
     return table.assemble(
       kept, measures, resamples=settings.resamples, seed=len(prompts)
     )
 
   out = []
-  if opened.any():
-    out += rows(OPEN_ENDED, opened)
-  if not opened.all():
-    out += rows((CORRECT,), ~opened)
+  if open_ended.any():
+    out += rows(OPEN_ENDED, open_ended)
+  if not open_ended.all():
+    out += rows((CORRECT,), ~open_ended)
   return out + rows(general, np.ones(len(prompts), bool))
 
 
@@ -378,7 +392,7 @@ def _shown(
   settings: Settings,
   advance: Advance,
 ) -> list[dict[str, Any]]:
-  """A few completions of every model, with each step's effect on y_ref."""
+  """A few completions of every model, with the effect of each step on y_ref."""
   chosen = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   chosen = chosen[: settings.thoughts]
   out = []
@@ -393,7 +407,7 @@ def _shown(
       advance=advance,
     )
     for place, b in enumerate(chosen):
-      row = place * settings.samples
+      completion = place * settings.samples
       out.append(
         {
           "model": model,
@@ -403,7 +417,7 @@ def _shown(
             groups[place][0].tokens, skip_special=True
           ),
           "answer": answer_text(run, groups[place][0]),
-          "steps": _steps(run, scored, row, groups[place][0]),
+          "steps": _steps(run, scored, completion, groups[place][0]),
           "terms": {
             k: float(scored.terms[k][place, 0])
             for k in ("r_self", "r_ppl", "count", "score")
@@ -413,16 +427,22 @@ def _shown(
   return out
 
 
-def _steps(run, scored, row, sample) -> list[dict[str, Any]]:
-  thoughts, begin, out = scored.thoughts, int(scored.thoughts.start[row]), []
-  for j in range(int(thoughts.count[row])):
-    end = int(thoughts.step_end[row, j])
-    delta = float(scored.deltas_RJ[row, j])
+def _steps(
+  run: setup_lib.Run,
+  scored: score_lib.Scored,
+  completion: int,
+  sample: structs.Sample,
+) -> list[dict[str, Any]]:
+  thoughts, out = scored.thoughts, []
+  begin = int(thoughts.start[completion])
+  for j in range(int(thoughts.count[completion])):
+    end = int(thoughts.step_end[completion, j])
+    delta = float(scored.deltas_RJ[completion, j])
     out.append(
       {
         "text": run.tokenizer.decode(sample.tokens[begin:end]).strip(),
         "delta": delta,
-        "reflective": bool(thoughts.reflective[row, j]),
+        "reflective": bool(thoughts.reflective[completion, j]),
       }
     )
     begin = end

@@ -1,4 +1,4 @@
-"""Shows on the terminal what a model writes, as early as a run has a sample."""
+"""Prints the first sample of a model as early as possible."""
 
 from opera_jax.sharding import clock, runtime
 from opera_jax.text import terminal
@@ -10,17 +10,17 @@ def show(stage: str, whose: str, prompt: str, completion: str) -> None:
   """Prints a prompt, the thought after it and the answer, a few lines each.
 
   Args:
-    stage: that is under way.
-    whose: the model, in words.
-    prompt: as the task has it.
-    completion: decoded, think tags included; without "</think>" all of it is
+    stage: the current stage.
+    whose: description of the model.
+    prompt: of the task.
+    completion: decoded, with think tags; without "</think>" all of it is the
       thought.
   """
   if not runtime.is_main_process():
     return
   thought, closed, answer = completion.partition(_CLOSED)
   print(
-    f"{stage}: a first sample of {whose}, {clock.age():.0f} s after the start:"
+    f"{stage}: first sample of {whose}, {clock.age():.0f} s after the start:"
   )
   for name, text in (
     ("prompt", prompt),

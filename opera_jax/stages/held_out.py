@@ -1,4 +1,4 @@
-"""One model on held-out prompts, by measures that no reward uses.
+"""Measures one model on held-out prompts.
 
 Shape key: B prompts, N samples a prompt.
 """
@@ -14,7 +14,7 @@ from opera_jax.data import storyworld
 from opera_jax.run import setup as setup_lib
 from opera_jax.stages import evaluate
 
-# Measure: what it is of, and over which prompts.
+# Measure -> its description.
 MEASURES = {
   "facts": "facts kept, of 5",
   "correct": "sums right",
@@ -39,9 +39,9 @@ def draw(
   max_new_tokens: int,
   advance: evaluate.Advance | None = None,
 ) -> list[list[structs.Sample]]:
-  """N samples of each prompt at temperature 1, from the run's seed.
+  """Draws N samples of each prompt at temperature 1, from the run's seed.
 
-  `advance` is called with the tokens of each sample when it ends.
+  `advance` is called with the number of tokens of each finished sample.
   """
   return run.engine.sample(
     run.for_rollout(params),
@@ -61,56 +61,58 @@ def measure(
   groups: Sequence[Sequence[structs.Sample]],
   advance: evaluate.Advance | None = None,
 ) -> dict[str, list[float]]:
-  """Means over each prompt's samples, by measure.
+  """Computes means over each prompt's samples, by measure.
 
   Args:
-    run: its eval_scorer.
-    params: the model that wrote the samples.
+    run: the run; its `eval_scorer` is used.
+    params: the model that generated the samples.
     prompts: B tasks.
     groups: N >= 2 samples of each.
-    advance: called with the tokens scored as they are done.
+    advance: progress callback, called with the number of tokens scored.
 
   Returns:
-    One number a prompt of its kind: `OPEN_ENDED` over open-ended prompts,
-    `MATHS` over maths, the rest over all, in the order of the prompts. A
-    measure of which there is no prompt is left out.
+    One number per prompt, in the order of the prompts: `OPEN_ENDED` measures
+    over open-ended prompts, `MATHS` over maths, the rest over all. A measure
+    without any prompt is left out.
   """
   ids = run.prompt_ids(prompts)
   scored = run.eval_scorer.score(params, prompts, ids, groups, advance=advance)
-  opened = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
+  open_ended = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   maths = [b for b, p in enumerate(prompts) if p.task == "math"]
-  told = [b for b in opened if "facts" in prompts[b].columns]
+  with_facts = [b for b in open_ended if "facts" in prompts[b].columns]
   terms = scored.terms
   out = {
     "tokens": scored.rollouts.lengths().mean(axis=1),
     "reflections": terms["reflections"].mean(axis=1),
     "finished": np.asarray([np.mean([s.finished for s in g]) for g in groups]),
   }
-  if opened:
-    out["r_self"] = terms["r_self"][opened].mean(axis=1)
-    out["score"] = terms["score"][opened].mean(axis=1)
+  if open_ended:
+    out["r_self"] = terms["r_self"][open_ended].mean(axis=1)
+    out["score"] = terms["score"][open_ended].mean(axis=1)
     logprobs = evaluate.thought_logprobs(
       run,
       params,
-      [prompts[b] for b in opened],
-      [ids[b] for b in opened],
-      [groups[b] for b in opened],
+      [prompts[b] for b in open_ended],
+      [ids[b] for b in open_ended],
+      [groups[b] for b in open_ended],
       advance=advance,
     )
     out["logp_thought"] = logprobs["logp_thought"]
   if maths:
     out["correct"] = terms["correct"][maths].mean(axis=1)
     out["math_tokens"] = out["tokens"][maths]
-  if told:
+  if with_facts:
     out["facts"] = np.asarray(
-      [_facts(run, prompts[b], groups[b]) for b in told]
+      [_facts(run, prompts[b], groups[b]) for b in with_facts]
     )
   return {
     name: [float(v) for v in out[name]] for name in MEASURES if name in out
   }
 
 
-def _facts(run, prompt, group) -> float:
+def _facts(
+  run: setup_lib.Run, prompt: structs.Prompt, group: Sequence[structs.Sample]
+) -> float:
   kept = [
     storyworld.facts_kept(evaluate.answer_text(run, s), prompt.columns["facts"])
     for s in group

@@ -1,8 +1,8 @@
-"""Tries everything external to a run before anything expensive.
+"""Tries everything external to a run before its expensive stages.
 
-A judge's endpoint, a user's reward, the functions that choose among candidates
-or RL prompts: a run that would end at the first of them ends before its base
-model is trained.
+This covers a judge's endpoint, a user's reward, and the functions that choose
+among candidates or RL prompts. If one of them fails, the run ends before its
+base model is trained.
 """
 
 from opera_jax.run import setup as setup_lib
@@ -13,10 +13,10 @@ from opera_jax.synthesis import rl_filter
 
 
 def synthesis(run: setup_lib.Run, settings: cold_start.Search) -> None:
-  """Loads the function that is to choose among candidates, if there is one.
+  """Loads the user's function that chooses among candidates, if there is one.
 
   Args:
-    run: the run, before its first stage; nothing is tried where synthesis has
+    run: the run, before its first stage; nothing is tried if synthesis has
       finished.
     settings: of the search.
 
@@ -34,18 +34,17 @@ def rl(run: setup_lib.Run, rules: rl_filter.Rules) -> None:
   """Tries the run's rewards, and the function that scores RL prompts.
 
   Args:
-    run: the run, before its first stage; nothing is tried where RL has
-      finished.
-    rules: of the choice of RL prompts.
+    run: the run, before its first stage; nothing is tried if RL has finished.
+    rules: that select RL prompts.
 
   Raises:
-    ValueError: a user's function that cannot be imported or called.
-    RuntimeError: a judge that does not answer.
+    ValueError: a user's function cannot be imported or called.
+    RuntimeError: a judge does not answer.
   """
   if workdir_lib.result(run.workdir, "rl"):
     return
   run.reward_scorer.probe(run.tasks.rl)
-  if not rl_select.asks_function(rules):
+  if not rl_select.uses_function(rules):
     return
   if not workdir_lib.result(run.workdir, "select_rl"):
     exchange.map_across_processes([rules.judge], lambda _: _tried(run, rules))

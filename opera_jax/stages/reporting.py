@@ -1,6 +1,6 @@
-"""Writes the run's page: settings, measures, curves and samples."""
+"""Writes the report page: settings, measures, curves and samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opera_jax.evals import bootstrap, table
@@ -19,18 +19,18 @@ def write(
   config: Mapping[str, Any],
   preemption: checkpoint.Preemption,
 ) -> None:
-  """Writes `report.html` from whatever stages have finished.
+  """Writes `report.html` from the stages that have finished.
 
-  The page is made anew each time: it only reads what the stages left. On
-  several hosts process 0 writes it.
+  The page is rebuilt each time from the stages' files. On several hosts process
+  0 writes it.
   """
 
-  def at_once() -> None:
+  def write_interruptibly() -> None:
     with preemption.exit_at_once():
       _write(run, config)
 
   with workdir_lib.hold_lock(run.workdir / "report.lock", "report", preemption):
-    exchange.on_main_process(at_once)
+    exchange.on_main_process(write_interruptibly)
 
 
 def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
 
 
 def _row(row: Mapping[str, Any]) -> table.Row:
-  def interval(value):
+  def interval(value: Mapping[str, Any] | None) -> bootstrap.Interval | None:
     return None if value is None else bootstrap.Interval(**value)
 
   return table.Row(
@@ -79,7 +79,9 @@ def _row(row: Mapping[str, Any]) -> table.Row:
   )
 
 
-def _summary(run, result, rows) -> str:
+def _summary(
+  run: setup_lib.Run, result: Mapping[str, Any], rows: Sequence[table.Row]
+) -> str:
   count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
   words = [
     f"A Qwen3 of {count:,} parameters, vocabulary "
@@ -94,12 +96,14 @@ def _summary(run, result, rows) -> str:
     words.append(f"Dropped for length: {lost}.")
   if result:
     words.append(
-      f"Judged on {result['prompts']} held-out prompts, "
+      f"Evaluated on {result['prompts']} held-out prompts, "
       f"{result['samples']} samples each."
     )
   outside = [r for r in rows if r.measure.key in ("facts", "correct")]
   for row in outside:
     last = row.cells[-1]
+    if last.change is None:
+      continue
     words.append(
       f"Outside measure, which no reward sees: from SFT to RL, "
       f"{last.verdict} ({table.format_interval(last.change, sign=True)})."
@@ -107,11 +111,11 @@ def _summary(run, result, rows) -> str:
   return " ".join(words)
 
 
-def _captions(run, result) -> dict[str, str]:
+def _captions(run: setup_lib.Run, result: Mapping[str, Any]) -> dict[str, str]:
   out = {
     "prompts": f"{len(run.tasks.rl):,} tasks",
     "base model": f"{run.model.num_hidden_layers} layers, width "
-    "{run.model.hidden_size}",
+    f"{run.model.hidden_size}",
   }
   for stage, box in (("synthesize", "synthesis"), ("select", "selection")):
     done = workdir_lib.result(run.workdir, stage)
@@ -141,7 +145,7 @@ def _thought(shown: Mapping[str, Any]) -> views.ThoughtView:
   )
 
 
-def _samples(every) -> list[views.SampleView]:
+def _samples(every: Sequence[Mapping[str, Any]]) -> list[views.SampleView]:
   by_prompt: dict[str, list[Mapping[str, Any]]] = {}
   for shown in every:
     by_prompt.setdefault(shown["prompt"], []).append(shown)

@@ -1,4 +1,4 @@
-"""What each reward gives completions that are built to exploit it.
+"""Computes each reward on completions that are built to exploit it.
 
 Shape key: B prompts, K probes.
 """
@@ -21,19 +21,20 @@ def answers(
   prompts: Sequence[structs.Prompt],
   texts: Sequence[str],
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Each reward's answer to each probe.
+  """Computes each reward of each probe.
 
-  The probes of one prompt are one group, so a rank is among them.
+  The probes of one prompt form one group, so ranks compare them with each
+  other.
 
   Args:
-    run: its tokenizer and keywords.
+    run: the run; its tokenizer and keywords are used.
     scorers: rewards by name.
     params: the policy that scores.
     prompts: B tasks.
-    texts: an honest completion of each, tags kept.
+    texts: an honest completion of each, with think tags.
 
   Returns:
-    By reward and probe, the total of every prompt, float32 [B].
+    The total reward by reward name and probe, float32 [B].
   """
   separator = run.reward["separator"]
   made = [

@@ -1,10 +1,11 @@
-"""Chooses the prompts of RL by how well the SFT model answers them."""
+"""Selects the prompts of RL by how well the SFT model answers them."""
 
 import dataclasses
 import functools
 import itertools
 import json
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,17 +29,17 @@ def select(
   settings: sampling.Sampling,
   preemption: checkpoint.Preemption,
 ) -> setup_lib.Run:
-  """Drops RL prompts; returns the run unchanged where no rule is active.
+  """Selects RL prompts; returns the run unchanged if no rule is active.
 
-  Writes `select_rl/prompts.jsonl` and `select_rl/rejected.jsonl`, each with
-  its number of right samples or its score, and counts by reason.
+  Writes `select_rl/prompts.jsonl` and `select_rl/rejected.jsonl`, with each
+  prompt's number of right samples or its score, and counts by reason.
 
   Args:
     run: the run, with a finished SFT model.
-    rules: what is kept.
-    settings: how to sample.
-    preemption: asked after every call; what is done is kept, some prompts at
-      a time, in `select_rl/pieces`.
+    rules: which prompts to keep.
+    settings: sampling settings.
+    preemption: checked after every call; partial results are saved in
+      `select_rl/pieces`, a block of prompts each.
   """
   if not rules.active():
     return run
@@ -52,8 +53,8 @@ def select(
   )
   with stage.locked(preemption):
     if not stage.finished():
-      pieces = partial_lib.PartialResults(stage.path / "pieces")
-      found = _found(run, rules, settings, pieces, preemption)
+      partial = partial_lib.PartialResults(stage.path / "pieces")
+      found = _found(run, rules, settings, partial, preemption)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
       if runtime.is_main_process():
         for name in ("prompts", "rejected"):
@@ -74,8 +75,8 @@ def select(
   if len(rl) != len(kept) or len(rl) != stage.result().get("kept"):
     raise ValueError(
       f"{chosen} names {len(kept)} prompts, of which {len(rl)} are tasks of "
-      f"RL, and the stage chose {stage.result().get('kept')}: it has changed. "
-      f"Bring it back from a copy, {workdir_lib.remedy('select_rl')}."
+      f"RL, and the stage kept {stage.result().get('kept')}: it has changed. "
+      f"Restore it from a copy, {workdir_lib.remedy('select_rl')}."
     )
   digests = {"select_rl/prompts": (str(chosen), source.hexdigest())}
   return dataclasses.replace(
@@ -86,16 +87,16 @@ def select(
   )
 
 
-def asks_function(rules: rl_filter.Rules) -> bool:
+def uses_function(rules: rl_filter.Rules) -> bool:
   """Whether open-ended prompts are scored by a user's function."""
   return bool(rules.judge) and not rules.judge.startswith(rl_filter.COLUMN)
 
 
 def user_judge(run: setup_lib.Run, rules: rl_filter.Rules) -> function.Reward:
-  """The function that scores open-ended prompts.
+  """The user's function that scores open-ended prompts.
 
   Raises:
-    ValueError: the rules name something that is no path of a function.
+    ValueError: rules.judge is not the import path of a function.
   """
   return function.Reward(
     rules.judge, run.reward["timeout"], tuple(run.reward["environment"])
@@ -103,19 +104,19 @@ def user_judge(run: setup_lib.Run, rules: rl_filter.Rules) -> function.Reward:
 
 
 def _ids(path: pathlib.Path, source: digest.Source) -> set[str]:
-  """The ids of the prompts that were chosen."""
+  """Reads the ids of the selected prompts."""
   try:
     text = source.read(path).decode()
     return {json.loads(line)["id"] for line in text.splitlines()}
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise ValueError(
-      f"{path} is damaged ({error!r}). Bring it back from a copy, "
+      f"{path} is damaged ({error!r}). Restore it from a copy, "
       f"{workdir_lib.remedy('select_rl')}."
     ) from error
   except OSError as error:
     raise OSError(
-      f"{path} cannot be read ({error}). Give the rights, bring it back from a "
-      f"copy, {workdir_lib.remedy('select_rl')}."
+      f"{path} cannot be read ({error}). Fix its permissions, restore it "
+      f"from a copy, {workdir_lib.remedy('select_rl')}."
     ) from error
 
 
@@ -123,23 +124,25 @@ def _found(
   run: setup_lib.Run,
   rules: rl_filter.Rules,
   settings: sampling.Sampling,
-  pieces: partial_lib.PartialResults,
+  partial: partial_lib.PartialResults,
   preemption: checkpoint.Preemption,
 ) -> dict[str, dict[str, Any]]:
-  """`right` and `score` of `rl_filter.verdicts`."""
+  """Computes the arguments `right` and `score` of `rl_filter.verdicts`."""
   maths = [p for p in run.tasks.rl if p.task == "math" and rules.samples]
-  opened = [p for p in run.tasks.rl if p.task == "open_ended" and rules.judge]
+  open_ended = [
+    p for p in run.tasks.rl if p.task == "open_ended" and rules.judge
+  ]
   if rules.judge.startswith(rl_filter.COLUMN):
-    score = rl_filter.column_scores(opened, rules.judge)
-    asked = []
+    score = rl_filter.column_scores(open_ended, rules.judge)
+    judged = []
   else:
-    score, asked = {}, opened
-  if not maths and not asked:
+    score, judged = {}, open_ended
+  if not maths and not judged:
     return {"right": {}, "score": score}
   params = functools.cache(lambda: run.for_rollout(run.load("sft")))
 
   def texts(prompts: list[structs.Prompt], samples: int) -> list[list[str]]:
-    drawn = run.engine.sample(
+    groups = run.engine.sample(
       params(),
       run.prompt_ids(prompts),
       settings,
@@ -150,10 +153,10 @@ def _found(
     )
     return [
       [run.tokenizer.decode(s.tokens, skip_special=True) for s in group]
-      for group in drawn
+      for group in groups
     ]
 
-  def check(items):
+  def check(items: Sequence[tuple[structs.Prompt, list[str]]]) -> list[int]:
     right = iter(
       verifiable.correct_many(
         [text for _, group in items for text in group],
@@ -164,31 +167,44 @@ def _found(
     )
     return [sum(itertools.islice(right, len(group))) for _, group in items]
 
-  def judge(items):
-    said = [prompt for prompt, _ in items], [group[0] for _, group in items]
-    return [float(value) for value in user_judge(run, rules).values(*said)]
+  def judge(
+    items: Sequence[tuple[structs.Prompt, list[str]]],
+  ) -> list[float]:
+    scores = user_judge(run, rules).values(
+      [prompt for prompt, _ in items], [group[0] for _, group in items]
+    )
+    return [float(score) for score in scores]
 
-  def asks(name, prompts, samples, work):
+  def compute(
+    name: str,
+    prompts: list[structs.Prompt],
+    samples: int,
+    work: Callable[[Sequence[Any]], list[Any]],
+  ) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for block in partial_lib.blocks(len(prompts)):
-      some = partial_lib.block(prompts, block)
+      some = partial_lib.take(prompts, block)
 
-      def answers(some=some):
+      def results(some: list[structs.Prompt] = some) -> list[Any]:
         pairs = list(zip(some, texts(some, samples), strict=True))
         preemption.exit_if_requested()
         return exchange.map_across_processes(pairs, work)
 
-      kept = pieces.get(f"{name}-{block.start:08d}", answers)
+      kept = partial.get(f"{name}-{block.start:08d}", results)
       out |= {p.id: one for p, one in zip(some, kept, strict=True)}
     return out
 
-  right = asks("right", maths, rules.samples, check)
-  return {"right": right, "score": score | asks("score", asked, 1, judge)}
+  right = compute("right", maths, rules.samples, check)
+  return {"right": right, "score": score | compute("score", judged, 1, judge)}
 
 
-def _row(prompt, word, found):
+def _row(
+  prompt: structs.Prompt,
+  reason: str | None,
+  found: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
   row = prompts_lib.row(prompt)
   for name in ("right", "score"):
     if prompt.id in found[name]:
       row[name] = found[name][prompt.id]
-  return row if word is None else row | {"reason": word}
+  return row if reason is None else row | {"reason": reason}

@@ -1,7 +1,7 @@
-"""How long each stage of a run took: compiling, waiting, in all.
+"""Records how long each stage took: in total, compiling, and waiting.
 
-The run prints the table when it ends, and leaves it with every program's name
-in `timing.json` of its folder.
+At its end the run prints a table, and writes it with the names of all programs
+to `timing.json` in its folder.
 """
 
 import dataclasses
@@ -15,33 +15,33 @@ from opera_jax import atomic_file
 from opera_jax.sharding import clock, compile_log, runtime
 
 FILE = "timing.json"
-SETUP = "set-up"  # imports, tasks, tokenizer: all before the first stage
+SETUP = "set-up"  # everything before the first stage: imports, tasks, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class StageTime:
-  """What one stage of one run took; seconds of the wall."""
+  """The time of one stage of one run, in wall-clock seconds."""
 
   name: str
-  seconds: float  # in all
-  compiling: float  # of which some thread traced, lowered or compiled
-  waiting: float  # of which the main thread waited, see `sharding.clock`
+  seconds: float  # in total
+  compiling: float  # during which some thread traced, lowered or compiled
+  waiting: float  # during which the main thread waited, see `sharding.clock`
   programs: int  # compiled, or read from the persistent cache
-  # (name, times compiled, seconds of all its phases), the dearest first.
+  # (name, times compiled, seconds of all its phases), the slowest first.
   dearest: tuple[tuple[str, int, float], ...]
 
 
 class StageTimes:
-  """Takes the time of one stage after the other."""
+  """Times one stage after the other."""
 
   def __init__(self, began: float):
-    """The first stage is set-up, which began at that `time.time()`."""
+    """Starts with the set-up, which began at `time.time() == began`."""
     self._spans = compile_log.spans()
     self._name, self._start, self._waited = SETUP, began, 0.0
     self._done: list[StageTime] = []
 
   def enter(self, name: str) -> None:
-    """The stage before ends here, and this one begins."""
+    """Ends the current stage, and starts the next one."""
     now, waited = time.time(), clock.waited()
     mine = compile_log.between(self._spans, self._start, now)
     self._done.append(
@@ -57,7 +57,7 @@ class StageTimes:
     self._name, self._start, self._waited = name, now, waited
 
   def finish(self, folder: str | os.PathLike) -> list[StageTime]:
-    """Ends the last stage; writes the file and prints the table."""
+    """Ends the last stage, writes the file, and prints the table."""
     self.enter("")
     if runtime.is_main_process():
       lines = [dataclasses.asdict(stage) for stage in self._done]
@@ -68,10 +68,10 @@ class StageTimes:
 
 
 def read(folder: str | os.PathLike) -> list[StageTime]:
-  """What `StageTimes.finish` has left in a run's folder.
+  """Reads what `StageTimes.finish` wrote in a run's folder.
 
   Raises:
-    FileNotFoundError: no run has ended there.
+    FileNotFoundError: no run has finished there.
   """
   text = (pathlib.Path(folder) / FILE).read_text()
   return [_stage(line) for line in json.loads(text)["stages"]]
@@ -83,7 +83,7 @@ def _stage(line: dict[str, Any]) -> StageTime:
 
 
 def table(stages: list[StageTime]) -> str:
-  """The table as text, with a line of sums."""
+  """Formats the table as text, with a line of totals."""
   header = ("stage", "seconds", "compiling", "waiting", "programs")
   rows = [
     (s.name, s.seconds, s.compiling, s.waiting, s.programs) for s in stages

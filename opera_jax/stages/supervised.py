@@ -25,14 +25,15 @@ Pair = tuple[np.ndarray, np.ndarray]  # prompt tokens, completion tokens
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How to train on (prompt, completion) pairs, loss on completions only."""
+  """Settings of training on (prompt, completion) pairs; loss on completions
+  only."""
 
   epochs: int
-  batch_size: int  # rows an update
+  batch_size: int  # rows per update
   row_tokens: int  # length of a row; a longer pair is dropped and counted
-  packed: bool  # several pairs a row, kept apart by segment ids
+  packed: bool  # several pairs per row, separated by segment ids
   learning_rate: float
-  warmup: float  # share of the updates
+  warmup: float  # fraction of the updates
   decay: str  # "constant" or "cosine"
   b2: float
   weight_decay: float
@@ -41,7 +42,7 @@ class Recipe:
   reduction: str  # see `losses.reduce`
   micro_batches: int
   checkpoint_every: int  # updates
-  seed: int = -1  # random seed of the order of rows; below 0 takes the run's
+  seed: int = -1  # seed of the row order; below 0 uses the run's
 
 
 def base(
@@ -55,8 +56,8 @@ def base(
 
   Args:
     run: the run.
-    recipe: how to pretrain; unread where the model is loaded.
-    preemption: asked after every update, or every tensor that is loaded.
+    recipe: how to pretrain; unused if the model is loaded.
+    preemption: checked after every update, or every loaded tensor.
     path: directory or hub id of a Qwen3 checkpoint; "" pretrains.
   """
   if path:
@@ -133,7 +134,7 @@ def sft(
 def _completion(
   tokenizer: tokenizer_lib.Tokenizer, document: structs.Document
 ) -> np.ndarray:
-  """Tokens of a document; only our own tags become special tokens."""
+  """Tokenizes a document; only our own tags become special tokens."""
   return np.concatenate(
     [
       tokenizer.encode_template("<think>\n"),

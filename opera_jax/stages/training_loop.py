@@ -1,4 +1,4 @@
-"""Next-token training on prepared batches: pretraining and SFT."""
+"""The training loop of pretraining and SFT: next-token loss on batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,11 @@ from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
 
 
-def place(state: train_state.TrainState, mesh: jax.sharding.Mesh):
-  """Replicates leaves without a layout (counters, keys) on every device."""
+def place(
+  state: train_state.TrainState, mesh: jax.sharding.Mesh
+) -> train_state.TrainState:
+  """Replicates leaves without a NamedSharding (counters, keys) on every
+  device."""
   whole = layout.replicated(mesh)
   return jax.tree.map(
     lambda x: (
@@ -39,7 +42,7 @@ def fit(
   checkpoint_every: int,
   preemption: checkpoint.Preemption,
 ) -> Any:
-  """Runs `steps` updates, from the newest checkpoint if there is one.
+  """Runs updates up to `steps`, resuming from the newest checkpoint.
 
   The next step is dispatched before the last one's metrics are fetched, so
   the device never waits for the host.
@@ -48,19 +51,19 @@ def fit(
     stage: its folder takes checkpoints and metrics.
     state: the state before the first update.
     update: from `train.step.make_sft_update`.
-    batches: `batches(step, rows)`, those rows of the step's batch, of which
-      each process asks for its own; a pure function of both.
-    batch_size: rows of a batch.
+    batches: `batches(step, rows)` returns these rows of the step's batch; each
+      process calls it with its own rows. A pure function of both.
+    batch_size: rows per batch.
     mesh: rows are split over its data axes.
-    steps: updates in all.
+    steps: total number of updates.
     checkpoint_every: updates between checkpoints.
-    preemption: asked after every step; saves and exits when it says so.
+    preemption: checked after every step; if requested, saves and exits.
 
   Returns:
     The parameters after the last update.
 
   Raises:
-    NonFiniteError: a loss or gradient is no number.
+    NonFiniteError: a loss or gradient is not finite.
   """
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
   state = place(state, mesh)
@@ -68,18 +71,18 @@ def fit(
   restored = saves.restore(state)
   if restored is not None:
     start, state, _ = restored
-    print(f"{stage.name}: goes on after step {start}", flush=True)
+    print(f"{stage.name}: resuming after step {start}", flush=True)
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else start
   )
   mine = layout.local_rows(mesh, batch_size)
 
-  def record(at, values):
+  def record(at: int, values: Any) -> None:
     values = layout.to_host(values)
     step_lib.check_finite(values, at)
     log.write(at, values)
 
-  waiting = None
+  pending = None
   with (
     jax.set_mesh(mesh),
     metrics.Progress(steps, stage.name, done=start) as progress,
@@ -90,16 +93,16 @@ def fit(
       state, values = update(
         state, layout.from_local_rows(batch, mesh, batch_size)
       )
-      if waiting is not None:
-        record(*waiting)
-      waiting = (i + 1, values)
+      if pending is not None:
+        record(*pending)
+      pending = (i + 1, values)
       progress.update(tokens=tokens)
-      leave = preemption.requested()
-      if leave or (i + 1) % checkpoint_every == 0 or i + 1 == steps:
-        record(*waiting)
-        waiting = None
+      stop = preemption.requested()
+      if stop or (i + 1) % checkpoint_every == 0 or i + 1 == steps:
+        record(*pending)
+        pending = None
         saves.save(i + 1, state, {})
-      if leave:
+      if stop:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()

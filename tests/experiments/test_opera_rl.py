@@ -87,7 +87,7 @@ def test_every_stage_leaves_what_it_should(straight):
   assert list((workdir / "rl" / "tensorboard").rglob("events*"))
   for word in ("tokens/s", "s left", "facts kept"):
     assert word in output
-  for whose in ("synthesize: a first sample of the base", "rl: a first sample"):
+  for whose in ("synthesize: first sample of the base", "rl: first sample"):
     assert output.count(whose) == 1
   times = {s.name: s for s in stage_times.read(workdir)}
   assert list(times) == [stage_times.SETUP, *opera_rl.STAGES]

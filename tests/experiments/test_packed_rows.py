@@ -80,11 +80,11 @@ def _packed(**changes):
       mesh=jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data"),
     ),
     rl,
-    learner.Learner(**none),
-    advantages.WeightedEstimators(
+    scored,
+    learn=learner.Learner(**none),
+    estimators=advantages.WeightedEstimators(
       "reinforce", {"reinforce": {"baseline": "none"}}, None
     ),
-    scored,
     old=_logprobs(scored, OLD),
     ref=_logprobs(scored, REF),
     params=None,

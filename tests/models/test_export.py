@@ -89,4 +89,4 @@ def test_transformers_loads_the_exported_run(run, tmp_path):
 def test_a_stage_without_a_model_is_named(run, tmp_path):
   done = _export(run, "--stage=rl", f"--output={tmp_path}")
   assert done.returncode != 0
-  assert "'rl' has left no model" in done.stderr
+  assert "'rl' has saved no model" in done.stderr

@@ -81,8 +81,12 @@ def test_importance_weights_take_the_probability_as_drawn():
   truncated = structs.Sample(tokens, old, True, truncated_logprob=drawn)
   advantage = [np.ones(3, np.float32)] * 2
   samples = [plain, truncated]
-  same = advantages.importance_weighted(advantage, [old] * 2, samples, 0.0)
+  same = advantages.importance_weighted(
+    advantage, old=[old] * 2, completions=samples, cap=0.0
+  )
   assert same is advantage
-  got = advantages.importance_weighted(advantage, [old] * 2, samples, 2.0)
+  got = advantages.importance_weighted(
+    advantage, old=[old] * 2, completions=samples, cap=2.0
+  )
   np.testing.assert_allclose(got[0], 1.0)
   np.testing.assert_allclose(got[1], [0.5, 0.5, 2.0], rtol=1e-5)

@@ -71,11 +71,11 @@ def _collect(*batches, **settings):
   return rollouts.collect(
     _Engine(),
     _Scorer(),
-    None,
-    None,
     prompts,
-    None,
-    jax.random.key(0),
+    params=None,
+    rollout_params=None,
+    settings=None,
+    key=jax.random.key(0),
     samples=2,
     **settings,
   )

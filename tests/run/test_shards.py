@@ -45,12 +45,12 @@ def _fill(made, stop=None):
 
 def test_everything_once_and_in_order(tmp_path):
   made = shards.Shards(tmp_path, IDS, 4)
-  assert len(made) == 3 and made.lacking() == 10
+  assert len(made) == 3 and made.num_missing() == 10
   assert _fill(made) == list(range(10))
-  assert made.lacking() == 0
+  assert made.num_missing() == 0
   assert [t.id for t in made.read()] == IDS
   again = shards.Shards(tmp_path, IDS, 4)
-  assert _fill(again) == [] and again.lacking() == 0
+  assert _fill(again) == [] and again.num_missing() == 0
 
 
 def test_a_second_start_goes_on(tmp_path):
@@ -105,7 +105,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="No space left.*same command again"):
     _fill(made)
   assert shards.Shards(tmp_path, IDS, 4).missing(0) == [1, 2, 3]
-  with pytest.raises(ValueError, match="'item-9' is none of them"):
+  with pytest.raises(ValueError, match="'item-9' is not one of them"):
     made.add(0, _trace(IDS[9]))
   bad = dataclasses.replace(
     _trace(IDS[1]),
@@ -117,7 +117,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, monkeypatch):
 
 
 def test_bad_items(tmp_path):
-  with pytest.raises(ValueError, match="'item-3' is given twice"):
+  with pytest.raises(ValueError, match="'item-3' occurs twice"):
     shards.Shards(tmp_path, [*IDS, "item-3"], 4)
   with pytest.raises(ValueError, match="config.synthesis.batch"):
     shards.Shards(tmp_path, IDS, 0)
@@ -141,7 +141,7 @@ def test_the_parts_of_others_are_waited_for(tmp_path, monkeypatch):
     for item in items:
       mine.add(index, _trace(IDS[item]))
   assert asked == [0, 1, 2, 3, 8, 9]
-  assert mine.lacking() == 0 and naps
+  assert mine.num_missing() == 0 and naps
 
 
 def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
@@ -156,7 +156,7 @@ def test_a_wait_for_the_parts_of_others_can_be_ended(tmp_path):
       for item in items:
         shards.Shards(tmp_path, IDS, 4).add(index, _trace(IDS[item]))
   assert asked == [1]
-  assert shards.Shards(tmp_path, IDS, 4).lacking() == len(IDS) - 4
+  assert shards.Shards(tmp_path, IDS, 4).num_missing() == len(IDS) - 4
 
 
 # A worker notes each item it makes before it adds its trace. It begins when the

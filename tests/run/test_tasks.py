@@ -138,7 +138,7 @@ def test_what_differs_in_case_or_space_alone_falls_on_one_side(tmp_path):
   assert len(loaded.held_out) == 6 and len(held) == 3
   for others in (loaded.synthesis, loaded.rl):
     assert held.isdisjoint(words.normal(p.prompt) for p in others)
-  assert any("what a held-out one asks" in note for note in loaded.notes)
+  assert any("the prompt of a held-out task" in note for note in loaded.notes)
 
 
 def test_references_are_excerpts_and_the_notes_say_so(tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_references_are_excerpts_and_the_notes_say_so(tmp_path, capsys):
     assert len(prompt.reference.split()) <= 12
   notes = " ".join(loaded.notes)
   assert "Dropped 1 open-ended and 0 maths tasks" in notes
-  assert "excerpt in 9 open-ended tasks" in notes
+  assert "The references of 9 open-ended tasks" in notes
   printed = capsys.readouterr().out
   assert all(note in printed for note in loaded.notes)
   whole = _load(path=_write(tmp_path / "a.jsonl", _rows(10)), excerpt_words=0)
@@ -280,7 +280,7 @@ def test_bad_response_files(tmp_path):
     (
       {"synthesis": 5},
       ValueError,
-      "asks for 5 prompts and 4 are left beside 5 held out. Lower it",
+      "is 5 prompts and only 4 remain beside 5 held out. Lower it",
     ),
     ({"task_map": {}}, ValueError, r"a.jsonl:1: task is 'chat'.*task_map"),
     ({"prompt_words": 2}, ValueError, "0 tasks are left.*prompt_words"),
@@ -318,7 +318,9 @@ def test_too_few_rl_tasks_stop_before_any_training(tmp_path):
   config.data.held_out = 6
   config.data.synthesis = 3
   config.base.batch_size = config.sft.batch_size = 8  # of eight devices
-  with pytest.raises(ValueError, match="for 12 prompts a step and 3 tasks"):
+  with pytest.raises(
+    ValueError, match="is 12 prompts per step and only 3 tasks"
+  ):
     opera_rl.opera(config, str(tmp_path / "run"))
   assert not (tmp_path / "run" / "base").exists()
 
@@ -351,7 +353,12 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
     return step_metrics.rl_step(
-      scored, [[sample] * 2] * 2, logprobs, ema, [{}], clock
+      scored,
+      [[sample] * 2] * 2,
+      old=logprobs,
+      ema=ema,
+      updates=[{}],
+      clock=clock,
     )
 
   both = metrics([True, False], -3.0)

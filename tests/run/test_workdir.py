@@ -66,7 +66,7 @@ def test_the_place_of_an_input_does_not_matter(tmp_path):
 
 
 def test_an_input_that_is_gone_is_needed_until_the_stage_has_finished(tmp_path):
-  with pytest.raises(FileNotFoundError, match="made from sft/model.*add sft"):
+  with pytest.raises(FileNotFoundError, match="needs sft/model.*add sft"):
     workdir.Stage(tmp_path, "rl", {}, {"sft/model": None})
   assert not (tmp_path / "rl" / "SETTINGS.json").exists()
   stage = _stage(tmp_path)
@@ -102,7 +102,7 @@ def test_a_redo_drops_a_stage_and_those_after_it(tmp_path, capsys):
     aside = tmp_path / "dropped" / f"{name}-1"
     assert bool(workdir.result(tmp_path, name)) != gone
     assert aside.exists() == gone
-    assert (f"drops {name}; what it left is now {aside}" in said) == gone
+    assert (f"drops {name}; its files are now in {aside}" in said) == gone
     if gone:
       assert (aside / "outcome").read_text() == name
       left = {path.name for path in (tmp_path / name).iterdir()}
@@ -116,7 +116,7 @@ def test_a_redo_that_was_killed_goes_on(tmp_path, capsys):
   # The same command again: what it has done is kept.
   allowed = workdir.redo(tmp_path, "sft")
   assert workdir.result(tmp_path, "sft") == {"again": True}
-  assert "goes on" in capsys.readouterr().out
+  assert "continues" in capsys.readouterr().out
   # Unless it does not fit what is asked for now.
   with pytest.raises(ValueError, match="lr: 1 then, 2 now"):
     workdir.Stage(tmp_path, "sft", {"lr": 2})
@@ -142,7 +142,7 @@ def test_a_stage_that_others_share_or_work_at_is_not_dropped(tmp_path):
   _finished(tmp_path)
   with (
     file_lock.claim(tmp_path / "rl" / "stage.lock"),
-    pytest.raises(OSError, match=f"process {os.getpid()} .*at stage rl"),
+    pytest.raises(OSError, match=f"process {os.getpid()} .*works on stage rl"),
   ):
     workdir.redo(tmp_path, "rl")
   assert workdir.result(tmp_path, "rl")
@@ -178,7 +178,7 @@ def test_the_second_start_says_who_has_the_stage_and_waits(tmp_path):
   stage = workdir.Stage(tmp_path, "rl", {})
   with stage.locked():
     second, said = _waiting(tmp_path)
-    assert f"rl: process {os.getpid()} on " in said and "waiting" in said
+    assert f"rl: waiting for process {os.getpid()} on " in said
     stage.finish({})
   assert second.communicate(timeout=60)[0] == "finished\n"
   assert second.returncode == 0

@@ -73,7 +73,7 @@ def test_one_of_another_user_is_refused(home, monkeypatch):
 def test_what_is_no_folder_is_named(home):
   (home / ".cache" / "opera_jax").mkdir(parents=True)
   (home / ".cache" / "opera_jax" / "compiled").write_text("")
-  with pytest.raises(OSError, match="compiled cannot be made"):
+  with pytest.raises(OSError, match="compiled cannot be created"):
     runtime.cache_folder("auto")
 
 

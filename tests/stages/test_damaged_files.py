@@ -102,7 +102,15 @@ def _says(error, path) -> None:
   """It names the file, and what to do."""
   said = str(error)
   assert str(path) in said, said
-  for word in ("copy", "delete", "rights", "redo", "workdir", "drop"):
+  for word in (
+    "copy",
+    "delete",
+    "rights",
+    "permissions",
+    "redo",
+    "workdir",
+    "drop",
+  ):
     if word in said:
       return
   raise AssertionError(said)
@@ -191,7 +199,9 @@ def test_a_list_of_nothing_is_no_list(tmp_path, listing):
   saves.save(1, {"w": np.ones(3)}, {})
   saves.close()
   (tmp_path / "1" / "FILES.json").write_text(listing)
-  with pytest.warns(RuntimeWarning, match="damaged checkpoint 1.*is no list"):
+  with pytest.warns(
+    RuntimeWarning, match="damaged checkpoint 1.*is not a list"
+  ):
     assert checkpoint.Checkpoints(tmp_path).latest() is None
 
 

@@ -99,13 +99,14 @@ def test_the_pool(tmp_path):
   _build(tmp_path, given, embedder=embedder)
   assert len(calls) == 2
   assert (tmp_path / "pool" / "prompts.jsonl").read_bytes() == before
-  with pytest.raises(ValueError, match="begun with other settings: prompts"):
+  with pytest.raises(ValueError, match="started with other settings: prompts"):
     _build(tmp_path, given[1:], embedder=embedder)
 
 
 def test_fewer_prompts_than_asked_for(tmp_path):
   with pytest.raises(
-    ValueError, match="asks for 61 prompts and 60 of 60 are left.*Lower it"
+    ValueError,
+    match="asks for 61 prompts and 60 of 60 pass the filters.*Lower it",
   ):
     _build(tmp_path, _tasks(), size=61)
   assert not (tmp_path / "pool" / "embeddings").exists()

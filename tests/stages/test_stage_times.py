@@ -52,7 +52,7 @@ def test_a_first_sample_is_a_few_harmless_lines(capsys):
     + "\n</think>\n\nA fox.",
   )
   first, *rest = capsys.readouterr().out.splitlines()
-  assert first.startswith("rl: a first sample of the policy, ")
+  assert first.startswith("rl: first sample of the policy, ")
   assert " s after the start:" in first
   text = "\n".join(rest)
   assert "prompt:  Tell me \u241b[31mof a fox." in text
