@@ -45,7 +45,10 @@ def _embedding_lookup_backward(
   embed_VD, token_BT = residuals
   zeros_VD = jnp.zeros(embed_VD.shape, jnp.float32)
   mesh = jax.sharding.get_abstract_mesh()
-  if not rules.is_single_device() and rules.num_shards(("data", "sequence"), mesh) == 1:
+  if (
+    not rules.is_single_device()
+    and rules.num_shards(("data", "sequence"), mesh) == 1
+  ):
     # Shard the features like the table's. Otherwise every device would sum a
     # whole [V, D] gradient. With rows over several mesh axes GSPMD would
     # all-gather the gradient here, which is worse.

@@ -283,7 +283,7 @@ class _Run:
     config = self._config
     P = max(self._engine["prompt_buckets"])
     with jax.set_mesh(self._mesh):
-      R = self._ways * decode_loop_lib.prefill_batch_size(P)
+      R = self._num_data_shards * decode_loop_lib.prefill_batch_size(P)
     slots = self._slots()
     return Program(
       name="prefill",

@@ -408,7 +408,7 @@ class RewardScorer:
   ) -> int:
     """Tokens that the released code scores: a row for P_0, every P_j, and L."""
     total, thoughts = 0, rollouts.thoughts
-    for r in rows:
+    for r in completions:
       owner = rollouts.prompt_index(r)
       reference = len(rollouts.encode(rollouts.prompts[owner].reference))
       count = int(thoughts.count[r])
