@@ -117,8 +117,8 @@ def _choose(implementation: str | None, slots: int) -> Any:
   if implementation is None and target.platform() == "tpu":
     applies = pallas_tpu.unsupported(slots) is None
     implementation = "pallas_tpu" if applies else "xla"
-  modules = {"reference": reference, "pallas_tpu": pallas_tpu}
-  return modules.get(implementation, xla)
+  modules = {"reference": reference, "pallas_tpu": pallas_tpu, "xla": xla}
+  return modules[implementation or "xla"]
 
 
 def _check(

@@ -1,23 +1,25 @@
-"""TPU kernels of attention in which each query sees a prefix of the keys.
+"""TPU kernels of attention in which each query sees the first keys only.
 
   out_q = sum_{t < seen_q} p_qt v_t,      p_qt = exp(scale q.k_t - lse_q)
 
-Query blocks meet key blocks with an online softmax in scratch. How many key
-blocks a query block needs is prefetched to scalar memory: what lies beyond is
-neither computed (`pl.when`) nor fetched (the index map stays on a block that
-is there already).
+Each block of queries runs an online softmax over blocks of keys, with its state
+in scratch. The number of key blocks that a query block needs is prefetched to
+scalar memory. Further blocks are neither computed (`pl.when`) nor fetched (the
+index map repeats a block that is already in VMEM).
 
-VMEM: a block of keys is at most 2 MiB (512 keys of one head, or of all heads
-where queries are few), held twice for keys and for values, and in float32 for
-their gradients; with 256 queries and five tiles of float32 scores under 24
-MiB, of the `VMEM_LIMIT` that the compiler keeps to.
+VMEM: a block of keys is at most 2 MiB (512 keys of one head, or of all heads if
+there are few queries). Keys and values are double-buffered, and their gradients
+are float32. With 256 queries and five tiles of float32 scores this is under
+24 MiB; the compiler's limit is `VMEM_LIMIT`.
 
-Shape key: B rows, S continuations (1 for a prefix), K key-value heads, Q
-queries a key-value head, H head features, T keys, q queries and t keys of
+Shape key: B rows, S continuations (1 for a prefix), K key/value heads,
+Q queries per key/value head, H head dimension, T keys, q queries and t keys of
 one block.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,22 +42,23 @@ def forward(
   seed: tuple[jax.Array, jax.Array] | None = None,
   layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attends to prefixes.
+  """Attention of every query to its first `seen` keys.
 
   Args:
-    scale: what multiplies q.k.
+    scale: multiplies q.k.
     q_BKSQH: [B, K, S, Q, H] float32 or bfloat16.
-    k_BSKTH: [B, S, K, T, H], of q's dtype.
+    k_BSKTH: [B, S, K, T, H], in q's dtype.
     v_BSKTH: like the keys.
     seen_BSQ: [B, S, Q] int32 in [0, T], how many keys a query sees.
-    seed: out and logsumexp over other keys of the same softmax, or None.
-    layer: int scalar; keys and values then lead with an axis of layers, of
-      which this one is fetched where it lies.
+    seed: out and logsumexp over other keys of the same softmax, or None; the
+      online softmax continues from them.
+    layer: int scalar; keys and values then have a first axis of layers, of
+      which this one is read without copying it out.
 
   Returns:
-    out [B, K, S, Q, H], of q's dtype if seeded, else float32, to be a seed;
-    logsumexp [B, K, S, Q, 1] float32. A query that sees nothing has out 0 and
-    a logsumexp of about -1e30.
+    out [B, K, S, Q, H], in q's dtype if seeded, else in float32, to be a seed;
+    logsumexp [B, K, S, Q, 1] float32. A query that sees no key has out 0 and a
+    logsumexp of about -1e30.
   """
   plan = limited_plan.Plan(q_BKSQH, k_BSKTH, layered=layer is not None)
   *outer, H = q_BKSQH.shape
@@ -103,7 +106,7 @@ def backward(
   lse_BKSQ1: jax.Array,
   delta_BKSQ1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Gradients of `forward`'s share of a softmax whose logsumexp is `lse`.
+  """Gradients through these keys of a softmax whose logsumexp is `lse`.
 
   Args:
     scale: as in `forward`, like the next four.
@@ -112,11 +115,11 @@ def backward(
     v_BSKTH: values.
     seen_BSQ: how many keys a query sees.
     d_out_BKSQH: cotangent of the whole output, of q's dtype.
-    lse_BKSQ1: [B, K, S, Q, 1] float32, over all keys of the softmax.
+    lse_BKSQ1: [B, K, S, Q, 1] float32, over all keys of the whole softmax.
     delta_BKSQ1: [B, K, S, Q, 1] float32, d_out . out of the whole output.
 
   Returns:
-    d_q float32, d_k and d_v of the keys' dtype.
+    d_q in float32; d_k and d_v in the keys' dtype.
   """
   plan = limited_plan.Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
@@ -131,7 +134,9 @@ def backward(
     v_BSKTH,
   )
 
-  def specs(query, key):
+  def specs(
+    query: Callable[..., Any], key: Callable[..., Any]
+  ) -> list[pl.BlockSpec]:
     return [
       plan.seen_spec(query),
       *[plan.query_spec(H, query)] * 2,
@@ -170,18 +175,26 @@ def backward(
   return d_q, d_k, d_v
 
 
-def _outer(b, s, outer, *_):
+def _outer(b: Any, s: Any, outer: Any, *_: Any) -> Any:
+  """The index of the outer of a grid's two block axes."""
   return outer
 
 
 def _forward_kernel(
-  needed_ref, seen_ref, q_ref, k_ref, v_ref, *refs, plan, scale
-):
+  needed_ref: Any,
+  seen_ref: Any,
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  *refs: Any,
+  plan: limited_plan.Plan,
+  scale: float,
+) -> None:
   *seed, out_ref, lse_ref, sum_ref, m_ref, l_ref = refs
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(j == 0)
-  def _():
+  def _() -> None:
     if seed:
       sum_ref[...] = seed[0][0, :, 0]
       m_ref[...] = seed[1][0, :, 0]
@@ -192,7 +205,7 @@ def _forward_kernel(
       l_ref[...] = jnp.zeros_like(l_ref)
 
   @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
-  def _():
+  def _() -> None:
     visible = _visible(seen_ref, j, plan)
     for n in range(plan.heads):
       k = k_ref[0, 0, n]
@@ -207,7 +220,7 @@ def _forward_kernel(
       sum_ref[n] = keep * sum_ref[n] + _dot(p.astype(v.dtype), v, 1, 0)
 
   @pl.when(j == plan.key_blocks - 1)
-  def _():
+  def _() -> None:
     for n in range(plan.heads):
       total = jnp.maximum(l_ref[n], 1e-30)
       out_ref[0, n, 0] = (sum_ref[n] / total).astype(out_ref.dtype)
@@ -215,28 +228,28 @@ def _forward_kernel(
 
 
 def _d_query_kernel(
-  needed_ref,
-  seen_ref,
-  q_ref,
-  d_out_ref,
-  lse_ref,
-  delta_ref,
-  k_ref,
-  v_ref,
-  d_q_ref,
-  sum_ref,
+  needed_ref: Any,
+  seen_ref: Any,
+  q_ref: Any,
+  d_out_ref: Any,
+  lse_ref: Any,
+  delta_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  d_q_ref: Any,
+  sum_ref: Any,
   *,
-  plan,
-  scale,
-):
+  plan: limited_plan.Plan,
+  scale: float,
+) -> None:
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(j == 0)
-  def _():
+  def _() -> None:
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
   @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
-  def _():
+  def _() -> None:
     visible = _visible(seen_ref, j, plan)
     for n in range(plan.heads):
       k = _zero_beyond(k_ref[0, 0, n], j, plan.t, plan.T)
@@ -247,37 +260,37 @@ def _d_query_kernel(
       sum_ref[n] += _dot(d_score.astype(k.dtype), k, 1, 0)
 
   @pl.when(j == plan.key_blocks - 1)
-  def _():
+  def _() -> None:
     d_q_ref[0, :, 0] = sum_ref[...]
 
 
 def _d_key_kernel(
-  needed_ref,
-  first_ref,
-  seen_ref,
-  q_ref,
-  d_out_ref,
-  lse_ref,
-  delta_ref,
-  k_ref,
-  v_ref,
-  d_k_ref,
-  d_v_ref,
-  k_sum_ref,
-  v_sum_ref,
+  needed_ref: Any,
+  first_ref: Any,
+  seen_ref: Any,
+  q_ref: Any,
+  d_out_ref: Any,
+  lse_ref: Any,
+  delta_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  d_k_ref: Any,
+  d_v_ref: Any,
+  k_sum_ref: Any,
+  v_sum_ref: Any,
   *,
-  plan,
-  scale,
-):
+  plan: limited_plan.Plan,
+  scale: float,
+) -> None:
   b, s, j, i = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(i == 0)
-  def _():
+  def _() -> None:
     k_sum_ref[...] = jnp.zeros_like(k_sum_ref)
     v_sum_ref[...] = jnp.zeros_like(v_sum_ref)
 
   @pl.when(plan.blocks_for(b, s, i, needed_ref) > j)
-  def _():
+  def _() -> None:
     visible = _visible(seen_ref, j, plan)
     visible = visible & _within(visible.shape, i, plan.q, plan.Q)
     for n in range(plan.heads):
@@ -291,37 +304,44 @@ def _d_key_kernel(
       v_sum_ref[n] += _dot(p.astype(q.dtype), d_out, 0, 0)
 
   @pl.when(i == plan.query_blocks - 1)
-  def _():
+  def _() -> None:
     d_k_ref[0, 0] = k_sum_ref[...].astype(d_k_ref.dtype)
     d_v_ref[0, 0] = v_sum_ref[...].astype(d_v_ref.dtype)
 
 
-def _probability(visible, q, k, lse_q1, scale):
+def _probability(
+  visible: Any, q: jax.Array, k: jax.Array, lse_q1: jax.Array, scale: float
+) -> jax.Array:
+  """Probabilities of a tile, recomputed from the logsumexp, [q, t]."""
   return jnp.where(visible, jnp.exp(scale * _dot(q, k, 1, 1) - lse_q1), 0.0)
 
 
-def _visible(seen_ref, key_block, plan):
-  """[q, t]: whether a query sees a key; never beyond the last one."""
+def _visible(
+  seen_ref: Any, key_block: Any, plan: limited_plan.Plan
+) -> jax.Array:
+  """Whether a query sees a key of the block, [q, t] bool."""
   seen_q1 = seen_ref[0, 0] - key_block * plan.t
   key_qt = jax.lax.broadcasted_iota(jnp.int32, (plan.q, plan.t), 1)
   return key_qt < seen_q1
 
 
-def _within(shape, block, size, length):
+def _within(shape: tuple[int, ...], block: Any, size: int, length: int) -> Any:
+  """Whether a row of the block is inside an array of `length` rows."""
   if length % size == 0:
     return True
   row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
   return row < length - block * size
 
 
-def _zero_beyond(x, block, size, length):
-  """Clears the rows that a block holds beyond the array's end."""
+def _zero_beyond(x: jax.Array, block: Any, size: int, length: int) -> jax.Array:
+  """Zeroes a block's rows beyond the array's end."""
   if length % size == 0:
     return x
   return jnp.where(_within(x.shape, block, size, length), x, jnp.zeros_like(x))
 
 
-def _dot(x, y, x_axis, y_axis):
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+  """Contracts one axis of each; float32."""
   return jax.lax.dot_general(
     x,
     y,
@@ -330,7 +350,7 @@ def _dot(x, y, x_axis, y_axis):
   )
 
 
-def _compiler_params():
+def _compiler_params() -> pltpu.CompilerParams:
   return pltpu.CompilerParams(
     dimension_semantics=("parallel",) * 4 + ("arbitrary",),
     vmem_limit_bytes=VMEM_LIMIT,

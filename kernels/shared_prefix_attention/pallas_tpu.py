@@ -1,25 +1,27 @@
-"""Continuation attention as TPU kernels.
+"""Shared-prefix attention as TPU kernels.
 
-Both halves are one operation, attention in which each query sees a prefix of
-its keys: the prefix's length, or its own continuation's offset + g + 1.
-`limited_attention` has the kernels. The continuation's half goes on from the
-prefix's sums; the backward pass runs each half with the logsumexp of the whole.
-Against the prefix all queries of a row stand in one long block, so that
-decoding reads a prompt's cache once for all of its samples.
+Attention to the prefix and attention to the own continuation are the same
+operation: each query sees the first keys only, `prefix_length` of the prefix
+and offset + g + 1 of its continuation. `limited_attention` has the kernels. The
+online softmax of the continuation continues from that of the prefix; the
+backward pass runs once for each, with the logsumexp over both. Against the
+prefix, all queries of a row are one block, so that decoding reads a prompt's
+cache once for all of its samples.
 
-The kernels read keys as [.., K, length, H]. Caches lie that way; inside a
-jitted layer XLA lays projections out that way too and the transposes here are
-free; an array that enters a program with its axes in memory order is copied
-once.
+The kernels read keys as [.., K, length, H]. Caches have this layout. Inside a
+jitted layer XLA gives it to the projections, so that the transposes here are
+free. An array that enters a program in another layout is copied once.
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
-K key-value heads, R = N / K, Q = G * R, H head features, T prefix length, C
-continuation length.
+K key/value heads, R = N / K, Q = G * R, H head dimension, T prefix length,
+C continuation length.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -28,10 +30,10 @@ from opera_jax.kernels.shared_prefix_attention import limited_attention
 
 
 def unsupported(*arrays: jax.Array) -> str | None:
-  """Why these kernels do not apply, or None where they do.
+  """Why these kernels do not apply, or None if they do.
 
   Args:
-    *arrays: queries, keys and values; features are their last axis.
+    *arrays: queries, keys and values; the last axis is the head dimension.
   """
   dtypes = {str(x.dtype) for x in arrays}
   if len(dtypes) > 1 or not dtypes <= {"float32", "bfloat16"}:
@@ -55,7 +57,7 @@ def shared_prefix_attention(
   """Computes `api.shared_prefix_attention`.
 
   Raises:
-    NotImplementedError: with the reason, where `unsupported` gives one.
+    NotImplementedError: `unsupported` gives a reason.
   """
   arrays = (
     q_BSGNH,
@@ -64,7 +66,7 @@ def shared_prefix_attention(
     continuation_k_BSCKH,
     continuation_v_BSCKH,
   )
-  _refuse(*arrays)
+  _require(*arrays)
   return _attention(scale, *arrays, prefix_length_BS, offset_BS)
 
 
@@ -80,16 +82,18 @@ def decode_attention(
   *,
   scale: float,
 ) -> jax.Array:
-  """Computes `api.decode_attention`; the layer is fetched where it lies.
+  """Computes `api.decode_attention` without copying the layer out.
 
   Raises:
-    NotImplementedError: with the reason, where `unsupported` gives one.
+    NotImplementedError: `unsupported` gives a reason.
   """
-  prefix, continuations = (
-    (prefix_k_LBKTH, prefix_v_LBKTH),
-    (continuation_k_LBSKCH, continuation_v_LBSKCH),
+  _require(
+    q_BSNH,
+    prefix_k_LBKTH,
+    prefix_v_LBKTH,
+    continuation_k_LBSKCH,
+    continuation_v_LBSKCH,
   )
-  _refuse(q_BSNH, *prefix, *continuations)
   B, S, N, H = q_BSNH.shape
   K, T = prefix_k_LBKTH.shape[2:4]
   R, C = N // K, continuation_k_LBSKCH.shape[4]
@@ -101,8 +105,8 @@ def decode_attention(
   seed = limited_attention.forward(
     scale,
     q_BKSRH.reshape(B, K, 1, S * R, H),
-    prefix[0][:, :, None],
-    prefix[1][:, :, None],
+    prefix_k_LBKTH[:, :, None],
+    prefix_v_LBKTH[:, :, None],
     prefix_length_BSR.reshape(B, 1, S * R).astype(jnp.int32),
     layer=layer,
   )
@@ -110,15 +114,16 @@ def decode_attention(
   out_BKSRH, _ = limited_attention.forward(
     scale,
     q_BKSRH,
-    *continuations,
+    continuation_k_LBSKCH,
+    continuation_v_LBSKCH,
     own_BSR.astype(jnp.int32),
-    (out, logsumexp),
+    seed=(out, logsumexp),
     layer=layer,
   )
   return out_BKSRH.swapaxes(1, 2).reshape(B, S, N, H)
 
 
-def _refuse(*arrays):
+def _require(*arrays: jax.Array) -> None:
   reason = unsupported(*arrays)
   if reason is not None:
     raise NotImplementedError(
@@ -127,29 +132,34 @@ def _refuse(*arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, *arrays):
+def _attention(scale: float, *arrays: jax.Array) -> jax.Array:
   return _forward_rule(scale, *arrays)[0]
 
 
-def _forward_rule(scale, q_BSGNH, *keys):
+def _forward_rule(
+  scale: float, q_BSGNH: jax.Array, *keys: jax.Array
+) -> tuple[jax.Array, Any]:
   K = keys[0].shape[2]
   R = q_BSGNH.shape[3] // K
-  q_BKSQH = _rows(q_BSGNH, K)
-  prefix, continuations = _halves(q_BKSQH, R, keys)
+  q_BKSQH = _heads_first(q_BSGNH, K)
+  prefix, continuations = _operands(q_BKSQH, R, keys)
   seed = limited_attention.forward(scale, *prefix)
+  out, logsumexp = (x.reshape(*q_BKSQH.shape[:4], -1) for x in seed)
   out_BKSQH, lse_BKSQ1 = limited_attention.forward(
-    *(scale, *continuations, [x.reshape(*q_BKSQH.shape[:4], -1) for x in seed])
+    scale, *continuations, (out, logsumexp)
   )
-  out_BSGNH = _unrows(out_BKSQH, q_BSGNH.shape)
+  out_BSGNH = _undo_heads_first(out_BKSQH, q_BSGNH.shape[2])
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
 
 
-def _backward_rule(scale, residuals, d_out_BSGNH):
+def _backward_rule(
+  scale: float, residuals: Any, d_out_BSGNH: jax.Array
+) -> tuple[Any, ...]:
   q_BSGNH, keys, out_BSGNH, lse_BKSQ1 = residuals
   K = keys[0].shape[2]
   R = q_BSGNH.shape[3] // K
   q_BKSQH, d_out_BKSQH, out_BKSQH = (
-    _rows(x, K) for x in (q_BSGNH, d_out_BSGNH, out_BSGNH)
+    _heads_first(x, K) for x in (q_BSGNH, d_out_BSGNH, out_BSGNH)
   )
   delta_BKSQ1 = jnp.sum(
     d_out_BKSQH.astype(jnp.float32) * out_BKSQH.astype(jnp.float32),
@@ -158,18 +168,20 @@ def _backward_rule(scale, residuals, d_out_BSGNH):
   )
   d_q_BKSQH: Any = 0.0
   d_keys = []
-  for half in _halves(q_BKSQH, R, keys):
+  for operands in _operands(q_BKSQH, R, keys):
     d_q, d_k, d_v = limited_attention.backward(
       scale,
-      *half,
+      *operands,
       *(
-        x.reshape(half[0].shape[:4] + (-1,))
+        x.reshape(operands[0].shape[:4] + (-1,))
         for x in (d_out_BKSQH, lse_BKSQ1, delta_BKSQ1)
       ),
     )
     d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)
     d_keys += [jnp.swapaxes(x, 2, 3) for x in (d_k, d_v)]
-  d_q_BSGNH = _unrows(d_q_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape)
+  d_q_BSGNH = _undo_heads_first(
+    d_q_BKSQH.astype(q_BSGNH.dtype), q_BSGNH.shape[2]
+  )
   gradients = (
     manual_axes.reduce_like(d_x.reshape(x.shape), x)
     for d_x, x in zip((d_q_BSGNH, *d_keys), (q_BSGNH, *keys[:4]))
@@ -180,9 +192,14 @@ def _backward_rule(scale, residuals, d_out_BSGNH):
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _halves(q_BKSQH, R, keys):
-  """Operands of `limited_attention` for the prefix (one long continuation) and
-  the continuations."""
+def _operands(
+  q_BKSQH: jax.Array, R: int, keys: Sequence[jax.Array]
+) -> tuple[Any, Any]:
+  """Queries, keys, values and visible keys for `limited_attention`.
+
+  Returns:
+    Those of the prefix, as one long continuation, and of the continuations.
+  """
   (
     prefix_k,
     prefix_v,
@@ -214,15 +231,11 @@ def _halves(q_BKSQH, R, keys):
   )
 
 
-def _rows(x_BSGNH, K):
-  """[B, K, S, Q, H]: the queries that share keys, side by side."""
-  B, S, G, N, H = x_BSGNH.shape
-  x_BSGKRH = x_BSGNH.reshape(B, S, G, K, N // K, H)
-  return x_BSGKRH.transpose(0, 3, 1, 2, 4, 5).reshape(B, K, S, -1, H)
+def _heads_first(x_BSGNH: jax.Array, K: int) -> jax.Array:
+  """The queries that share keys side by side, [B, K, S, Q, H]."""
+  return einops.rearrange(x_BSGNH, "B S G (K R) H -> B K S (G R) H", K=K)
 
 
-def _unrows(x_BKSQH, shape):
-  B, S, G, N, H = shape
-  K = x_BKSQH.shape[1]
-  x_BKSGRH = x_BKSQH.reshape(B, K, S, G, N // K, H)
-  return x_BKSGRH.transpose(0, 2, 3, 1, 4, 5).reshape(shape)
+def _undo_heads_first(x_BKSQH: jax.Array, G: int) -> jax.Array:
+  """Inverse of `_heads_first`, [B, S, G, N, H]."""
+  return einops.rearrange(x_BKSQH, "B K S (G R) H -> B S G (K R) H", G=G)

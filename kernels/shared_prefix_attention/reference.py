@@ -1,7 +1,7 @@
-"""Continuation attention as defined: every score at once, softmax over one row.
+"""Shared-prefix attention by its definition: all scores at once, one softmax.
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
-K key-value heads, H head features, T prefix length, C continuation length.
+K key/value heads, H head dimension, T prefix length, C continuation length.
 """
 
 import jax
@@ -19,13 +19,15 @@ def shared_prefix_attention(
   *,
   scale: float,
 ) -> jax.Array:
-  """softmax(scale q [prefix; continuation].k, where visible) [prefix;
-  continuation].v."""
+  """Computes `api.shared_prefix_attention`, which states the equation."""
   B, S, G, N, _ = q_BSGNH.shape
   T, K = prefix_k_BTKH.shape[1:3]
   C = continuation_k_BSCKH.shape[2]
 
-  def keys(prefix_BTKH, continuation_BSCKH):
+  def repeat_heads(
+    prefix_BTKH: jax.Array, continuation_BSCKH: jax.Array
+  ) -> jax.Array:
+    """Prefix and continuation keys for every query head, [B, S, X, N, H]."""
     prefix_BSTKH = jnp.broadcast_to(
       prefix_BTKH[:, None], (B, S, *prefix_BTKH.shape[1:])
     )
@@ -46,13 +48,13 @@ def shared_prefix_attention(
   score_BSNGX = scale * jnp.einsum(
     "bsgnh,bsxnh->bsngx",
     q_BSGNH,
-    keys(prefix_k_BTKH, continuation_k_BSCKH),
+    repeat_heads(prefix_k_BTKH, continuation_k_BSCKH),
     preferred_element_type=jnp.float32,
   )
   score_BSNGX = jnp.where(visible_BSGX[:, :, None], score_BSNGX, -jnp.inf)
   out_BSGNH = jnp.einsum(
     "bsngx,bsxnh->bsgnh",
     jax.nn.softmax(score_BSNGX, axis=-1),
-    keys(prefix_v_BTKH, continuation_v_BSCKH).astype(jnp.float32),
+    repeat_heads(prefix_v_BTKH, continuation_v_BSCKH).astype(jnp.float32),
   )
   return out_BSGNH.astype(q_BSGNH.dtype)

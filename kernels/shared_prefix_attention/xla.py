@@ -1,27 +1,55 @@
-"""Continuation attention by online softmax over blocks of keys.
+"""Shared-prefix attention by online softmax over blocks of keys.
 
-All continuations of a row meet a block of the prefix in one matmul; blocks
-beyond the furthest limit are not visited. The backward pass forms each block of
-probabilities again from the saved logsumexp. Where a row's queries would give
-too many scores at once, continuations (and then their queries) go chunk by
-chunk.
+All continuations of a row attend to a block of the prefix in one matmul; blocks
+beyond the longest prefix length are skipped. The backward pass recomputes each
+block of probabilities from the saved logsumexp. If a row's queries would have
+too many scores at once, they are processed in chunks of continuations (and, if
+a single continuation is too long, of its queries).
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
-K key-value heads, R = N / K query heads a key-value head, Q = G * R, H head
-features, T prefix length, C continuation length, x keys of one block.
+K key/value heads, R = N / K query heads per key/value head, Q = G * R,
+H head dimension, T prefix length, C continuation length, x keys of one block.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 
 from opera_jax.kernels import manual_axes
 
-MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
+MASKED = -1e30  # finite, so that a block without visible keys gives no NaN
 PREFIX = "bxkh"  # axes of the prefix's keys and values
 CONTINUATION = "bsxkh"
+
+
+class _Chunk(NamedTuple):
+  """Size of a chunk of queries, or where it starts."""
+
+  continuation: Any
+  query: Any
+
+
+class _Settings(NamedTuple):
+  """Static arguments."""
+
+  scale: float
+  block_keys: int
+  chunk: _Chunk  # its size
+
+
+class _Keys(NamedTuple):
+  """Keys and values, and how many of them are visible."""
+
+  prefix_k: jax.Array  # [B, T, K, H]
+  prefix_v: jax.Array
+  own_k: jax.Array  # [B, S, C, K, H]
+  own_v: jax.Array
+  prefix_length: jax.Array  # [B, S]
+  offset: jax.Array  # [B, S]
 
 
 def shared_prefix_attention(
@@ -37,40 +65,56 @@ def shared_prefix_attention(
   block_keys: int,
   block_scores: int,
 ) -> jax.Array:
-  """Streams `api.shared_prefix_attention`; `block_scores` scores of a row at
-  once."""
+  """Computes `api.shared_prefix_attention`, which states the arguments."""
   B, S, G, N, H = q_BSGNH.shape
   T, K, _ = prefix_k_BTKH.shape[-3:]
   C = continuation_k_BSCKH.shape[-3]
   block_keys = min(block_keys, max(T, C))
-  chunk = _chunk(S, G, max(1, block_scores // (N * block_keys)))
-  pad = -G % chunk[1]
+  chunk = _chunk_size(S, G, max(1, block_scores // (N * block_keys)))
+  pad = -G % chunk.query
   q_BSGNH = jnp.pad(q_BSGNH, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0)))
-  arrays = (
-    q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
-    *(prefix_k_BTKH, prefix_v_BTKH, continuation_k_BSCKH, continuation_v_BSCKH),
-    *(prefix_length_BS, offset_BS),
+  keys = _Keys(
+    prefix_k=prefix_k_BTKH,
+    prefix_v=prefix_v_BTKH,
+    own_k=continuation_k_BSCKH,
+    own_v=continuation_v_BSCKH,
+    prefix_length=prefix_length_BS,
+    offset=offset_BS,
   )
-  out_BSGKRH = _attention((scale, block_keys, chunk), *arrays)
+  out_BSGKRH = _attention(
+    _Settings(scale=scale, block_keys=block_keys, chunk=chunk),
+    q_BSGNH.reshape(B, S, G + pad, K, N // K, H),
+    *keys,
+  )
   return out_BSGKRH.reshape(B, S, G + pad, N, H)[:, :, :G]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings, q_BSGKRH, *keys):
+def _attention(
+  settings: _Settings, q_BSGKRH: jax.Array, *keys: jax.Array
+) -> jax.Array:
   return _forward_rule(settings, q_BSGKRH, *keys)[0]
 
 
-def _forward_rule(settings, q_BSGKRH, *keys):
+def _forward_rule(
+  settings: _Settings, q_BSGKRH: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, Any]:
   scale, block_keys, chunk = settings
+  keys = _Keys(*arrays)
 
-  def attend(part):
-    q_BKSQH = _rows(_take(q_BSGKRH, part, chunk))
-    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
+  def attend(start: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """Output and logsumexp of the chunk that begins at `start`."""
+    q_BKSQH = _heads_first(_slice_chunk(q_BSGKRH, start, chunk))
+    own_k, own_v, prefix_length, offset = (
+      _slice_chunk(x, start, chunk[:1]) for x in keys[2:]
+    )
     zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
     total: Any = (zero[..., 0] + MASKED, zero[..., 0], zero)
     total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
 
-    def step(total, k, v, axes, visible, _):
+    def add_block(
+      total: Any, k: jax.Array, v: jax.Array, axes: str, visible: Any, _: Any
+    ) -> Any:
       m, l, o = total
       score = jnp.where(visible, scale * _scores(q_BKSQH, k, axes), MASKED)
       m_new = jnp.maximum(m, jnp.max(score, axis=-1))
@@ -79,80 +123,120 @@ def _forward_rule(settings, q_BSGKRH, *keys):
       o = o * keep[..., None] + _weigh(p.astype(v.dtype), v, axes)
       return m_new, l * keep + jnp.sum(p, axis=-1), o
 
-    seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
-    prefix_length = own[2][..., None]
-    total = _visit(step, total, CONTINUATION, own[0], own[1], seen, block_keys)
-    total = _visit(
-      step, total, PREFIX, keys[0], keys[1], prefix_length, block_keys
+    total = _fold_blocks(
+      add_block,
+      total,
+      axes=CONTINUATION,
+      k=own_k,
+      v=own_v,
+      visible_BSQ=_own_keys_visible(offset, start, chunk, q_BSGKRH.shape[4]),
+      block_keys=block_keys,
     )
-    m, l, o = total
+    m, l, o = _fold_blocks(
+      add_block,
+      total,
+      axes=PREFIX,
+      k=keys.prefix_k,
+      v=keys.prefix_v,
+      visible_BSQ=prefix_length[..., None],
+      block_keys=block_keys,
+    )
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
-    normaliser = (m + jnp.log(l))[..., None]
-    return _unrows(out, chunk[1]), _unrows(normaliser, chunk[1])
+    logsumexp = (m + jnp.log(l))[..., None]
+    G = chunk.query
+    return _undo_heads_first(out, G), _undo_heads_first(logsumexp, G)
 
-  parts = _parts(q_BSGKRH, chunk)
-  if len(parts) == 1:
-    out, normaliser = attend(parts[0])
+  starts = _chunk_starts(q_BSGKRH, chunk)
+  if len(starts) == 1:
+    out, logsumexp = attend(starts[0])
   else:
-    out, normaliser = (
-      _put_together(x, q_BSGKRH.shape)
-      for x in jax.lax.map(attend, jnp.asarray(parts))
+    out, logsumexp = (
+      _join_chunks(x, q_BSGKRH.shape)
+      for x in jax.lax.map(attend, jnp.asarray(starts))
     )
-  return out, (q_BSGKRH, *keys, out, normaliser)
+  return out, (q_BSGKRH, *keys, out, logsumexp)
 
 
-def _backward_rule(settings, residuals, d_out_BSGKRH):
-  q_BSGKRH, *keys, out_BSGKRH, normaliser_BSGKR1 = residuals
+def _backward_rule(
+  settings: _Settings, residuals: Any, d_out_BSGKRH: jax.Array
+) -> tuple[Any, ...]:
+  q_BSGKRH, *arrays, out_BSGKRH, logsumexp_BSGKR1 = residuals
+  keys = _Keys(*arrays)
   scale, block_keys, chunk = settings
   delta_BSGKR1 = jnp.sum(
     d_out_BSGKRH.astype(jnp.float32) * out_BSGKRH.astype(jnp.float32),
     axis=-1,
     keepdims=True,
   )
-  per_query = (q_BSGKRH, d_out_BSGKRH, normaliser_BSGKR1, delta_BSGKR1)
+  per_query = (q_BSGKRH, d_out_BSGKRH, logsumexp_BSGKR1, delta_BSGKR1)
 
-  def zeros(shape):
+  def zeros(shape: tuple[int, ...]) -> jax.Array:
     zero = jnp.zeros(shape, jnp.float32)
     return manual_axes.varying_like(zero, d_out_BSGKRH, q_BSGKRH, *keys)
 
-  def attend(d_keys, part):
-    q, d_out, normaliser, delta = (
-      _rows(_take(x, part, chunk)) for x in per_query
+  def attend(
+    d_keys: tuple[jax.Array, ...], start: Any
+  ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Adds a chunk's gradients of keys and values; returns those of queries."""
+    d_prefix, d_own = d_keys[:2], d_keys[2:]
+    q, d_out, logsumexp, delta = (
+      _heads_first(_slice_chunk(x, start, chunk)) for x in per_query
     )
-    own = [_take(x, part, chunk[:1]) for x in keys[2:]]
-    d_own = [_take(x, part, chunk[:1]) for x in d_keys[2:]]
+    own_k, own_v, prefix_length, offset = (
+      _slice_chunk(x, start, chunk[:1]) for x in keys[2:]
+    )
 
-    def step(total, k, v, axes, visible, start):
+    def add_block(
+      total: Any,
+      k: jax.Array,
+      v: jax.Array,
+      axes: str,
+      visible: Any,
+      first: Any,
+    ) -> Any:
       d_q, d_k, d_v = total
       score = jnp.where(visible, scale * _scores(q, k, axes), MASKED)
-      p = jnp.exp(score - normaliser)
+      p = jnp.exp(score - logsumexp)
       d_score = scale * p * (_scores(d_out, v, axes) - delta)
       d_score = d_score.astype(q.dtype)
       d_q = d_q + _weigh(d_score, k, axes)
-      d_k = _add(d_k, _spread(d_score, q, axes), axes, start)
-      d_v = _add(d_v, _spread(p.astype(d_out.dtype), d_out, axes), axes, start)
+      more_k = _scatter_to_keys(d_score, q, axes)
+      more_v = _scatter_to_keys(p.astype(d_out.dtype), d_out, axes)
+      d_k = _add_block(d_k, more_k, axes, first)
+      d_v = _add_block(d_v, more_v, axes, first)
       return d_q, d_k, d_v
 
-    seen = _own_keys_seen(own[3], part, chunk[1], q_BSGKRH.shape[4])
-    total = (zeros(q.shape), *d_own)
-    d_q, *d_own = _visit(
-      step, total, CONTINUATION, own[0], own[1], seen, block_keys
+    d_q, *d_chunk = _fold_blocks(
+      add_block,
+      (zeros(q.shape), *(_slice_chunk(x, start, chunk[:1]) for x in d_own)),
+      axes=CONTINUATION,
+      k=own_k,
+      v=own_v,
+      visible_BSQ=_own_keys_visible(offset, start, chunk, q_BSGKRH.shape[4]),
+      block_keys=block_keys,
     )
-    total = (d_q, *d_keys[:2])
-    prefix_length = own[2][..., None]
-    d_q, *d_prefix = _visit(
-      step, total, PREFIX, keys[0], keys[1], prefix_length, block_keys
+    d_q, *d_prefix = _fold_blocks(
+      add_block,
+      (d_q, *d_prefix),
+      axes=PREFIX,
+      k=keys.prefix_k,
+      v=keys.prefix_v,
+      visible_BSQ=prefix_length[..., None],
+      block_keys=block_keys,
     )
-    d_own = [_put(x, d, part, chunk) for x, d in zip(d_keys[2:], d_own)]
-    return (*d_prefix, *d_own), _unrows(d_q, chunk[1]).astype(q.dtype)
+    d_own = tuple(
+      _update_chunk(x, new, start, chunk) for x, new in zip(d_own, d_chunk)
+    )
+    d_q = _undo_heads_first(d_q, chunk.query).astype(q.dtype)
+    return (*d_prefix, *d_own), d_q
 
   d_keys = tuple(zeros(x.shape) for x in keys[:4])
-  parts = _parts(q_BSGKRH, chunk)
-  if len(parts) == 1:
-    d_keys, d_q = attend(d_keys, parts[0])
+  starts = _chunk_starts(q_BSGKRH, chunk)
+  if len(starts) == 1:
+    d_keys, d_q = attend(d_keys, starts[0])
   else:
-    d_keys, d_q = jax.lax.scan(attend, d_keys, jnp.asarray(parts))
-    d_q = _put_together(d_q, q_BSGKRH.shape)
+    d_keys, d_q = jax.lax.scan(attend, d_keys, jnp.asarray(starts))
+    d_q = _join_chunks(d_q, q_BSGKRH.shape)
   gradients = (
     manual_axes.reduce_like(d_x, x).astype(x.dtype)
     for d_x, x in zip((d_q, *d_keys), (q_BSGKRH, *keys[:4]))
@@ -163,49 +247,69 @@ def _backward_rule(settings, residuals, d_out_BSGKRH):
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
-def _visit(step, total, axes, k, v, seen_BSQ, block_keys):
-  """Folds `step` over the blocks of keys that some query sees.
+def _fold_blocks(
+  add_block: Callable[..., Any],
+  total: Any,
+  *,
+  axes: str,
+  k: jax.Array,
+  v: jax.Array,
+  visible_BSQ: jax.Array,
+  block_keys: int,
+) -> Any:
+  """Folds `add_block` over the blocks of keys that some query sees.
 
-  `seen_BSQ` (or [B, S, 1]) counts the visible keys. The last block ends at
-  the last key; what it shares with the block before is masked.
+  The last block ends at the last key; the keys that it shares with the block
+  before are masked.
+
+  Args:
+    add_block: `(total, k, v, axes, visible, first key of the block) -> total`.
+    total: the initial value.
+    axes: of k and v, PREFIX or CONTINUATION.
+    k: keys.
+    v: values.
+    visible_BSQ: how many keys each query sees, or [B, S, 1].
+    block_keys: keys of one block.
   """
   axis = axes.index("x")
   length = k.shape[axis]
   size = min(block_keys, length)
-  seen_B1SQ1 = seen_BSQ[:, None, :, :, None]
+  visible_B1SQ1 = visible_BSQ[:, None, :, :, None]
 
-  def block(i, total):
-    start = jnp.minimum(i * size, length - size)
-    position = (start + jnp.arange(size))[None, None, None, None]
-    visible = (position >= i * size) & (position < seen_B1SQ1)
+  def block(i: jax.Array, total: Any) -> Any:
+    first = jnp.minimum(i * size, length - size)
+    position = (first + jnp.arange(size))[None, None, None, None]
+    visible = (position >= i * size) & (position < visible_B1SQ1)
     k_block, v_block = (
-      jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (k, v)
+      jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x in (k, v)
     )
-    return step(total, k_block, v_block, axes, visible, start)
+    return add_block(total, k_block, v_block, axes, visible, first)
 
   if size == length:
-    visible = jnp.arange(size)[None, None, None, None] < seen_B1SQ1
-    return step(total, k, v, axes, visible, 0)
-  count = -(-jnp.minimum(jnp.max(seen_BSQ), length) // size)
+    visible = jnp.arange(size)[None, None, None, None] < visible_B1SQ1
+    return add_block(total, k, v, axes, visible, 0)
+  count = -(-jnp.minimum(jnp.max(visible_BSQ), length) // size)
   return jax.lax.fori_loop(0, count, block, total)
 
 
-def _scores(q_BKSQH, k, axes):
+def _scores(q_BKSQH: jax.Array, k: jax.Array, axes: str) -> jax.Array:
   """Every query against every key of a block, [B, K, S, Q, x] float32."""
   return _einsum(f"bksqh,{axes}->bksqx", q_BKSQH, k)
 
 
-def _weigh(p_BKSQx, v, axes):
+def _weigh(p_BKSQx: jax.Array, v: jax.Array, axes: str) -> jax.Array:
   """Probabilities times values, [B, K, S, Q, H] float32."""
   return _einsum(f"bksqx,{axes}->bksqh", p_BKSQx, v)
 
 
-def _spread(p_BKSQx, q_BKSQH, axes):
-  """Transposed: what each key receives, shaped like the keys, float32."""
+def _scatter_to_keys(
+  p_BKSQx: jax.Array, q_BKSQH: jax.Array, axes: str
+) -> jax.Array:
+  """The transpose of `_weigh`: sums over queries, shaped like the keys."""
   return _einsum(f"bksqx,bksqh->{axes}", p_BKSQx, q_BKSQH)
 
 
-def _einsum(equation, x, y):
+def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   dtype = jnp.result_type(x, y)
   return jnp.einsum(
     equation,
@@ -215,65 +319,84 @@ def _einsum(equation, x, y):
   )
 
 
-def _own_keys_seen(offset_BS, part, queries, repeats):
-  """How many keys of its own continuation each row of scores sees, [B, S,
-  Q]."""
-  query = part[1] + jnp.arange(queries * repeats) // repeats
-  return offset_BS[..., None] + query[None, None] + 1
+def _own_keys_visible(
+  offset_BS: jax.Array, start: Sequence[Any], chunk: _Chunk, repeats: int
+) -> jax.Array:
+  """How many keys of its own continuation each query sees, [B, S, Q]."""
+  query_Q = start[1] + jnp.arange(chunk.query * repeats) // repeats
+  return offset_BS[..., None] + query_Q[None, None] + 1
 
 
-def _chunk(S, G, rows):
-  """(continuations, queries) of one chunk: at most `rows` queries, S first."""
-  if rows < G:
-    return 1, -(-G // -(-G // rows))
-  return max(s for s in range(1, S + 1) if S % s == 0 and s * G <= rows), G
+def _chunk_size(S: int, G: int, max_queries: int) -> _Chunk:
+  """The largest chunk of at most `max_queries`, of whole continuations if any.
+
+  Args:
+    S: continuations.
+    G: queries of a continuation.
+    max_queries: at least 1.
+  """
+  if max_queries < G:
+    return _Chunk(1, -(-G // -(-G // max_queries)))
+  fitting = [s for s in range(1, S + 1) if S % s == 0 and s * G <= max_queries]
+  return _Chunk(max(fitting), G)
 
 
-def _parts(q_BSGKRH, chunk):
+def _chunk_starts(q_BSGKRH: jax.Array, chunk: _Chunk) -> list[_Chunk]:
   """First continuation and first query of every chunk."""
   S, G = q_BSGKRH.shape[1:3]
-  return [(s, g) for s in range(0, S, chunk[0]) for g in range(0, G, chunk[1])]
+  return [
+    _Chunk(s, g)
+    for s in range(0, S, chunk.continuation)
+    for g in range(0, G, chunk.query)
+  ]
 
 
-def _take(x, part, chunk):
-  """Cuts a chunk out of axis 1 (continuations) and, if sized, axis 2
-  (queries)."""
-  for axis, (start, size) in enumerate(zip(part, chunk), 1):
-    if size != x.shape[axis]:
-      x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+def _slice_chunk(
+  x: jax.Array, start: Sequence[Any], size: Sequence[int]
+) -> jax.Array:
+  """Slices axis 1 (continuations) and, if `size` has it, axis 2 (queries)."""
+  for axis, (first, length) in enumerate(zip(start, size), 1):
+    if length != x.shape[axis]:
+      x = jax.lax.dynamic_slice_in_dim(x, first, length, axis)
   return x
 
 
-def _put(x, piece, part, chunk):
-  if chunk[0] == x.shape[1]:
-    return piece
-  return jax.lax.dynamic_update_slice_in_dim(x, piece, part[0], 1)
+def _update_chunk(
+  x: jax.Array, new: jax.Array, start: Sequence[Any], chunk: _Chunk
+) -> jax.Array:
+  """Replaces a chunk's continuations."""
+  if chunk.continuation == x.shape[1]:
+    return new
+  return jax.lax.dynamic_update_slice_in_dim(x, new, start[0], 1)
 
 
-def _add(x, piece, axes, start):
+def _add_block(
+  x: jax.Array, new: jax.Array, axes: str, first: Any
+) -> jax.Array:
+  """Adds a block of keys whose first key is `first`."""
   axis = axes.index("x")
-  if x.shape == piece.shape:
-    return x + piece
-  old = jax.lax.dynamic_slice_in_dim(x, start, piece.shape[axis], axis)
-  return jax.lax.dynamic_update_slice_in_dim(x, old + piece, start, axis)
+  if x.shape == new.shape:
+    return x + new
+  old = jax.lax.dynamic_slice_in_dim(x, first, new.shape[axis], axis)
+  return jax.lax.dynamic_update_slice_in_dim(x, old + new, first, axis)
 
 
-def _rows(x_BSGKRH):
-  """[B, K, S, Q, ...]: the queries that share keys, side by side."""
-  B, S, G, K, R, H = x_BSGKRH.shape
-  return x_BSGKRH.transpose(0, 3, 1, 2, 4, 5).reshape(B, K, S, G * R, H)
+def _heads_first(x_BSGKRH: jax.Array) -> jax.Array:
+  """The queries that share keys side by side, [B, K, S, Q, H]."""
+  return einops.rearrange(x_BSGKRH, "B S G K R H -> B K S (G R) H")
 
 
-def _unrows(x_BKSQH, G):
-  B, K, S, Q, H = x_BKSQH.shape
-  x_BKSGRH = x_BKSQH.reshape(B, K, S, G, Q // G, H)
-  return x_BKSGRH.transpose(0, 2, 3, 1, 4, 5)
+def _undo_heads_first(x_BKSQH: jax.Array, G: int) -> jax.Array:
+  """Inverse of `_heads_first`, [B, S, G, K, R, H]."""
+  return einops.rearrange(x_BKSQH, "B K S (G R) H -> B S G K R H", G=G)
 
 
-def _put_together(x, shape):
-  """Chunks [n, B, s, g, ...] back to [B, S, G, ...]."""
-  _, B, s, g = x.shape[:4]
-  S, G = shape[1:3]
-  x = x.reshape(S // s, G // g, B, s, g, *x.shape[4:])
-  x = jnp.moveaxis(x, (2, 0, 3, 1), (0, 1, 2, 3))
-  return x.reshape(B, S, G, *x.shape[5:])
+def _join_chunks(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Joins stacked chunks [chunks, B, s, g, ...] to [B, S, G, ...]."""
+  s, g = x.shape[2:4]
+  return einops.rearrange(
+    x,
+    "(S_s G_g) B s g ... -> B (S_s s) (G_g g) ...",
+    S_s=shape[1] // s,
+    G_g=shape[2] // g,
+  )

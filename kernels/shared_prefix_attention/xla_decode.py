@@ -1,29 +1,36 @@
-"""Attention of one new token a continuation, over caches as they lie.
+"""Attention of one new token per continuation to key/value caches.
 
-What costs time here is reading the caches. One layer's caches are multiplied
-where they lie, whole: on a CPU a block cut out of them would be a copy, which
-costs more than to attend to keys that nobody sees. Out of stacked layers,
-blocks are cut as far as some continuation sees, by online softmax; an
-accelerator fuses the cut with the product.
+This is bandwidth-bound: its time is that of reading the caches. The caches of
+one layer (unstacked layers, on a CPU) are multiplied whole: slicing a block
+copies it there, which costs more than attending to keys that no query sees. Out
+of stacked layers, an online softmax visits the blocks that some continuation
+sees; an accelerator fuses the slice with the matmul.
 
-Either way a continuation's numbers come from blocks of fixed size, added in
-order, so that they do not change with the caches' lengths.
+Either way the keys are summed in blocks of a fixed size and in order, so that a
+continuation's numbers do not depend on the caches' lengths.
 
-Shape key: L layers, B rows, S continuations, N query heads, K key-value heads,
-R = N / K query heads a key-value head, H head features, T prefix length, C
-continuation length, n blocks, x keys of one block, Q queries that share keys.
+Shape key: L layers, B rows, S continuations, N query heads, K key/value heads,
+R = N / K query heads per key/value head, H head dimension, T prefix length,
+C continuation length, n blocks, x keys of one block, Q queries that share keys.
 """
 
 import functools
 import operator
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 
 from opera_jax.kernels import target
 
-MASKED = -1e30  # finite, so that a block without a visible key gives no NaN
-FEW = 4  # queries up to which a CPU takes them one by one
+MASKED = -1e30  # finite, so that a block without visible keys gives no NaN
+MAX_MATVEC_QUERIES = 4  # a CPU multiplies so few queries one by one
+
+
+# Online softmax: the maximum m [..., Q], the sum l of exp(score - m) [..., Q],
+# and the weighted sum o of the values [..., Q, H].
+_Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def decode_attention(
@@ -44,61 +51,97 @@ def decode_attention(
   K = prefix_k.shape[-3]
   R = N // K
   q_BSKRH = q_BSNH.reshape(B, S, K, R, H)
-  own = (continuation_k, continuation_v, (offset_BS + 1)[:, :, None, None])
   prefix_length_BQ = jnp.repeat(prefix_length_BS, R, axis=1)
-  prefix = (prefix_k, prefix_v, prefix_length_BQ[:, None])
 
-  def together(x):  # the queries of a row, [B, K, S * R, ...]
-    return jnp.swapaxes(x, 1, 2).reshape(B, K, S * R, *x.shape[4:])
+  def join_samples(x: jax.Array) -> jax.Array:
+    """All queries of a row side by side, [B, K, S * R, ...]."""
+    return einops.rearrange(x, "B S K R ... -> B K (S R) ...")
 
-  visit = _whole if layer is None else functools.partial(_blocks, layer)
-  total = visit(q_BSKRH, *own, None, scale, block_keys)
-  _, l, o = visit(
-    together(q_BSKRH), *prefix, [together(x) for x in total], scale, block_keys
+  attend: Any = _attend_whole
+  if layer is not None:
+    attend = functools.partial(_attend_blocks, layer)
+  total = attend(
+    q_BSKRH,
+    continuation_k,
+    continuation_v,
+    visible=(offset_BS + 1)[:, :, None, None],
+    total=None,
+    scale=scale,
+    block_keys=block_keys,
+  )
+  _, l, o = attend(
+    join_samples(q_BSKRH),
+    prefix_k,
+    prefix_v,
+    visible=prefix_length_BQ[:, None],
+    total=tuple(join_samples(x) for x in total),
+    scale=scale,
+    block_keys=block_keys,
   )
   out_BKSRH = (o / l[..., None]).astype(q_BSNH.dtype).reshape(B, K, S, R, H)
   return jnp.swapaxes(out_BKSRH, 1, 2).reshape(B, S, N, H)
 
 
-def _whole(q, k, v, seen, total, scale, block_keys):
-  """(m, l, o) of q [..., Q, H] over keys [..., length, H], added to `total`.
+def _attend_whole(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  visible: jax.Array,
+  total: _Softmax | None,
+  scale: float,
+  block_keys: int,
+) -> _Softmax:
+  """Attention to the whole caches of one layer.
 
-  `seen` [..., Q] counts the visible keys; what is masked adds exact zeros.
+  Args:
+    q: [..., Q, H].
+    k: [..., length, H].
+    v: like k.
+    visible: [..., Q] integer, how many keys a query sees; masked keys add exact
+      zeros.
+    total: the softmax over other keys, which these are added to, or None.
+    scale: multiplies q.k.
+    block_keys: keys that are summed as one block.
+
+  Returns:
+    The softmax over these keys and those of `total`.
   """
   length, H = k.shape[-2:]
   x = block_keys if length % block_keys == 0 else length
   k, v = (y.reshape(*y.shape[:-2], length // x, x, H) for y in (k, v))
   Q = q.shape[-2]
   position = jnp.arange(length).reshape(
-    (1,) * (seen.ndim - 1) + (length // x, 1, x)
+    (1,) * (visible.ndim - 1) + (length // x, 1, x)
   )
-  visible = position < seen[..., None, :, None]
+  mask = position < visible[..., None, :, None]
   q = jnp.broadcast_to(q[..., None, :, :], (*k.shape[:-2], Q, H))
-  score = jnp.where(visible, scale * _scores(q, k), MASKED)
+  score = jnp.where(mask, scale * _scores(q, k), MASKED)
   m = jnp.max(score, axis=(-3, -1))
   if total is not None:
     m = jnp.maximum(m, total[0])
   p = jnp.exp(score - m[..., None, :, None])
-  l = _in_order(_sum(p), -2)
-  o = _in_order(_dot(p.astype(v.dtype), v, -2), -3)
+  l = _sum_in_order(_sum(p), -2)
+  o = _sum_in_order(_dot(p.astype(v.dtype), v, -2), -3)
   if total is not None:
     keep = jnp.exp(total[0] - m)
     l, o = total[1] * keep + l, total[2] * keep[..., None] + o
   return m, l, o
 
 
-def _in_order(x, axis):
-  parts = [
+def _sum_in_order(x: jax.Array, axis: int) -> jax.Array:
+  """Adds the entries of an axis one after the other."""
+  entries = [
     jax.lax.index_in_dim(x, i, axis, keepdims=False)
     for i in range(x.shape[axis])
   ]
-  return functools.reduce(operator.add, parts)
+  return functools.reduce(operator.add, entries)
 
 
-def _sum(x):
-  """Over the last axis, in an order that no other axis can change.
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums the last axis, in an order that depends on its length alone.
 
-  XLA adds up in one order or another by the shape of the whole array.
+  XLA's own order depends on the shape of the whole array.
   """
   while x.shape[-1] % 2 == 0:
     half = x.shape[-1] // 2
@@ -106,11 +149,21 @@ def _sum(x):
   return jnp.sum(x, axis=-1)
 
 
-def _blocks(layer, q, k, v, seen, total, scale, block_keys):
-  """Like `_whole`, over one of stacked layers, as far as some query sees.
+def _attend_blocks(
+  layer: jax.Array,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  visible: jax.Array,
+  total: _Softmax | None,
+  scale: float,
+  block_keys: int,
+) -> _Softmax:
+  """Like `_attend_whole`, over the blocks of one of the stacked layers.
 
-  The last block ends at the last key; what it shares with the block before is
-  masked.
+  Blocks that no query sees are skipped. The last block ends at the last key;
+  the keys that it shares with the block before are masked.
   """
   if total is None:
     zero = jnp.zeros(q.shape, jnp.float32)
@@ -118,39 +171,40 @@ def _blocks(layer, q, k, v, seen, total, scale, block_keys):
   length = k.shape[-2]
   size = min(block_keys, length)
 
-  def block(i, total):
+  def add_block(i: jax.Array, total: _Softmax) -> _Softmax:
     start = jnp.minimum(i * size, length - size)
-    position = (start + jnp.arange(size)).reshape((1,) * seen.ndim + (-1,))
-    visible = (position >= i * size) & (position < seen[..., None])
+    position = (start + jnp.arange(size)).reshape((1,) * visible.ndim + (-1,))
+    mask = (position >= i * size) & (position < visible[..., None])
     m, l, o = total
-    score = jnp.where(visible, scale * _scores(q, cut(k, start)), MASKED)
+    score = jnp.where(mask, scale * _scores(q, block(k, start)), MASKED)
     m_new = jnp.maximum(m, jnp.max(score, axis=-1))
     p = jnp.exp(score - m_new[..., None])
     keep = jnp.exp(m - m_new)
-    o = o * keep[..., None] + _dot(p.astype(v.dtype), cut(v, start), -2)
+    o = o * keep[..., None] + _dot(p.astype(v.dtype), block(v, start), -2)
     return m_new, l * keep + jnp.sum(p, axis=-1), o
 
-  def cut(x, start):
-    starts, sizes = [0] * x.ndim, list(x.shape)
+  def block(x: jax.Array, start: jax.Array) -> jax.Array:
+    starts: list[Any] = [0] * x.ndim
+    sizes = list(x.shape)
     starts[0], sizes[0] = layer, 1
     starts[-2], sizes[-2] = start, size
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
-  count = -(-jnp.minimum(jnp.max(seen), length) // size)
-  return jax.lax.fori_loop(0, count, block, tuple(total))
+  count = -(-jnp.minimum(jnp.max(visible), length) // size)
+  return jax.lax.fori_loop(0, count, add_block, total)
 
 
-def _scores(q, k):
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
   """[..., Q, H] against [..., x, H]: [..., Q, x] float32."""
-  if q.shape[-2] <= FEW and target.platform() == "cpu":
-    # A product with a vector reads the keys as they lie.
+  if q.shape[-2] <= MAX_MATVEC_QUERIES and target.platform() == "cpu":
+    # A matrix-vector product reads the keys without transposing them.
     each = [_dot(q[..., i, :], k, -1) for i in range(q.shape[-2])]
     return jnp.stack(each, axis=-2)
   return _dot(q, k, -1)
 
 
-def _dot(x, y, y_axis):
-  """Contracts x's last axis with one of y's last two; the others lead."""
+def _dot(x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+  """Contracts x's last axis with one of y's last two; other axes are batch."""
   dtype = jnp.result_type(x, y)
   batch = tuple(range(y.ndim - 2))
   return jax.lax.dot_general(

@@ -1,6 +1,6 @@
-"""Log-probability and entropy of given tokens under an output head.
+"""Log-probability and entropy of target tokens under an output head.
 
-  l = hidden @ head / temperature           float32, never whole
+  l = hidden @ head / temperature           float32, never materialised whole
   logprob_m = l[m, target_m] - logsumexp_v l[m, v]
   entropy_m = -sum_v p[m, v] log p[m, v],   p = softmax(l)
 
@@ -30,25 +30,26 @@ def token_logprob(
   block_tokens: int = 1024,
   block_vocab: int = 8192,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities `target_M` after `hidden_MD`; differentiable in hidden
-  and head.
+  """Scores `target_M` after `hidden_MD`; differentiable in hidden and head.
 
-  A target outside of [0, V) has log-probability NaN: inside jit nothing can
-  raise, and no such token shall pass for a scored one.
-  Over a mesh, "xla" scores sharded tokens where they lie, in a plain jitted
-  program too. A head sharded over its vocabulary, and "pallas_tpu" (which a
-  TPU picks) on more than one device, need `jax.shard_map` around the call, with
-  its default check_vma=True; name the vocabulary's mesh axis there.
+  A target outside of [0, V) has log-probability NaN, because nothing can raise
+  inside jit.
+
+  On a mesh, "xla" scores sharded tokens without moving them, also in a plain
+  jitted program. Two cases need `jax.shard_map` around the call, with its
+  default check_vma=True: a head sharded over the vocabulary (name the mesh axis
+  in `axis_name`), and "pallas_tpu" on several devices.
 
   Args:
-    hidden_MD: [M, D] floating, the last hidden states.
-    head: [D, V] floating, or [V, D] where `transposed` (a tied embedding);
-      inside shard_map with `axis_name`, this device's V / devices columns.
-    target_M: [M] integer, token ids in the whole vocabulary.
-    temperature: what divides the logits, above 0.
+    hidden_MD: [M, D] floating, final hidden states.
+    head: [D, V] floating, or [V, D] if `transposed` (a tied embedding);
+      inside shard_map with `axis_name`, this device's shard of the vocabulary.
+    target_M: [M] integer, token ids of the whole vocabulary.
+    temperature: divides the logits; above 0.
     transposed: whether the head is [V, D].
-    axis_name: mesh axis that the vocabulary is sharded over, or None.
-    implementation: "reference", "xla" or "pallas_tpu"; None picks.
+    axis_name: mesh axis over which the vocabulary is sharded, or None.
+    implementation: "reference", "xla" or "pallas_tpu"; None lets the
+      platform choose.
     block_tokens: tokens of one block of "xla".
     block_vocab: columns of one tile of "xla".
 
@@ -56,10 +57,10 @@ def token_logprob(
     logprob [M] float32 and entropy [M] float32, both in nats.
 
   Raises:
-    ValueError: on shapes that do not match, an integer hidden state or head,
-      a float target, a temperature or block of 0 or less, an unknown
+    ValueError: shapes that do not match, an integer hidden state or head, a
+      float target, a temperature or block of 0 or less, an unknown
       implementation.
-    NotImplementedError: where "pallas_tpu" is named and does not apply.
+    NotImplementedError: "pallas_tpu" is named but does not apply.
   """
   _check(hidden_MD, head, target_M, transposed)
   _check_settings(temperature, block_tokens, block_vocab, implementation)
@@ -92,11 +93,13 @@ def token_logprob(
     )
   shards = 1 if axis_name is None else jax.lax.axis_size(axis_name)
   V = head.shape[0 if transposed else 1] * shards
-  known_M = (target_M >= 0) & (target_M < V)
-  return jnp.where(known_M, logprob_M, jnp.nan), entropy_M
+  valid_M = (target_M >= 0) & (target_M < V)
+  return jnp.where(valid_M, logprob_M, jnp.nan), entropy_M
 
 
-def _check(hidden_MD, head, target_M, transposed):
+def _check(
+  hidden_MD: jax.Array, head: jax.Array, target_M: jax.Array, transposed: bool
+) -> None:
   if hidden_MD.ndim != 2 or head.ndim != 2 or target_M.ndim != 1:
     raise ValueError(
       "Token log-probability takes hidden [M, D], head [D, V] (or [V, D]) and "
@@ -128,7 +131,12 @@ def _check(hidden_MD, head, target_M, transposed):
       )
 
 
-def _check_settings(temperature, block_tokens, block_vocab, implementation):
+def _check_settings(
+  temperature: float,
+  block_tokens: int,
+  block_vocab: int,
+  implementation: str | None,
+) -> None:
   if temperature <= 0:
     raise ValueError(
       f"Temperature divides the logits and must be above 0, got "

@@ -1,16 +1,16 @@
-"""What a tile of logits adds to a token, shared by the streaming versions.
+"""Online softmax statistics of tiles of logits, for the streaming versions.
 
-Per token four running numbers are enough, and two tiles' numbers merge:
+Four numbers per token are enough, and those of two tiles can be merged:
 
   m = max_v l_v             s = sum_v exp(l_v - m)
   w = sum_v exp(l_v - m) (l_v - m)          t = l_target
   log p = t - m - log s     entropy = log s - w / s
 
-With p = exp(l - logsumexp), the backward pass needs no other sum:
+With p = exp(l - logsumexp), the backward pass needs no further sum:
 
   d l_v = d_logprob (1[v = target] - p_v) - d_entropy p_v (log p_v + entropy)
 
-Shape key: b tokens, v columns of one tile, 1 kept for what is one a token.
+Shape key: b tokens, v columns of one tile; 1 is an axis of size 1.
 """
 
 from typing import Any
@@ -26,8 +26,8 @@ def statistics(logit_bv: jax.Array, target_b1: jax.Array) -> Statistics:
 
   Args:
     logit_bv: [b, v] float32.
-    target_b1: [b, 1] int32, counted from the tile's first column; one that
-      lies outside of the tile contributes 0 to t.
+    target_b1: [b, 1] int32, relative to the tile's first column; a target
+      outside of the tile contributes 0 to t.
   """
   m_b1 = jnp.max(logit_bv, axis=-1, keepdims=True)
   shifted_bv = logit_bv - m_b1
@@ -45,7 +45,7 @@ def statistics(logit_bv: jax.Array, target_b1: jax.Array) -> Statistics:
 
 
 def merge(one: Statistics, two: Statistics) -> Statistics:
-  """The statistics of two disjoint sets of columns as one."""
+  """Merges the statistics of two disjoint sets of columns."""
   m = jnp.maximum(one[0], two[0])
   s: Any = 0.0
   w: Any = 0.0
@@ -61,16 +61,17 @@ def finish(
   s: jax.Array,
   w: jax.Array,
   t: jax.Array,
+  *,
   axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Log-probability, entropy and logsumexp of all columns, on every device."""
+  """Log-probability, entropy and logsumexp over the columns of all devices."""
   if axis_name is not None:
-    top = jax.lax.pmax(m, axis_name)
-    scale = jnp.exp(m - top)
-    w = jax.lax.psum(scale * (w + (m - top) * s), axis_name)
+    m_all = jax.lax.pmax(m, axis_name)
+    scale = jnp.exp(m - m_all)
+    w = jax.lax.psum(scale * (w + (m - m_all) * s), axis_name)
     s = jax.lax.psum(scale * s, axis_name)
     t = jax.lax.psum(t, axis_name)
-    m = top
+    m = m_all
   log_s = jnp.log(s)
   return t - m - log_s, log_s - w / s, m + log_s
 
@@ -83,7 +84,7 @@ def logit_cotangent(
   d_logprob_b1: jax.Array,
   d_entropy_b1: jax.Array,
 ) -> jax.Array:
-  """d l_v of the module's head for one tile, [b, v] float32."""
+  """d l_v of one tile (see the module's docstring), [b, v] float32."""
   log_p_bv = logit_bv - normaliser_b1
   slope_bv = d_logprob_b1 + d_entropy_b1 * (log_p_bv + entropy_b1)
   hit_bv = _hits(logit_bv, target_b1)
@@ -93,12 +94,13 @@ def logit_cotangent(
 def local_target(
   target_M: jax.Array, columns: int, axis_name: str | None
 ) -> jax.Array:
-  """Targets counted from the first of this device's `columns`, else -1."""
+  """Targets relative to this device's first column; -1 if on another one."""
   if axis_name is not None:
     target_M = target_M - jax.lax.axis_index(axis_name) * columns
   return jnp.where((target_M >= 0) & (target_M < columns), target_M, -1)
 
 
-def _hits(logit_bv, target_b1):
+def _hits(logit_bv: jax.Array, target_b1: jax.Array) -> jax.Array:
+  """True at the target's column, [b, v]."""
   column_bv = jax.lax.broadcasted_iota(jnp.int32, logit_bv.shape, 1)
   return column_bv == target_b1

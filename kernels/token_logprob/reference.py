@@ -1,4 +1,4 @@
-"""Token log-probability and entropy, as defined: every logit at once.
+"""Token log-probability and entropy by their definition: all logits at once.
 
 Shape key: M tokens, D features, V vocabulary.
 """

@@ -184,7 +184,7 @@ def _read(
   """Reads one tensor into our layout; each host reads every block once."""
   shape = tuple(sizes[c] for c in entry.axes)
 
-  def bounds(index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+  def bounds(index: Any) -> tuple[tuple[int, int], ...]:
     """(start, stop) of every axis of a shard."""
     limits = [axis.indices(size) for axis, size in zip(index, shape)]
     return tuple((start, stop) for start, stop, _ in limits)

@@ -160,7 +160,7 @@ def test_tpu_kernel_equals_the_reference(
 ):
   monkeypatch.setattr(limited_plan, "BLOCK_QUERIES", 16)
   monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
-  monkeypatch.setattr(limited_plan, "FEW_QUERIES", few)
+  monkeypatch.setattr(limited_plan, "MAX_QUERIES_ALL_HEADS", few)
   arrays, prefix_length_BS = _inputs(B=1, dtype=dtype, **shape)
   S = prefix_length_BS.shape[1]
   offset_BS = offset * jnp.arange(S, dtype=jnp.int32)[None]
@@ -232,9 +232,9 @@ def test_nothing_beyond_the_limit_or_the_query_is_read():
 @pytest.mark.parametrize(
   "change,message",
   [
-    ({"heads": 3}, "4 is no multiple of 3"),
+    ({"heads": 3}, "4 is not a multiple of 3"),
     ({"C": 4}, "5 queries and 4 keys"),
-    ({"limit": jnp.zeros((2, 3))}, "limit .* float32"),
+    ({"limit": jnp.zeros((2, 3))}, "prefix length .* float32"),
     ({"offset": jnp.zeros((2, 2), jnp.int32)}, r"offset .* int32 \(2, 2\)"),
     ({"implementation": "cuda"}, "got 'cuda'"),
     ({"block_keys": 0}, "block_keys=0"),

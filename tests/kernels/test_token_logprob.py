@@ -112,7 +112,9 @@ def test_bfloat16_inputs_keep_float32_statistics():
 def test_tpu_kernel_equals_the_reference(
   interpreted, monkeypatch, m, v, transposed, dtype, tolerance
 ):
-  monkeypatch.setattr(pallas_tpu, "_blocks", lambda D, itemsize: (16, 128))
+  monkeypatch.setattr(
+    pallas_tpu, "_fitting_blocks", lambda D, itemsize: [(16, 128)]
+  )
   hidden_MD, head, target_M = _inputs(dtype, m=m, v=v)
   head = head.T if transposed else head
   settings = {"temperature": 0.7, "transposed": transposed}
