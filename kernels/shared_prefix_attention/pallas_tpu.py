@@ -145,8 +145,9 @@ def _forward_rule(
   prefix, continuations = _operands(q_BKSQH, R, keys)
   seed = limited_attention.forward(scale, *prefix)
   out, logsumexp = (x.reshape(*q_BKSQH.shape[:4], -1) for x in seed)
+  q, k, v, seen = continuations
   out_BKSQH, lse_BKSQ1 = limited_attention.forward(
-    scale, *continuations, (out, logsumexp)
+    scale, q, k, v, seen, seed=(out, logsumexp)
   )
   out_BSGNH = _undo_heads_first(out_BKSQH, q_BSGNH.shape[2])
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
