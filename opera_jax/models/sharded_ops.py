@@ -7,8 +7,8 @@ over the tensor axis. An array axis that its mesh axis does not divide is
 replicated. Without a mesh, or on one device, the kernel is called directly.
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
-K key-value heads, H head features, T prefix tokens, C continuation keys, D
-hidden, V vocabulary.
+K key/value heads, H head dimension, T prefix tokens, C continuation keys,
+D hidden, V vocabulary, L layers.
 """
 
 import functools

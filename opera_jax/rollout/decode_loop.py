@@ -1,8 +1,8 @@
 """The compiled programs of the sampler: prefill, decode, and moving slots.
 
-Programs that change slots donate and return them, so that buffers are updated
-in place. All of them take and return global arrays: on a mesh every process
-calls them with equal host arrays.
+Where shapes stay the same, programs that change slots donate and return them,
+so that buffers are updated in place. All of them take and return global arrays:
+on a mesh every process calls them with equal host arrays.
 
 Shape key: L layers, B prompt slots, S slots of each, T prefix capacity, C slot
 capacity, R prompts of one prefill, P their padded length, U steps of one decode
@@ -24,8 +24,8 @@ from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
 from opera_jax.text import automaton
 
-# Prompt tokens that one device prefills at once, at least. A CPU is busy with
-# few, so it pads a prefill of one prompt to fewer prompts.
+# Prompt tokens that one device prefills at once, at least. Few tokens saturate a
+# CPU; there, padding to more would only make a single prompt slower.
 MIN_PREFILL_TOKENS = {"cpu": 256, "gpu": 512, "tpu": 512}
 
 

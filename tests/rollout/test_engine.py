@@ -66,10 +66,8 @@ def test_a_prompt_that_comes_twice_is_sampled_anew(tiny_model, one_device):
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_samples_say_how_likely_they_were_as_drawn(
-  tiny_model, one_device, top_p
-):
-  """And rows of the head that pad the vocabulary are not drawn."""
+def test_samples_have_their_logprob_as_sampled(tiny_model, one_device, top_p):
+  """And rows of the head that pad the vocabulary are not sampled."""
   settings = sampling.Sampling(
     max_new_tokens=12, stop_ids=(STOP,), top_p=top_p, vocab_size=200
   )
@@ -211,6 +209,6 @@ def test_frequencies_follow_the_truncated_distribution(top_k, top_p):
   # 99.9th percentile of chi-squared with 11 degrees of freedom.
   assert chi2 < 31.3
   np.testing.assert_allclose(logprob, np.log(p)[np.asarray(tokens)], atol=1e-4)
-  # And under the distribution that was drawn from.
-  drawn = np.asarray(tokens)
-  np.testing.assert_allclose(truncated, np.log(want[drawn]), atol=1e-4)
+  # And under the distribution that was sampled from.
+  sampled = np.asarray(tokens)
+  np.testing.assert_allclose(truncated, np.log(want[sampled]), atol=1e-4)

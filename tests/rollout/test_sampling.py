@@ -18,12 +18,12 @@ DRAWS = 20_000
 BOUND = 24.4
 
 
-def _draw(draws=DRAWS, drawn=None, logits=LOGITS, **settings):
+def _sample(draws=DRAWS, sampled=None, logits=LOGITS, **settings):
   return sampling.sample(
     jnp.broadcast_to(jnp.asarray(logits), (draws, len(logits))),
     jax.random.split(jax.random.key(0), draws),
     sampling.Sampling(max_new_tokens=9, **settings),
-    None if drawn is None else jnp.full(draws, drawn, jnp.int32),
+    None if sampled is None else jnp.full(draws, sampled, jnp.int32),
   )[:2]
 
 
@@ -47,7 +47,7 @@ def _agree(tokens, want):
 def test_min_p_keeps_what_is_likely_enough():
   p = _softmax(LOGITS)
   want = np.where(p >= 0.3 * p.max(), p, 0)
-  tokens, logprob = _draw(min_p=0.3)
+  tokens, logprob = _sample(min_p=0.3)
   _agree(tokens, want / want.sum())
   # The log-probability is the untruncated one.
   np.testing.assert_allclose(logprob, np.log(p)[np.asarray(tokens)], atol=1e-5)
@@ -57,7 +57,7 @@ def test_bias_and_bans_move_the_draw_and_not_the_score():
   changed = LOGITS.copy()
   changed[3] += 2.0
   changed[0] = -np.inf
-  tokens, logprob = _draw(
+  tokens, logprob = _sample(
     banned_ids=(0,), logit_bias=((3, 2.0),), temperature=0.7
   )
   _agree(tokens, _softmax(changed / 0.7))
@@ -66,9 +66,9 @@ def test_bias_and_bans_move_the_draw_and_not_the_score():
 
 
 def test_no_stop_before_the_least_length():
-  early, _ = _draw(drawn=1, stop_ids=(0, 7), min_new_tokens=3)
+  early, _ = _sample(sampled=1, stop_ids=(0, 7), min_new_tokens=3)
   assert not np.isin(early, [0, 7]).any()
-  late, _ = _draw(drawn=2, stop_ids=(0, 7), min_new_tokens=3)
+  late, _ = _sample(sampled=2, stop_ids=(0, 7), min_new_tokens=3)
   _agree(late, _softmax(LOGITS))
 
 
@@ -94,12 +94,12 @@ def test_the_largest_are_those_of_a_sort(ties):
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-4])
 def test_cold_is_greedy(temperature):
-  tokens, _ = _draw(draws=50, temperature=temperature)
+  tokens, _ = _sample(draws=50, temperature=temperature)
   assert set(np.asarray(tokens)) == {0}
 
 
 def test_greedy_logprob_is_at_temperature_one():
-  _, logprob = _draw(draws=2, temperature=0.0)
+  _, logprob = _sample(draws=2, temperature=0.0)
   np.testing.assert_allclose(logprob, np.log(_softmax(LOGITS))[0], atol=1e-5)
 
 
@@ -164,11 +164,11 @@ def test_draws_of_keys_places_and_tokens_are_independent():
     num_sampled_R = jnp.full(keys, place)
     return sampling.sample(logits, key_R, settings, num_sampled_R)[0]
 
-  drawn = np.stack([draw(place) for place in range(places)])
+  sampled = np.stack([draw(place) for place in range(places)])
   for one, two in (
-    (drawn[:-1], drawn[1:]),
-    (drawn[:, :-1], drawn[:, 1:]),
-    (drawn, np.zeros_like(drawn)),
+    (sampled[:-1], sampled[1:]),
+    (sampled[:, :-1], sampled[:, 1:]),
+    (sampled, np.zeros_like(sampled)),
   ):
     # Both halves of a pair, and their difference, are uniform over V.
     counts = np.bincount(((one - two) % V).ravel(), minlength=V)
@@ -178,7 +178,7 @@ def test_draws_of_keys_places_and_tokens_are_independent():
 
 
 def test_rare_tokens_come_as_often_as_they_should():
-  """A vocabulary of 100,000: the tail is drawn in proportion, to its end."""
+  """A vocabulary of 100,000: the tail is sampled in proportion, to its end."""
   V, draws = 100_000, 4000
   logits = jnp.where(jnp.arange(V) < 10, 9.0, 0.0)
 
@@ -201,18 +201,18 @@ def test_rare_tokens_come_as_often_as_they_should():
   assert ((tenths - expected) ** 2 / expected).sum() < 27.9  # 9 degrees
 
 
-def test_rows_that_pad_the_head_are_never_drawn():
+def test_padding_of_the_head_is_never_sampled():
   """However likely: 151,669 to 151,935 of Qwen3's head are such rows."""
   logits = LOGITS.copy()
   logits[6:] = 30.0
   for temperature in (1.0, 0.0):
-    tokens, _ = _draw(
+    tokens, _ = _sample(
       logits=logits, vocab_size=6, temperature=temperature, draws=2000
     )
     assert np.asarray(tokens).max() < 6
   inside = LOGITS.copy()
   inside[6:] = -np.inf
-  tokens, _ = _draw(logits=logits, vocab_size=6)
+  tokens, _ = _sample(logits=logits, vocab_size=6)
   _agree(tokens, _softmax(inside))
 
 
@@ -258,11 +258,11 @@ def test_ids_that_no_token_has_are_unused(small):
     {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
   ],
 )
-def test_the_logprob_as_drawn_is_that_of_the_truncated_distribution(settings):
-  """Its probabilities sum to 1 over what can be drawn, by frequencies too."""
+def test_the_truncated_logprob_is_that_of_the_truncated_distribution(settings):
+  """Its probabilities sum to 1 over the tokens that can be sampled."""
   made = sampling.Sampling(max_new_tokens=9, **settings)
   assert made.reshapes()
-  tokens, own, drawn = (
+  tokens, own, sampled = (
     np.asarray(x)
     for x in sampling.sample(
       jnp.broadcast_to(jnp.asarray(LOGITS), (DRAWS, V)),
@@ -271,20 +271,20 @@ def test_the_logprob_as_drawn_is_that_of_the_truncated_distribution(settings):
     )
   )
   want = np.zeros(V)
-  want[tokens] = np.exp(drawn)
+  want[tokens] = np.exp(sampled)
   np.testing.assert_allclose(want.sum(), 1.0, atol=1e-5)
   _agree(tokens, want)
-  if not made.logit_bias:  # all that can be drawn got likelier
-    assert (drawn > own + 1e-3).all()
+  if not made.logit_bias:  # all that can be sampled got likelier
+    assert (sampled > own + 1e-3).all()
 
 
 def test_without_truncation_there_is_one_score():
   made = sampling.Sampling(max_new_tokens=9, temperature=0.7)
   assert not made.reshapes()
-  _, own, drawn = sampling.sample(
+  _, own, sampled = sampling.sample(
     jnp.asarray(LOGITS)[None], jax.random.split(jax.random.key(0), 1), made
   )
-  assert own is drawn
+  assert own is sampled
 
 
 @pytest.mark.parametrize(

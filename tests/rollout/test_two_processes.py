@@ -50,16 +50,16 @@ groups = sampler.sample(
   jax.random.key(5),
   samples=5,
 )
-drawn = [
+sampled = [
   [s.tokens.tolist(), s.logprob.tolist(), s.reason]
   for group in groups for s in group
 ]
 with open(f"{path}-{jax.process_index()}", "w") as file:
-  json.dump(drawn, file)
+  json.dump(sampled, file)
 """
 
 
-def _drawn(path, shape: dict[str, int], processes: int, devices: int) -> list:
+def _sampled(path, shape: dict[str, int], processes: int, devices: int) -> list:
   """The samples as each process has them."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -90,11 +90,11 @@ def _drawn(path, shape: dict[str, int], processes: int, devices: int) -> list:
 
 
 def test_two_processes_draw_what_one_device_does(tmp_path):
-  (want,) = _drawn(tmp_path / "one", {"data": 1}, processes=1, devices=1)
+  (want,) = _sampled(tmp_path / "one", {"data": 1}, processes=1, devices=1)
   assert len({len(tokens) for tokens, _, _ in want}) > 5
   assert {reason for _, _, reason in want} == {"stop", "length"}
   shape = {"data": 2, "fsdp": 2, "tensor": 2}
-  for got in _drawn(tmp_path / "two", shape, processes=2, devices=4):
+  for got in _sampled(tmp_path / "two", shape, processes=2, devices=4):
     for (tokens, logprob, reason), ours in zip(want, got, strict=True):
       assert (tokens, reason) == (ours[0], ours[2])
       np.testing.assert_allclose(ours[1], logprob, rtol=1e-5, atol=1e-5)
