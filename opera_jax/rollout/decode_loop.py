@@ -24,8 +24,8 @@ from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import rules
 from opera_jax.text import automaton
 
-# Prompt tokens that one device prefills at once, at least. Few tokens saturate a
-# CPU; there, padding to more would only make a single prompt slower.
+# Prompt tokens that one device prefills at once, at least. Few tokens saturate
+# a CPU; padding a single prompt to more would only cost time there.
 MIN_PREFILL_TOKENS = {"cpu": 256, "gpu": 512, "tpu": 512}
 
 
