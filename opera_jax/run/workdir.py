@@ -32,7 +32,7 @@ ORDER = (
   "evaluate",
 )
 DROPPED = "dropped"
-_FORMAT = 2  # of SETTINGS.json
+_FORMAT = 3  # of SETTINGS.json
 _LOCK, _BEGUN, _DONE, _REDO = (
   "stage.lock",
   "SETTINGS.json",
@@ -437,8 +437,9 @@ def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
   record = read(path, advice)
   if record.get("format") != _FORMAT:
     raise ValueError(
-      f"{path} does not record the inputs of stage {name}; an earlier version "
-      f"of this code wrote it. Continue with that version, {advice}."
+      f"{path} is of format {record.get('format')!r} and this code reads format "
+      f"{_FORMAT}: an earlier version, with other names of fields, wrote it. "
+      f"Continue with that version, {advice}."
     )
   parts = [record.get("settings"), record.get("made_from")]
   whole = all(isinstance(part, dict) for part in parts) and all(
