@@ -81,8 +81,8 @@ def _forward(
         q_bKRTH[:, :, :, start:end],
         k_bKTH[:, :, keys],
         v_bKTH[:, :, keys],
-        _bias(segment_bT, start, end, window),
-        H**-0.5,
+        bias=_bias(segment_bT, start, end, window),
+        scale=H**-0.5,
       )
 
     outs.append(_switch(chosen, windows, run))
@@ -120,10 +120,10 @@ def _backward(
         q,
         k_bKTH[:, :, keys],
         v_bKTH[:, :, keys],
-        _bias(segment_bT, start, end, window),
-        d_out,
-        delta,
-        H**-0.5,
+        bias=_bias(segment_bT, start, end, window),
+        d_out_bKRCH=d_out,
+        delta_bKRC1=delta,
+        scale=H**-0.5,
       )
       return (
         d_q,

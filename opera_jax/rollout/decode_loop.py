@@ -226,6 +226,9 @@ def decode(
     per_prompt_slot: `stop_after` counts prompt slots whose samples have all
       ended, not slots.
     with_model_logprob: also returns log-probabilities at temperature 1.
+
+  Returns:
+    The slots, and the tokens sampled in this call.
   """
   model = nnx.merge(graphdef, params)
   head, tied = model.head_matrix()
@@ -280,7 +283,10 @@ def decode(
     logit_XV = decode_model.logits(hidden.reshape(X, -1), head_DV, tied=tied)
     key_X = jax.random.wrap_key_data(now.key.reshape(X, -1))
     token_X, logprob_X, truncated_X = sampling.sample(
-      logit_XV, key_X, settings, now.num_generated.reshape(X)
+      logit_XV,
+      key_X,
+      settings,
+      num_sampled_R=now.num_generated.reshape(X),
     )
     new = [token_X, logprob_X]
     if with_model_logprob:
@@ -290,7 +296,7 @@ def decode(
     new = [x.reshape(shape) for x in new]
     return _Carry(
       step=carry.step + 1,
-      slots=_advance(now, new[0], stops, settings),
+      slots=_update_slots(now, new[0], stops=stops, settings=settings),
       cache=cache,
       outputs=[
         jax.lax.dynamic_update_slice(old, x[..., None], (0, 0, carry.step))
@@ -331,9 +337,10 @@ def decode(
   )
 
 
-def _advance(
+def _update_slots(
   slots: slots_lib.Slots,
   token_BS: jax.Array,
+  *,
   stops: automaton.Automaton | None,
   settings: sampling.Sampling,
 ) -> slots_lib.Slots:
