@@ -1,4 +1,4 @@
-"""Prefix and continuations attend as the separate rows they stand for.
+"""Shared-prefix attention equals attention of separate rows.
 
 Shape key: B rows, S continuations, G queries of a continuation, N query heads,
 K key-value heads, H head features, T prefix length, C continuation length.
@@ -57,7 +57,7 @@ def test_reference_is_torch_attention_over_separate_rows():
   arrays, prefix_length_BS = _inputs(C=9)
   offset_BS = jnp.asarray([[0, 4, 2], [1, 0, 3]], jnp.int32)
   got = _run("reference", arrays, prefix_length_BS, offset_BS)
-  q, tk, tv, bk, bv = tensors = [
+  q, prefix_k, prefix_v, own_k, own_v = tensors = [
     torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)
     for x in arrays
   ]
@@ -66,9 +66,9 @@ def test_reference_is_torch_attention_over_separate_rows():
   for b in range(B):
     for s in range(S):
       prefix_length, offset = int(prefix_length_BS[b, s]), int(offset_BS[b, s])
-      k = torch.cat([tk[b, :prefix_length], bk[b, s]]).transpose(0, 1)
-      v = torch.cat([tv[b, :prefix_length], bv[b, s]]).transpose(0, 1)
-      own = torch.ones(G, bk.shape[2], dtype=torch.bool).tril(offset)
+      k = torch.cat([prefix_k[b, :prefix_length], own_k[b, s]]).transpose(0, 1)
+      v = torch.cat([prefix_v[b, :prefix_length], own_v[b, s]]).transpose(0, 1)
+      own = torch.ones(G, own_k.shape[2], dtype=torch.bool).tril(offset)
       mask = torch.cat([torch.ones(G, prefix_length, dtype=torch.bool), own], 1)
       out = torch.nn.functional.scaled_dot_product_attention(
         q[b, s].transpose(0, 1), k, v, mask, scale=SCALE, enable_gqa=True
@@ -209,17 +209,17 @@ def test_tpu_kernel_says_where_it_does_not_apply():
 
 def test_nothing_beyond_the_limit_or_the_query_is_read():
   arrays, prefix_length_BS = _inputs(C=9)
-  q, tk, tv, bk, bv = arrays
+  q, prefix_k, prefix_v, own_k, own_v = arrays
   poison_BT = jnp.arange(13)[None] >= jnp.max(prefix_length_BS, axis=1)[:, None]
   poison_BT11 = poison_BT[:, :, None, None]
   prefix_length_BS = prefix_length_BS.at[0].set(3)
   poison_BT11 = poison_BT11.at[0].set((jnp.arange(13) >= 3)[:, None, None])
   dirty = [
     q,
-    jnp.where(poison_BT11, 1e6, tk),
-    jnp.where(poison_BT11, 1e6, tv),
-    bk.at[:, :, 5:].set(1e6),
-    bv.at[:, :, 5:].set(1e6),
+    jnp.where(poison_BT11, 1e6, prefix_k),
+    jnp.where(poison_BT11, 1e6, prefix_v),
+    own_k.at[:, :, 5:].set(1e6),
+    own_v.at[:, :, 5:].set(1e6),
   ]
   for blocks in ({}, {"block_keys": 4}):
     got = _run("xla", dirty, prefix_length_BS, **blocks)
