@@ -1,14 +1,15 @@
-"""Variants and seeds on one task, from one model.
+"""Compares variants over seeds on one task, starting from one model.
 
   python -m experiments.ablate --config=configs/ablations.py --workdir=runs/abl
   python -m experiments.ablate --config=configs/cold_start.py --workdir=runs/cs
 
-The first compares methods of RL from one SFT model at equal sampled tokens, the
-second ways to synthesise from one base model, by the SFT model they give.
+The first compares RL methods from one SFT model at equal sampled tokens. The
+second compares synthesis methods from one base model by the resulting SFT
+model.
 
-Every cell is a run of `experiments.opera_rl` in its own process and folder;
-a finished cell is not repeated, and a killed one goes on. Leaves
-`ablation.md` (results, costs, of RL also probes), `ablation.json` and
+Every cell is a run of `experiments.opera_rl` in its own process and folder; a
+finished cell is skipped, and a killed one resumes. Writes `ablation.md`
+(results, costs, and for RL also reward probes), `ablation.json` and
 `curves.png`.
 """
 
@@ -32,7 +33,7 @@ from etils import epy
 
 from opera_jax import config_flag, shipped
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax import atomic_file
   from opera_jax.data import traces
@@ -45,54 +46,67 @@ with epy.lazy_imports():
 
 
 def ablate(config, folder: str, preemption: "checkpoint.Preemption") -> None:
-  """The grid, cell by cell, and its tables."""
+  """Runs the grid cell by cell, and writes its tables."""
   root = workdir.make(folder).resolve()
   with workdir.hold_lock(root / "ablate.lock", "ablate", preemption):
     grid(config, root, preemption)
 
 
 def grid(config, root: pathlib.Path, preemption) -> None:
-  """The same, in a folder that nobody else writes to."""
-  every = split(config.flags)
-  check(config, every)
-  # 1. One model that all cells begin with.
+  """Runs the grid while holding the folder's lock."""
+  common_flags = split(config.flags)
+  check(config, common_flags)
+  # 1. Train the model that all cells start from.
   start = root / "start"
   run_driver(
-    config.task, start, [f"--config.stages={config.start}"], every, preemption
+    config.task,
+    start,
+    [f"--config.stages={config.start}"],
+    common_flags,
+    preemption,
   )
-  task = load(config.task, every)
+  task = load(config.task, common_flags)
   with preemption.exit_at_once():
     run = setup.setup(
       start,
       temperature=task.rollout.temperature,
       **{name: task[name] for name in setup.SECTIONS},
     )
-  # 2. That model, then every row and seed.
-  held = functools.partial(
-    measured, run, config=config, task=task, preemption=preemption
+  # 2. Measure that model; then train and measure every row and seed.
+  measure = functools.partial(
+    measure_once, run, config=config, task=task, preemption=preemption
   )
-  values = {config.first: {0: held(config.first, start / "measured.json")}}
+  values = {config.first: {0: measure(config.first, start / "measured.json")}}
   cost: dict[str, Any] = {}
   for seed in config.seeds:
     for name, path, changes in config.rows:
       cell = root / "cells" / f"{slug(name)}-{seed}"
       path = config_of(path, config)
-      train(cell, start, path, seed, config, every, changes, preemption)
-      values.setdefault(name, {})[seed] = held(
+      train(
+        cell,
+        start,
+        path=path,
+        seed=seed,
+        config=config,
+        common_flags=common_flags,
+        changes=changes,
+        preemption=preemption,
+      )
+      values.setdefault(name, {})[seed] = measure(
         str(cell / config.last), cell / "measured.json"
       )
-      cost.setdefault(name, {})[seed] = spent(cell)
+      cost.setdefault(name, {})[seed] = cost_of(cell)
       print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
-  # 3. What each reward pays for completions made to be paid.
+  # 3. Compute each reward on completions that are built to exploit it.
   preemption.exit_if_requested()
-  probed = probe(run, config, task, every) if config.probes else {}
-  # 4. Tables and curves.
+  probed = probe(run, config, task, common_flags) if config.probes else {}
+  # 4. Write tables and curves.
   with preemption.exit_at_once():
     write(root, config, values, cost, probed)
 
 
-def check(config, every) -> None:
-  """Refuses a row whose config no run would take, before any is begun.
+def check(config, common_flags) -> None:
+  """Refuses invalid configs of rows, before any run starts.
 
   Raises:
     ValueError: names the row and what is wrong with it.
@@ -101,47 +115,50 @@ def check(config, every) -> None:
   twice = sorted({name for name in names if names.count(name) > 1})
   if twice or not all(names):
     raise ValueError(
-      f"config.rows names {twice} twice, or a row by nothing; a name is that "
-      "of a cell's folder. Rename one."
+      f"config.rows has the names {twice} twice, or an empty name; names must "
+      "be distinct, since each names a cell's folder. Rename one."
     )
   before = {name for name in config.start.split(",") if name != "base"}
   stages = before | set(config.stages.split(","))
   for name, path, changes in config.rows:
-    made = load(config_of(path, config), [*every, *split(changes)])
+    made = load(config_of(path, config), [*common_flags, *split(changes)])
     try:
       config_check.check(made.to_dict(), stages)
     except config_check.ConfigError as error:
       raise ValueError(f"Row {name!r}: {error}") from error
 
 
-def run_driver(path: str, folder, settings, every, preemption) -> None:
-  """One run of the whole-method driver in a process of its own.
+def run_driver(path: str, folder, settings, common_flags, preemption) -> None:
+  """Runs the `opera_rl` driver in a subprocess.
 
   Raises:
-    SystemExit: it, or this process, was told to stop; both have.
-    CalledProcessError: it failed.
+    SystemExit: the subprocess or this process received SIGTERM; both have
+      stopped.
+    CalledProcessError: the subprocess failed.
   """
   command = [
     *(sys.executable, "-m", "opera_jax.experiments.opera_rl"),
-    *(f"--config={path}", f"--workdir={folder}", *every, *settings),
+    *(f"--config={path}", f"--workdir={folder}", *common_flags, *settings),
   ]
   preemption.exit_if_requested()
-  told = False
+  stopping = False
   with subprocess.Popen(command) as process:
     while process.poll() is None:
-      if preemption.requested_here() and not told:
-        process.terminate()  # it saves first
-        told = True
+      if preemption.requested_here() and not stopping:
+        process.terminate()  # it saves before it exits
+        stopping = True
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(0.5)
-  if told or process.returncode == preemption.EXIT_CODE:
+  if stopping or process.returncode == preemption.EXIT_CODE:
     raise SystemExit(preemption.EXIT_CODE)
   if process.returncode:
     raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def train(cell, start, path, seed, config, every, changes, preemption) -> None:
-  """One cell: the stages that differ, from the shared model."""
+def train(
+  cell, start, *, path, seed, config, common_flags, changes, preemption
+) -> None:
+  """Runs the stages of one cell, starting from the shared model."""
   settings = [
     f"--config.stages={config.stages}",
     *split(config.each.format(seed=seed)),
@@ -150,7 +167,7 @@ def train(cell, start, path, seed, config, every, changes, preemption) -> None:
   stage = workdir.Stage(
     cell.parent,
     cell.name,
-    {"config": path, "flags": [*every, *settings]},
+    {"config": path, "flags": [*common_flags, *settings]},
     {
       f"{name}/model": workdir.model(start, name)
       for name in config.shared
@@ -164,13 +181,13 @@ def train(cell, start, path, seed, config, every, changes, preemption) -> None:
       if not (cell / name).exists():
         (cell / name).symlink_to(start / name)
     begin = time.monotonic()
-    run_driver(path, cell, settings, every, preemption)
+    run_driver(path, cell, settings, common_flags, preemption)
     print(f"ablate: {cell.name}: {time.monotonic() - begin:.0f} s", flush=True)
     stage.finish({})
 
 
 def load(path: str, changes):
-  """A config file's values with flags of the form --config.NAME=VALUE."""
+  """Loads a config file, and applies flags of the form --config.NAME=VALUE."""
   name, _, arg = path.partition(":")
   config = runpy.run_path(str(shipped.path(name)))["get_config"](arg)
   for change in changes:
@@ -183,22 +200,25 @@ def load(path: str, changes):
   return config
 
 
-def measured(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
-  """Numbers of a model on the held-out prompts; measured once."""
+def measure_once(
+  run, stage: str, path: pathlib.Path, *, config, task, preemption
+):
+  """Measures a model on the held-out prompts, and caches the result in
+  `path`."""
   sampling = {
     "samples": config.samples,
     "max_new_tokens": task.rollout.max_new_tokens,
   }
   made_from = {"model": run.model_digest(stage), **sampling}
-  if os.path.lexists(kept):
+  if os.path.lexists(path):
     try:
-      found = workdir.read(kept, "leave it: it is measured again")
+      found = workdir.read(path, "leave it: it is measured again")
     except (ValueError, OSError) as error:
       found = {}
       print(f"ablate: {error}", flush=True)
     if found.get("made_from") == made_from:
       return found["numbers"]
-    print(f"ablate: {kept} is of something else; measured again.", flush=True)
+    print(f"ablate: {path} has other inputs; measuring again.", flush=True)
 
   def advance(_: int) -> None:
     preemption.exit_if_requested()
@@ -206,12 +226,12 @@ def measured(run, stage: str, kept: pathlib.Path, *, config, task, preemption):
   params, prompts = run.load(stage), run.tasks.held_out
   groups = held_out.draw(run, params, prompts, **sampling, advance=advance)
   numbers = held_out.measure(run, params, prompts, groups, advance)
-  workdir.write(kept, {"made_from": made_from, "numbers": numbers})
+  workdir.write(path, {"made_from": made_from, "numbers": numbers})
   return numbers
 
 
-def spent(cell: pathlib.Path) -> dict[str, float]:
-  """What a cell cost."""
+def cost_of(cell: pathlib.Path) -> dict[str, float]:
+  """The cost of a cell."""
   if not (cell / "rl").exists():
     made = list(traces.read(cell / "synthesize" / "traces"))
     done = workdir.result(cell, "select")
@@ -234,7 +254,7 @@ def spent(cell: pathlib.Path) -> dict[str, float]:
 
 
 def sampled_tokens(trace: "traces.Trace") -> int:
-  """Tokens drawn for a trace, with those of the candidates it dropped."""
+  """Tokens sampled for a trace, including those of dropped candidates."""
   dropped = [
     one.tokens
     for round_ in trace.rounds
@@ -244,8 +264,8 @@ def sampled_tokens(trace: "traces.Trace") -> int:
   return len(trace.completion) + sum(dropped)
 
 
-def probe(run, config, task, every):
-  """Each row's reward on probes of the SFT model's samples."""
+def probe(run, config, task, common_flags):
+  """Computes each row's reward on probes made of the SFT model's samples."""
   params = run.load("sft")
   prompts = run.tasks.held_out[: config.probes]
   groups = held_out.draw(
@@ -258,7 +278,7 @@ def probe(run, config, task, every):
   scorers: dict[str, Any] = {}
   for name, path, changes in config.rows:
     reward = load(
-      config_of(path, config), [*every, *split(changes)]
+      config_of(path, config), [*common_flags, *split(changes)]
     ).reward.to_dict()
     if reward not in [known for known, _ in scorers.values()]:
       made = score.RewardScorer(run.logprob_scorer, run.tokenizer, **reward)
@@ -273,7 +293,8 @@ def probe(run, config, task, every):
 
 
 def write(root, config, values, cost, probed) -> None:
-  """The tables as Markdown, all numbers as JSON, the curves as a picture."""
+  """Writes the tables as Markdown, all numbers as JSON, and the curves as
+  PNG."""
   size = {"resamples": config.resamples}
   shown = {name: held_out.MEASURES[name] for name in config.measures}
   text = "\n\n".join(
@@ -316,17 +337,17 @@ def write(root, config, values, cost, probed) -> None:
 
 
 def config_of(path: str, config) -> str:
-  """A row's config with its size; the task's where it names none."""
+  """A row's config with its size; config.task if the row names none."""
   return f"{path}:{config.size}" if path else config.task
 
 
 def split(changes: str) -> list[str]:
-  """Flags in one string, quoted where they hold spaces."""
+  """Splits a string of flags, with shell quotes."""
   return shlex.split(changes)
 
 
 def slug(name: str) -> str:
-  """A row's name as a folder's; names that differ have folders that do."""
+  """Converts a row's name to a folder name; distinct names stay distinct."""
   plain = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:60]
   if plain == name:
     return name
@@ -343,5 +364,5 @@ if __name__ == "__main__":
   _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the grid.", required=True
   )
-  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  logging.set_verbosity(logging.WARNING)  # orbax logs every file
   app.run(main)

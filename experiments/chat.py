@@ -1,20 +1,21 @@
-"""Tries a checkpoint by hand: type a prompt, read the thought as it comes.
+"""Chat with a checkpoint: type a prompt, and read the thought as it streams.
 
   python -m experiments.chat --config=configs/tiny.py --workdir=runs/tiny \
     --stage=rl [--prompt="..."]
 
-Without --prompt it asks for one, again and again, until an empty line. Left
-out on purpose: a conversation; every prompt stands alone, as in training.
+Without --prompt it asks for prompts until an empty line. There is deliberately
+no multi-turn conversation: every prompt is independent, as in training.
 """
 
 import sys
+from collections.abc import Iterator
 
 from absl import app, flags, logging
 from etils import epy
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   import jax
 
@@ -27,16 +28,16 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run.", required=True
 )
 _STAGE = flags.DEFINE_enum(
-  "stage", "rl", ["base", "sft", "rl"], "Whose model to talk to."
+  "stage", "rl", ["base", "sft", "rl"], "Stage whose model to use."
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "Answer this and leave.")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Answers a prompt.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Answer this prompt and exit.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Answers per prompt.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Strings that end an answer.")
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
   run = setup.setup(
     _WORKDIR.value,
@@ -65,8 +66,8 @@ def main(_) -> None:
       print(f"\n[{len(sample.tokens)} tokens, ended by {sample.reason}]")
 
 
-def _prompts():
-  """The one prompt of the command line, or those that are typed."""
+def _prompts() -> Iterator[str]:
+  """Yields the prompt of the command line, or those that are typed."""
   if _PROMPT.value is not None:
     yield _PROMPT.value
     return

@@ -1,11 +1,11 @@
-"""Writes a stage's model as transformers, vLLM and lm-eval load it.
+"""Exports a stage's model in the Hugging Face format (transformers, vLLM).
 
   python -m experiments.export --config=configs/tiny.py --workdir=runs/tiny \
     --stage=rl --output=runs/tiny/export
 
-Reads `<stage>/model` of the workdir and writes safetensors, config.json and
-the tokenizer. float32 keeps every bit; bfloat16 is half the size, and what
-the published models come in. Left out on purpose: uploading it anywhere.
+Reads `<stage>/model` of the workdir and writes safetensors, config.json and the
+tokenizer. float32 is exact; bfloat16 is half the size and the dtype of the
+published models. It deliberately does not upload anything.
 """
 
 from absl import app, flags, logging
@@ -13,7 +13,7 @@ from etils import epy
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.models import qwen3_params
   from opera_jax.run import setup
@@ -24,18 +24,18 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run.", required=True
 )
 _STAGE = flags.DEFINE_enum(
-  "stage", "rl", ["base", "sft", "rl"], "Whose model to write."
+  "stage", "rl", ["base", "sft", "rl"], "Stage whose model to export."
 )
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Directory to write.", required=True
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of the weights written."
+  "dtype", "float32", ["float32", "bfloat16"], "Dtype of the exported weights."
 )
 
 
 def main(_) -> None:
-  logging.set_verbosity(logging.WARNING)  # orbax narrates every file
+  logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   run = setup.setup(

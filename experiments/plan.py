@@ -1,16 +1,16 @@
-"""Proves a run on a TPU slice without the slice.
+"""Checks whether a run fits on a TPU slice, without the slice.
 
   python -m experiments.plan --config=configs/qwen3_8b.py:v5p_4x4x4 \
     --topology=v5p:4x4x4 --json=docs/plans/qwen3_8b_v5p_4x4x4.json
   python -m experiments.plan --page=docs/plans
 
-The first compiles, on this machine's CPU with libtpu, the programs that
-`experiments.opera_rl` would execute with that config: bytes a device against
-its memory, FLOPs, collective bytes, compile seconds, and what to turn where
-something does not fit (exit status 1). The second writes the page of the saved
-plans. A plan of an 8B model takes some minutes on 2 cores; `--programs` picks,
-and those it does not name are kept from the file if it has them.
-Left out on purpose: measured times.
+The first command compiles, with libtpu on this machine's CPU, the programs that
+`experiments.opera_rl` would run with that config. It prints memory per device,
+FLOPs, collective bytes and compile seconds; if a program does not fit, it
+prints which settings to lower and exits with status 1. The second command
+writes the page of all saved plans. A plan of an 8B model takes some minutes on
+2 cores; `--programs` selects programs, and the others are kept from the file if
+it has them. A plan contains no measured times.
 """
 
 import json
@@ -18,7 +18,8 @@ import os
 import pathlib
 import sys
 
-# Before JAX: compiling needs no chip, and asks nobody for one.
+# Set before importing JAX: compiling needs no TPU, so libtpu must not look for
+# one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -29,17 +30,19 @@ from ml_collections import config_flags
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.plan import programs, render, whole
 
 _CONFIG = config_flag.define("configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
-_JSON = flags.DEFINE_string("json", None, "File that takes the plan.")
+_JSON = flags.DEFINE_string("json", None, "File to write the plan to.")
 _PAGE = flags.DEFINE_string(
-  "page", None, "Folder of saved plans; no compiling."
+  "page", None, "Folder of saved plans; writes their page."
 )
-_PROGRAMS = flags.DEFINE_list("programs", [], "Which ones; none names all.")
+_PROGRAMS = flags.DEFINE_list(
+  "programs", [], "Programs to compile; empty means all."
+)
 
 
 def main(_) -> None:

@@ -1,19 +1,20 @@
-"""Makes the prompt pool of the cold start out of the tasks of a config.
+"""Builds the prompt pool of the cold start from the tasks of a config.
 
   python -m experiments.pool --config=configs/open_ended.py \
     --config.data.path=FILE --config.pool.size=2000 --workdir=runs/pool
 
 Reads `config.data.path` and `config.data.math_path` (files, Hugging Face or
-TFDS data sets), drops what `config.pool` rules out, clusters embeddings of the
-rest and samples the clusters by size. Leaves in the workdir
+TFDS data sets), filters the prompts by `config.pool`, clusters embeddings of
+the rest and samples the clusters by size. Writes to the workdir
 
   pool/prompts.jsonl   a run reads it with --config.data.path
   pool/rejected.jsonl  every other prompt and why
   pool/clusters.html   counts, the clusters, their nearest prompts
 
-`config.pool.embedder` names a sentence-transformers model, or "policy": the
-mean hidden state of the base model, which is loaded or trained where the
-workdir has none. "" takes BGE-M3 if sentence-transformers is installed.
+`config.pool.embedder` names a sentence-transformers model. "policy" means the
+mean hidden state of the base model, which is loaded or trained if the workdir
+has none. "" means BGE-M3 if sentence-transformers is installed, otherwise
+"policy".
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ from etils import epy
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.run import setup, tasks
   from opera_jax.scoring import embed
@@ -37,7 +38,7 @@ _CONFIG = config_flag.define("configs/open_ended.py")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run.", required=True
 )
-DEFAULT = "BAAI/bge-m3"  # of the paper
+DEFAULT = "BAAI/bge-m3"  # the paper's embedder
 
 
 def main(_) -> None:
@@ -49,7 +50,7 @@ def main(_) -> None:
 
 
 def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
-  """Makes the pool in the folder of the run."""
+  """Builds the pool in the run's folder."""
   settings = config.pool.to_dict()
   if not settings["embedder"]:
     known = importlib.util.find_spec("sentence_transformers")
@@ -75,9 +76,9 @@ def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:
 def policy(
   config, folder: str, preemption: "checkpoint.Preemption"
 ) -> "embedding.Embed":
-  """Embeds by the base model of the run."""
+  """Returns an embedder that uses the base model of the run."""
   sections = {name: config[name] for name in setup.SECTIONS}
-  # No other stage is run here; the pool may be smaller than what they take.
+  # No other stage runs here, so their numbers of tasks do not matter.
   sections["data"] = {
     **config.data, "synthesis": 0, "rl": 0, "held_out": 0,
   }  # fmt: skip

@@ -10,7 +10,7 @@ from etils import epy
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime

@@ -1,14 +1,14 @@
-"""Synthesises the cold-start traces of a run, and selects among them.
+"""Synthesises the cold-start traces of a run, and filters them.
 
   python -m experiments.synthesize --config=configs/tiny.py --workdir=runs/tiny
 
-Writes `synthesize/traces` and `select/traces`: JSONL beside a TFDS data set,
-with a card. Trains the base model first where the workdir has none.
+Writes `synthesize/traces` and `select/traces`: JSONL and a TFDS data set, with
+a dataset card. Trains the base model first if the workdir has none.
 
-Kill it and give the same command again: it goes on. Give it on several
-machines that see the folder: they divide the work. On the hosts of one TPU
-slice add --config.runtime.distributed=auto; with --config.mesh.data the number
-of hosts, and fsdp the devices of one, each host works by itself.
+After a kill, the same command resumes. Run it on several machines that share
+the folder, and they split the work. On the hosts of one TPU slice add
+--config.runtime.distributed=auto. If --config.mesh.data is the number of hosts
+and fsdp the devices per host, each host works independently.
 """
 
 from absl import app, flags, logging
@@ -16,7 +16,7 @@ from etils import epy
 
 from opera_jax import config_flag
 
-# Read when first used: --help and a mistyped flag need none of them.
+# Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime
@@ -41,10 +41,10 @@ def main(_) -> None:
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
-  searching = cold_start.Search(**config.synthesis)
-  selecting = config.select.to_dict()
-  selecting.pop("rl")  # of the RL stage
-  rules = filters.Rules(**selecting)
+  search = cold_start.Search(**config.synthesis)
+  select = config.select.to_dict()
+  select.pop("rl")  # settings of the RL stage
+  rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
       run = setup.setup(
@@ -52,16 +52,16 @@ def main(_) -> None:
         temperature=config.rollout.temperature,
         **{name: config[name] for name in setup.SECTIONS},
       )
-    preflight.synthesis(run, searching)
+    preflight.synthesis(run, search)
     supervised.base(
       run,
       supervised.Recipe(**config.base),
       preemption,
       path=config.checkpoint,
     )
-    about = dataset_card.Card(**config.card)
-    cold_start.synthesize(run, searching, about, preemption)
-    cold_start.select(run, rules, config.reward.keywords, about, preemption)
+    card = dataset_card.Card(**config.card)
+    cold_start.synthesize(run, search, card, preemption)
+    cold_start.select(run, rules, config.reward.keywords, card, preemption)
   workdir.redone(_WORKDIR.value)
 
 

@@ -64,8 +64,8 @@ def test_functions_lie_in_the_working_directory_and_hide_nothing(tmp_path):
   "function, said",
   [
     ("opera_rl", ("pipeline, top to bottom", "--config:", "--workdir:")),
-    ("plan", ("Proves a run on a TPU slice", "--topology:", "--config:")),
-    ("chat", ("Tries a checkpoint by hand", "--prompt:", "--config:")),
+    ("plan", ("Checks whether a run fits", "--topology:", "--config:")),
+    ("chat", ("Chat with a checkpoint", "--prompt:", "--config:")),
   ],
 )
 def test_help_is_the_drivers_own(tmp_path, function, said):

@@ -1,4 +1,4 @@
-"""The table of a grid of methods and seeds, in Markdown.
+"""Formats the results of a grid of methods and seeds as Markdown.
 
 Shape key: S seeds, B prompts.
 """
@@ -19,7 +19,7 @@ COSTS = {
 
 
 def stacked(values: Values, row: str, measure: str) -> np.ndarray:
-  """A row's numbers of a measure, float64 [S, B], seeds in order."""
+  """Stacks a row's values of a measure: float64 [S, B], seeds in order."""
   by_seed = values[row]
   return np.asarray([by_seed[s][measure] for s in sorted(by_seed)], np.float64)
 
@@ -31,16 +31,16 @@ def results(
   baseline: str,
   resamples: int,
 ) -> str:
-  """Mean, deviation over seeds and interval; below it the paired difference.
+  """Formats mean, interval and deviation over seeds, and the paired difference.
 
   Args:
     values: by row and seed, per-prompt numbers of every measure.
-    measures: measure -> heading; those that no row has are left out.
+    measures: measure -> heading; measures that no row has are left out.
     baseline: the row that all others are compared with.
     resamples: of the bootstrap.
 
   Returns:
-    A Markdown table, one row a method.
+    A Markdown table with one row per method.
   """
   first = next(iter(values.values()))
   present = [m for m in measures if m in next(iter(first.values()))]
@@ -69,8 +69,8 @@ def difference(
 ) -> bootstrap.Interval:
   """The paired difference over seeds and prompts.
 
-  A row with one seed (a model that was not trained in the grid) stands for
-  every seed of the other.
+  A row with one seed (a model that was not trained in the grid) is compared
+  with every seed of the other row.
   """
   mine_SB, other_SB = (stacked(values, r, measure) for r in (row, other))
   count = max(len(mine_SB), len(other_SB))
@@ -82,7 +82,8 @@ def difference(
 
 
 def costs(cost: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
-  """Mean cost of a cell, one row a method; costs nobody has are left out."""
+  """Formats the mean cost per cell, one row per method; missing costs are left
+  out."""
   first = next(iter(next(iter(cost.values())).values()))
   present = [name for name in COSTS if name in first]
   lines = [
@@ -96,15 +97,16 @@ def costs(cost: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
 
 
 def efficiency(values: Values, reference: str) -> str:
-  """AES of every row on maths, see `seeds.aes`, mean and spread over seeds.
+  """Formats the AES of every row on maths, see `seeds.aes`: mean and deviation
+  over seeds.
 
   Args:
-    values: see `results`; "correct" and "math_tokens" among the measures.
-    reference: the row that accuracy and length are measured against.
+    values: see `results`; needs the measures "correct" and "math_tokens".
+    reference: the row that accuracy and length are compared with.
 
   Returns:
-    A Markdown table; "" where there is no maths, or where the reference got
-    nothing right, for AES divides by that.
+    A Markdown table; "" if there is no maths, or if the reference has accuracy
+    0, since AES divides by it.
   """
   first = next(iter(values[reference].values()))
   if "correct" not in first or not stacked(values, reference, "correct").any():
@@ -118,15 +120,15 @@ def efficiency(values: Values, reference: str) -> str:
     accuracy_S = stacked(values, row, "correct").mean(axis=1)
     length_S = stacked(values, row, "math_tokens").mean(axis=1)
     score_S = [seeds.aes(a, n, *base) for a, n in zip(accuracy_S, length_S)]
-    spread = f"{np.std(score_S, ddof=1):.2f}" if len(score_S) > 1 else ""
-    lines.append(f"| {row} | {np.mean(score_S):+.2f} | {spread} |")
+    deviation = f"{np.std(score_S, ddof=1):.2f}" if len(score_S) > 1 else ""
+    lines.append(f"| {row} | {np.mean(score_S):+.2f} | {deviation} |")
   return "\n".join(lines)
 
 
 def answers(
   values: Values, questions: Sequence[Sequence[str]], *, resamples: int
 ) -> str:
-  """What the differences that were asked for say, one line each.
+  """Formats the answer to each question in one line.
 
   Args:
     values: see `results`.
@@ -140,7 +142,7 @@ def answers(
     if not known or measure not in next(iter(values[row].values())):
       continue
     change = difference(values, row, other, measure, resamples=resamples)
-    sure = "" if change.excludes_zero() else " (not told apart)"
+    sure = "" if change.excludes_zero() else " (not significant)"
     lines.append(
       f"- {text} {measure}, {row} less {other}: "
       f"{table.format_interval(change, sign=True)}{sure}"
@@ -149,8 +151,8 @@ def answers(
 
 
 def probes(answered: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-  """Each reward's mean answer to each probe; bold where a probe is paid at
-  least as much as the honest sample."""
+  """Formats each reward's mean on each probe; bold if it is at least that of
+  the honest sample."""
   names = list(next(iter(answered.values())))
   lines = ["| reward | " + " | ".join(names) + " |"]
   lines.append("|---" * (len(names) + 1) + "|")

@@ -1,4 +1,5 @@
-"""Intervals over prompts by the percentile bootstrap (Efron, 1979)."""
+"""Confidence intervals over prompts by the percentile bootstrap (Efron,
+1979)."""
 
 import dataclasses
 import math
@@ -11,7 +12,7 @@ _BLOCK = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A mean over prompts and where it plausibly lies."""
+  """A mean over prompts with its confidence interval."""
 
   mean: float
   low: float
@@ -34,14 +35,14 @@ def mean_interval(
   """The mean of `values` and its percentile interval.
 
   Args:
-    values: [B] one number a prompt; samples of one prompt are not independent,
-      take their mean first.
+    values: [B] one number per prompt; samples of one prompt are not
+      independent, so take their mean first.
     level: coverage, between 0 and 1.
     resamples: draws of B prompts with replacement.
-    seed: of the draws; the same seed and length draw the same prompts.
+    seed: of the resampling; the same seed and length give the same resamples.
 
   Returns:
-    The interval; its bounds are NaN where there is only one prompt.
+    The interval; its bounds are NaN if there is only one prompt.
 
   Raises:
     ValueError: no values, more than one axis, a value that is not finite, or
@@ -88,11 +89,11 @@ def paired_difference(
 ) -> Interval:
   """The interval of the mean of `after - before` over the same prompts.
 
-  Pairing removes what prompts differ in, so a difference can be sure where
-  the two means' own intervals overlap.
+  Pairing removes the variance between prompts, so a difference can be
+  significant although the intervals of the two means overlap.
 
   Args:
-    after: [B] one number a prompt.
+    after: [B] one number per prompt.
     before: [B] the same prompts in the same order.
     level: see `mean_interval`.
     resamples: see `mean_interval`.

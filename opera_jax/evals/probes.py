@@ -1,7 +1,7 @@
-"""Completions made to be paid without being good.
+"""Builds completions that try to exploit a reward.
 
-Each probe spoils one honest sample in one way. A reward that pays a probe as
-much as the sample it was made of can be gamed that way.
+Each probe degrades one honest sample in one way. If a reward gives the probe at
+least as much as the honest sample, it can be exploited that way.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ class Text:
 
 
 def read(text: str, separator: str = thought_lib.SEPARATOR) -> Text:
-  """Steps and answer of a completion; no steps where no thought is closed."""
+  """Splits a completion into steps and answer; no steps without a closed
+  thought."""
   _, opened, rest = text.partition("<think>")
   thought, closed, answer = rest.partition("</think>")
   if not opened or not closed:
@@ -50,10 +51,10 @@ def make(
   keywords: Sequence[str] = thought_lib.KEYWORDS,
   seed: int = 0,
 ) -> dict[str, Text]:
-  """Every probe by name, the honest completion first.
+  """Builds every probe by name, the honest completion first.
 
   Args:
-    honest: what the policy wrote.
+    honest: completion of the policy.
     prompt: its task.
     keywords: of the reflective states.
     seed: of the shuffle.
@@ -80,7 +81,7 @@ def sample(
   tokenizer: tokenizer_lib.Tokenizer,
   separator: str = thought_lib.SEPARATOR,
 ) -> structs.Sample:
-  """A probe as if it had been sampled: only our own tags are special."""
+  """Converts a probe to a sample; only our own tags become special tokens."""
   tokens = np.concatenate(
     [
       tokenizer.encode_template("<think>\n"),

@@ -1,4 +1,4 @@
-"""Intervals over seeds and prompts at once.
+"""Confidence intervals over both seeds and prompts.
 
 Shape key: S seeds, B prompts.
 """
@@ -19,19 +19,19 @@ def crossed_interval(
 ) -> bootstrap.Interval:
   """The mean over seeds and prompts, and its percentile interval.
 
-  Seeds and prompts are drawn with replacement, each on its own, as both vary
-  from run to run (the pigeonhole bootstrap, Owen 2007). Of differences between
-  two methods at the same seeds and prompts it is the paired interval.
+  Seeds and prompts are resampled independently, since both vary from run to run
+  (the pigeonhole bootstrap, Owen 2007). Applied to differences between two
+  methods at the same seeds and prompts, it gives the paired interval.
 
   Args:
-    values_SB: one number a seed and prompt; all finite.
+    values_SB: one finite number per seed and prompt.
     level: coverage.
-    resamples: draws.
-    seed: of the draws.
+    resamples: number of resamples.
+    seed: of the resampling.
 
   Returns:
-    The interval; its count is that of the prompts. One seed leaves only the
-    prompts to vary; one value has no interval.
+    The interval; its count is the number of prompts. With one seed only prompts
+    vary; a single value has no interval.
 
   Raises:
     ValueError: not two axes, no value, or one that is not finite.

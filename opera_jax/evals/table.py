@@ -1,4 +1,4 @@
-"""The before/after table: stages side by side, with a verdict in words."""
+"""The evaluation table: stages side by side, with verdicts in words."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from opera_jax.evals import bootstrap
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """What is measured of every prompt, and which way is good."""
+  """A measure per prompt, and its good direction."""
 
   key: str  # name in the arrays
   label: str  # "facts kept"
   better: str = "higher"  # "higher", "lower" or "neither"
-  unit: str = ""  # "nats/token", "tokens", "" for a share or a count
+  unit: str = ""  # "nats/token", "tokens", "" for a fraction or a count
 
   def __post_init__(self):
-    """Refuses a direction that no verdict knows."""
+    """Refuses an unknown direction."""
     if self.better not in ("higher", "lower", "neither"):
       raise ValueError(
         f"Measure {self.key!r}: better is {self.better!r}. Use 'higher', "
@@ -33,9 +33,11 @@ class Cell:
 
   stage: str
   value: bootstrap.Interval
-  change: bootstrap.Interval | None  # against the stage before; None at first
+  change: bootstrap.Interval | None  # to the previous stage; None for the first
   verdict: str  # "facts kept rose", "facts kept did not rise", ...
-  good: bool | None  # None where no direction was shown, or none is better
+  good: (
+    bool | None
+  )  # None without a significant change, or if neither direction is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +56,22 @@ def assemble(
   resamples: int = 2000,
   seed: int = 0,
 ) -> list[Row]:
-  """Means, intervals and paired changes of every measure and stage.
+  """Computes means, intervals and paired changes of every measure and stage.
 
   Args:
-    values: per-prompt arrays [B] by stage, then by measure; stages in the
-      order they were trained ("base", "sft", "rl"), prompts in one order.
+    values: per-prompt arrays [B] by stage, then by measure; stages in training
+      order ("base", "sft", "rl"), prompts in the same order everywhere.
     measures: the rows.
     level: coverage of the intervals.
-    resamples: draws of the bootstrap.
-    seed: of the draws.
+    resamples: bootstrap resamples.
+    seed: of the bootstrap.
 
   Returns:
-    One row a measure. A change is against the stage before; the verdict says
-    in words what its interval allows, and nothing more.
+    One row per measure. A change is relative to the previous stage; the verdict
+    states in words what its interval supports.
 
   Raises:
-    ValueError: a stage that lacks a measure, or as `bootstrap` raises.
+    ValueError: a stage lacks a measure, or `bootstrap` raises.
   """
   settings: dict[str, Any] = {
     "level": level,
@@ -101,9 +103,9 @@ def assemble(
 def verdict(
   measure: Measure, change: bootstrap.Interval | None
 ) -> tuple[str, bool | None]:
-  """What a change allows to say: the words, and whether it is good.
+  """Returns the verdict on a change in words, and whether it is good.
 
-  Only an interval that excludes 0 shows a direction.
+  A direction is stated only if the interval excludes 0.
   """
   if change is None:
     return "", None
@@ -123,7 +125,7 @@ def verdict(
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-  """The table for a terminal or a note; intervals in square brackets."""
+  """Formats the table as Markdown; intervals in square brackets."""
   if not rows:
     return ""
   stages = [cell.stage for cell in rows[0].cells]

@@ -6,7 +6,7 @@ import jax
 def cross_entropy(logprob_RT: jax.Array) -> jax.Array:
   """`-log p(token t | tokens before t)`, float32 [R, T], nats.
 
-  The log-probabilities come from a head that streams over the vocabulary, so
-  no [tokens, vocabulary] array exists here either.
+  The head computes log-probabilities in blocks of the vocabulary, so no
+  [tokens, vocabulary] array is materialised.
   """
   return -logprob_RT

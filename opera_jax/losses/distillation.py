@@ -1,4 +1,4 @@
-"""Divergence from a teacher on its likeliest tokens, per position.
+"""Divergence from a teacher on its top-K tokens, per position.
 
 Shape key: R rows, T tokens of a row, K teacher's top tokens.
 """
@@ -17,8 +17,8 @@ def top_k_jensen_shannon(
       M = alpha T + (1 - alpha) S
       JS = alpha KL(T || M) + (1 - alpha) KL(S || M)
 
-  over K + 1 events: the K tokens, and all others together. The form that SDPO
-  is released with (K = 100, alpha = 0.5).
+  over K + 1 events: the K tokens, and all others together. SDPO's release uses
+  this form with K = 100 and alpha = 0.5.
 
   Args:
     logprob_RTK: float32, the student's log-probability of those tokens.
@@ -49,7 +49,7 @@ def top_k_jensen_shannon(
 
 
 def _with_rest(logprob_RTK: jax.Array) -> jax.Array:
-  """Adds the log-probability of all other tokens as a last event."""
+  """Appends the log-probability of all other tokens as a last event."""
   rest_RT1 = 1.0 - jnp.sum(jnp.exp(logprob_RTK), axis=-1, keepdims=True)
   rest_RT1 = jnp.log(jnp.maximum(rest_RT1, _SMALLEST))
   return jnp.concatenate([logprob_RTK, rest_RT1], axis=-1)

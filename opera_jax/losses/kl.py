@@ -4,11 +4,11 @@ All three are from J. Schulman, "Approximating KL divergence" (2020). With
 `d = ref_logprob - logprob`: k1 is unbiased and signed, k2 is biased and never
 negative, k3 is unbiased and never negative.
 
-That is said of their values. As a term of a loss what counts is the gradient
-at fixed samples: that of k2 is an unbiased estimate of the gradient of
-KL(policy || reference), that of k3 is one of the gradient of KL(reference ||
-policy), and that of k1 is `grad logprob`, whatever the reference: its mean is
-0. So k1 serves as a penalty taken off the reward alone, see `estimator`.
+These statements are about values. In a loss, the gradient at fixed samples
+matters: that of k2 is an unbiased estimate of the gradient of KL(policy ||
+reference), that of k3 estimates the gradient of KL(reference || policy), and
+that of k1 is `grad logprob`, independent of the reference, with mean 0. So k1
+can only be used as a penalty in the reward, see `estimator`.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def k2(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
 def k3(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
   """`exp(d) - d - 1`; any shape, float32, nats.
 
-  `d` is bounded, see `exponent.bounded`: a token beyond the bound has a finite
+  `d` is clipped by `exponent.bounded`: a token beyond the bound has a finite
   value and no gradient.
   """
   delta, _ = exponent.bounded(ref_logprob - logprob)
@@ -51,7 +51,7 @@ def estimator(
 
   Args:
     name: of the estimator.
-    in_loss: whether its gradient is used; otherwise its value is.
+    in_loss: whether its gradient is used; otherwise only its value.
 
   Raises:
     ValueError: no estimator has that name, or k1 in a loss.
@@ -62,9 +62,9 @@ def estimator(
     )
   if in_loss and name == "k1":
     raise ValueError(
-      "The gradient of the KL estimator k1 is that of the log-probability "
-      "whatever the reference is, so as a loss it holds the policy to nothing. "
-      'Use config.rl.kl_estimator="k2" or "k3", or take k1 off the reward '
+      "The gradient of the KL estimator k1 is that of the log-probability and "
+      "does not depend on the reference, so it is useless in a loss. "
+      'Use config.rl.kl_estimator="k2" or "k3", or put k1 into the reward '
       'with config.rl.kl_in="reward".'
     )
   return _ESTIMATORS[name]

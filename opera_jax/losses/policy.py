@@ -29,15 +29,16 @@ def clipped_surrogate(
       loss = min(loss, -A dual_clip)                      where A < 0
 
   The first line is PPO (arXiv 1707.06347) with DAPO's two bounds (arXiv
-  2503.14476); the second bounds the loss of a bad token that the policy has
-  come to like (arXiv 1912.09729). At `r = 1` the gradient is REINFORCE's,
-  `-A grad logprob`. The exponent of `r` is bounded, see `exponent.bounded`: a
-  token beyond the bound has a finite loss and no gradient.
+  2503.14476); the second bounds the loss of a token with negative advantage
+  whose ratio has grown large (arXiv 1912.09729). At `r = 1` the gradient is
+  REINFORCE's, `-A grad logprob`. The log-ratio is clipped by
+  `exponent.bounded`: a token beyond the bound has a finite loss and no
+  gradient.
 
   Args:
     logprob_RT: float32, log-probability of each token under the live policy.
     old_logprob_RT: float32, the same under the policy that sampled.
-    advantage_RT: float32, in units of the advantage estimator.
+    advantage_RT: float32.
     clip_low: the ratio is clipped below at `1 - clip_low`, 0 < clip_low <= 1.
     clip_high: the ratio is clipped above at `1 + clip_high`, positive.
     dual_clip: bound in units of |A|, above `1 + clip_high`; None turns it off.
@@ -93,9 +94,9 @@ def sequence_ratio(
 ) -> jax.Array:
   """GSPO's log-ratio of each token (arXiv 2507.18071), for `clipped_surrogate`.
 
-  With `s = exp(mean_t(logprob_t - old_t))` over a sequence's targets, the
-  value is `log s` on each of its tokens, and its gradient that of the mean, so
-  that the sum over them with equal weights is the gradient of `s A`.
+  With `s = exp(mean_t(logprob_t - old_t))` over a sequence's targets, every
+  token of the sequence gets the value `log s`, with the gradient of that mean.
+  So the sum over its tokens with equal weights has the gradient of `s A`.
 
   Args:
     logprob_RT: float32, under the live policy.
@@ -104,7 +105,7 @@ def sequence_ratio(
     segments_RT: int32, the sequences of a row; see `reduce.token_weight`.
 
   Returns:
-    float32 [R, T], its sequence's mean log-ratio on every token.
+    float32 [R, T], the mean log-ratio of its sequence at every token.
   """
   delta_RT = jnp.where(weight_RT > 0, logprob_RT - old_logprob_RT, 0.0)
   count_RT = reduce.sequence_sum(weight_RT, segments_RT)
@@ -117,18 +118,17 @@ def truncated_weight(
 ) -> np.ndarray:
   """`min(exp(old - sampler), cap)`, the truncated importance weight.
 
-  It corrects a gradient for a sampler whose probabilities differ from the
+  It corrects the gradient if the sampler's probabilities differ from the
   trainer's, with bounded variance (Ionides, "Truncated importance sampling",
-  2008; a cap of 2 is usual). It multiplies the advantage, so no gradient
-  passes through it. A sampler that truncates (top k, top p, min p) makes its
-  tokens likelier than the trainer's model does: their weight is below 1, by
-  the share of the probability that was kept.
+  2008; a cap of 2 is usual). It multiplies the advantage, so no gradient passes
+  through it. A truncating sampler (top k, top p, min p) renormalises the kept
+  tokens, so their weight is the kept probability mass, below 1.
 
   Args:
-    old_logprob: float32 of each sampled token, under the trainer's policy
-      before the update; any shape.
-    sampler_logprob: float32, under the distribution that the sampler drew
-      from, see `structs.Sample.behavior_logprob`.
+    old_logprob: float32, log-probability of each sampled token under the
+      trainer's policy before the update; any shape.
+    sampler_logprob: float32, under the sampler's distribution, see
+      `structs.Sample.behavior_logprob`.
     cap: bound, positive.
 
   Raises:
@@ -136,8 +136,8 @@ def truncated_weight(
   """
   if cap <= 0:
     raise ValueError(
-      f"Importance weights are cut at a positive cap, got {cap}. Use 2.0, or "
-      "leave the weights out with config.rl.importance_cap = 0."
+      f"Importance weights need a positive cap, got {cap}. Use 2.0, or turn "
+      "them off with config.rl.importance_cap = 0."
     )
   gap = np.minimum(old_logprob - sampler_logprob, np.log(cap))
   return np.exp(gap).astype(np.float32)

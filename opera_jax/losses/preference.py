@@ -1,4 +1,4 @@
-"""DPO (arXiv 2305.18290): prefer the better of two samples.
+"""DPO (arXiv 2305.18290): prefers the better of two samples.
 
 Shape key: P pairs.
 """
@@ -19,10 +19,11 @@ def dpo(
 
   Args:
     better_P: float32, log-probability of the whole preferred completion.
-    worse_P: the same of the other.
-    better_ref_P: under the frozen reference policy.
-    worse_ref_P: the same.
-    beta: how strongly the reference holds, positive.
+    worse_P: the same for the rejected completion.
+    better_ref_P: log-probability of the preferred one under the frozen
+      reference.
+    worse_ref_P: the same for the rejected completion.
+    beta: strength of the reference constraint, positive.
 
   Returns:
     The loss of each pair and its margin `beta (...)`, float32 [P].
@@ -40,7 +41,7 @@ def dpo(
 def paired_sums(
   value_RT: jax.Array, weight_RT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Row sums of the first half of the rows, and of the second.
+  """Sums the tokens of each row; returns the first and the second half of rows.
 
   Rows hold the better sample of every pair first, then the worse ones in the
   same order.

@@ -1,8 +1,8 @@
 """From per-token losses to one number.
 
-Each rule is a weight per token, so a loss is `sum(weight * loss)`. Weights are
-made once from the masks of the WHOLE mini-batch; micro-batches and devices
-then only add, and how the batch was split cannot change the loss.
+Each reduction is a weight per token, so a loss is `sum(weight * loss)`. The
+weights are computed once from the masks of the WHOLE mini-batch; micro-batches
+and devices only add, so the loss does not depend on how the batch was split.
 
 Shape key: R rows, T tokens of a row.
 """
@@ -26,21 +26,22 @@ def token_weight(
       sequence_mean   1 / (targets in my sequence * sequences in the batch)
       constant        1 / constant
 
-  A sequence is one segment of one row; one without a target does not count.
+  A sequence is one segment of one row; sequences without targets do not count.
 
   Args:
-    name: the rule: OPERA and GRPO use "sequence_mean", DAPO "token_mean",
-      Dr.GRPO "constant" (the sum over the batch divided by `constant`).
+    name: OPERA and GRPO use "sequence_mean", DAPO "token_mean", Dr.GRPO
+      "constant" (the sum over the batch divided by `constant`).
     loss_mask_RT: float32, 1 where token t is a target.
     segments_RT: int32, the sequences packed in a row are numbered from 1;
       0 is padding.
     constant: the divisor of "constant", positive; unused by the others.
 
   Returns:
-    float32 [R, T], 0 where nothing is a target; all zeros for an empty batch.
+    float32 [R, T], 0 for tokens that are not targets; all zeros for an empty
+    batch.
 
   Raises:
-    ValueError: an unknown rule, or "constant" without a positive divisor.
+    ValueError: an unknown reduction, or "constant" without a positive divisor.
   """
   mask_RT = jnp.where(segments_RT > 0, loss_mask_RT, 0.0)
   mask_RT = mask_RT.astype(jnp.float32)
@@ -85,7 +86,7 @@ def _segment_sum(value_T: jax.Array, segments_T: jax.Array) -> jax.Array:
 def weighted_sum(weight_RT: jax.Array, value_RT: jax.Array) -> jax.Array:
   """`sum(weight * value)` in float32, a scalar.
 
-  A value whose weight is 0 does not count, be it infinite or NaN, and gets no
+  A value whose weight is 0 is ignored, even if infinite or NaN, and gets no
   gradient.
   """
   kept_RT = jnp.where(weight_RT > 0, value_RT, 0.0)

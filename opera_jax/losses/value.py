@@ -20,8 +20,8 @@ def clipped_value(
 
   Args:
     value_RT: float32, the critic's value before each token.
-    old_value_RT: the same before this step's updates.
-    return_RT: float32, what it should predict.
+    old_value_RT: the same, before this step's updates.
+    return_RT: float32, the critic's target.
     clip: c, positive.
 
   Returns:

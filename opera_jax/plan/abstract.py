@@ -1,4 +1,4 @@
-"""Shapes with layouts, in place of the arrays that a run would hold.
+"""Shapes and shardings of the arrays that a run would hold.
 
 Shape key: B rows, T tokens.
 """
@@ -25,11 +25,11 @@ class Values:
     """Lays out the parameters.
 
     Args:
-      mesh: of present or absent devices.
+      mesh: of real or absent devices.
       config: of the model.
 
     Raises:
-      ValueError: an axis that the mesh does not divide.
+      ValueError: the mesh does not divide an axis.
     """
     self._mesh, self._config = mesh, config
     self._num_data_shards = mesh_lib.num_data_shards(mesh)
@@ -39,7 +39,7 @@ class Values:
     self.params = self._laid_out(shapes, rules.TRAIN)
 
   def rollout_params(self) -> Any:
-    """The parameters in the layout and type that decoding wants."""
+    """The parameters in the sharding and dtype of decoding."""
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, self._config.dtype), self.params
     )
@@ -50,7 +50,7 @@ class Values:
   ) -> slots_lib.Slots:
     """The engine's slots; see `slots.empty`."""
     self.rows("engine.prompt_slots", (rows,), jnp.int32)
-    with jax.set_mesh(self._mesh):  # caches lie as its devices like it
+    with jax.set_mesh(self._mesh):  # cache layouts depend on the devices
       shapes = jax.eval_shape(
         functools.partial(
           slots_lib.empty,
@@ -65,7 +65,7 @@ class Values:
       slots_lib.shardings(shapes, self._mesh),
     )
 
-  def _laid_out(self, shapes, table):
+  def _laid_out(self, shapes: Any, table: dict[str, Any]) -> Any:
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
@@ -73,7 +73,7 @@ class Values:
     )
 
   def whole(self, leaf: Any) -> jax.ShapeDtypeStruct:
-    """A copy of an array's shape on every device."""
+    """The shape of an array, replicated on every device."""
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=layout.replicated(self._mesh)
     )
@@ -84,7 +84,8 @@ class Values:
     """An array whose first axis is split over the data axes.
 
     Raises:
-      ValueError: it does not divide; `name` is the config's.
+      ValueError: the axis does not divide; the message names the config field
+        `name`.
     """
     if shape[0] % self._num_data_shards:
       raise ValueError(
@@ -98,7 +99,8 @@ class Values:
   def batch(
     self, name: str, B: int, T: int, prefix: int = 0, continuations: int = 0
   ) -> structs.Batch:
-    """B rows of T tokens; see `rows` for the name, `Batch` for the others."""
+    """A batch of B rows of T tokens; `rows` explains `name`, `Batch` the
+    others."""
     whole, real = (
       self.rows(name, (B, T), dtype) for dtype in (jnp.int32, jnp.float32)
     )
@@ -117,7 +119,7 @@ class Values:
   def state(
     self, adamw: optax.GradientTransformation
   ) -> train_state.TrainState:
-    """What an update changes, its moments laid out like the parameters."""
+    """The training state; moments are sharded like the parameters."""
     state = jax.eval_shape(
       lambda params: train_state.create(params, adamw, jax.random.key(0)),
       self.params,

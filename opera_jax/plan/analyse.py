@@ -1,4 +1,4 @@
-"""Compiles a program for devices that may be absent, and counts its costs."""
+"""Compiles a program for devices that may be absent, and reports its costs."""
 
 import dataclasses
 import pathlib
@@ -18,28 +18,28 @@ _UNIT = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one call of a program takes; bytes and seconds are a device's."""
+  """The cost of one call of a program; bytes and seconds are per device."""
 
   name: str
   shape: str
-  calls: int  # in one RL step
+  calls: int  # per RL step
   fits: bool
-  total_bytes: int  # argument + temporary + output + code + beside
-  argument_bytes: int | None  # None: the compiler stopped before it knew
+  total_bytes: int  # sum of the five sizes below
+  argument_bytes: int | None  # None if compilation failed
   temporary_bytes: int | None
-  output_bytes: int | None  # without what takes its argument's place
+  output_bytes: int | None  # without outputs that reuse argument buffers
   code_bytes: int | None
   beside_bytes: int
   forward_flops: float  # over all devices
   backward_flops: float
   recompute_flops: float
-  flops_seconds: float  # at stated peak
-  stream_seconds: float  # of what must be read from memory, at stated bandwidth
-  collective_bytes: dict[str, float] | None  # None: no text to read
-  collective_seconds: float | None  # at stated bandwidth
-  seconds: float  # the largest of the three: the least that a call can take
+  flops_seconds: float  # at the stated peak
+  stream_seconds: float  # memory reads at the stated bandwidth
+  collective_bytes: dict[str, float] | None  # None without HLO text
+  collective_seconds: float | None  # at the stated bandwidth
+  seconds: float  # the largest of the three; a lower bound
   compile_seconds: float
-  remedies: tuple[str, ...]  # what to lower where it does not fit
+  remedies: tuple[str, ...]  # settings to lower if it does not fit
 
 
 def analyse(
@@ -51,12 +51,12 @@ def analyse(
 
   Args:
     program: what to compile.
-    mesh: the one that its arguments are laid out on.
-    chip: of the mesh's devices.
+    mesh: on which its arguments are sharded.
+    chip: kind of the mesh's devices.
 
   Returns:
-    Its costs. A program that the compiler finds too large has `fits` False
-    and the bytes that the compiler asked for.
+    Its costs. If the compiler runs out of memory, `fits` is False and the size
+    is the one that the compiler requested.
   """
   began = time.monotonic()
   with jax.set_mesh(mesh):
@@ -105,8 +105,8 @@ def analyse(
 def _compile(lowered: Any) -> tuple[Any, str | None, int]:
   """(memory analysis, optimised HLO, bytes that did not fit).
 
-  The HLO is what the compiler writes down itself: reading it back from the
-  compiled program fails for some of TPU7x's.
+  The HLO comes from the compiler's dump, since reading it from the compiled
+  program fails for some TPU7x programs.
   """
   with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -128,6 +128,6 @@ def _compile(lowered: Any) -> tuple[Any, str | None, int]:
 
 
 def _needed_bytes(message: str) -> int:
-  """The largest size that an out-of-memory message names in brackets."""
+  """The largest size in brackets of an out-of-memory message."""
   sizes = [float(n) * _UNIT[unit] for n, unit in _NEEDED.findall(message)]
   return int(max(sizes, default=0))

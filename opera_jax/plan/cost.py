@@ -1,8 +1,8 @@
-"""FLOPs of the model's programs, counted from the formulas.
+"""FLOPs of the model's programs, from formulas.
 
-A multiplication and its addition are 2 FLOPs; only matrix products count, and
-of attention only the pairs that the mask lets through. The compiler's own
-count takes a scanned layer once, so it is not used.
+A multiply-add is 2 FLOPs. Only matrix products count, and in attention only the
+pairs that the mask allows. The compiler's own count is not used, because it
+counts a scanned layer once.
 
 Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 """
@@ -11,9 +11,8 @@ import dataclasses
 
 from opera_jax.models import qwen3
 
-# What a layer's backward pass computes again: (matrices, attention). Under
-# "attention" only the output is kept, so the kernel runs again for the
-# normalisers of its softmax.
+# What a layer's backward pass recomputes: (matrices, attention). "attention"
+# saves only the output, so the kernel runs again for the softmax normalisers.
 _RECOMPUTED = {
   "none": (0, 0),
   "dots": (0, 1),
@@ -24,20 +23,20 @@ _RECOMPUTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-  """Of one run of a program, over all devices."""
+  """FLOPs of one call of a program, over all devices."""
 
   forward: float
   backward: float = 0.0
-  recompute: float = 0.0  # forward work that the backward pass does again
+  recompute: float = 0.0  # forward FLOPs that the backward pass recomputes
 
   @property
   def total(self) -> float:
-    """All of it."""
+    """Total FLOPs."""
     return self.forward + self.backward + self.recompute
 
 
 def layer_flops(config: qwen3.Config) -> float:
-  """Forward FLOPs of all layers' matrices, for one token."""
+  """Forward FLOPs of the matrices of all layers, per token."""
   D, H = config.hidden_size, config.head_dim
   attention = (
     D * H * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
@@ -50,7 +49,7 @@ def layer_flops(config: qwen3.Config) -> float:
 
 
 def attention_flops(config: qwen3.Config, pairs: float) -> float:
-  """Forward FLOPs of all layers' scores and sums over visible pairs."""
+  """Forward FLOPs of attention in all layers, for a number of visible pairs."""
   return (
     4.0
     * config.num_hidden_layers
@@ -61,12 +60,12 @@ def attention_flops(config: qwen3.Config, pairs: float) -> float:
 
 
 def head_flops(config: qwen3.Config) -> float:
-  """Forward FLOPs of the output head, for one token."""
+  """Forward FLOPs of the output head, per token."""
   return 2.0 * config.hidden_size * config.vocab_size
 
 
 def causal_pairs(T: int) -> float:
-  """(query, key) pairs of one causal row."""
+  """Number of (query, key) pairs of one causal row."""
   return T * (T + 1) / 2
 
 
@@ -75,12 +74,12 @@ def update(
 ) -> Flops:
   """Forward and backward over B rows of T tokens.
 
-  Where S is not 0, a row's T tokens are a prompt without targets, and S
-  completions of G tokens go on from it.
+  If S is not 0, the T tokens of a row are a prompt without targets, followed by
+  S completions of G tokens that share it.
 
-  The backward pass of every product is two products. Beside what
-  `config.remat` repeats, the head's logits and attention's scores are formed
-  again, because neither is ever kept.
+  The backward pass of a matrix product takes two products. Besides what
+  `config.remat` recomputes, the head's logits and the attention scores are
+  always recomputed, because they are never saved.
   """
   pairs = causal_pairs(T) + S * (G * T + causal_pairs(G))
   layers = B * (T + S * G) * layer_flops(config)
@@ -96,7 +95,8 @@ def update(
 
 
 def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
-  """Forward over B prefixes with S continuations each, forked at their ends."""
+  """Forward over B prefixes with S continuations each, which fork at their
+  ends."""
   tokens = B * (T + S * G)
   pairs = B * (causal_pairs(T) + S * (G * T + causal_pairs(G)))
   return Flops(
@@ -106,7 +106,7 @@ def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
 
 
 def prefill(config: qwen3.Config, B: int, T: int) -> Flops:
-  """Forward over B prompts; their last tokens alone meet the head."""
+  """Forward over B prompts; the head runs on their last tokens only."""
   return Flops(
     B * T * layer_flops(config)
     + attention_flops(config, B * causal_pairs(T))
@@ -115,7 +115,7 @@ def prefill(config: qwen3.Config, B: int, T: int) -> Flops:
 
 
 def decode(config: qwen3.Config, rows: int, prefix: int, steps: int) -> Flops:
-  """`steps` tokens of each of `rows` samples after prefixes of `prefix`."""
+  """Decodes `steps` tokens of `rows` samples, each after `prefix` tokens."""
   pairs = rows * (steps * prefix + causal_pairs(steps))
   return Flops(
     rows * steps * (layer_flops(config) + head_flops(config))

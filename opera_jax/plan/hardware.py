@@ -1,10 +1,9 @@
-"""TPU chips and slices: what they hold, what their maker says they do.
+"""TPU chips and slices: memory, and stated peak performance.
 
 Peak FLOP/s and bandwidths are a chip's, from docs.cloud.google.com/tpu/docs
-(pages v5e, v5p, v6e and tpu7x, "Peak compute per chip (bf16)", "HBM
-bandwidth", "Bidirectional inter-chip interconnect bandwidth"). The memory is a
-device's, and is what libtpu's compiler (0.0.51) leaves to programs: the limit
-that its out-of-memory message states.
+(pages v5e, v5p, v6e and tpu7x, "Peak compute per chip (bf16)", "HBM bandwidth",
+"Bidirectional inter-chip interconnect bandwidth"). Memory is per device: the
+limit that the out-of-memory message of libtpu's compiler (0.0.51) states.
 """
 
 import dataclasses
@@ -18,9 +17,9 @@ class Chip:
   """One kind of TPU chip; JAX sees a TPU7x chip as two devices."""
 
   name: str
-  devices: int  # a chip
-  hbm_bytes: int  # a device
-  chip_flops: float  # bf16 FLOP/s at stated peak
+  devices: int  # devices per chip
+  hbm_bytes: int  # per device
+  chip_flops: float  # stated peak bf16 FLOP/s
   chip_hbm: float  # bytes/s
   chip_ici: float  # bytes/s, both directions together
   topologies: tuple[str, ...]
@@ -58,7 +57,7 @@ CHIPS = {
 
 
 def parse(topology: str) -> tuple[Chip, int]:
-  """The chip of a topology and how many devices JAX sees in it.
+  """Returns the chip of a topology, and the number of devices JAX sees in it.
 
   Args:
     topology: `<chip>:<shape>`, e.g. "v5p:4x4x4".
@@ -84,7 +83,7 @@ def parse(topology: str) -> tuple[Chip, int]:
 
 
 def devices(topology: str) -> list[Any]:
-  """The absent devices of a topology, which programs compile for.
+  """The devices of a topology that need not exist, for compilation.
 
   Raises:
     ValueError: see `parse`.

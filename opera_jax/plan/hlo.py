@@ -1,9 +1,10 @@
-"""Bytes that the collectives of a compiled program move, from its HLO text.
+"""Counts the bytes that the collectives of a compiled program send, from its
+HLO.
 
-A scanned body is written once and run many times: each computation is counted
-as often as the `while` loops around it turn. A loop that may end early counts
-with its bound. A collective that runs beside other work is written several
-times (its start, that work, its end) and counts where it starts.
+A scanned body appears once and runs many times, so each computation is
+multiplied by the trip counts of the `while` loops around it. A loop that may
+end early counts with its bound. An asynchronous collective appears several
+times (start, overlapped work, done) and is counted at its start.
 """
 
 import collections
@@ -35,23 +36,23 @@ _KNOWN = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 def collective_bytes(text: str) -> dict[str, float]:
-  """Bytes a device sends, for each kind of collective in the program.
+  """Bytes that a device sends, per kind of collective.
 
-  With groups of n devices and an array of b bytes (whole, as it is gathered or
-  before it is scattered): all-gather, reduce-scatter and all-to-all send
-  b (n - 1) / n, all-reduce twice that, collective-permute b.
+  With groups of n devices and a full array of b bytes (after gathering, or
+  before scattering): all-gather, reduce-scatter and all-to-all send b (n - 1) /
+  n, all-reduce twice that, collective-permute b.
 
   Args:
     text: optimised HLO of one program.
 
   Returns:
-    Kind -> bytes a device, only kinds that occur.
+    Kind -> bytes per device, for the kinds that occur.
   """
   computations, entry = _computations(text)
   runs = _runs(computations, entry)
   total: dict[str, float] = collections.defaultdict(float)
   for name, lines in computations.items():
-    if not runs[name] or _goes_on(name, lines):
+    if not runs[name] or _started_elsewhere(name, lines):
       continue
     for line in lines:
       match = _OP.match(line)
@@ -61,22 +62,23 @@ def collective_bytes(text: str) -> dict[str, float]:
       n = _group(line)
       if kind == "reduce-scatter":
         size *= n
-      # All-reduce and slice in one fusion is how a TPU reduces and scatters.
+      # A TPU implements reduce-scatter as all-reduce and slice in one fusion.
       if name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-      total[kind] += runs[name] * size * _share(kind, n)
+      total[kind] += runs[name] * size * _sent_fraction(kind, n)
   return dict(total)
 
 
-def _goes_on(name: str, lines: list[str]) -> bool:
-  """Whether the collectives written here have started elsewhere."""
+def _started_elsewhere(name: str, lines: list[str]) -> bool:
+  """Whether the collectives in this computation were started elsewhere."""
   return name.startswith("async_collective_fusion") or any(
     '"AsyncCollectiveDone"' in line for line in lines
   )
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Lines of each computation, and the entry's name."""
+  """Splits the text into lines per computation; returns them and the entry's
+  name."""
   computations: dict[str, list[str]] = {}
   entry, current = "", None
   for line in text.splitlines():
@@ -94,7 +96,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-  """How often each computation runs when the entry runs once."""
+  """How many times each computation runs per run of the entry."""
   callees: dict[str, list[tuple[str, int]]] = {}
   for name, lines in computations.items():
     called = []
@@ -117,8 +119,10 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
   return runs
 
 
-def _trips(line: str, computations, condition: str) -> int:
-  """Turns of a loop: stated, or the bound that its condition compares with."""
+def _trips(
+  line: str, computations: dict[str, list[str]], condition: str
+) -> int:
+  """Trip count of a loop: the known one, or the bound in its condition."""
   known = _KNOWN.search(line)
   if known is not None:
     return int(known.group(1))
@@ -130,17 +134,18 @@ def _trips(line: str, computations, condition: str) -> int:
   return max(bounds, default=1)
 
 
-def _share(kind: str, n: int) -> float:
-  """Bytes that one of n devices sends for a byte of the whole array."""
+def _sent_fraction(kind: str, n: int) -> float:
+  """Bytes that each of n devices sends per byte of the full array."""
   if kind == "collective-permute":
     return 1.0
   return (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
 def _result_bytes(result: str, start: str | None) -> float:
-  """Bytes of what a collective gives, a tuple of arrays or one.
+  """Bytes of a collective's result, one array or a tuple.
 
-  A start gives its operand and counters too: the largest is the result.
+  The tuple of a `-start` also has its operand and counters; the largest element
+  is the result.
   """
   sizes = [_size(*shape) for shape in _SHAPE.findall(result)]
   return max(sizes) if start else sum(sizes)
@@ -152,7 +157,7 @@ def _size(dtype: str, dims: str) -> float:
 
 
 def _group(line: str) -> int:
-  """Devices that one collective joins."""
+  """Number of devices in a group of the collective."""
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line)
   if mesh is not None:
     axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))

@@ -1,10 +1,10 @@
-"""Does a run fit? Bytes a device that need no compiler.
+"""A lower bound of a run's memory per device, without compiling.
 
-What must lie in memory at once while the policy samples: its float32
-parameters and two moments, the reference policy, the parameters in the layout
-and type that decoding wants, and the caches. Activations come on top, so this
-is a floor: what it refuses cannot run, what it lets through may still not fit
-(`experiments.plan` compiles the programs to know).
+While the policy samples, memory holds its float32 parameters and two moments,
+the reference policy, the parameters in the sharding and dtype of decoding, and
+the KV caches. Activations come on top, so this is a lower bound: a run that it
+refuses cannot fit, one that it accepts may still not fit (`experiments.plan`
+compiles the programs to find out).
 """
 
 from typing import Any
@@ -21,7 +21,8 @@ GIB = 1 << 30
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes a device of a tree of arrays or ShapeDtypeStructs with shardings."""
+  """Bytes per device of a tree of arrays or ShapeDtypeStructs with
+  shardings."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     shape = leaf.sharding.shard_shape(leaf.shape)
@@ -42,7 +43,8 @@ def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
 
 
 def num_cache_shards(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
-  """Over how many devices the caches are split: rows, and heads if they go."""
+  """Number of shards of the KV caches: over rows, and over heads if they
+  divide."""
   tensor = mesh.shape["tensor"]
   heads = tensor if config.num_key_value_heads % tensor == 0 else 1
   return mesh_lib.num_data_shards(mesh) * heads
@@ -59,22 +61,22 @@ def floor(
   cache_dtype: str,
   moment_dtype: str,
 ) -> dict[str, int]:
-  """Bytes a device that sampling holds at the least, by what they are.
+  """Lower bounds of the bytes per device during sampling, by component.
 
   Args:
     config: of the model.
-    mesh: that the run is laid out on.
-    prompts: in flight.
-    samples: of each prompt in flight.
+    mesh: of the run.
+    prompts: number in flight.
+    samples: number in flight per prompt.
     prompt_tokens: longest prompt.
     new_tokens: longest completion.
     cache_dtype: of keys and values.
-    moment_dtype: of the optimizer's two moments.
+    moment_dtype: of the optimizer's moments.
   """
   shapes = qwen3.abstract(config)[1]
   axes = qwen3.logical_axes(shapes)
 
-  def laid_out(table, dtype):
+  def laid_out(table: dict[str, Any], dtype: Any) -> Any:
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),
       shapes,
@@ -95,9 +97,9 @@ def floor(
 
 
 def device_limit(mesh: jax.sharding.Mesh) -> int | None:
-  """Bytes that programs may use of the smallest device of this process.
+  """Memory limit of this process's smallest device, in bytes.
 
-  None where the devices do not say (a CPU).
+  None if the devices do not report it (a CPU).
   """
   stats = [d.memory_stats() for d in mesh.local_devices]
   limits = [s["bytes_limit"] for s in stats if s and "bytes_limit" in s]
@@ -105,21 +107,21 @@ def device_limit(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def check(parts: dict[str, int], limit: int | None) -> None:
-  """Refuses a run that cannot fit.
+  """Raises an error if a run cannot fit.
 
   Args:
     parts: see `floor`.
-    limit: see `device_limit`; None lets everything through.
+    limit: see `device_limit`; None skips the check.
 
   Raises:
-    ValueError: with every part and what to turn.
+    ValueError: lists every component and the settings to lower.
   """
   total = sum(parts.values())
   if limit is None or total <= limit:
     return
   listed = ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
   raise ValueError(
-    f"Sampling holds at least {total / GIB:.2f} GiB on every device "
+    f"Sampling needs at least {total / GIB:.2f} GiB per device "
     f"({listed} GiB) and a device has {limit / GIB:.2f} GiB. Lower "
     "config.engine.prompt_slots or config.rollout.max_new_tokens for the "
     "caches, set config.engine.cache_dtype or config.model.dtype to bfloat16, "

@@ -1,4 +1,4 @@
-"""A plan as an aligned table, and the page of all plans."""
+"""Formats a plan as a text table, and all plans as a Markdown page."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ COLUMNS = {
 
 
 def rows(plan: dict[str, Any]) -> list[list[str]]:
-  """Cells under COLUMNS, a row a program."""
+  """Cells of the columns COLUMNS, one row per program."""
   limit = plan["hbm_bytes"]
   return [
     [
@@ -48,7 +48,7 @@ def rows(plan: dict[str, Any]) -> list[list[str]]:
 
 
 def text(plan: dict[str, Any]) -> str:
-  """What the command prints."""
+  """Formats a plan as an aligned text table."""
   cells = [list(COLUMNS), *rows(plan)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
   lines = [_head(plan), ""]
@@ -61,7 +61,7 @@ def text(plan: dict[str, Any]) -> str:
 
 
 def markdown(plans: Sequence[dict[str, Any]]) -> str:
-  """The page of all saved plans."""
+  """Formats all saved plans as a Markdown page."""
   parts = [
     "# Plans of the shipped configs",
     "",

@@ -1,4 +1,5 @@
-"""The plan of a run on a topology: all its programs, and a step's floor."""
+"""Plans a run on a topology: all programs, and a lower bound of a step's
+time."""
 
 import dataclasses
 import importlib.metadata
@@ -23,22 +24,22 @@ def make(
   names: tuple[str, ...] = programs.NAMES,
   before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Compiles the programs of a run and adds them up.
+  """Compiles the programs of a run and sums their costs.
 
-  JAX's compilation cache is turned off: a program for absent hardware can be
-  written to it and not read.
+  This turns JAX's compilation cache off: programs for absent hardware can be
+  written to it, but not read.
 
   Args:
     topology: see `hardware.parse`.
     mesh: see `sharding.mesh.create`.
-    sections: of the config, by the names in SECTIONS.
+    sections: config sections by the names in SECTIONS.
     name: of the config.
-    names: which of `programs.NAMES`.
-    before: a plan of the same config and topology, whose other programs are
-      kept; None keeps none.
+    names: the programs to compile, of `programs.NAMES`.
+    before: an earlier plan of the same config and topology; its other programs
+      are kept.
 
   Returns:
-    The plan, ready for JSON and for `table`.
+    The plan, which JSON and `render` can write.
 
   Raises:
     ValueError: an unknown topology or program, sizes that do not divide.
@@ -85,7 +86,7 @@ def make(
 def kept(
   before: Mapping[str, Any] | None, name: str, topology: str
 ) -> dict[str, Any]:
-  """Costs by program of an earlier plan of the same config and topology."""
+  """Costs by program of an earlier plan with the same config and topology."""
   if before is None or (before["config"], before["topology"]) != (
     name,
     topology,

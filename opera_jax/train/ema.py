@@ -1,6 +1,7 @@
-"""A moving mean of the parameters, kept in the optimizer's state.
+"""An exponential moving average (EMA) of the parameters, in the optimizer
+state.
 
-It is there that checkpoints find it, so a resumed run has the same one.
+Checkpoints save the optimizer state, so a resumed run has the same EMA.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from flax import struct
 
 @struct.dataclass
 class EmaState:
-  """The state of the wrapped optimizer, and the moving mean."""
+  """The state of the wrapped optimizer, and the EMA."""
 
   inner: optax.OptState
   mean: Any  # a tree like the parameters
@@ -22,11 +23,12 @@ class EmaState:
 def with_ema(
   optimizer: optax.GradientTransformation, rate: float
 ) -> optax.GradientTransformation:
-  """`optimizer`, with `mean <- (1 - rate) mean + rate params` an update.
+  """Adds `mean <- (1 - rate) mean + rate params` to every update of
+  `optimizer`.
 
   Args:
     optimizer: an optax transformation.
-    rate: share of the new parameters, in (0, 1].
+    rate: weight of the new parameters, in (0, 1].
 
   Raises:
     ValueError: a rate out of its range.

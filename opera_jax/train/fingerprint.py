@@ -1,8 +1,8 @@
-"""A model's fingerprint: the same for the same bits, on whatever devices.
+"""A model's fingerprint: depends on its bits, not on the sharding.
 
-Every element is hashed with its place in its array, and the hashes are added,
-in whole numbers: the order of the sum, and so the layout, does not matter. It
-tells models apart that are mistaken for one another, not ones that are forged.
+Every element is hashed with its index, and the hashes are summed as integers,
+so neither the order of the sum nor the sharding matters. It detects mix-ups of
+models, not forgery.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _MIXED = 0xC2B2AE3D
 
 
 def fingerprint(params: Any) -> str:
-  """64 hex digits of a tree of arrays: names, shapes, types and every bit.
+  """64 hex digits that depend on names, shapes, dtypes and all bits of a tree.
 
   All processes must call it together.
   """

@@ -1,8 +1,8 @@
-"""Numbers of a run: JSONL, TensorBoard and a progress bar.
+"""Logs metrics to JSONL and TensorBoard, and shows a progress bar.
 
-A metric is named like "reward/mean"; docs/metrics.md lists all, beside the
-names that TRL and verl give them. `opera_jax.clock_metrics` says which of them
-differ between two equal runs.
+Metric names look like "reward/mean"; docs/metrics.md lists all of them with
+their names in TRL and verl. `opera_jax.clock_metrics` lists those that depend
+on the clock and so differ between identical runs.
 """
 
 import json
@@ -21,7 +21,7 @@ from opera_jax.sharding import runtime
 
 
 class Metrics:
-  """One stage's metrics: `<workdir>/<name>.jsonl`, one object a step."""
+  """One stage's metrics: `<workdir>/<name>.jsonl`, one object per step."""
 
   def __init__(
     self,
@@ -30,19 +30,19 @@ class Metrics:
     *,
     last_step: int | None = None,
   ):
-    """Opens the files for appending; on process 0 alone, the others' are none.
+    """Opens the files for appending, on process 0 only.
 
     Args:
       workdir: folder of the run; TensorBoard's files go to
         `<workdir>/tensorboard/<name>`.
       name: the stage.
-      last_step: the step that was restored. Lines of later steps, and a line
-        cut short by a kill, are dropped, for those steps run again. None
-        drops all lines: the stage starts over.
+      last_step: the step that was restored. Later lines and a truncated last
+        line are dropped, since those steps run again. None drops all lines: the
+        stage starts over.
     """
     workdir = pathlib.Path(workdir)
     self.path = workdir / f"{name}.jsonl"
-    self._file: Any = None  # of process 0 alone
+    self._file: Any = None  # process 0 only
     self._board: Any = None
     if not runtime.is_main_process():
       return
@@ -57,14 +57,14 @@ class Metrics:
     )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one line; arrays of one element are waited for.
+    """Appends one line; blocks until arrays of one element are ready.
 
     Args:
-      step: number of the step, steps finished so far.
+      step: number of finished steps.
       values: scalars by name; one that is not finite is written as null.
 
     Raises:
-      ValueError: a value that is no scalar.
+      ValueError: a value is not a scalar.
     """
     scalars = {name: _scalar(name, value) for name, value in values.items()}
     line = {"step": int(step)} | {
@@ -87,7 +87,7 @@ class Metrics:
 
 
 class Progress:
-  """Speed and time left: a bar on a terminal, lines elsewhere."""
+  """Shows speed and remaining time: a bar on a terminal, lines elsewhere."""
 
   def __init__(
     self,
@@ -102,12 +102,12 @@ class Progress:
     """Starts the clock.
 
     Args:
-      total: how many units there are.
-      description: what is being done.
-      unit: what is counted.
-      done: units finished before, by a run that this one resumes.
-      seconds_between_lines: how often to print where there is no terminal.
-      file: where to; default standard error.
+      total: number of units.
+      description: label of the work.
+      unit: name of a unit.
+      done: units that earlier runs have finished.
+      seconds_between_lines: interval of the lines without a terminal.
+      file: to write to; default standard error.
     """
     self._file = file or sys.stderr
     self._bar = tqdm.tqdm(
@@ -137,7 +137,7 @@ class Progress:
     return self._done
 
   def update(self, count: int = 1, *, tokens: int = 0) -> None:
-    """Counts `count` units more, in which `tokens` tokens were worked."""
+    """Adds `count` finished units with `tokens` processed tokens."""
     self._done += count
     self._tokens += tokens
     if not self._bar.disable:
@@ -175,12 +175,12 @@ class Progress:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics file, oldest first; [] if there is no file.
+  """Reads the lines of a metrics file, oldest first; [] if there is no file.
 
-  A last line that was cut short is left out.
+  A truncated last line is ignored.
 
   Raises:
-    ValueError: a line that is none of metrics.
+    ValueError: a line is not a line of metrics.
     OSError: the file cannot be read.
   """
   return [line for _, line in _lines(pathlib.Path(path))]
@@ -196,7 +196,7 @@ def _scalar(name: str, value: Any) -> float:
 
 
 def _truncate(path: pathlib.Path, last_step: int | None) -> None:
-  """Keeps whole lines up to `last_step`, by an atomic replace."""
+  """Keeps complete lines up to `last_step`; replaces the file atomically."""
   if not os.path.lexists(path):
     return
   kept = []
@@ -209,19 +209,19 @@ def _truncate(path: pathlib.Path, last_step: int | None) -> None:
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Each line of a metrics file, as text and as what it holds."""
+  """Yields each line of a metrics file, as text and parsed."""
   if not os.path.lexists(path):
     return
   try:
     content = path.read_bytes()
   except OSError as error:
     raise OSError(
-      f"{path} cannot be read ({error}). Give the rights, or move it away: the "
-      "run goes on without the numbers that it holds."
+      f"{path} cannot be read ({error}). Fix its permissions, or move it away: "
+      "the run continues without its numbers."
     ) from error
   for number, raw in enumerate(content.splitlines(keepends=True), start=1):
     if not raw.endswith(b"\n"):
-      return  # a kill cut it short
+      return  # truncated by a kill
     try:
       text = raw.decode()
       line = json.loads(text)
@@ -230,7 +230,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"its step is {step!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(
-        f"{path}:{number}: {raw[:60]!r} is no line of metrics ({error}). Mend "
-        "or drop the line and give the same command again; all else is kept."
+        f"{path}:{number}: {raw[:60]!r} is not a line of metrics ({error}). "
+        "Fix or drop the line and run the same command again."
       ) from error
     yield text, line

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a bound on the global gradient norm."""
+"""AdamW with warm-up and clipping of the global gradient norm."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ def schedule(
 ) -> optax.Schedule:
   """Linear warm-up, then constant or a half cosine.
 
-  Update i (from 0) of a warm-up of w updates runs at
-  `learning_rate * (i + 1) / w`, so the first update is not wasted at 0.
+  Update i (from 0) of a warm-up of w updates uses the rate `learning_rate * (i
+  + 1) / w`, so the first update has a positive rate.
 
   Args:
     learning_rate: the peak.
     total_steps: updates in the run, at least 1.
-    warmup_fraction: share of the updates spent warming up, 0 to 1.
+    warmup_fraction: fraction of the updates that warm up, 0 to 1.
     decay: "constant", or "cosine" down to `final_fraction * learning_rate`.
-    final_fraction: where the cosine ends, as a share of the peak.
+    final_fraction: final rate of the cosine, as a fraction of the peak.
 
   Returns:
     A function from the update's number to its learning rate.
@@ -72,8 +72,8 @@ def adamw(
 ) -> optax.GradientTransformation:
   """AdamW (arXiv 1711.05101) after clipping the global gradient norm.
 
-  By default weight decay reaches every parameter, norms included, as in
-  torch's AdamW with one parameter group, which the paper trains with.
+  By default weight decay applies to every parameter, including norms, as in
+  torch's AdamW with one parameter group, which the paper uses.
 
   Args:
     learning_rate: a schedule of the update's number, or a constant.
@@ -81,13 +81,14 @@ def adamw(
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled, multiplied by the learning rate.
-    max_grad_norm: gradients are scaled down to this norm; None: never.
-    decay_matrices_only: spare leaves of fewer than 2 axes. Layers stacked on
-      a leading axis give their norms 2 axes: those would decay still.
+    max_grad_norm: gradients are clipped to this global norm; None turns
+      clipping off.
+    decay_matrices_only: exclude leaves with fewer than 2 axes. The norms of
+      stacked layers have 2 axes, so they still decay.
     moment_dtype: "float32", or "bfloat16" for half the memory of both moments.
 
   Returns:
-    An optax transformation whose updates are to be added to the parameters.
+    An optax transformation.
 
   Raises:
     ValueError: an unknown moment_dtype.
@@ -120,11 +121,11 @@ def _in_bfloat16(
 ) -> optax.GradientTransformation:
   """Adam that computes in float32 and keeps its moments in bfloat16.
 
-  They are rounded up or down at random, so that what a step adds is kept on
-  average: to the nearest, 0.999 v would be v again and never decay.
+  Stochastic rounding keeps small changes on average; with rounding to nearest,
+  0.999 v would become v again and never decay.
   """
 
-  def cast(state, dtype):
+  def cast(state: Any, dtype: Any) -> Any:
     mu, nu = jax.tree.map(lambda x: x.astype(dtype), (state.mu, state.nu))
     return state._replace(mu=mu, nu=nu)
 
@@ -138,7 +139,7 @@ def _in_bfloat16(
     mu, nu = jax.tree.unflatten(
       shape,
       [
-        _rounded_at_random(x, jax.random.fold_in(key, i))
+        _stochastic_round(x, jax.random.fold_in(key, i))
         for i, x in enumerate(moments)
       ],
     )
@@ -147,9 +148,9 @@ def _in_bfloat16(
   return optax.GradientTransformation(init, update)
 
 
-def _rounded_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
-  """float32 to one of its two bfloat16 neighbours, x on average."""
+def _stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+  """Stochastic rounding of float32 to bfloat16; the mean is x."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  kept = ((bits + noise) >> 16).astype(jnp.uint16)
-  return jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+  rounded = ((bits + noise) >> 16).astype(jnp.uint16)
+  return jax.lax.bitcast_convert_type(rounded, jnp.bfloat16)

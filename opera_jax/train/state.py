@@ -1,4 +1,4 @@
-"""What an update changes."""
+"""The training state."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class TrainState(struct.PyTreeNode):
   """Parameters and optimizer after `step` updates; `key` never changes.
 
   A random key of update i is `jax.random.fold_in(state.key, i)`, so a resumed
-  run draws what a straight one draws.
+  run uses the same keys as an uninterrupted one.
   """
 
   step: Any  # [] int32, updates made so far
@@ -24,7 +24,7 @@ class TrainState(struct.PyTreeNode):
 def create(
   params: Any, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-  """The state before the first update; `params` are held, not copied."""
+  """The state before the first update; `params` are referenced, not copied."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

@@ -1,13 +1,13 @@
-"""One optimizer update on one mini-batch, for SFT and for the policy.
+"""Builds optimizer updates on a mini-batch, for SFT and for the policy.
 
-The model comes as `logprob_fn(params, batch) -> (logprob_RT, entropy_RT)`:
-float32, entry t for token t given the tokens before it in its segment. One
-with further heads returns a third value, a dict: "value" [R, T] of a critic,
+The model is a function `logprob_fn(params, batch) -> (logprob_RT, entropy_RT)`:
+float32, entry t for token t given the tokens before it in its segment. A model
+with further heads returns a dict as third value: "value" [R, T] of a critic,
 "top_logprob" [R, T, K] of the tokens `batch.extra["top_ids"]`.
 
 Micro-batches are rows r, r + M, r + 2M, ... of the mini-batch, so that each
-still covers every device that holds rows. Token weights are made on the whole
-mini-batch first, so losses and gradients of the micro-batches only add.
+micro-batch covers all data shards. Token weights are computed on the whole
+mini-batch first, so losses and gradients of the micro-batches just add up.
 
 Shape key: R rows, T tokens of a row, M micro-batches.
 """
@@ -56,7 +56,7 @@ def make_sft_update(
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
 ) -> Update:
-  """An update that lowers cross entropy on the tokens `loss_mask` marks.
+  """Builds an update that minimises cross entropy on the tokens of `loss_mask`.
 
   Args:
     logprob_fn: see the module; its entropies are logged.
@@ -64,15 +64,14 @@ def make_sft_update(
     name: prefix of the metrics, "sft" or "pretrain".
     reduction: one of `reduce.NAMES`.
     constant: the divisor of reduction "constant".
-    micro_batches: parts the rows are split in, one after the other.
+    micro_batches: number of micro-batches, for gradient accumulation.
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
-    schedule: of the optimizer's learning rate, which becomes a metric; None
-      leaves it out.
+    schedule: learning-rate schedule, logged as a metric; None logs nothing.
 
   Returns:
-    A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
-    of `state` for itself. Metrics, scalars: `<name>/loss` (nats),
+    A jitted `update(state, batch) -> (state, metrics)` that donates
+    `state`. Metrics, scalars: `<name>/loss` (nats),
     `<name>/entropy`, `<name>/tokens`, `grad_norm` (before clipping),
     `optim/update_norm`, `optim/param_norm`.
 
@@ -123,19 +122,20 @@ def make_policy_update(
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
 ) -> Update:
-  """An update of `surrogate + kl_coef * KL(policy || reference)`, and more.
+  """Builds an update of `surrogate + kl_coef * KL(policy || reference)`, and
+  more.
 
-  `- entropy_coef * entropy`, `+ value_coef * critic's loss` and
-  `+ divergence_coef * JS(policy, teacher)` join it where they are not 0.
+  It adds `- entropy_coef * entropy`, `+ value_coef * critic's loss` and `+
+  divergence_coef * JS(policy, teacher)` if their coefficients are not 0.
 
   Args:
     logprob_fn: see the module; its entropies are logged.
     optimizer: an optax transformation.
-    loss: "clipped", token ratios; or "gspo", the ratio of the sequence.
+    loss: "clipped" (ratio per token) or "gspo" (ratio per sequence).
     clip_low: see `policy.clipped_surrogate`.
     clip_high: see `policy.clipped_surrogate`.
     dual_clip: see `policy.clipped_surrogate`.
-    kl_coef: weight of the KL term; 0 leaves it out, and `ref_logprob` unread.
+    kl_coef: weight of the KL term; 0 turns it off, and `ref_logprob` is unused.
     kl_estimator: "k2" or "k3"; "k1" where `kl_coef` is 0.
     entropy_coef: weight of the entropy bonus.
     value_coef: weight of `value.clipped_value`; needs a critic's head, and
@@ -145,15 +145,14 @@ def make_policy_update(
       "top_ids" and "top_logprob" in `batch.extra`.
     reduction: one of `reduce.NAMES`.
     constant: the divisor of reduction "constant".
-    micro_batches: parts the rows are split in, one after the other.
+    micro_batches: number of micro-batches, for gradient accumulation.
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
-    schedule: of the optimizer's learning rate, which becomes a metric; None
-      leaves it out.
+    schedule: learning-rate schedule, logged as a metric; None logs nothing.
 
   Returns:
-    A jitted `update(state, batch) -> (state, metrics)` that takes the buffers
-    of `state` for itself. Metrics, scalars, token means unless said: `policy/`
+    A jitted `update(state, batch) -> (state, metrics)` that donates
+    `state`. Metrics, scalars, token means unless said: `policy/`
     `loss` (the reduced total), `surrogate` (reduced), `kl`, `ratio_mean`,
     `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`,
     `ratio_bounded`, `kl_bounded` (shares of tokens), `entropy`, `tokens` (a
@@ -174,7 +173,7 @@ def make_policy_update(
   ) -> tuple[jax.Array, Metrics]:
     target_RT = weight_RT > 0
     logprob_RT, entropy_RT, *heads = logprob_fn(params, batch)
-    # Elsewhere a row may hold anything, NaN too; no gradient comes from it.
+    # Other tokens may have any value, even NaN; they must not get a gradient.
     logprob_RT = jnp.where(target_RT, logprob_RT, 0.0)
     now_RT, then_RT = logprob_RT, batch.old_logprob
     if loss == "gspo":
@@ -254,19 +253,18 @@ def make_preference_update(
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
 ) -> Update:
-  """An update of DPO, see `preference.dpo`.
+  """Builds an update of DPO, see `preference.dpo`.
 
-  Rows hold the better sample of every pair first, then the worse ones in the
-  same order; a pair without targets does not count.
+  The first half of the rows holds the better sample of every pair, the second
+  half the worse ones in the same order. Pairs without targets do not count.
 
   Args:
     logprob_fn: see the module; its entropies are logged.
     optimizer: an optax transformation.
     beta: see `preference.dpo`.
-    micro_batches: parts the rows are split in; must divide the pairs.
+    micro_batches: number of micro-batches; must divide the pairs.
     state_sharding: see `make_policy_update`.
-    schedule: of the optimizer's learning rate, which becomes a metric; None
-      leaves it out.
+    schedule: learning-rate schedule, logged as a metric; None logs nothing.
 
   Returns:
     A jitted `update(state, batch) -> (state, metrics)`. Metrics: `policy/`
@@ -285,7 +283,7 @@ def make_preference_update(
       *preference.paired_sums(batch.ref_logprob, weight_RT),
       beta=beta,
     )
-    # A row's weights add up to 1 / rows, a pair's to 1 / pairs.
+    # A row's weights sum to 1 / rows, a pair's to 1 / pairs.
     pair_P = sum(preference.paired_sums(weight_RT, weight_RT))
     total = jnp.sum(pair_P * loss_P)
     return total, {
@@ -308,7 +306,7 @@ def make_preference_update(
 
 
 def check_finite(metrics: Metrics, step: int) -> None:
-  """Stops a run whose loss or gradient is no number; waits for `metrics`.
+  """Raises an error if a loss or gradient is not finite; blocks on `metrics`.
 
   Args:
     metrics: what an update returned.
@@ -342,7 +340,7 @@ def _make_update(
   state_sharding: Any,
   schedule: optax.Schedule | None,
 ) -> Update:
-  """Jits: weights, gradients over micro-batches, optimizer."""
+  """Jits the update: token weights, gradients over micro-batches, optimizer."""
 
   def update(
     state: train_state.TrainState, batch: structs.Batch

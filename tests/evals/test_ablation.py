@@ -47,7 +47,7 @@ def test_answers_say_when_nothing_is_told_apart(values):
   ]
   lines = ablation.answers(values, asked, resamples=200).splitlines()
   assert len(lines) == 2
-  assert "not told apart" not in lines[0] and "not told apart" in lines[1]
+  assert "not significant" not in lines[0] and "not significant" in lines[1]
 
 
 def test_a_probe_paid_like_the_honest_sample_stands_out():

@@ -58,7 +58,7 @@ HOSTILE = [
   ("rl.clip_high", -0.2, "above 0"),
   ("rl.dual_clip", 1.1, "must exceed 1 + clip_high"),
   ("rl.kl_coef", -0.1, "at least 0"),
-  ("rl.kl_estimator", "k1", "holds the policy to nothing"),
+  ("rl.kl_estimator", "k1", "useless in a loss"),
   ("rl.steps", 0, "at least 1"),
   ("rl.prompts", 0, "at least 1"),
   ("rl.samples", 1, "at least 2"),
