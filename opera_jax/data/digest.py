@@ -1,9 +1,9 @@
-"""SHA-256 of what a run reads, by which a later start knows it again.
+"""SHA-256 digests of a run's inputs, so that a later start detects changes.
 
-Of a file that is read whole, the digest is of its bytes, as `sha256sum` gives
-it, taken as they are read. Of a data set that comes row by row (a directory,
-`hf:`, `tfds:`), it is of its rows in their order. Of a directory (a model, a
-tokenizer), it is of the list of its files' names and digests.
+For a file, the digest covers its bytes, as `sha256sum` computes it, while they
+are read. For a data set that is read row by row (a directory, `hf:`, `tfds:`),
+it covers the rows in order. For a directory (a model, a tokenizer), it covers
+the list of file names and digests.
 """
 
 import datetime
@@ -20,10 +20,10 @@ _BLOCK = 1 << 20  # bytes in memory at a time
 
 
 class Source:
-  """Reads one data source, and knows its digest once it has been read."""
+  """Reads one data source and computes its digest."""
 
   def __init__(self, read_file: rows.Read):
-    """Args: read_file: gives a file's bytes."""
+    """Args: read_file: returns a file's bytes."""
     self._read = read_file
     self._bytes: str | None = None
     self._rows = hashlib.sha256()
@@ -35,18 +35,18 @@ class Source:
     return content
 
   def row(self, row: Mapping[str, Any]) -> None:
-    """Takes note of a row; where the bytes were read, those count."""
+    """Adds a row to the digest, unless the digest covers the file's bytes."""
     if self._bytes is None:
       text = json.dumps(row, sort_keys=True, default=_plain)
       self._rows.update(text.encode("utf-8", "surrogatepass") + b"\n")
 
   def hexdigest(self) -> str:
-    """Of all that was read."""
+    """The digest of everything read so far."""
     return self._bytes or self._rows.hexdigest()
 
 
 def file(path: pathlib.Path) -> str:
-  """Of a file's bytes, a block at a time."""
+  """The digest of a file, read in blocks."""
   out = hashlib.sha256()
   with open(path, "rb") as opened:
     while block := opened.read(_BLOCK):
@@ -55,11 +55,11 @@ def file(path: pathlib.Path) -> str:
 
 
 def folder(path: pathlib.Path, names: tuple[str, ...] = ("**/*",)) -> str:
-  """Of the files of a directory, each read whole.
+  """The digest of the files in a directory.
 
   Args:
     path: directory.
-    names: patterns of the files that count.
+    names: glob patterns of the files to include.
   """
   found = sorted(
     {one for name in names for one in path.glob(name) if one.is_file()}
@@ -69,6 +69,7 @@ def folder(path: pathlib.Path, names: tuple[str, ...] = ("**/*",)) -> str:
 
 
 def _plain(value: Any) -> str:
-  """What JSON lacks; of values whose text says where they lie, the type."""
+  """Text of values that JSON lacks; the type name if the repr contains an
+  address."""
   known = (bytes, datetime.date, datetime.time, decimal.Decimal)
   return repr(value) if isinstance(value, known) else type(value).__name__

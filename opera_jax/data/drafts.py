@@ -1,15 +1,15 @@
-"""Pretraining documents for prompts that nobody wrote thoughts for.
+"""Builds pretraining documents with thoughts for prompts that have none.
 
-An open-ended document drafts, then answers: its thought is a few sentences of
-one response to the prompt, some opened by a reflection word, some astray from
-another prompt's response; its answer is the head of a better-judged response.
-So a small base model learns the form of thinking, badly, and a step that stays
-with the prompt tells something about the answer. Some thoughts break off
-without </think>, and some documents go on, after the turn, with another
-response: places where the reward will ask the model to score a reference.
+The thought of an open-ended document consists of a few sentences of one
+response to the prompt. Some start with a reflection word, some come from a
+response to another prompt. The answer is the head of a response with a higher
+score. So a small base model learns the format of thinking, and a step that
+stays on the prompt is informative about the answer. Some thoughts end without
+</think>, and some documents continue after the turn with another response: at
+these places the reward later scores a reference.
 
-A maths document thinks its worked solution, sometimes checks a sum in it, and
-states the answer.
+The thought of a maths document is its worked solution, sometimes with a check
+of a sum; then it states the answer.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]*]*\s+|\n+")
 _SENTENCE_END = re.compile(r"(?<!\s\d)(?<!\s\d\d)[.!?][\"')\]*]*$")
 _MARKUP = re.compile(r"^\s*(?:#+|[-*>]|\d+[.)])\s+|\*\*|__|`")
 _SUM = re.compile(r"<<([^<>]*)>>")
-# Words that lose their capital behind a reflection word; names keep it.
+# Words that are lowercased after a reflection word; names are not.
 _LOWERED = frozenset((
   "A", "An", "And", "As", "At", "By", "For", "From", "He", "His", "How", "If",
   "In", "It", "Its", "My", "On", "One", "Our", "She", "So", "Some", "That",
@@ -47,32 +47,34 @@ _LOWERED = frozenset((
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """How badly a drafted thought thinks."""
+  """Error rates of a generated thought."""
 
-  steps: tuple[int, int] = (2, 4)  # sentences of a thought, both ends in
-  words: tuple[int, int] = (5, 20)  # of a sentence that may become a step
-  reflective: float = 0.5  # a step opens with a reflection word
-  astray: float = 0.3  # a step comes from a response to another prompt
-  cut: float = 0.15  # the answer follows an open-ended thought, not </think>
-  again: float = 0.15  # another response follows the turn
-  checked: float = 0.5  # a maths thought checks one of its sums
+  steps: tuple[int, int] = (2, 4)  # minimum and maximum sentences of a thought
+  words: tuple[int, int] = (5, 20)  # minimum and maximum words of a step
+  reflective: float = (
+    0.5  # probability that a step starts with a reflection word
+  )
+  astray: float = 0.3  # probability that a step comes from another prompt
+  cut: float = 0.15  # probability that </think> is missing
+  again: float = 0.15  # probability that another response follows
+  checked: float = 0.5  # probability that a maths thought checks a sum
 
 
 def excerpt(text: str, words: int) -> str:
   """The head of a text: at most `words` words, whole sentences if possible.
 
-  The cut falls after the last sentence that ends in the second half of those
-  words, or else after the last word. White space inside stays as it is.
+  The text is cut after the last sentence that ends in the second half of those
+  words, or else after the last word. Inner white space is unchanged.
 
   Args:
     text: any text.
-    words: runs of characters that are no white space; 0 keeps everything.
+    words: maximum number of words; 0 keeps everything.
   """
   found = [word.span() for word in re.finditer(r"\S+", text)]
   if not words or len(found) <= words:
     return text.strip()
   for begin, end in reversed(found[(words + 1) // 2 - 1 : words]):
-    # With what the rule looks at before the word.
+    # The rule also looks at the characters before the word.
     if _SENTENCE_END.search(text[max(0, begin - 3) : end]):
       return text[:end].strip()
   return text[: found[words - 1][1]].strip()
@@ -83,21 +85,20 @@ def read_responses(
   ids: Collection[str],
   read: rows.Read | None = None,
 ) -> tuple[Responses, int]:
-  """Reads judged responses to some prompts.
+  """Reads scored responses to some prompts.
 
   Args:
     path: a file of `id`, `score`, `response` that `rows.read` reads.
-    ids: the prompts wanted; the rest of the file is passed over.
+    ids: of the prompts; other lines of the file are skipped.
     read: see `prompts.load`.
 
   Returns:
-    The responses of each prompt that has some, and how many empty ones were
-    left out.
+    The responses by prompt, and the number of skipped empty ones.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a malformed line, a file that breaks off, or no response to
-      any of the prompts.
+    ValueError: a malformed line, a truncated file, or no response to any of the
+      prompts.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -134,16 +135,16 @@ def open_ended(
   words: int,
   noise: Noise | None = None,
 ) -> list[structs.Document]:
-  """Documents that draft and answer; every prompt gets its share.
+  """Builds open-ended documents, cycling through the prompts.
 
   Args:
-    prompts: open-ended training prompts. One without responses is drafted
-      from its reference alone.
+    prompts: open-ended training prompts. A prompt without responses uses its
+      reference.
     responses: of any prompts, see `read_responses`.
     count: documents.
     seed: of all choices.
-    words: an answer's longest, see `excerpt`.
-    noise: how badly a thought thinks.
+    words: maximum words of an answer, see `excerpt`.
+    noise: error rates of the thoughts.
   """
   noise = noise or Noise()
   rng = random.Random(f"drafts/{seed}")
@@ -192,13 +193,13 @@ def maths(
   seed: int,
   noise: Noise | None = None,
 ) -> list[structs.Document]:
-  """Documents that think a worked solution and state its answer.
+  """Builds maths documents from worked solutions.
 
   Args:
     prompts: maths tasks with a worked solution, see `solution`.
     count: documents.
     seed: of all choices.
-    noise: how often a sum is checked.
+    noise: its `checked` is the probability of a check.
   """
   noise = noise or Noise()
   rng = random.Random(f"maths/{seed}")
@@ -225,13 +226,14 @@ def maths(
 
 
 def solution(prompt: structs.Prompt) -> str:
-  """The worked solution of a maths task, "" where only the answer is known."""
+  """The worked solution of a maths task; "" if only the answer is known."""
   text = str(prompt.columns.get("solution", prompt.reference))
   return text.partition("####")[0].strip() if "####" in text else ""
 
 
 def sentences(text: str, words: tuple[int, int]) -> list[str]:
-  """Sentences of a text without markup, of so many words; never none."""
+  """Sentences of a text without markup whose number of words is in a range;
+  returns at least one."""
   plain = [_MARKUP.sub("", piece).strip() for piece in _SENTENCE.split(text)]
   fewest, most = words
   fitting = [

@@ -1,4 +1,4 @@
-"""Rows of a data set, wherever it lies, with the place of each.
+"""Reads the rows of a data set from any source, with their line numbers.
 
 A source is a path or a name, and after "#" the split (default "train"):
 
@@ -11,10 +11,10 @@ A source is a path or a name, and after "#" the split (default "train"):
                        `datasets.load_dataset` reads
     tfds:NAME          a TFDS data set of ArrayRecords, made where need be
 
-Rows come one by one; nothing holds a whole file. They may come from strangers:
-no code of theirs runs, nothing outside of a directory is read for it, a line
-has at most 16 MiB, and a row holds text that UTF-8 can write, finite numbers of
-at most 64 bits, and at most 32 levels of lists and objects.
+Rows are streamed; no file is held in memory as a whole. The data is untrusted:
+none of its code runs, a data set cannot read files outside its directory, a
+line has at most 16 MiB, and a row may hold only text valid in UTF-8, finite
+numbers of at most 64 bits, and at most 32 levels of lists and objects.
 """
 
 import gzip
@@ -57,14 +57,13 @@ def read(
 
   Args:
     source: see above.
-    read_file: gives a file's bytes, such as `sharding.exchange.read_file`; None
-      streams the file. Data sets of the other kinds are read in place.
+    read_file: returns a file's bytes, such as `sharding.exchange.read_file`;
+      None streams the file. Other kinds of data sets do not use it.
 
   Raises:
     FileNotFoundError: no such file or directory.
-    ValueError: a kind that is not read, a broken file, a row that is no
-      record or that holds what the module rules out, a name or a split that is
-      not there.
+    ValueError: an unknown kind, a damaged file, a row that is not a record or
+      that holds forbidden values, or an unknown name or split.
   """
   for line, row in _rows(source, read_file):
     check(f"{source}:{line}:", row)
@@ -72,7 +71,7 @@ def read(
 
 
 def check(place: str, row: Mapping[str, Any]) -> None:
-  """Refuses values that would only fail later, far from their file.
+  """Refuses values that would cause errors later, far from their file.
 
   Args:
     place: file and line, for the error.
@@ -141,16 +140,16 @@ def _rows(
 
 
 def short(value: Any) -> str:
-  """A value as an error shows it."""
+  """Formats a value for an error message."""
   try:
     shown = repr(value[:80] if isinstance(value, str | bytes) else value)
-  except (ValueError, RecursionError):  # a number or a list beyond all bounds
+  except (ValueError, RecursionError):  # a huge number or a deeply nested list
     shown = f"a {type(value).__name__}"
   return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def open_file(path: pathlib.Path, read_file: Read | None) -> BinaryIO:
-  """The bytes of a file, streamed where `read_file` is None."""
+  """Opens a file; streams it if `read_file` is None."""
   return open(path, "rb") if read_file is None else io.BytesIO(read_file(path))
 
 
@@ -220,7 +219,9 @@ def _parquet(
       yield line, row
 
 
-def _directory(source: str, path: pathlib.Path, split: str):
+def _directory(
+  source: str, path: pathlib.Path, split: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
   names = {child.name for child in path.iterdir()}
   if names & _SAVED:
     import datasets
@@ -254,7 +255,8 @@ def _directory(source: str, path: pathlib.Path, split: str):
 
 
 def _check_features(source: str, file: pathlib.Path) -> None:
-  """Refuses features of any class but TFDS's own: naming one imports it."""
+  """Refuses feature classes other than TFDS's own, since TFDS would import
+  them."""
   try:
     waiting = [json.loads(file.read_text("utf-8"))]
   except (ValueError, RecursionError) as error:
@@ -267,7 +269,7 @@ def _check_features(source: str, file: pathlib.Path) -> None:
     if isinstance(value, dict):
       waiting += value.values()
       names = [value.get(key) for key in ("pythonClassName", "type")]
-      # `type` may also be a feature's own name, of a dict.
+      # `type` may also be the name of a feature in a dict.
       for name in (one for one in names if isinstance(one, str)):
         if not name.startswith(_TFDS_FEATURES):
           raise ValueError(
@@ -280,7 +282,7 @@ def _check_features(source: str, file: pathlib.Path) -> None:
 
 
 def _check_card(source: str, folder: pathlib.Path) -> None:
-  """Refuses a directory whose card names files outside of it."""
+  """Refuses a directory whose dataset card names files outside of it."""
   import yaml
   from huggingface_hub import repocard
 
@@ -297,7 +299,7 @@ def _check_card(source: str, folder: pathlib.Path) -> None:
     value, names = waiting.pop()
     if isinstance(value, str) and names:
       files.append(value)
-    if id(value) in seen:  # YAML may hold itself
+    if id(value) in seen:  # YAML may be cyclic
       continue
     if isinstance(value, dict):
       seen.add(id(value))
@@ -322,7 +324,9 @@ def _check_card(source: str, folder: pathlib.Path) -> None:
       )
 
 
-def _hugging_face(source: str, name: str, split: str):
+def _hugging_face(
+  source: str, name: str, split: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
   import datasets
 
   name, _, config = name.partition(":")
@@ -342,7 +346,9 @@ def _hugging_face(source: str, name: str, split: str):
   return enumerate(rows, start=1)
 
 
-def _tfds(source: str, name: str, split: str):
+def _tfds(
+  source: str, name: str, split: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
   import tensorflow_datasets as tfds
 
   if not _TFDS_NAME.fullmatch(name):
@@ -366,7 +372,9 @@ def _tfds(source: str, name: str, split: str):
   return _records(source, builder, split)
 
 
-def _records(source: str, builder: Any, split: str):
+def _records(
+  source: str, builder: Any, split: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
   split = _split(source, split, list(builder.info.splits))
   if builder.info.file_format.value != "array_record":
     raise ValueError(
@@ -388,7 +396,7 @@ def _split(source: str, split: str, known: list[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-  """TFDS's bytes and numpy scalars as Python has them."""
+  """Converts TFDS's bytes and numpy values to Python values."""
   if isinstance(value, bytes):
     return value.decode("utf-8", errors="surrogateescape")
   if isinstance(value, np.ndarray | np.generic):
@@ -400,8 +408,8 @@ def _plain(value: Any) -> Any:
   return value
 
 
-# Prefix of a source -> function of (source, for errors; name; split) that
-# yields (row, counted from 1; its columns). CONTRIBUTING.md adds one.
+# Prefix of a source -> function of (source for errors, name, split) that yields
+# (row number from 1, columns). CONTRIBUTING.md shows how to add one.
 SOURCES: dict[
   str, Callable[[str, str, str], Iterator[tuple[int, dict[str, Any]]]]
 ] = {"hf:": _hugging_face, "tfds:": _tfds}

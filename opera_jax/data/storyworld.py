@@ -1,14 +1,14 @@
-"""The embedded task: short stories with stated facts, made from a seed.
+"""The built-in task: short stories with given facts, generated from a seed.
 
-A prompt states five facts (who, where, which object, what twist, how it
-ends). A thought plans the story step by step and errs: a plain step may state
-a wrong fact, a reflective step ("Wait, ...") may recover a stated fact, wander
-off, or break one. The story that follows tells what the thought believed last,
-and half-remembers what it never mentioned. So thinking well pays, and by
-construction the reward has something to find.
+A prompt states five facts (who, where, which object, what twist, how it ends).
+A thought plans the story step by step and makes errors: a plain step may state
+a wrong fact, and a reflective step ("Wait, ...") may correct a fact, break one,
+or do nothing. The story uses the last version of each fact in the thought, and
+is often wrong on facts that the thought never mentioned. So a good thought
+improves the story, and the reward can detect it.
 
-`facts_kept` is the outside measure: it looks at the story alone, and no reward
-ever calls it.
+`facts_kept` is an independent measure: it reads only the story, and no reward
+uses it.
 """
 
 import dataclasses
@@ -100,16 +100,16 @@ IDLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """How badly a written thought thinks; probabilities."""
+  """Error rates of a generated thought; probabilities."""
 
   mention: float = 0.5  # a fact gets a plain step
   wrong: float = 0.4  # a plain step states a wrong value
   recover: float = 0.45  # a reflective step restates a broken or missed fact
   harm: float = 0.25  # a reflective step states a wrong value; else it idles
   reflections: tuple[float, ...] = (0.2, 0.3, 0.3, 0.2)  # of 0, 1, 2, 3
-  remember: float = 0.4  # a fact never mentioned is told right all the same
-  cut: float = 0.15  # a thought breaks off after any step, and is told at once
-  retell: float = 0.15  # the story is told once more after the turn ended
+  remember: float = 0.4  # an unmentioned fact is right in the story
+  cut: float = 0.15  # a thought is truncated without </think>
+  retell: float = 0.15  # the story is repeated after the turn
 
 
 def _draw(rng: random.Random, slot: str) -> str:
@@ -126,7 +126,7 @@ def _other(rng: random.Random, slot: str, value: str) -> str:
 
 
 def tell(facts: dict[str, str], rng: random.Random) -> str:
-  """A story that tells `facts`, in one of a few wordings."""
+  """Writes a story with `facts`, in one of a few wordings."""
   parts = [rng.choice(STORIES[part]) for part in ("open", "twist", "end")]
   return " ".join(parts).format(Who=facts["who"], **facts)
 
@@ -156,7 +156,7 @@ def prompts(count: int, seed: int) -> list[structs.Prompt]:
 def think(
   facts: dict[str, str], noise: Noise, rng: random.Random
 ) -> list[tuple[str, dict[str, str]]]:
-  """A noisy thought: its steps, each with what is believed after it."""
+  """Generates a noisy thought: steps, each with the facts believed after it."""
   belief: dict[str, str] = {}
   steps = []
 
@@ -165,8 +165,8 @@ def think(
 
   plain = [slot for slot in SLOTS if rng.random() < noise.mention] or ["who"]
   count = rng.choices(range(len(noise.reflections)), noise.reflections)[0]
-  # Reflections fall anywhere after the first step, so that a reflection does
-  # not by itself say that the thought is about to end.
+  # Reflections are placed anywhere after the first step, so that they do not
+  # predict the end of the thought.
   order: list[str | None] = [*plain[1:], *(None for _ in range(count))]
   rng.shuffle(order)
   for slot in [plain[0], *order]:
@@ -194,11 +194,11 @@ def think(
 def document(
   prompt: structs.Prompt, noise: Noise, rng: random.Random
 ) -> structs.Document:
-  """One noisy document.
+  """Generates one noisy document.
 
-  Some thoughts break off without </think>, and some stories are told again
-  after the turn: so a base model can score a story at both places, as the
-  reward will ask it to.
+  Some thoughts end without </think>, and some stories are repeated after the
+  turn, so that a base model learns to score a story at both places, as the
+  reward needs.
   """
   facts = prompt.columns["facts"]
   steps = think(facts, noise, rng)
@@ -222,7 +222,8 @@ def document(
 def corpus(
   count: int, seed: int, noise: Noise | None = None
 ) -> list[structs.Document]:
-  """Pretraining documents: a task each, with a noisy thought and its story."""
+  """Generates pretraining documents: a task with a noisy thought and its
+  story."""
   noise = noise or Noise()
   return [
     document(task, noise, random.Random(f"doc/{seed}/{i}"))
@@ -231,10 +232,9 @@ def corpus(
 
 
 def facts_kept(story: str, facts: dict[str, str]) -> dict[str, bool]:
-  """Which facts a story keeps: the stated value is told, no rival is.
+  """Which facts a story keeps: it contains the given value and no other value.
 
-  A rival is another value of the same fact, so a story that lists every
-  value keeps nothing.
+  So a story that lists every value of a fact does not keep it.
   """
   text = story.lower()
   kept = {}
@@ -243,6 +243,6 @@ def facts_kept(story: str, facts: dict[str, str]) -> dict[str, bool]:
       values = [f"{n} the {r}" for n in NAMES for r in ROLES]
     else:
       values = list(FACTS[slot])
-    told = {value for value in values if value.lower() in text}
-    kept[slot] = told == {facts[slot]}
+    found = {value for value in values if value.lower() in text}
+    kept[slot] = found == {facts[slot]}
   return kept

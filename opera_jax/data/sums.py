@@ -1,9 +1,9 @@
-"""Small sums beside the stories of `storyworld`: tasks with a checkable answer.
+"""Generates small sums: tasks with a checkable answer, to mix with storyworld.
 
-A prompt asks for a sum or a difference of two small numbers. The thought errs
-as storyworld's does: a plain step may state a wrong result, a reflective step
-may recover the right one, break it, or idle. The answer is what the thought
-believed last.
+A prompt asks for a sum or a difference of two small numbers. The thought has
+storyworld's errors: a plain step may state a wrong result, and a reflective
+step may correct it, break it, or do nothing. The answer is the last result of
+the thought.
 """
 
 import random
@@ -22,7 +22,7 @@ ANSWERS = ("The answer is {c}.", "So the answer is {c}.")
 
 
 def prompts(count: int, seed: int) -> list[structs.Prompt]:
-  """`count` maths tasks; the reference is the number alone."""
+  """Generates `count` maths tasks; the reference is only the number."""
   out = []
   for i in range(count):
     rng = random.Random(f"sum/{seed}/{i}")
@@ -42,7 +42,8 @@ def prompts(count: int, seed: int) -> list[structs.Prompt]:
 def corpus(
   count: int, seed: int, noise: storyworld.Noise | None = None
 ) -> list[structs.Document]:
-  """Pretraining documents: a sum each, with a noisy thought and its answer."""
+  """Generates pretraining documents: a sum with a noisy thought and its
+  answer."""
   noise = noise or storyworld.Noise()
   return [
     document(task, noise, random.Random(f"sumdoc/{seed}/{i}"))
@@ -53,7 +54,8 @@ def corpus(
 def document(
   prompt: structs.Prompt, noise: storyworld.Noise, rng: random.Random
 ) -> structs.Document:
-  """One noisy document; some thoughts break off, as in storyworld."""
+  """Generates one noisy document; some thoughts are truncated, as in
+  storyworld."""
   values = prompt.columns["values"]
   true = values["c"]
   wrong = rng.random() < noise.wrong
@@ -82,7 +84,8 @@ def document(
 def mixed(
   stories: list, sums: list, seed: int
 ) -> list[structs.Prompt] | list[structs.Document]:
-  """Both in one order made from the seed; stories alone keep theirs."""
+  """Shuffles stories and sums by the seed; without sums, stories keep their
+  order."""
   if not sums:
     return stories
   out = [*stories, *sums]
@@ -106,5 +109,5 @@ def _draw(rng: random.Random) -> dict:
 
 
 def _other(rng: random.Random, value: int) -> int:
-  """A near miss."""
+  """A wrong value near the right one."""
   return value + rng.choice([d for d in (-2, -1, 1, 2) if value + d >= 0])

@@ -1,16 +1,16 @@
-"""The synthesised traces, as JSONL and as a TFDS data set of ArrayRecords.
+"""Reads and writes synthesised traces, as JSONL and as a TFDS data set.
 
-`write` leaves in its folder
+`write` creates in its folder
 
     traces.jsonl                   every trace, read back by `read`
     tfds/traces/1.0.0/             `tfds.builder_from_directory` reads it
     README.md                      the data set's card
     FILES.json                     bytes of each file, for `damage`
 
-Both ways go trace by trace, so a set may be larger than memory. TensorFlow is
-needed for neither. Without it TFDS holds no ragged lists of text, so the
-candidates of all rounds stand in one list, each with its round. TFDS rounds
-perplexities to float32; the JSONL does not.
+Reading and writing stream the traces, so a set may be larger than memory.
+Neither needs TensorFlow. Without it TFDS has no ragged lists of text, so the
+candidates of all rounds are in one list, each with its round. TFDS rounds
+perplexities to float32; JSONL does not.
 """
 
 import collections
@@ -33,7 +33,7 @@ JSONL = "traces.jsonl"
 TFDS = pathlib.Path("tfds", "traces", "1.0.0")
 CARD, FILES = "README.md", "FILES.json"
 _VERSION = "1.0.0"
-_TOGETHER = 64  # traces in memory at a time
+_BATCH = 64  # traces in memory at a time
 
 Card = Callable[[Mapping[str, int]], str]  # counts by status -> README.md
 
@@ -42,14 +42,14 @@ Card = Callable[[Mapping[str, int]], str]  # counts by status -> README.md
 class Candidate:
   """One candidate step of a round."""
 
-  text: str  # opens with the trigger
-  perplexity: float  # exp(-mean log p), what the search compared
-  tokens: int  # tokens of the candidate, trigger included
+  text: str  # starts with the trigger
+  perplexity: float  # exp(-mean log p), which the search compared
+  tokens: int  # tokens of the candidate, including the trigger
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-  """One stop word of the search: the trigger and what could follow it."""
+  """One round of the search: the stop word and its candidate continuations."""
 
   trigger: str  # the reflection word at which the thought was stopped
   kept: int  # index of the candidate that was kept
@@ -58,7 +58,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-  """A thought and an answer made for a prompt, and how the search went."""
+  """A synthesised thought and answer of a prompt, with the search's rounds."""
 
   id: str
   prompt: str
@@ -84,11 +84,11 @@ def _to_json(trace: Trace) -> dict[str, Any]:
 
 
 def to_line(trace: Trace) -> str:
-  """The trace as a line of JSONL, its end included.
+  """Serialises a trace as a line of JSONL, with the newline.
 
   Raises:
-    ValueError: a round that keeps a candidate it does not have, or a
-      perplexity that is no finite number.
+    ValueError: a round's kept index is out of range, or a perplexity is not
+      finite.
   """
   for number, round_ in enumerate(trace.rounds):
     logprobs = [one.perplexity for one in round_.candidates]
@@ -103,14 +103,14 @@ def to_line(trace: Trace) -> str:
 
 
 def from_line(place: str, line: str) -> Trace:
-  """The trace of a line that `to_line` made.
+  """Parses a line that `to_line` wrote.
 
   Args:
-    place: of the line, for the error.
+    place: file and line, for the error.
     line: one line.
 
   Raises:
-    ValueError: it is no such line, or not the whole of one.
+    ValueError: the line is malformed or truncated.
   """
   try:
     if not line.endswith("\n"):
@@ -144,18 +144,18 @@ def write(
   card: Card | None = None,
   max_examples_per_shard: int = 1000,
 ) -> dict[str, int]:
-  """Writes the set, whole or not at all; an older one is replaced.
+  """Writes the set atomically; replaces an older one.
 
   Args:
-    directory: folder to make; it appears once all is written. One process at
-      a time may write it.
-    traces: at least one, with distinct ids; taken a few at a time.
-    description: goes into the TFDS data set.
-    card: makes README.md of how many traces have each status.
-    max_examples_per_shard: traces of an ArrayRecord file.
+    directory: folder to create; it appears once everything is written. Only one
+      process at a time may write it.
+    traces: at least one, with distinct ids; consumed in small batches.
+    description: stored in the TFDS data set.
+    card: builds README.md from the number of traces per status.
+    max_examples_per_shard: traces per ArrayRecord file.
 
   Returns:
-    How many traces have each status.
+    The number of traces per status.
 
   Raises:
     ValueError: no trace, an id given twice, or a trace that `to_line` refuses.
@@ -169,11 +169,11 @@ def write(
     )
   counts: collections.Counter[str] = collections.Counter()
   seen: set[str] = set()
-  with _appearing(directory) as folder:
+  with _created_atomically(directory) as folder:
     shards = _Shards(folder / TFDS, description, max_examples_per_shard)
     with open(folder / JSONL, "w", encoding="utf-8") as file:
       coming = iter(traces)
-      while some := list(itertools.islice(coming, _TOGETHER)):
+      while some := list(itertools.islice(coming, _BATCH)):
         for trace in some:
           if trace.id in seen:
             raise ValueError(
@@ -196,7 +196,7 @@ def write(
 
 
 def read(directory: str | os.PathLike) -> Iterator[Trace]:
-  """Yields what `write` wrote, trace by trace, from the JSONL.
+  """Yields the traces of a set from its JSONL.
 
   Raises:
     FileNotFoundError: no such set.
@@ -217,13 +217,13 @@ def _lines(path: pathlib.Path) -> Iterator[Trace]:
 
 
 def digest_of(directory: str | os.PathLike) -> str | None:
-  """SHA-256 of what `read` reads; None where there is no set."""
+  """SHA-256 of the JSONL file; None if there is no set."""
   path = pathlib.Path(directory) / JSONL
   return digest.file(path) if path.exists() else None
 
 
 def damage(directory: str | os.PathLike) -> str:
-  """What is missing or cut short in a set, in words; "" if it is whole."""
+  """Describes what is missing or truncated in a set; "" if it is intact."""
   directory = pathlib.Path(directory)
   listing = directory / FILES
   if not listing.exists():
@@ -243,7 +243,7 @@ def damage(directory: str | os.PathLike) -> str:
 
 
 def sync(path: pathlib.Path) -> None:
-  """Waits until a file, or the names in a folder, are on the disk."""
+  """Calls fsync on a file or a folder."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -252,7 +252,7 @@ def sync(path: pathlib.Path) -> None:
 
 
 def _seal(folder: pathlib.Path) -> None:
-  """Lists the files with their sizes; all of it is on the disk after that."""
+  """Writes the list of files with sizes, and syncs everything to disk."""
   files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
   sizes = {str(p.relative_to(folder)): p.stat().st_size for p in files}
   atomic_file.write(folder / FILES, json.dumps(sizes, indent=1))
@@ -261,10 +261,10 @@ def _seal(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder beside `directory` that takes its name if all goes well.
+def _created_atomically(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder that is renamed to `directory` on success.
 
-  What a killed writer left there is swept away first.
+  Leftovers of a killed writer are removed first.
   """
   directory.parent.mkdir(parents=True, exist_ok=True)
   folder = directory.with_name(f".{directory.name}.partial")
@@ -275,7 +275,8 @@ def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     yield folder
     if directory.exists():
-      # A folder that is not empty cannot be renamed over: it steps aside.
+      # A non-empty folder cannot be replaced by a rename, so it is moved aside
+      # first.
       directory.rename(old)
     folder.rename(directory)
     sync(directory.parent)
@@ -285,7 +286,7 @@ def _appearing(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 class _Shards:
-  """The TFDS data set while it is written, one ArrayRecord after another."""
+  """Writes the TFDS data set, one ArrayRecord after another."""
 
   def __init__(
     self, folder: pathlib.Path, description: str, max_examples_per_shard: int
@@ -316,7 +317,7 @@ class _Shards:
     self._writer.close_all()
 
 
-def _features():
+def _features() -> Any:
   import tensorflow_datasets as tfds
 
   text = tfds.features.Text

@@ -1,9 +1,8 @@
-"""The `openai` client with limits of our own; only a judge needs it.
+"""The `openai` client with additional limits; only a judge needs it.
 
 Its packages are those of requirements-judge.txt. The size of every reply is
-limited, also of those that come with an error; redirects are not followed; and
-no header leaves that is not named here, whatever the environment adds for
-other endpoints.
+limited, including error replies. Redirects are not followed. Only the headers
+named here are sent, whatever the environment adds for other endpoints.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ import openai
 from opera_jax.rewards import replies
 
 Refused = openai.APIStatusError
-# What a request can end in otherwise: a connection that breaks or is none.
+# Other errors of a request, such as a broken or refused connection.
 BROKEN = (openai.OpenAIError, httpx2.HTTPError, OSError, ValueError)
 _HEADERS = ("host", "accept", "content-type", "content-length", "connection")
 
@@ -29,7 +28,7 @@ class Limited(httpx2.AsyncByteStream):
 
     Args:
       stream: of the reply.
-      most: bytes that are read of it.
+      most: maximum bytes to read.
     """
     self._stream, self._most = stream, most
 
@@ -56,7 +55,8 @@ async def opened(
     base: address of the endpoint.
     key: sent with every request; "" sends none.
     timeout: seconds of each read and write; the caller limits the total.
-    reply_bytes: of a reply; a longer one raises `replies.Unreadable`.
+    reply_bytes: maximum size of a reply; a longer one raises
+      `replies.Unreadable`.
   """
 
   async def headers(request: httpx2.Request) -> None:
@@ -115,7 +115,7 @@ async def complete(
     {"role": role, "content": text.encode("utf-8", "replace").decode()}
     for role, text in turns
   ]
-  # The reply as it came: who knows what stands in it.
+  # Return the raw reply, since its content is untrusted.
   reply = await client.post(
     "/chat/completions",
     cast_to=httpx2.Response,

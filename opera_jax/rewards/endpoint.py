@@ -1,10 +1,10 @@
-"""Asks an OpenAI-compatible endpoint, once for every distinct question.
+"""A client of an OpenAI-compatible endpoint, with retries and a cache.
 
-Requests go through the `openai` client, see `rewards.chat`. Around it stands
-what a run needs: a limit on the total time of each request, retries that can
-differ, a share of questions that may fail, answers kept on disk by a hash of
-the question. The key comes from the environment at each call, and goes into
-the headers of requests alone.
+Requests go through the `openai` client, see `rewards.chat`. This module adds a
+limit on the total time of each request, retries that tell the model what was
+wrong, a fraction of questions that may fail, and an on-disk cache keyed by a
+hash of the question. The key is read from the environment at each call, and is
+only used in request headers.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from typing import Any
 
 from opera_jax.rewards import replies
 
-# A status that may pass; one that no question can change, unless there were
-# answers before it.
+# Statuses worth a retry; statuses that end the run, unless there were answers
+# before.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _FINAL = (401, 403, 404, 405, 407)
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
@@ -40,12 +40,12 @@ _TICK = 0.2
 
 
 class EndpointError(RuntimeError):
-  """The endpoint refuses, or too many questions got no readable answer."""
+  """The endpoint refuses, or too many questions have no readable answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """A question without a readable answer after all tries."""
+  """A question without a readable answer after all retries."""
 
   problem: str
   reply: str = ""  # the last text, cut; "" where none came
@@ -53,7 +53,8 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """What a reply must be: a JSON object of a schema, and how it is read."""
+  """The required form of a reply: a JSON schema, and a function that reads
+  it."""
 
   name: str
   schema: dict[str, Any]  # JSON schema of the object
@@ -61,7 +62,7 @@ class Format:
 
 
 def check_address(endpoint: str) -> str:
-  """The endpoint as an address without anything secret in it.
+  """Checks the endpoint's address, which must not contain secrets.
 
   Raises:
     ValueError: no http address, or one that holds a password or a query. What
@@ -96,7 +97,7 @@ def check_address(endpoint: str) -> str:
 
 
 def check_variable(name: str) -> str:
-  """The name of the variable that holds the key; "" for none.
+  """Checks the name of the variable that holds the key; "" for none.
 
   Raises:
     ValueError: it is no name of a variable, or looks like the key itself. It
@@ -116,7 +117,7 @@ def check_variable(name: str) -> str:
 
 
 def _looks_like_a_key(name: str) -> bool:
-  """Whether a piece between underscores is long and mixes digits in."""
+  """Whether a part between underscores is long and contains digits."""
   if name in os.environ:
     return False
   return any(
@@ -126,7 +127,7 @@ def _looks_like_a_key(name: str) -> bool:
 
 
 def read_key(variable: str) -> str:
-  """The key that a variable holds, spaces and line breaks around it aside.
+  """Reads the key from a variable, and strips surrounding white space.
 
   Returns:
     The key; "" where the variable is not set, or none is named.
@@ -145,7 +146,7 @@ def read_key(variable: str) -> str:
 
 
 class Client:
-  """One model behind one endpoint; one thread asks at a time."""
+  """A client of one model at one endpoint; one thread may use it at a time."""
 
   def __init__(
     self,
@@ -173,18 +174,18 @@ class Client:
       endpoint: base address, as in "https://host/v1".
       model: its name there.
       key_variable: environment variable of the key; "" sends none.
-      cache: folder of answers; "" keeps none.
+      cache: folder that caches answers; "" turns it off.
       timeout: seconds that a request may take from its first byte to the last
         of its reply.
-      retries: further tries.
-      backoff: seconds before the first of them; doubled each time.
-      parallel: requests at a time.
-      max_tokens: of a reply, thinking included.
-      length_field: what the endpoint calls that.
-      temperature: of sampling; below 0 leaves it to the endpoint.
+      retries: maximum retries per question.
+      backoff: seconds before the first retry; doubled each time.
+      parallel: concurrent requests.
+      max_tokens: of a reply, including thinking.
+      length_field: the endpoint's name of that field.
+      temperature: of sampling; below 0 uses the endpoint's default.
       system: the system's turn; "" sends none.
-      use_schema: ask for replies of the schema; where the endpoint refuses
-        that, it is asked without.
+      use_schema: request the JSON schema; if the endpoint refuses it, requests
+        are sent without.
       reply_bytes: of a reply; one that is longer is cut off and not read.
       prompt_price: cost of a million prompt tokens.
       completion_price: cost of a million completion tokens.
@@ -214,7 +215,7 @@ class Client:
     self.failed = 0  # questions without an answer after all tries
 
   def cost(self) -> float:
-    """What all answers so far cost, in the currency of the prices."""
+    """Total cost of all answers so far, in the currency of the prices."""
     return sum(t * p for t, p in zip(self._tokens, self._prices)) / 1e6
 
   def probe(self, question: str, wanted: Format) -> None:
@@ -252,9 +253,9 @@ class Client:
   def ask(
     self, questions: Sequence[str], wanted: Format, *, share: float = 0.0
   ) -> list[Any]:
-    """The endpoint's answers, one a question.
+    """Returns the endpoint's answers, one per question.
 
-    A question fails when all its tries do. The next try after an unreadable
+    A question fails if all its tries fail. The next try after an unreadable
     reply tells the model what was wrong with it, so that it can differ at
     temperature 0 too; after a request that failed, it is the same.
 
@@ -281,7 +282,7 @@ class Client:
       return []
     most = max(1, int(share * len(questions))) if share > 0 else 0
     stop = threading.Event()
-    # In a thread of its own: a notebook's has a loop already.
+    # In a separate thread, since a notebook's thread already has an event loop.
     with futures.ThreadPoolExecutor(1) as pool:
       asking = pool.submit(
         asyncio.run,
@@ -311,7 +312,8 @@ class Client:
     cached: bool,
     stop: threading.Event,
   ) -> list[Any]:
-    """Asks everything, some at a time; ends as soon as too much has failed."""
+    """Asks all questions concurrently; stops as soon as too many have
+    failed."""
     gate = asyncio.Semaphore(self._parallel)
     failures: list[Failure] = []
     over = asyncio.get_running_loop().create_future()
@@ -410,7 +412,7 @@ class Client:
       except replies.Unreadable as error:
         self.unreadable += 1
         failure = Failure(self._safe(str(error)), self._safe(text[-_SHOWN:]))
-        # So that a model that samples nothing can say something else.
+        # So that a model at temperature 0 can answer differently.
         note = (
           f"\n\n(Try {attempt + 2}. The reply before could not be read: "
           f"{failure.problem}. Reply with the JSON object alone.)"
@@ -449,7 +451,7 @@ class Client:
   async def _send(
     self, chat: Any, client: Any, question: str, wanted: Format
   ) -> bytes:
-    """A request's reply; without the schema where the endpoint refuses it."""
+    """Sends a request; drops the schema if the endpoint refuses it."""
 
     def sent(extra: dict[str, Any]) -> Awaitable[bytes]:
       self.requests += 1
@@ -494,14 +496,15 @@ class Client:
     return max(wait, min(asked, self._timeout))
 
   def _safe(self, text: str) -> str:
-    """Strangers' text for an error: cut, on one line, without the key."""
+    """Sanitises untrusted text for an error: one line, truncated, without the
+    key."""
     key = os.environ.get(self._key_variable, "").strip()
     if key:
       text = text.replace(key, "[key]")
     return text[:_SHOWN].encode("unicode_escape", "replace").decode()
 
   def _said(self, response: Any) -> str:
-    """What an endpoint says of its refusal."""
+    """The body of an error reply, sanitised."""
     return self._safe(response.content[:_SHOWN].decode("utf-8", "replace"))
 
   def _warn(self, text: str) -> None:
@@ -511,7 +514,7 @@ class Client:
       print(f"judge: {text}", flush=True)
 
   def _remembered(self, question: str, wanted: Format) -> Any:
-    """The answer that was kept; None where there is none, or a damaged one."""
+    """Reads a cached answer; None if it is missing or damaged."""
     place = self._place(question, wanted)
     if place is None or not place.is_file():
       return None
@@ -528,7 +531,7 @@ class Client:
     return value
 
   def _keep(self, question: str, wanted: Format, reply: dict[str, Any]) -> None:
-    """Keeps what the schema names of an answer; a full disk is no error."""
+    """Caches the fields of the schema; a full disk only causes a warning."""
     place = self._place(question, wanted)
     if place is None:
       return
@@ -561,7 +564,7 @@ async def _sleep(seconds: float) -> None:
 
 
 def _seconds(text: str) -> float:
-  """What a Retry-After header asks for; 0 for a date, or for nonsense."""
+  """Seconds of a Retry-After header; 0 for a date or an invalid value."""
   return float(text) if re.fullmatch(r"\d{1,6}", text.strip()) else 0.0
 
 

@@ -2,7 +2,7 @@
 
     R_EM = -log ppl(a | q) = mean log p of the sampled tokens
 
-The likelier the policy finds its own answer, the more it is paid.
+It rewards answers to which the policy assigns a high probability.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from opera_jax import structs
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """R_EM of every sample, nats a token, at most 0."""
+  """R_EM of every sample, nats per token, at most 0."""
 
   def logprob_request(
     self, rollouts: structs.Rollouts
   ) -> structs.LogprobRequest:
-    """Nothing: the rows are scored anyway."""
+    """Nothing: completions are scored anyway."""
     return structs.LogprobRequest()
 
   def rewards(

@@ -1,4 +1,5 @@
-"""Is a completion well formed: one thought, closed, then an answer, ended?"""
+"""Rewards well-formed completions: one closed thought, then a finished
+answer."""
 
 import dataclasses
 

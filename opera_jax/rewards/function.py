@@ -1,29 +1,29 @@
-"""A user's own function, named by its import path, in a process of its own.
+"""Runs a user's function, named by its import path, in a subprocess.
 
-    config.reward.parts = "verifiable + 0.5*my_package.my_module:my_reward"
+    config.reward.terms = "verifiable + 0.5*my_package.my_module:my_reward"
 
     def my_reward(prompts, completions, **columns) -> list[float]
 
-Every argument is a list with one entry a completion: the prompt's text, the
+Every argument is a list with one entry per completion: the prompt's text, the
 completion's text, and the columns of the data set (with `id`, `task` and
-`reference` among them). It returns a list, a tuple or an array of one finite
-number a completion.
+`reference` among them). It returns a list, tuple or array with one finite
+number per completion.
 
 The function runs in another process, with the `sys.path` and the working
 directory of the run. Its module is imported once, so a model that the module
-loads stays loaded between calls. A call that takes longer than its limit ends
-the process, whatever the function was doing. It works on copies. JAX finds no
-accelerator there (`JAX_PLATFORMS=cpu`), since the run holds them, and no
-environment variable that looks like a key is handed on: name those that the
-function needs in `config.reward.environment`. This is no sandbox: the function
-may read, write and send whatever you may; see SECURITY.md.
+loads stays loaded between calls. A call that exceeds its time limit kills the
+process. Arguments are copies. JAX sees no accelerator there
+(`JAX_PLATFORMS=cpu`), since the run uses them, and environment variables that
+look like secrets are not passed on: name those that the function needs in
+`config.reward.environment`. This is not a sandbox: the function has all your
+rights; see SECURITY.md.
 
 In a notebook, write the function to a file first, with a cell that begins with
 `%%writefile my_reward.py`, and name it "my_reward:my_reward": no other process
 can import what is defined in the notebook itself.
 
-A run of several processes calls it in each, with the completions of that
-process's own prompts: groups are whole, and none is asked about twice.
+In a run of several processes, each process calls it with the completions of its
+own prompts: groups are never split, and each is evaluated once.
 """
 
 import contextlib
@@ -48,10 +48,11 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.rewards import function_worker
 
-START_SECONDS = 600.0  # that importing the module may take
+START_SECONDS = 600.0  # time limit of importing the module
 REPLY_BYTES = 1 << 28
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-# Names of variables that are not handed on, and values with a password.
+# Variables with such names, or with a password in their value, are not passed
+# on.
 _SECRET_NAME = re.compile(
   r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE
 )
@@ -60,12 +61,12 @@ _RESERVED = ("prompts", "completions")
 
 
 class FunctionError(ValueError):
-  """A user's function raised, ended its process, or broke its promise."""
+  """A user's function raised, ended its process, or returned invalid values."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-  """A function by its import path, and the process that it runs in.
+  """A function given by its import path, and its process.
 
   Attributes:
     path: "package.module:function".
@@ -85,7 +86,7 @@ class _Named:
 
 @dataclasses.dataclass(frozen=True)
 class Reward(_Named):
-  """Calls the function once a step, on each process with its own prompts."""
+  """Calls the function once per step; each process passes its own prompts."""
 
   by_host: ClassVar[bool] = True
 
@@ -111,7 +112,7 @@ class Reward(_Named):
   def rewards(
     self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
-    """What the function says, float32 [B, N]; see `values` for its errors."""
+    """The function's values, float32 [B, N]; see `values` for errors."""
     tasks = [
       rollouts.prompts[rollouts.prompt_index(r)]
       for r in range(len(rollouts.completions))
@@ -123,7 +124,7 @@ class Reward(_Named):
   def values(
     self, tasks: Sequence[structs.Prompt], texts: Sequence[str]
   ) -> np.ndarray:
-    """What the function says of completions, float32 [R].
+    """Calls the function on completions; returns float32 [R].
 
     Args:
       tasks: the prompt of each completion.
@@ -155,12 +156,12 @@ class Reward(_Named):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(_Named):
-  """A user's function that chooses among candidates of the trace synthesis.
+  """A user's function that chooses among the candidates of trace synthesis.
 
       def my_choice(prompt, thought, candidates) -> int
 
-  All arguments are text, `candidates` a list of it; the index of one of them
-  comes back.
+  All arguments are text, `candidates` a list of texts. It returns the index of
+  one of them.
   """
 
   def __call__(
@@ -183,7 +184,7 @@ class Choice(_Named):
 
 
 class Process:
-  """One function, loaded in a process of its own; started at need.
+  """A subprocess that has loaded one function; started on first use.
 
   Safe to use from several threads; one call runs at a time. The process ends
   with the object that started it.
@@ -218,7 +219,7 @@ class Process:
     self._end: Any = None
 
   def start(self) -> None:
-    """Starts the process and imports the function, unless that is done.
+    """Starts the process and imports the function, if not yet done.
 
     Raises:
       FunctionError: it cannot be imported, or is no plain function.
@@ -299,7 +300,7 @@ class Process:
           *(sys.executable, "-P", function_worker.__file__),
           str(theirs.fileno()),
         ],
-        env=_handed_on(self._environment),
+        env=_passed_on(self._environment),
         stdin=subprocess.DEVNULL,
         pass_fds=(theirs.fileno(),),
         start_new_session=True,
@@ -333,7 +334,7 @@ class Process:
       )
 
   def _exchange(self, body: bytes, seconds: float, late: str) -> dict[str, Any]:
-    """Sends one message and reads the answer, all within `seconds`."""
+    """Sends one message and reads the reply within `seconds`."""
     deadline = time.monotonic() + seconds
     kept = False
     try:
@@ -359,7 +360,7 @@ class Process:
         "before that stands above."
       ) from None
     finally:
-      # Also when the run itself is interrupted: the answer would be taken for
+      # Also if the run is interrupted, since the late reply would be taken for
       # that of the next call.
       if not kept:
         self.close()
@@ -388,11 +389,11 @@ class Process:
     return f" with the exit code {code}"
 
   def _withheld(self, trace: str) -> str:
-    """A hint where the function looks for a key that it was not given."""
+    """A hint if the function needs a variable that was not passed on."""
     names = [
       name
       for name in os.environ
-      if name not in _handed_on(self._environment)
+      if name not in _passed_on(self._environment)
       and re.search(rf"\b{re.escape(name)}\b", trace)
     ]
     if not names:
@@ -404,7 +405,7 @@ class Process:
 
 
 def _end(child: subprocess.Popen, sock: socket.socket) -> None:
-  """Ends the process and what it started: by asking, then by force."""
+  """Ends the process and its children, first gently, then by SIGKILL."""
   sock.close()
   if child.poll() is None:
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -414,16 +415,16 @@ def _end(child: subprocess.Popen, sock: socket.socket) -> None:
   child.wait()
 
 
-def _handed_on(asked: Sequence[str]) -> dict[str, str]:
-  """Our environment without keys, but for those asked for by name."""
+def _passed_on(allowed: Sequence[str]) -> dict[str, str]:
+  """Our environment without secrets, except for variables allowed by name."""
   out = {
     name: value
     for name, value in os.environ.items()
-    if name in asked
+    if name in allowed
     or not (_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
   }
-  out["PYTHONUNBUFFERED"] = "1"  # what it prints before a crash is seen
-  if "JAX_PLATFORMS" not in asked:
+  out["PYTHONUNBUFFERED"] = "1"  # its output before a crash is shown
+  if "JAX_PLATFORMS" not in allowed:
     out["JAX_PLATFORMS"] = "cpu"  # the run holds the accelerators
   return out
 
@@ -431,10 +432,10 @@ def _handed_on(asked: Sequence[str]) -> dict[str, str]:
 def _columns(
   path: str, tasks: Sequence[structs.Prompt]
 ) -> dict[str, list[Any]]:
-  """One list a column, `id`, `task` and `reference` first.
+  """One list per column; `id`, `task` and `reference` come first.
 
   Raises:
-    FunctionError: a column of the data is called as an argument is.
+    FunctionError: a data column has the name of an argument.
   """
   columns: dict[str, list[Any]] = {
     "id": [t.id for t in tasks],

@@ -1,8 +1,8 @@
-"""The process that a user's function runs in: loads it once, answers calls.
+"""The subprocess of a user's function: loads it once, and answers calls.
 
 `rewards.function` starts it as `python -P function_worker.py FD` and talks to
 it over a socket: pickled requests in, JSON replies out. It imports nothing of
-this package, so that it starts at once and holds no accelerator.
+this package, so that it starts fast and uses no accelerator.
 """
 
 import importlib
@@ -24,15 +24,16 @@ from typing import Any
 
 HEADER = struct.Struct(">Q")  # bytes of the message that follows
 SHOWN = 4_000  # characters of a traceback that travel
-GRACE = 5  # seconds after its limit at which a call ends by itself
+GRACE = 5  # seconds after the time limit before the system kills the process
 
 
 class Wrong(ValueError):
-  """The function gave back something else than it promised."""
+  """The function returned an invalid value."""
 
 
 class Caught:
-  """Keeps whatever is raised inside, SystemExit and KeyboardInterrupt too."""
+  """Catches any exception in the block, including SystemExit and
+  KeyboardInterrupt."""
 
   def __init__(self):
     """Nothing was raised yet."""
@@ -47,13 +48,13 @@ class Caught:
 
 
 def floats(value: Any) -> list[float]:
-  """The numbers that a reward function gave back.
+  """Converts the result of a reward function to floats.
 
   Args:
     value: a list, a tuple, or an array of one axis.
 
   Raises:
-    Wrong: it is anything else, or holds something that is no number.
+    Wrong: it has another type, or an element that is not a number.
   """
   if inspect.iscoroutine(value):
     value.close()
@@ -68,7 +69,7 @@ def floats(value: Any) -> list[float]:
 
 
 def index(value: Any) -> int:
-  """The index that a choosing function gave back.
+  """Converts the result of a choosing function to an index.
 
   Raises:
     Wrong: no whole number.
@@ -85,7 +86,7 @@ def load(path: str) -> Callable[..., Any]:
   """The function at "package.module:function".
 
   Raises:
-    Wrong: what is there cannot be called, or would have to be awaited.
+    Wrong: it is not callable, or it is asynchronous.
     ImportError: no such module.
     AttributeError: no such name in it.
   """
@@ -130,7 +131,7 @@ def main(sock: socket.socket) -> None:
 
 
 def receive(sock: socket.socket) -> bytes:
-  """One message; the process ends where the other side is gone."""
+  """Receives one message; exits if the other side is gone."""
   (size,) = HEADER.unpack(_exactly(sock, HEADER.size))
   return _exactly(sock, size)
 
@@ -152,7 +153,7 @@ def _send(sock: socket.socket, reply: dict[str, Any]) -> None:
 
 
 def _told(error: BaseException | None) -> dict[str, Any]:
-  """What became of the call; the frames of this file are left out."""
+  """Describes the error of a call, without the frames of this file."""
   if error is None:
     return {}
   if isinstance(error, Wrong):
@@ -185,7 +186,7 @@ def _short(value: Any) -> str:
 
 
 def _end_after(seconds: float) -> None:
-  """Lets the system end the process, should nobody else; 0 takes it back.
+  """Lets the system kill the process after `seconds`; 0 cancels that.
 
   A function that holds the interpreter sees no signal handler of Python, so
   the default action of the signal is left in force.

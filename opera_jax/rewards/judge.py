@@ -1,11 +1,11 @@
 """A rubric judge behind any OpenAI-compatible endpoint.
 
-Rubric: four dimensions from 1 to 5, the mean brought to 0..1. Pairwise: each
-sample against the next ones of its group, asked in both orders; the reward is
-the share of comparisons won. The judge's bias for the first place and its
-agreement with itself are counted, and what it cost.
+Rubric: four dimensions from 1 to 5; the reward is their mean, scaled to 0..1.
+  Pairwise: each sample is compared with the next ones of its group, in both
+  orders; the reward is the fraction of comparisons won. Metrics are the judge's
+  position bias, its self-consistency and its cost.
 
-The dimensions are those of the RL data filter of arXiv 2606.25757.
+The dimensions are those of the RL data filter in arXiv 2606.25757.
 """
 
 import dataclasses
@@ -68,13 +68,13 @@ SYSTEM = (
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-  """What the judge thinks of every sample, 0 to 1.
+  """The judge's score of every sample, 0 to 1.
 
-  A sample that the judge gives no readable answer for takes the mean of its
-  group's judged samples, and a group without any the mean of all that were
-  judged in the call. So its advantage over its group is 0 as far as the judge
-  goes, the group's mean stays that of the judged, and other rewards still
-  count. A comparison counts if it was answered in both orders.
+  If there is no readable answer for a sample, it gets the mean of the judged
+  samples of its group; a group without any gets the mean over the call. So the
+  judge contributes no advantage to that sample, the group's mean is unchanged,
+  and other rewards still count. A comparison counts only if both orders were
+  answered.
 
   Attributes:
     endpoint: base address, as in "https://host/v1".
@@ -83,21 +83,21 @@ class Reward:
     opponents: samples that each sample is compared with in "pairwise".
     key_variable: environment variable that holds the key; "" sends none. The
       key itself is never stored, shown or logged.
-    cache: folder of answers already paid for; "" keeps none.
-    timeout: seconds a request may take, to the last byte of its reply.
-    retries: further tries after a slow, failed or unreadable answer.
-    backoff: seconds before the first of them; doubled each time.
-    parallel: requests at a time.
-    max_tokens: of a reply, thinking included.
-    length_field: what the endpoint calls that: "max_tokens", or
+    cache: folder that caches answers; "" turns it off.
+    timeout: seconds per request, up to the last byte of its reply.
+    retries: after a slow, failed or unreadable answer.
+    backoff: seconds before the first retry; doubled each time.
+    parallel: concurrent requests.
+    max_tokens: of a reply, including thinking.
+    length_field: the endpoint's name of that field: "max_tokens" or
       "max_completion_tokens".
-    temperature: of the judge; below 0 leaves it to the endpoint.
+    temperature: of the judge; below 0 uses the endpoint's default.
     system: the system's turn; "" sends none.
-    schema: whether to ask for replies of a JSON schema (`response_format`);
-      where the endpoint refuses that, it is asked without.
-    max_failed: the largest share of a call's questions without an answer; more
-      ends the run. Above 0, a single one never does, and all always do.
-    reply_bytes: of a reply; a longer one is cut off and not read.
+    schema: whether to request a JSON schema (`response_format`); if the
+      endpoint refuses it, requests are sent without.
+    max_failed: maximum fraction of failed questions per call; more end the run.
+      Above 0, a single failure never ends it, and if all fail it always ends.
+    reply_bytes: maximum size of a reply; a longer one counts as unreadable.
     prompt_price: cost of a million prompt tokens, in your currency.
     completion_price: cost of a million completion tokens.
   """
@@ -145,7 +145,7 @@ class Reward:
 
   @functools.cached_property
   def client(self) -> endpoint_lib.Client:
-    """The connection, with its counters."""
+    """The client of the endpoint, with its counters."""
     return endpoint_lib.Client(
       self.endpoint,
       self.model,
@@ -166,10 +166,10 @@ class Reward:
     )
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
-    """Asks about one made-up answer, before anything is done for its sake.
+    """Asks about one made-up answer, before expensive stages start.
 
     Args:
-      prompts: that will be judged; the first is asked about.
+      prompts: that will be judged; only the first is used.
 
     Raises:
       ImportError: the `openai` client is not installed.
@@ -186,7 +186,7 @@ class Reward:
   def logprob_request(
     self, rollouts: structs.Rollouts
   ) -> structs.LogprobRequest:
-    """Nothing is priced."""
+    """Nothing is scored."""
     return structs.LogprobRequest()
 
   def rewards(
@@ -218,11 +218,11 @@ class Reward:
     }
 
   def _rubric(self, rollouts: structs.Rollouts) -> dict[str, Any]:
-    asked = [
+    questions = [
       RUBRIC.format(answer=answer_text(text), **_task(rollouts, r))
       for r, text in enumerate(rollouts.texts)
     ]
-    grades = self._ask(asked)
+    grades = self._ask(questions)
     missing_R = np.asarray([g is None for g in grades])
     parts = {
       d: fill(
@@ -247,22 +247,22 @@ class Reward:
       for n in range(samples)
       for d in range(1, self.opponents + 1)
     ]
-    asked = []
+    questions = []
     for one, two in pairs:
       task = _task(rollouts, one)
       for first, second in ((one, two), (two, one)):
-        asked.append(
+        questions.append(
           PAIRWISE.format(
             first=answer_text(rollouts.texts[first]),
             second=answer_text(rollouts.texts[second]),
             **task,
           )
         )
-    said = self._ask(asked)
+    answers = self._ask(questions)
     rows = len(rollouts.texts)
     both = [
       (pair, ahead, behind)
-      for pair, ahead, behind in zip(pairs, said[0::2], said[1::2])
+      for pair, ahead, behind in zip(pairs, answers[0::2], answers[1::2])
       if ahead is not None and behind is not None
     ]
     result = tally(
@@ -280,20 +280,22 @@ class Reward:
       "self_consistency": np.full(rows, result.self_consistency),
     }
 
-  def _ask(self, asked: list[str]) -> list[Any]:
-    """What the judge says of each, None where it gives no readable answer."""
-    said = self.client.ask(asked, _FORMATS[self.mode], share=self.max_failed)
+  def _ask(self, questions: list[str]) -> list[Any]:
+    """The judge's answers; None if there is no readable one."""
+    answers = self.client.ask(
+      questions, _FORMATS[self.mode], share=self.max_failed
+    )
     return [
-      None if isinstance(one, endpoint_lib.Failure) else one for one in said
+      None if isinstance(one, endpoint_lib.Failure) else one for one in answers
     ]
 
 
 def fill(value_R: np.ndarray, samples: int) -> np.ndarray:
-  """Puts a group's mean in the place of its missing values.
+  """Replaces missing values by the mean of their group.
 
   Args:
-    value_R: float [R], NaN where there is none; R = B * N, prompt-major. A
-      group without any takes the mean of all.
+    value_R: float [R], NaN if missing; R = B * N, prompt-major. A group without
+      values gets the mean of all.
     samples: N.
 
   Returns:
@@ -313,9 +315,13 @@ def fill(value_R: np.ndarray, samples: int) -> np.ndarray:
 class Tally:
   """Outcome of comparisons asked in both orders."""
 
-  win_R: np.ndarray  # float64 [R], share of comparisons won, ties half
-  position_bias: float  # share of choices for the first place, less a half
-  self_consistency: float  # share of pairs judged alike in both orders
+  win_R: (
+    np.ndarray
+  )  # float64 [R], fraction of comparisons won; a tie counts half
+  position_bias: float  # fraction of choices for the first place, minus 0.5
+  self_consistency: (
+    float  # fraction of pairs with the same result in both orders
+  )
 
 
 def tally(
@@ -407,7 +413,7 @@ _FORMATS = {
 
 
 def answer_text(text: str) -> str:
-  """What the judge sees: the text after the thought, all of it without one."""
+  """The text for the judge: after the thought, or all of it without one."""
   return re.sub(r"^.*?</think>", "", text, count=1, flags=re.DOTALL).strip()
 
 
@@ -417,12 +423,12 @@ def _task(rollouts: structs.Rollouts, row: int) -> dict[str, str]:
 
 
 def _times(pairs: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
-  """How often each row is in a pair, int [R]."""
+  """How many pairs each completion is in, int [R]."""
   return np.bincount(np.asarray(pairs, int).reshape(-1), minlength=rows)
 
 
 def _short(value: Any) -> str:
-  """A value from a reply, for a message; huge ones are not spelt out."""
+  """Formats a value from a reply for a message; huge ones are abbreviated."""
   if isinstance(value, list | dict):
     return f"a {type(value).__name__}"
   if isinstance(value, int) and value.bit_length() > 64:

@@ -1,4 +1,4 @@
-"""What a length costs, in tokens: O1-pruner, Efficient Reasoner, DAPO.
+"""Length penalties in tokens: O1-pruner, Efficient Reasoner, DAPO.
 
 Shape key: B prompts, N samples a prompt.
 """
@@ -30,7 +30,7 @@ class Reward:
   method: str = "exact"
 
   def __post_init__(self):
-    """Refuses an unknown kind, and a buffer that is no part of the limit."""
+    """Refuses an unknown kind, and a buffer outside (0, limit]."""
     if self.kind not in KINDS:
       raise ValueError(f"Unknown kind {self.kind!r}. Use one of {KINDS}.")
     if not 0 < self.buffer <= self.limit:
@@ -75,8 +75,8 @@ def efficient(length_BN: np.ndarray, right_BN: np.ndarray) -> np.ndarray:
 
       -2 (sigmoid((len - mean_right) / (std_right + 1e-5)) - 0.5)
 
-  for right answers of groups with at least two of them, else 0; mean and
-  deviation (ddof 0) are of the right answers' lengths.
+  for right answers in groups with at least two of them, else 0. Mean and
+  deviation (ddof 0) are over the lengths of the right answers.
 
   Returns:
     float32 [B, N].

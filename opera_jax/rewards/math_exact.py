@@ -1,13 +1,13 @@
-"""Whether two final answers are the same, told without a computer algebra.
+"""Compares two final answers without a computer algebra system.
 
-What is decided here is sure: the same number (also as a fraction, a mixed or
+Every decision here is certain: the same number (also as a fraction, a mixed or
 a decimal number, a percentage, with its unit, after "x =", or as a word), the
 same letter of a choice, the same list of those, the same LaTeX; or two numbers
-that differ. For everything else the answer is None, "cannot tell".
+that differ. Everything else gives None, "cannot tell".
 
-Each answer is bounded before it is parsed, so that none costs more than its
-reading: answers longer than `_LONGEST` characters and numbers of more than
-`_DIGITS` digits are compared as text alone.
+Answers are bounded before they are parsed, so that the cost is linear: answers
+longer than `_LONGEST` characters and numbers of more than `_DIGITS` digits are
+only compared as text.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ class _Number:
 
 
 def same(answer: str, truth: str) -> bool | None:
-  """Whether two answers are the same; None where this cannot be told.
+  """Whether two answers are the same; None if undecided.
 
   Args:
     answer: as a completion states it, LaTeX allowed.
@@ -167,7 +167,7 @@ def same(answer: str, truth: str) -> bool | None:
 
 
 def right(text: str, reference: str) -> bool | None:
-  """Whether a completion states its reference's answer; None: cannot tell.
+  """Whether a completion's answer matches its reference; None if undecided.
 
   Args:
     text: the whole completion, thought included.
@@ -205,7 +205,7 @@ def is_number(answer: str) -> bool:
 
 
 def _compared(left: str, right: str, nested: bool = False) -> bool | None:
-  """`same` of answers without their dress and names.
+  """`same` for normalised answers without names.
 
   Args:
     left: one of them.
@@ -262,7 +262,7 @@ def _compared(left: str, right: str, nested: bool = False) -> bool | None:
 
 
 def _plain(text: str) -> str:
-  """An answer without its dress: dollars around it, spacing, text commands."""
+  """Normalises an answer: strips dollars, spacing and text commands."""
   text = math_answer.fold(text)
   for pattern, by in _RENAMED:
     text = pattern.sub(by, text)
@@ -272,7 +272,7 @@ def _plain(text: str) -> str:
 
 
 def _undressed(text: str) -> str:
-  """Without formula marks, Markdown and a full stop around it."""
+  """Strips surrounding formula marks, Markdown and a full stop."""
   while True:
     before = text
     text = text.strip(" \t\n").rstrip(" \t\n.,;:")
@@ -309,7 +309,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _tight(text: str) -> str:
-  """Without the spaces that part nothing."""
+  """Removes spaces that do not separate numbers."""
   return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
@@ -367,7 +367,7 @@ def _parts(inner: str) -> list[str] | None:
 
 
 def _number(text: str) -> _Number | None:
-  """The number that a text is, else None."""
+  """Parses a text as a number; None if it is not one."""
   while text[:1] + text[-1:] in ("()", "{}") and "," not in text:
     text = text[1:-1].strip()
   if text.casefold() in _WORDS:
@@ -432,7 +432,7 @@ def _root(factor: str, square: str) -> fractions.Fraction | None:
 
 
 def _unit(rest: str) -> _Number | None:
-  """What stands behind a number, as the factor and the unit it gives."""
+  """Parses the text after a number into a factor and a unit."""
   hit = _UNIT.fullmatch(rest)
   if hit is None:
     return None
@@ -465,7 +465,7 @@ _POWERS = {ord("²"): "2", ord("³"): "3"}
 
 
 def _equal(left: _Number, right: _Number) -> bool | None:
-  """Whether two numbers are the same; None where units or digits differ."""
+  """Whether two numbers are the same; None if units or digits leave it open."""
   if left.unit and right.unit:
     if left.unit == right.unit:
       if left.size != right.size:

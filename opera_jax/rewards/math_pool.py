@@ -1,10 +1,9 @@
-"""Processes that compare answers with math-verify, and can be ended.
+"""A pool of subprocesses that compare answers with math-verify.
 
-Each is a program of its own (`math_worker`), which loads neither JAX nor the
-script that the run was started with. A check that is overdue ends its process
-and costs no other check more than the start of a new one; a process that dies
-under a check is noticed at once; one that cannot start is an error, not tried
-again.
+Each runs the script `math_worker`, which loads neither JAX nor the run's
+script. A check that times out kills its process, which delays other checks only
+by the start of a new one. A process that dies during a check is noticed at
+once. A process that cannot start is an error, without a retry.
 """
 
 import atexit
@@ -26,13 +25,13 @@ from opera_jax.rewards import math_worker
 
 # Seconds to load math-verify, on a machine that has much else to do.
 _START = 120
-# What a worker is told of this process's environment: no keys.
+# Environment variables that are passed to a worker; no secrets.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What came of one check.
+  """The outcome of one check.
 
   Attributes:
     right: the verdict; None if there is none.
@@ -52,7 +51,7 @@ def available() -> bool:
 def check(
   pairs: Sequence[tuple[str, str]], *, timeout: float, workers: int
 ) -> list[Outcome]:
-  """math-verify's word on (reference, answer) pairs.
+  """Runs math-verify on (reference, answer) pairs.
 
   Args:
     pairs: the part of a reference that holds its answer, and all that a
@@ -91,7 +90,7 @@ def check(
 
 
 class _Worker:
-  """One process, started when it is first asked."""
+  """One worker process, started on first use."""
 
   def __init__(self):
     self._process: Any = None  # a Popen[bytes] while it runs
@@ -211,7 +210,7 @@ _IDLE: collections.deque[_Worker] = collections.deque()
 
 
 def _hire(count: int) -> list[_Worker]:
-  """Idle workers first; those who started already are fastest."""
+  """Takes idle workers first, since they have already started."""
   hired: list[_Worker] = []
   while len(hired) < count:
     try:

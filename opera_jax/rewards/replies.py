@@ -1,7 +1,7 @@
-"""Reads what a judge replied: text of strangers, of any shape and length.
+"""Parses a judge's replies: untrusted text of any shape and length.
 
-Everything here ends in a value or in `Unreadable`, in time and memory about
-linear in what it is given.
+Every function returns a value or raises `Unreadable`, in roughly linear time
+and memory.
 """
 
 import json
@@ -16,13 +16,13 @@ TAIL = 65_536  # characters at the end of a reply that are searched
 WORK = 5_000_000  # characters parsed before the search is given up
 LEVELS = 900  # of nested objects that are parsed
 _OBJECT = re.compile(r'\{\s*"')
-_SKIPPED = 100  # braces passed over where nesting is deeper than any sense
+_SKIPPED = 100  # braces skipped after too deep nesting
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 MOST_TOKENS = 100_000_000  # of one reply; more is no count of tokens
 
 
 class Unreadable(ValueError):
-  """A reply that is not what was asked for."""
+  """A reply that does not have the requested form."""
 
 
 def content(body: bytes) -> tuple[str, tuple[int, int]]:
@@ -69,19 +69,18 @@ def last_object(
 ) -> tuple[_Value, dict[str, Any]]:
   """The last JSON object in a text that `read` accepts.
 
-  Thinking, words with braces and code fences around it are passed over. An
-  object inside one that `read` accepts does not count, nor does one inside a
-  thought.
+  Thinking, braces in text and code fences are skipped. Objects inside an
+  accepted object or inside a thought do not count.
 
   Args:
-    text: a reply; only its end is searched where it is very long.
+    text: a reply; if very long, only its end is searched.
     read: turns an object into a value, or raises `Unreadable`.
 
   Returns:
     The value, and the object.
 
   Raises:
-    Unreadable: there is none, or the search took too much work.
+    Unreadable: there is none, or the search was too expensive.
   """
   text = text[-TAIL:]
   closed = text.rfind(THINK_CLOSE)
@@ -101,9 +100,9 @@ def last_object(
     except json.JSONDecodeError as error:
       work -= max(error.pos - begin, 1)
     except ValueError:
-      work -= TAIL  # digits beyond any sense; how far it got is not said
+      work -= TAIL  # a huge number; the error does not tell the position
     except RecursionError:
-      # What begins just inside is almost as deep.
+      # Objects that begin just inside are almost as deep.
       work -= TAIL // 4
       for _ in range(_SKIPPED):
         end = _next(text, end) + 1 or len(text)
@@ -139,7 +138,7 @@ def _heights(text: str) -> np.ndarray:
 
 
 def _next(text: str, begin: int) -> int:
-  """Where the next object with a key may begin; -1 for nowhere."""
+  """Position of the next possible object with a key; -1 if there is none."""
   match = _OBJECT.search(text, begin)
   return match.start() if match else -1
 
@@ -153,7 +152,7 @@ def _within(value: Any, key: str | int) -> Any:
 
 
 def _tokens(value: Any) -> int:
-  """A count of tokens; 0 for what is none."""
+  """A valid token count, otherwise 0."""
   if type(value) is int and 0 <= value <= MOST_TOKENS:
     return value
   return 0

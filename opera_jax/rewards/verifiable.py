@@ -1,11 +1,11 @@
 """The 0/1 reward of tasks with one right answer.
 
-Two methods compare what a completion says after its thought with the
-reference. "exact" reads both itself (`math_exact`) and asks math-verify only
-where it cannot tell; "math_verify" leaves everything to that package. Where a
-check of math-verify fails to run (it raises, takes too long, its process dies)
-the exact comparison stands, if it can tell. An answer about which neither
-knows is undecided: it pays 0, and is counted.
+Two methods compare what a completion says after its thought with the reference.
+"exact" compares them itself (`math_exact`), and uses math-verify only if that
+is undecided; "math_verify" always uses that package. If a check of math-verify
+fails (it raises, times out, or its process dies), the exact comparison is used
+if it can decide. An answer that neither can decide gets 0, and is counted as
+undecided.
 """
 
 import collections
@@ -26,13 +26,12 @@ METHODS = ("exact", "math_verify")
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What is known of one completion.
+  """The result of checking one completion.
 
   Attributes:
-    right: whether it states its reference's answer; None where that is
-      undecided.
-    cannot_tell: the exact comparison was asked, and could not tell.
-    failure: why a check of math-verify failed to run; "" if none did.
+    right: whether its answer matches the reference; None if undecided.
+    cannot_tell: whether the exact comparison was used and could not decide.
+    failure: why math-verify's check failed; "" if it did not.
   """
 
   right: bool | None
@@ -69,7 +68,7 @@ class Reward:
   def rewards(
     self, rollouts: structs.Rollouts, result: structs.LogprobResult
   ) -> dict[str, np.ndarray]:
-    """`total`, the same as `correct`, and how that was found.
+    """Returns `total`, which equals `correct`, and flags of the checks.
 
     Returns:
       float32 [B, N] each, 1 where it holds: `correct`; `cannot_tell`, where
@@ -105,7 +104,7 @@ def right(
   timeout: float = 5.0,
   workers: int = 2,
 ) -> np.ndarray:
-  """Which samples answer their maths prompt rightly, bool [B, N].
+  """Which samples answer their maths prompt correctly, bool [B, N].
 
   Args:
     rollouts: samples; those of open-ended prompts are never right.
@@ -215,7 +214,8 @@ def check_many(
 def _checks(
   rollouts: structs.Rollouts, *, method: str, timeout: float, workers: int
 ) -> list[Check]:
-  """One a row; open-ended prompts are not checked, and never right."""
+  """One check per completion; open-ended prompts are not checked, and never
+  right."""
   tasks = [
     rollouts.prompts[rollouts.prompt_index(r)]
     for r in range(len(rollouts.completions))
