@@ -1,4 +1,4 @@
-"""The page of a prompt pool: what was dropped, and what the clusters hold."""
+"""Renders the page of a prompt pool: rejected prompts, and the clusters."""
 
 import dataclasses
 import html
@@ -13,7 +13,7 @@ _LONGEST = 400  # characters of a prompt that are shown
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """Prompts that lie together; the largest cluster comes first."""
+  """One cluster of prompts; the largest comes first."""
 
   size: int
   taken: int
@@ -23,7 +23,7 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A prompt of the picture, x and y in [-1, 1]."""
+  """A prompt in the plot, x and y in [-1, 1]."""
 
   x: float
   y: float
@@ -33,7 +33,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """The whole page; text is raw, the page escapes it."""
+  """The data of the page, with raw text; rendering escapes it."""
 
   counts: Mapping[str, int]  # "read", reasons of rejection, "kept"
   embedder: str
@@ -44,12 +44,12 @@ class View:
 
 
 def write(path: str | os.PathLike, view: View) -> None:
-  """Renders the page to a file, whole or not at all."""
+  """Renders the page to a file, atomically."""
   page.save(path, render(view))
 
 
 def render(view: View) -> str:
-  """The page as HTML text."""
+  """Renders the page as HTML."""
   kept, read = view.counts["kept"], view.counts["read"]
   return page.document(
     "Prompt pool",
@@ -91,7 +91,8 @@ def _map(view: View) -> str:
   for index in range(len(view.clusters)):
     mine = [p for p in view.points if p.cluster == index]
     if mine:
-      # The point in the middle: a mean may lie outside a bent cluster.
+      # Label the point nearest to the mean, since the mean may lie outside a
+      # curved cluster.
       x = sum(p.x for p in mine) / len(mine)
       y = sum(p.y for p in mine) / len(mine)
       at = min(mine, key=lambda p: (p.x - x) ** 2 + (p.y - y) ** 2)
@@ -176,7 +177,7 @@ def _down(y: float) -> float:
 
 
 def _colour(index: int) -> str:
-  """The golden angle keeps neighbouring numbers apart, however many."""
+  """Hues in steps of the golden angle, so that neighbouring numbers differ."""
   return f"hsl({round(index * 137.508) % 360},60%,50%)"
 
 

@@ -1,8 +1,8 @@
-"""Metrics files -> charts.
+"""Converts metrics files to charts.
 
-A stage's metrics are drawn in named charts; what no chart names gets one of its
-own, folded away, so that nothing that was logged is missing from the page. What
-depends on the clock is left out.
+Known metrics go to named charts; every other metric gets a chart of its own,
+collapsed, so that the page shows everything that was logged. Metrics that
+depend on the clock are left out.
 """
 
 import fnmatch
@@ -34,11 +34,11 @@ _MAX_POINTS = 300
 
 
 def charts(lines: Sequence[Mapping[str, Any]]) -> list[views.Chart]:
-  """The charts of one stage.
+  """Builds the charts of one stage.
 
   Args:
-    lines: its metrics, one mapping a step with "step" among the keys, as the
-      JSONL holds them; None is a value that was not finite.
+    lines: its metrics as in the JSONL, one mapping per step with the key
+      "step"; None stands for a value that was not finite.
 
   Returns:
     Charts with at least one point, in the order of `CHARTS`, then by name.
@@ -70,7 +70,7 @@ def _chart_of(name: str) -> tuple[str, str]:
 
 
 def _series(name: str, lines: Sequence[Mapping[str, Any]]) -> views.Series:
-  """One metric; long ones as means of equal runs of steps."""
+  """One metric; long series are averaged over blocks of steps."""
   points = [(line["step"], line[name]) for line in lines if name in line]
   width = math.ceil(len(points) / _MAX_POINTS)
   x, y = [], []

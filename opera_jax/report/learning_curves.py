@@ -1,4 +1,5 @@
-"""Learning curves of a grid: mean over seeds, band from least to most."""
+"""Plots learning curves of a grid: mean over seeds, band from minimum to
+maximum."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,15 +17,15 @@ def write(
   path: str | os.PathLike,
   over: str = SAMPLED,
 ) -> None:
-  """Draws every metric over the tokens so far, one line a method.
+  """Plots every metric against the tokens so far, one line per method.
 
-  Names are drawn as they are: a dollar in one begins no formula.
+  Names are plotted literally; a dollar sign does not start a formula.
 
   Args:
     cells: by method, the metrics of each of its seeds.
-    names: metrics; one that no cell has is left out.
+    names: metrics; those that no cell has are left out.
     path: PNG to write.
-    over: the metric that counts a step's tokens.
+    over: the metric with the tokens of a step.
   """
   import matplotlib
 
@@ -74,11 +75,11 @@ def _draw(
 def series(
   seeds: Sequence[Lines], name: str, over: str = SAMPLED, points: int = 40
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A metric of several seeds at common counts of tokens so far.
+  """Interpolates a metric of several seeds at common token counts.
 
   Returns:
-    (tokens [T], values [S, T]), up to where the first seed ends; empty where
-    a seed lacks the metric.
+    (tokens [T], values [S, T]), up to the end of the shortest seed; empty if a
+    seed lacks the metric.
   """
   known = [
     [

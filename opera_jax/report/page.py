@@ -1,8 +1,8 @@
-"""One self-contained HTML page of a run.
+"""Renders the self-contained HTML page of a run.
 
-No script, no link, no font, no picture from elsewhere: the file can be mailed.
-Every text that a model or a data set wrote passes through `html.escape`, and
-the page forbids scripts besides.
+It has no scripts, links, fonts or external images, so the file can be mailed.
+All text of models and data sets passes through `html.escape`, and the page's
+policy forbids scripts.
 """
 
 import html
@@ -22,25 +22,25 @@ _POLICY = (
   "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
   "form-action 'none'; frame-src 'none'; object-src 'none'; base-uri 'none'"
 )
-# No policy of a page can forbid what these do, so that none is written.
+# A content security policy cannot forbid these elements, so they are refused.
 _NEVER = ("<meta", "<script", "<iframe", "<form", "<base", "<object", "<embed")
 
 
 def write(path: str | os.PathLike, page: views.Page) -> None:
-  """Renders a page to a file, whole or not at all."""
+  """Renders a page to a file, atomically."""
   save(path, render(page))
 
 
 def save(path: str | os.PathLike, document: str) -> None:
-  """Writes HTML to a file, whole or not at all."""
+  """Writes HTML to a file, atomically."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  # A model may emit half a surrogate pair, which no encoding holds.
+  # A model may emit a lone surrogate, which cannot be encoded.
   atomic_file.write(path, document, errors="replace")
 
 
 def render(page: views.Page) -> str:
-  """The page as HTML text."""
+  """Renders the page as HTML."""
   body = [
     f"<header><h1>{_text(page.title)}</h1>",
     f"<p>{_text(page.summary)}</p>" if page.summary else "",
@@ -56,21 +56,21 @@ def render(page: views.Page) -> str:
 
 
 def document(title: str, body: str) -> str:
-  """A whole HTML document in the report's style.
+  """Builds a complete HTML document in the report's style.
 
   Args:
     title: as plain text.
-    body: as HTML, in which foreign text is escaped already.
+    body: as HTML, with untrusted text already escaped.
 
   Raises:
-    ValueError: the body holds an element that could act: foreign text got in
-      without being escaped.
+    ValueError: the body has an active element, so untrusted text was not
+      escaped.
   """
   found = [name for name in _NEVER if name in body.lower()]
   if found:
     raise ValueError(
-      f"The page of {title!r} would hold {found}; text of models and data is "
-      "escaped before it comes here. Escape it where it is put in."
+      f"The page of {title!r} would contain {found}; text of models and data "
+      "must be escaped. Escape it where it is inserted."
     )
   style = pathlib.Path(__file__).with_name("style.css").read_text("utf-8")
   return (
@@ -84,10 +84,10 @@ def document(title: str, body: str) -> str:
 
 
 def colour_scale(thoughts: Sequence[views.ThoughtView]) -> float:
-  """The change that gets full colour: the 95th percentile of |delta|.
+  """The |delta| with full colour: the 95th percentile.
 
-  One outlier would pale everything else; it is drawn at full colour and its
-  number says the rest. Nats a token; 0.01 where there is nothing to scale.
+  A maximum would let one outlier make everything else pale. In nats per token;
+  0.01 if there are no deltas.
   """
   deltas = [
     abs(step.delta)
@@ -272,5 +272,5 @@ def _scored(delta: float | None) -> TypeGuard[float]:
 
 
 def _text(value: object) -> str:
-  """Any value as text that HTML shows and never obeys."""
+  """Escapes a value for HTML."""
   return html.escape(str(value), quote=True)

@@ -1,7 +1,7 @@
-"""Inline SVG: line charts, interval strips, the picture of the chain.
+"""Draws inline SVG: line charts, interval strips, the diagram of the stages.
 
-Colours are classes of the page's style sheet, so that a picture follows the
-reader's light or dark theme. All labels are escaped.
+Colours are classes of the page's style sheet, so that a drawing follows the
+light or dark theme. All labels are escaped.
 """
 
 import html
@@ -17,9 +17,9 @@ COLOURS = 6  # classes c0 .. c5 of the style sheet
 
 
 def line_chart(chart: views.Chart) -> str:
-  """A chart with its title, legend, axes and lines.
+  """Draws a chart with title, legend, axes and lines.
 
-  A missing value breaks its line; a lone point is a dot.
+  A missing value interrupts the line; an isolated point is a dot.
   """
   known = [
     (x, y)
@@ -81,7 +81,7 @@ def line_chart(chart: views.Chart) -> str:
 
 
 def interval_strip(cells: Sequence[table.Cell]) -> str:
-  """A dot and a whisker a stage, top to bottom, on one scale."""
+  """Draws a dot with a whisker per stage, top to bottom, on one scale."""
   bounds = [
     bound
     for cell in cells
@@ -109,7 +109,7 @@ def interval_strip(cells: Sequence[table.Cell]) -> str:
   return "".join([*parts, "</svg>"])
 
 
-# Name, column, row; arrows run along each row and from one to the next.
+# (name, column, row); arrows run along each row, and to the next row.
 _CHAIN = (
   ("prompts", 0, 0),
   ("base model", 1, 0),
@@ -125,7 +125,7 @@ _CHAIN = (
 
 
 def chain(captions: Mapping[str, str]) -> str:
-  """The stages as boxes, the RL loop as a loop.
+  """Draws the stages as boxes, and the RL loop.
 
   Args:
     captions: a short line under a stage's name, by name; names are those of
@@ -134,7 +134,7 @@ def chain(captions: Mapping[str, str]) -> str:
       "evaluation".
 
   Raises:
-    ValueError: a caption for no box.
+    ValueError: a caption's name is not a box.
   """
   unknown = sorted(set(captions) - {name for name, _, _ in _CHAIN})
   if unknown:
@@ -183,7 +183,7 @@ def chain(captions: Mapping[str, str]) -> str:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-  """About `count` round numbers that span [low, high]; never fewer than 2."""
+  """About `count` round numbers that span [low, high]; at least 2."""
   if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
     pad = abs(low) * 0.1 or 1.0
     low, high = low - pad, high + pad
@@ -198,7 +198,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _line(series: views.Series, colour: int, to_x, to_y) -> str:
-  """The unbroken runs of one series."""
+  """Draws the uninterrupted segments of one series."""
   runs, run = [], []
   for x, y in [*zip(series.x, series.y), (0.0, None)]:
     if y is not None:
@@ -231,7 +231,7 @@ def _arrow(path: str) -> str:
 
 
 def _number(value: float, all_ticks: Sequence[float]) -> str:
-  """As many decimals as tell neighbouring ticks apart."""
+  """Formats a tick with enough decimals to distinguish neighbours."""
   step = all_ticks[1] - all_ticks[0]
   largest = max(abs(all_ticks[0]), abs(all_ticks[-1]))
   if largest >= 1e5 or largest < 1e-3:

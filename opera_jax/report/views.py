@@ -1,4 +1,4 @@
-"""What a report shows, as plain records; text is raw, the page escapes it."""
+"""The data of a report as plain records, with raw text; the page escapes it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ class StepView:
   """One step of a thought."""
 
   text: str
-  delta: float | None  # P_j - P_{j-1}, nats a token; None or NaN: not scored
+  delta: (
+    float | None
+  )  # P_j - P_{j-1}, nats per token; None or NaN if not scored
   reflective: bool
 
 
@@ -19,13 +21,13 @@ class StepView:
 class ThoughtView:
   """One completion whose thought is shown step by step."""
 
-  stage: str  # the model that wrote it: "base", "sft", "rl"
+  stage: str  # the model that generated it: "base", "sft", "rl"
   prompt: str
   reference: str
   steps: Sequence[StepView]
   answer: str
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  note: str = ""  # "truncated", say
+  note: str = ""  # e.g. "truncated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class SampleView:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-  """One line of a chart; y is None where nothing was measured."""
+  """One line of a chart; y is None for missing values."""
 
   label: str
   x: Sequence[float]
@@ -64,7 +66,7 @@ class Chart:
   series: Sequence[Series]
   x_label: str = "step"
   unit: str = ""
-  folded: bool = False  # shown on demand
+  folded: bool = False  # collapsed at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Page:
   """The whole report."""
 
   title: str
-  summary: str = ""  # one paragraph: what was run, on what
+  summary: str = ""  # one paragraph about the run
   config: Mapping[str, object] = dataclasses.field(default_factory=dict)
   captions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   charts: Mapping[str, Sequence[Chart]] = dataclasses.field(

@@ -1,13 +1,13 @@
-"""Checks all of a config before any stage starts.
+"""Checks the whole config before any stage starts.
 
-A run takes hours, and its stages read their values one after the other. Here
-all mistakes are found at once, before the first stage. Checked are names (with
-the nearest there is), ranges, lengths against buckets, settings of rewards and
-advantage estimators, stages whose inputs nobody made, and values that were
-changed and that nothing in this run reads.
+A run takes hours, and its stages read their values one after the other. This
+module finds all mistakes at once, before the first stage. It checks names (and
+suggests the nearest one), ranges, lengths against buckets, settings of rewards
+and advantage estimators, missing inputs of stages, and changed values that
+nothing in this run reads.
 
-Values come as plain nested mappings. What needs devices (rows against data
-shards) or data (how many tasks there are) is checked where those are at hand.
+Values are plain nested mappings. Checks that need devices (rows against data
+shards) or data (the number of tasks) are elsewhere.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from opera_jax.train import optimizer
 Rule = Callable[[Any], str]
 
 DTYPES = ("float32", "bfloat16")
-# Which finished stages a stage reads.
+# The stages whose results a stage reads.
 NEEDS = {
   "select": ("synthesize",),
   "sft": ("select",),
   "rl": ("sft",),
   "evaluate": ("sft", "rl"),
 }
-# Advantage estimators of ours that ask no other model than the policy.
+# Our advantage estimators that need no model besides the policy.
 ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
 OURS = (*ALONE, "oppo", "sdpo", "distillation")
 
@@ -55,17 +55,16 @@ def check(
   stages: Collection[str],
   workdir: str | os.PathLike | None = None,
 ) -> None:
-  """Refuses a config with any fault that can be told before work begins.
+  """Raises one error that lists all faults of a config.
 
   Args:
-    config: nested values, as of configs/common.py.
-    stages: that will run, of `experiments.opera_rl`; the base model is made
-      in any case.
-    workdir: folder of the run, for what earlier runs left; None is an empty
-      one.
+    config: nested values, as in configs/common.py.
+    stages: that will run, of `experiments.opera_rl`; the base model is always
+      made.
+    workdir: folder of the run, with results of earlier runs; None means empty.
 
   Raises:
-    ConfigError: names each value, its rule and the remedy, a fault a line.
+    ConfigError: names each value, its rule and the remedy, one fault per line.
   """
   faults = list(_faults(config, set(stages), workdir))
   if faults:
@@ -84,13 +83,13 @@ def _faults(
   if strange:
     yield from strange
     return
-  wrong: set[str] = set()  # sections with a value that its rule refuses
+  wrong: set[str] = set()  # sections with an invalid value
   for section, fault in _by_rules(config, stages):
     wrong.add(section)
     yield fault
   yield from _built(config, stages, wrong)
   yield from _terms(config, stages, wrong)
-  if not wrong:  # lengths and divisions are of numbers in range
+  if not wrong:  # these checks need valid numbers
     yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
@@ -100,7 +99,7 @@ def _faults(
 
 
 def one_of(*names: str) -> Rule:
-  """Is one of the names; the nearest is told."""
+  """Is one of the names; the message suggests the nearest."""
 
   def rule(value: Any) -> str:
     if value in names:
@@ -128,7 +127,7 @@ def number(
     *([f"below {below:g}"] if below < math.inf else []),
   ]
   kind = "a whole number" if whole else "a finite number"
-  said = " ".join([kind, " and ".join(bounds)]).strip()
+  problem = " ".join([kind, " and ".join(bounds)]).strip()
 
   def rule(value: Any) -> str:
     types = int if whole else (int, float)
@@ -137,7 +136,7 @@ def number(
     fine = fine and math.isfinite(value)
     if fine and low <= value <= high and above < value < below:
       return ""
-    return f"it must be {said}"
+    return f"it must be {problem}"
 
   return rule
 
@@ -222,7 +221,7 @@ _SUPERVISED: dict[str, Rule] = {
   "weight_decay": number(0),
   "max_grad_norm": number(above=0),
   "moment_dtype": one_of(*optimizer.MOMENT_DTYPES),
-  # "constant" takes a divisor, which these stages have not.
+  # "constant" needs a divisor, which these stages lack.
   "reduction": one_of("token_mean", "sequence_mean"),
   "micro_batches": count(),
   "checkpoint_every": count(),
@@ -230,8 +229,8 @@ _SUPERVISED: dict[str, Rule] = {
 }
 _BASE, _SYNTHESIZE, _SELECT = ("base",), ("synthesize",), ("select",)
 _RL, _EVALUATE = ("rl",), ("evaluate",)
-# Section -> (stages that read it, () for all; a rule for each field). Sections
-# that are records with checks of their own stand in `_built`.
+# Section -> (stages that read it, () for all; a rule per field). `_built`
+# checks sections whose records check themselves.
 RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   "": ((), {
     "seed": _ANY_SEED,
@@ -408,12 +407,12 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
 }  # fmt: skip
 
 
-# The driver parses `stages`; records check the other two.
+# The driver checks `stages`; records check the other two.
 _CHECKED_ELSEWHERE = {"stages", "card", "pool"}
 
 
 def _no_fields(config: Mapping[str, Any]) -> Iterator[str]:
-  """Fields that a config file sets and that no config has."""
+  """Fields that a config file sets but that do not exist."""
   known = {
     f"{section}.{name}" if section else name
     for section, (_, rules) in RULES.items()
@@ -433,7 +432,7 @@ def _no_fields(config: Mapping[str, Any]) -> Iterator[str]:
 def _by_rules(
   config: Mapping[str, Any], stages: set[str]
 ) -> Iterator[tuple[str, str]]:
-  """Each value by its own rule, where a stage of this run reads it.
+  """Checks each value that a stage of this run reads by its rule.
 
   Yields:
     The section and the fault.
@@ -446,10 +445,10 @@ def _by_rules(
       value: Any = config
       for part in filter(None, [*section.split("."), name]):
         value = value[part]
-      said = rule(value)
-      if said:
+      problem = rule(value)
+      if problem:
         place = f"{section}.{name}" if section else name
-        yield section, f"config.{place} is {rows.short(value)}; {said}"
+        yield section, f"config.{place} is {rows.short(value)}; {problem}"
   if list(config["mesh"].values()).count(-1) > 1:
     yield (
       "mesh",
@@ -488,13 +487,13 @@ def _built(
 def _terms(
   config: Mapping[str, Any], stages: set[str], wrong: set[str]
 ) -> Iterator[str]:
-  """Reward terms and advantage estimators, and what is set of them."""
+  """Checks reward terms and advantage estimators with their settings."""
   if "reward" in wrong or "rl" in wrong:
     return
   reward = dict(config["reward"])
   try:
     weights = compose.weights(reward["terms"])
-    # A user's function is tried by `preflight`, in the process it runs in.
+    # `preflight` tries a user's function, in its own process.
     ours = [
       name if weight == 1 else f"{weight!r}*{name}"
       for name, weight in weights.items()
@@ -533,7 +532,7 @@ def _stages(
   stages: set[str],
   workdir: str | os.PathLike | None,
 ) -> Iterator[str]:
-  """Stages whose inputs no stage of this run or of an earlier one makes."""
+  """Finds stages whose inputs neither this run nor an earlier one makes."""
   try:
     dropped = workdir_lib.redo_names(config["redo"])
   except ValueError as error:
@@ -612,7 +611,7 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
 
 
 def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
-  """Lengths that no bucket holds, and batches that do not divide."""
+  """Finds lengths that exceed all buckets, and batches that do not divide."""
   longest, new = (
     config["max_prompt_tokens"],
     config["rollout"]["max_new_tokens"],
@@ -655,7 +654,7 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
 
 
 def _update(config: Mapping[str, Any]) -> Iterator[str]:
-  """An RL step: sizes that divide, and fields that need each other."""
+  """Checks an RL step: divisibility, and fields that depend on each other."""
   rl = config["rl"]
   pairs = rl["loss"] == "dpo"
   if rl["prompts"] % rl["mini_batch"]:
@@ -733,11 +732,11 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """When a value is read. Changing one that nothing reads is a mistake."""
+  """When a value is read; changing one that nothing reads is a mistake."""
 
   default: Any  # of configs/common.py
   when: Callable[[Mapping[str, Any], set[str]], bool]
-  reader: str  # what must be so
+  reader: str  # the condition in words
 
 
 def _rl(
@@ -750,8 +749,8 @@ def _penalised(rl: Mapping[str, Any]) -> bool:
   return rl["loss"] != "dpo" or rl["kl_in"] == "reward"
 
 
-def _asks(rl: Mapping[str, Any], *models: str) -> bool:
-  """Whether an advantage estimator of the run may ask one of these models."""
+def _uses(rl: Mapping[str, Any], *models: str) -> bool:
+  """Whether an advantage estimator of the run may use one of these models."""
   for name, rule in advantages.build(
     rl["advantage"], rl["advantage_options"]
   ).items():
@@ -771,7 +770,7 @@ def _file(name: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
 
 
 def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
-  """Evaluation and OPERA's own term measure by the reward's settings."""
+  """Whether evaluation or OPERA's own term uses the reward's settings."""
   names = compose.weights(config["reward"]["terms"])
   return "opera" in names or "evaluate" in stages
 
@@ -811,11 +810,11 @@ READ: dict[str, Read] = {
     "config.rl.divergence_coef is above 0",
   ),
   "rl.ema": Read(
-    0.0, _rl(lambda rl: _asks(rl, "ema")),
+    0.0, _rl(lambda rl: _uses(rl, "ema")),
     "config.rl.advantage holds a rule that asks the moving mean, such as sdpo",
   ),
   "rl.teacher": Read(
-    "", _rl(lambda rl: _asks(rl, "teacher")),
+    "", _rl(lambda rl: _uses(rl, "teacher")),
     "config.rl.advantage holds a rule that asks a teacher, such as "
     "distillation",
   ),
@@ -899,7 +898,7 @@ READ: dict[str, Read] = {
 
 
 def _unread(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
-  """Values that were changed and that nothing in this run reads."""
+  """Finds changed values that nothing in this run reads."""
   for field, read in READ.items():
     value: Any = config
     for name in field.split("."):
@@ -909,7 +908,7 @@ def _unread(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
     try:
       matters = read.when(config, stages)
     except ValueError:
-      continue  # a term or a rule that is refused already
+      continue  # an invalid term, reported already
     if not matters:
       yield (
         f"config.{field} is {value!r}, and nothing in this run reads it: it "
@@ -919,7 +918,7 @@ def _unread(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-  """Lists as tuples, mappings as dicts, so that equal values are equal."""
+  """Converts lists to tuples and mappings to dicts, for comparison."""
   if isinstance(value, Mapping):
     return {name: _plain(inner) for name, inner in value.items()}
   return tuple(value) if isinstance(value, list) else value

@@ -244,7 +244,7 @@ def test_a_metrics_line_that_is_none_is_named(tmp_path, line):
     lambda: metrics.read(path),
     lambda: metrics.Metrics(tmp_path, "metrics", last_step=3),
   ):
-    with pytest.raises(ValueError, match="jsonl:2: .*is no line of metrics"):
+    with pytest.raises(ValueError, match="jsonl:2: .*is not a line of metrics"):
       read()
     assert path.read_bytes() == before
   # The way that is offered leads on.
