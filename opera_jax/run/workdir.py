@@ -437,8 +437,8 @@ def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
   record = read(path, advice)
   if record.get("format") != _FORMAT:
     raise ValueError(
-      f"{path} is of format {record.get('format')!r} and this code reads format "
-      f"{_FORMAT}: an earlier version, with other names of fields, wrote it. "
+      f"{path} is of format {record.get('format')!r} and this code reads "
+      f"format {_FORMAT}: an earlier version, with other names of fields, wrote it. "
       f"Continue with that version, {advice}."
     )
   parts = [record.get("settings"), record.get("made_from")]
