@@ -438,8 +438,8 @@ def _record(path: pathlib.Path, name: str) -> dict[str, Any]:
   if record.get("format") != _FORMAT:
     raise ValueError(
       f"{path} is of format {record.get('format')!r} and this code reads "
-      f"format {_FORMAT}: an earlier version, with other names of fields, wrote it. "
-      f"Continue with that version, {advice}."
+      f"format {_FORMAT}: an earlier version, with other names of fields, "
+      f"wrote it. Continue with that version, {advice}."
     )
   parts = [record.get("settings"), record.get("made_from")]
   whole = all(isinstance(part, dict) for part in parts) and all(
