@@ -6,7 +6,7 @@ light or dark theme. All labels are escaped.
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opera_jax.evals import table
 from opera_jax.report import views
@@ -197,7 +197,12 @@ def ticks(low: float, high: float, count: int) -> list[float]:
   return [index * step for index in range(first, last + 1)]
 
 
-def _line(series: views.Series, colour: int, to_x, to_y) -> str:
+def _line(
+  series: views.Series,
+  colour: int,
+  to_x: Callable[[float], float],
+  to_y: Callable[[float], float],
+) -> str:
   """Draws the uninterrupted segments of one series."""
   runs, run = [], []
   for x, y in [*zip(series.x, series.y), (0.0, None)]:

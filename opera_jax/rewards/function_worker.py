@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,12 @@ class Caught:
   def __enter__(self) -> "Caught":
     return self
 
-  def __exit__(self, kind, error, trace) -> bool:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> bool:
     self.error = error
     return True
 

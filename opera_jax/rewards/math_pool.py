@@ -162,7 +162,7 @@ class _Worker:
     """Writes a line and reads one: (the reply, whether it was overdue)."""
     process, overdue = self._process, threading.Event()
 
-    def end():
+    def end() -> None:
       overdue.set()
       process.kill()
 

@@ -1,5 +1,7 @@
 """The device mesh."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -7,7 +9,10 @@ from jax.sharding import AxisType, Mesh
 from opera_jax.sharding import rules
 
 
-def create(shape: dict[str, int] | None = None, devices=None) -> Mesh:
+def create(
+  shape: dict[str, int] | None = None,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Creates a mesh of the devices with the axes `rules.MESH_AXES`.
 
   Args:

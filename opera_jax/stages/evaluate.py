@@ -157,7 +157,7 @@ def _one_model(
   for block in partial_lib.blocks(len(prompts)):
     mine = partial_lib.take(prompts, block), partial_lib.take(ids, block)
 
-    def draw(mine=mine) -> list[Any]:
+    def draw(mine: Any = mine) -> list[Any]:
       drawn = run.engine.sample(
         to_sample(),
         mine[1],
@@ -176,7 +176,9 @@ def _one_model(
     name = f"{model}-{block.start:08d}"
     groups = partial_lib.samples_from_json(partial.get(f"{name}-samples", draw))
 
-    def measure(mine=mine, groups=groups) -> dict[str, list[float]]:
+    def measure(
+      mine: Any = mine, groups: Any = groups
+    ) -> dict[str, list[float]]:
       scored = run.eval_scorer.score(
         load(), mine[0], mine[1], groups, advance=advance
       )
@@ -337,7 +339,7 @@ def _pooled_rank(
   for block in partial_lib.blocks(len(chosen)):
     mine = partial_lib.take(chosen, block)
 
-    def rank(mine=mine) -> list[list[float]]:
+    def rank(mine: Any = mine) -> list[list[float]]:
       pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
       scored = run.eval_scorer.score(
         load(),

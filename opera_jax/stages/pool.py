@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -157,9 +158,18 @@ def _build(
     )
     page.write(
       stage.path / "clusters.html",
-      _view(kept, rejected, vector_ND, found, take_K, taken, counts, settings,
-            seed),
-    )  # fmt: skip
+      _view(
+        kept=kept,
+        rejected=rejected,
+        vector_ND=vector_ND,
+        found=found,
+        take_K=take_K,
+        taken=taken,
+        counts=counts,
+        settings=settings,
+        seed=seed,
+      ),
+    )
   print(f"pool: {counts}", flush=True)
   stage.finish(counts)
 
@@ -214,7 +224,15 @@ def _saved(path: pathlib.Path, count: int) -> np.ndarray | None:
 
 
 def _view(
-  kept, rejected, vector_ND, found, take_K, taken, counts, settings, seed
+  kept: Sequence[structs.Prompt],
+  rejected: Sequence[screening.Rejection],
+  vector_ND: np.ndarray,
+  found: cluster.Clusters,
+  take_K: np.ndarray,
+  taken: Any,
+  counts: Mapping[str, int],
+  settings: Settings,
+  seed: int,
 ) -> page.View:
   rng = np.random.default_rng(seed)
   some = np.sort(rng.permutation(len(kept))[:_POINTS])
@@ -232,7 +250,7 @@ def _view(
         size=int(size),
         taken=int(take),
         tasks=collections.Counter(
-          kept[i].task for i in np.flatnonzero(found.label == index)
+          kept[int(i)].task for i in np.flatnonzero(found.label == index)
         ),
         nearest=[kept[i].prompt for i in found.nearest(index, _NEAREST)],
       )

@@ -39,7 +39,9 @@ def with_ema(
   def init(params: Any) -> EmaState:
     return EmaState(optimizer.init(params), jax.tree.map(jnp.copy, params))
 
-  def update(grads: Any, state: EmaState, params: Any = None):
+  def update(
+    grads: Any, state: EmaState, params: Any = None
+  ) -> tuple[Any, EmaState]:
     updates, inner = optimizer.update(grads, state.inner, params)
     mean = jax.tree.map(
       lambda m, p, u: m + rate * (p + u - m), state.mean, params, updates
