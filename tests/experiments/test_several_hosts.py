@@ -193,7 +193,7 @@ def test_two_hosts_divide_the_synthesis_or_do_it_together(selected, apart):
     )
   )
   for output in outputs:
-    assert ("this host makes 1 of 2 parts" in output) == apart
+    assert ("this host makes 1 of 2 shards" in output) == apart
   for stage in ("synthesize", "select"):
     got, want = (
       list(traces.read(folder / stage / "traces"))
