@@ -178,7 +178,7 @@ def test_a_base_model_made_anew_under_sft_is_refused(start, tmp_path):
 def test_two_starts_of_rl_do_it_once(start, straight, tmp_path):
   both = [start("rl"), start("rl")]
   outputs = [_end(one) for one in both]
-  waited = [f"rl: process {one.pid} on " in other for one, other in
+  waited = [f"rl: waiting for process {one.pid} on " in other for one, other in
             zip(both, reversed(outputs))]  # fmt: skip
   assert sum(waited) == 1, outputs
   assert sum("rl: 3/3 steps" in one for one in outputs) == 1
