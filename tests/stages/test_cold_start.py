@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
   process = _start(tmp_path / "file" / "run")
   output, _ = process.communicate(timeout=120)
   assert process.returncode != 0
-  assert f"--workdir={tmp_path / 'file' / 'run'} cannot be written" in output
+  assert f"--workdir={tmp_path / 'file' / 'run'} is not writable" in output
   assert "Name another folder" in output
 
 
