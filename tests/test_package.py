@@ -302,7 +302,7 @@ def test_a_run_of_an_installed_copy(installed, tmp_path):
       "from opera_jax import commands; commands.opera_rl()",
       "--config=configs/tiny.py:smoke",
       f"--workdir={tmp_path / 'run'}",
-      "--config.reward.parts=opera + verifiable + 0.1*mine:score",
+      "--config.reward.terms=opera + verifiable + 0.1*mine:score",
     ],
     cwd=tmp_path,
     env=os.environ

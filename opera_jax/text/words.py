@@ -32,10 +32,18 @@ def normal(text: str) -> str:
   256 marks follow each other.
   """
   if not text.isascii():
-    text = "".join(
-      unicodedata.normalize("NFKC", piece) for piece in _PIECE.findall(text)
-    )
+    # Case folding can leave letters that combine with what follows them ("\xdf"
+    # becomes "ss"), so both are applied twice.
+    text = _composed(_composed(text).casefold())
+    text = _composed(text.casefold())
   return " ".join(text.casefold().split())
+
+
+def _composed(text: str) -> str:
+  """NFKC, in pieces; see `normal`."""
+  return "".join(
+    unicodedata.normalize("NFKC", piece) for piece in _PIECE.findall(text)
+  )
 
 
 def split(text: str) -> list[str]:

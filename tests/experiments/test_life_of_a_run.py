@@ -194,7 +194,7 @@ TOLD = {
   "sft": lambda run: (run / "sft" / "metrics.jsonl").exists(),
   "select_rl": lambda run: (run / "select_rl" / "pieces").exists(),
   "rl": lambda run: len(metrics.read(run / "rl" / "metrics.jsonl")) >= 1,
-  "evaluate": lambda run: len(list((run / "evaluate").glob("parts/*"))) >= 1,
+  "evaluate": lambda run: len(list((run / "evaluate").glob("pieces/*"))) >= 1,
 }
 
 
@@ -213,7 +213,7 @@ def test_told_to_stop_it_saves_leaves_and_goes_on(
   assert code == 128 + signal.SIGTERM, output
   assert not (run / stage / "DONE.json").exists()
   assert seconds < 30, output
-  kept = {p: p.stat().st_mtime_ns for p in run.rglob("parts/*.json")}
+  kept = {p: p.stat().st_mtime_ns for p in run.rglob("pieces/*.json")}
   if stage == "evaluate":
     assert kept
   again = start(
