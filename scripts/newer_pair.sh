@@ -20,7 +20,8 @@ trap 'rm -f "$wanted" "$locked"' EXIT
 # What moves with jax and flax is left to the resolver.
 names='jax|jaxlib|flax|libtpu|ml_dtypes|optax|orbax-checkpoint|tensorstore'
 moves="^(-r |($names)(==|\[))"
-for file in requirements.txt requirements-judge.txt requirements-dev.txt; do
+for file in requirements.txt requirements-judge.txt requirements-docs.txt \
+  requirements-dev.txt; do
   grep -vE "$moves" "$file"
 done > "$wanted"
 printf "%s\n" "jax[tpu]==$jax" "flax==$flax" optax orbax-checkpoint \
