@@ -194,7 +194,7 @@ def _work(
   )
   tokens, flops = 0.0, 0.0
   for line in metrics.read(folder / "rl" / "metrics.jsonl"):
-    samples, mean = line["num_tokens"], line["completions/mean_length"]
+    samples, mean = line["rollout/tokens"], line["completions/mean_length"]
     prefixes, continuations = (
       line["scoring/prefix_tokens"],
       line["scoring/continuation_tokens"],
