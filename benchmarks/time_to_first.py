@@ -44,7 +44,7 @@ from opera_jax.stages import stage_times
 from opera_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FIRST = "a first sample of"
+FIRST = "first sample of"
 DEAREST = 5
 SLOW = 60.0  # seconds from which a shipped program is listed
 
