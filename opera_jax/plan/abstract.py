@@ -97,7 +97,12 @@ class Values:
     )
 
   def batch(
-    self, name: str, B: int, T: int, prefix: int = 0, continuations: int = 0
+    self,
+    name: str,
+    B: int,
+    T: int,
+    prefix_length: int = 0,
+    num_continuations: int = 0,
   ) -> structs.Batch:
     """A batch of B rows of T tokens; `rows` explains `name`, `Batch` the
     others."""
@@ -112,8 +117,8 @@ class Values:
       advantage=real,
       old_logprob=real,
       ref_logprob=real,
-      prefix_length=prefix,
-      num_continuations=continuations,
+      prefix_length=prefix_length,
+      num_continuations=num_continuations,
     )
 
   def state(

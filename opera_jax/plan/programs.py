@@ -216,23 +216,17 @@ class _Run:
         f"{rl['divergence_coef']}. Plan without them (a critic's head "
         "needs memory on top), or leave 'update' out of --programs."
       )
-    completions_per_row, longest = (
-      rl["completions_per_row"],
-      max(rl["row_buckets"]),
-    )
+    completions_per_row = rl["completions_per_row"]
+    longest = max(rl["row_buckets"])
     B, T = rl["mini_batch"] * rl["samples"] // completions_per_row, longest
     shape, shared = f"{T:,}", {}
     sizes: tuple[int, ...] = (T,)
     if completions_per_row > 1:
       P = max(self._engine["prompt_buckets"])
-      shape, sizes = (
-        f"({P:,} + {completions_per_row} x {T:,})",
-        (P, completions_per_row, longest),
-      )
-      T, shared = (
-        P + completions_per_row * longest,
-        {"prefix": P, "continuations": completions_per_row},
-      )
+      shape = f"({P:,} + {completions_per_row} x {T:,})"
+      sizes = (P, completions_per_row, longest)
+      T = P + completions_per_row * longest
+      shared = {"prefix_length": P, "num_continuations": completions_per_row}
     return Program(
       name="update",
       shape=f"{B} rows x {shape}, {rl['micro_batches']} micro-batches",

@@ -31,6 +31,18 @@ FIELD = re.compile(r"\bconfig\.([a-z]\w*(?:\.[a-z]\w*)*)\b(?!\()")
 
 
 @pytest.mark.parametrize("page", OURS)
+def test_rows_of_a_table_have_its_columns(page):
+  columns = None
+  for number, line in enumerate(OURS[page].splitlines(), 1):
+    if not line.startswith("|"):
+      columns = None
+      continue
+    found = line.replace("\\|", "").count("|")
+    columns = columns or found
+    assert found == columns, f"{page}:{number}: {line}"
+
+
+@pytest.mark.parametrize("page", OURS)
 def test_paths_exist(page):
   for name in PATH.findall(OURS[page]):
     assert (ROOT / name).exists(), f"docs/{page} names {name}"

@@ -234,4 +234,5 @@ def test_kernels_compile_for_four_chips(topology):
       (logprob, 2, logprobs),
       (attend, 5, continuations),
     ):
-      jax.jit(_gradients(function, range(count))).lower(*arrays).compile()
+      made = jax.jit(_gradients(function, range(count))).lower(*arrays)
+      assert "tpu_custom_call" in made.compile().as_text()

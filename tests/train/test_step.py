@@ -199,6 +199,30 @@ def test_gspo_on_policy_is_reinforce_too():
     _sgd_step(step.make_policy_update, batch, loss="ppo")
 
 
+def test_approx_kl_is_k3_of_old_against_new():
+  batch = _batch()
+  _, _, metrics = _sgd_step(
+    step.make_policy_update, batch, kl_coef=0.0, reduction="token_mean"
+  )
+  new, _ = _logprob_fn(_params(), batch)
+  gap = np.asarray(new - batch.old_logprob, np.float64)
+  k3 = (np.exp(gap) - 1 - gap)[np.asarray(batch.loss_mask) > 0]
+  np.testing.assert_allclose(metrics["approx_kl"], k3.mean(), rtol=1e-5)
+
+
+def test_the_learning_rate_is_that_of_the_update():
+  optimizer = optax.sgd(1.0)
+  state = train_state.create(_params(), optimizer, jax.random.key(0))
+  update = step.make_policy_update(
+    _logprob_fn, optimizer, kl_coef=0.0, schedule=lambda i: 0.5 / (i + 1)
+  )
+  rates = []
+  for _ in range(3):
+    state, metrics = update(state, _batch())
+    rates.append(float(metrics["learning_rate"]))
+  np.testing.assert_allclose(rates, [0.5, 0.25, 0.5 / 3], rtol=1e-6)
+
+
 def test_entropy_bonus_adds_its_gradient():
   batch = _batch()
   plain, _, _ = _sgd_step(step.make_policy_update, batch)
