@@ -99,6 +99,7 @@ def wide_model():
   return config, *qwen3.create(config, 3)
 
 
+@pytest.mark.slow
 def test_compaction_eviction_and_workers_change_no_bit(
   wide_model, one_device, monkeypatch
 ):

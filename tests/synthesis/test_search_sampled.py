@@ -70,7 +70,10 @@ def usual(teller, tokenizer, one_device):
   "changes",
   [
     {},
-    {"score": "candidate", "template": "Think, and doubt. {prompt}"},
+    pytest.param(
+      {"score": "candidate", "template": "Think, and doubt. {prompt}"},
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       {"stop_words": ("\n\n",), "budget": 5, "max_thought_tokens": 60},
       marks=pytest.mark.slow,
