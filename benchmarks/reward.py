@@ -98,7 +98,7 @@ def main(_) -> None:
     return
   import jax
 
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
 
   on_cpu = jax.default_backend() == "cpu"
   scale = 8 if on_cpu else 1
@@ -106,8 +106,8 @@ def main(_) -> None:
   speed = harness.ceilings(config.dtype).flops
   blocks = []
   with tempfile.TemporaryDirectory() as folder:
-    _, params = qwen3.create(config, 0)
-    qwen3_params.save(folder, params, config)
+    _, params = decoder.create(config, 0)
+    hf_checkpoint.save(folder, params, config)
     for name, full in FULL.items():
       workload = scaled(full, scale)
       results = {}
@@ -117,7 +117,7 @@ def main(_) -> None:
       blocks.append(_block(name, workload, results, speed))
   body = (
     f"`python -m benchmarks.reward`; {harness.hardware()}; {config.dtype}; a "
-    f"Qwen3 of {qwen3.parameter_count(params):,} parameters "
+    f"Qwen3 of {decoder.parameter_count(params):,} parameters "
     f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
     f"vocabulary {config.vocab_size:,}); {COMPLETIONS} completions; lengths "
     f"are the full ones / {scale}; median of 5, warm; large matmul "
@@ -130,12 +130,12 @@ def main(_) -> None:
 
 def model_config(on_cpu: bool):
   """The model that every method runs."""
-  from opera_jax.models import presets, qwen3
+  from opera_jax.models import decoder, presets
 
   if not on_cpu:
     return dataclasses.replace(presets.PRESETS["0.6b"], dtype="bfloat16")
   # As Qwen3-8B: the head 9% of the layers, attention 15% of their FLOPs.
-  return qwen3.Config(
+  return decoder.Config(
     vocab_size=2176,
     hidden_size=512,
     num_hidden_layers=4,
@@ -395,12 +395,12 @@ def _ours(folder, config, prefixes, references, ends, reflective, at_once):
 def _load(folder, config):
   import jax
 
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
   from opera_jax.sharding import mesh, rules
 
   one = mesh.create(devices=jax.devices()[:1])
-  params = qwen3_params.load(folder, config, one, rules.TRAIN)
-  return qwen3.abstract(config)[0], params
+  params = hf_checkpoint.load(folder, config, one, rules.TRAIN)
+  return decoder.abstract(config)[0], params
 
 
 if __name__ == "__main__":

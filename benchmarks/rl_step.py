@@ -59,9 +59,9 @@ WORKLOADS = {
 
 def model_config():
   """The model that both run; an embedding row for every id of the BPE."""
-  from opera_jax.models import qwen3
+  from opera_jax.models import decoder
 
-  return qwen3.Config(
+  return decoder.Config(
     vocab_size=4096,
     hidden_size=256,
     num_hidden_layers=4,
@@ -84,18 +84,18 @@ def main(_) -> None:
   if _METHOD.value:
     _run_one(_METHOD.value, pathlib.Path(_FOLDER.value), _NAME.value)
     return
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
 
   config, blocks = model_config(), []
   with tempfile.TemporaryDirectory() as folder:
-    _, params = qwen3.create(config, 0)
-    qwen3_params.save(f"{folder}/model", params, config)
+    _, params = decoder.create(config, 0)
+    hf_checkpoint.save(f"{folder}/model", params, config)
     for name in WORKLOADS:
       results = {m: _child(folder, name, m) for m in METHODS}
       blocks.append(_block(name, results))
       body = (
         f"`python -m benchmarks.rl_step`; {harness.hardware()}; float32; a "
-        f"Qwen3 of {qwen3.parameter_count(params):,} parameters "
+        f"Qwen3 of {decoder.parameter_count(params):,} parameters "
         f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"vocabulary {config.vocab_size:,}); medians of warm steps.\n\n"
         + "\n\n".join(blocks)
@@ -154,7 +154,7 @@ def _ours(folder, workload) -> dict:
   """The stage that the driver runs, timed by the metrics it leaves."""
   from opera_jax.configs import tiny
   from opera_jax.experiments import opera_rl
-  from opera_jax.models import qwen3_params
+  from opera_jax.models import hf_checkpoint
   from opera_jax.run import setup
   from opera_jax.sharding import rules
   from opera_jax.train import checkpoint, metrics
@@ -190,7 +190,7 @@ def _ours(folder, workload) -> dict:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
-  loaded = qwen3_params.load(
+  loaded = hf_checkpoint.load(
     str(folder / "model"), run.model, run.mesh, rules.TRAIN
   )
   run.stage("sft").finish({"model": run.save("sft", loaded)})

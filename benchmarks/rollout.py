@@ -62,9 +62,9 @@ WORKLOADS = {
 
 def model_config():
   """The model that every method runs."""
-  from opera_jax.models import qwen3
+  from opera_jax.models import decoder
 
-  return qwen3.Config(
+  return decoder.Config(
     vocab_size=4096,
     hidden_size=256,
     num_hidden_layers=4,
@@ -89,13 +89,13 @@ def main(_) -> None:
   if _METHOD.value:
     _run_one(_METHOD.value, _WORKLOAD.value, _FOLDER.value)
     return
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
 
   config = model_config()
   results = {name: {} for name in WORKLOADS}
   with tempfile.TemporaryDirectory() as folder:
-    _, params = qwen3.create(config, 0)
-    qwen3_params.save(folder, params, config)
+    _, params = decoder.create(config, 0)
+    hf_checkpoint.save(folder, params, config)
     for name, method in itertools.product(WORKLOADS, METHODS):
       print(f"{name}: {method} ...", flush=True)
       subprocess.run(
@@ -110,7 +110,7 @@ def main(_) -> None:
   blocks = [_block(name, results[name]) for name in WORKLOADS]
   body = (
     f"`python -m benchmarks.rollout`; {harness.hardware()}; float32; a Qwen3 "
-    f"of {qwen3.parameter_count(params):,} parameters "
+    f"of {decoder.parameter_count(params):,} parameters "
     f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
     f"vocabulary {config.vocab_size:,}); median of {REPEATS} or more, "
     f"{LEAST_SECONDS:.0f} s at least, warm.\n\n" + "\n\n".join(blocks)
@@ -187,15 +187,15 @@ def _run_one(method: str, name: str, folder: str) -> None:
 def _ours(folder, workload, prompts, stops, batch):
   import jax
 
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
   from opera_jax.rollout import engine, sampling
   from opera_jax.sharding import mesh, rules
 
   config = model_config()
   one = mesh.create(devices=jax.devices()[:1])
-  params = qwen3_params.load(folder, config, one, rules.ROLLOUT)
+  params = hf_checkpoint.load(folder, config, one, rules.ROLLOUT)
   sampler = engine.Engine(
-    qwen3.abstract(config)[0],
+    decoder.abstract(config)[0],
     config,
     mesh=one,
     prompt_slots=batch,

@@ -55,9 +55,9 @@ _WORDS = (
 
 def model_config():
   """The model that every method runs; its head as of Qwen3-8B, 9%."""
-  from opera_jax.models import qwen3
+  from opera_jax.models import decoder
 
-  return qwen3.Config(
+  return decoder.Config(
     vocab_size=1088,
     hidden_size=256,
     num_hidden_layers=4,
@@ -129,15 +129,15 @@ def main(_) -> None:
   if _METHOD.value:
     _run_one(_METHOD.value, pathlib.Path(_FOLDER.value))
     return
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
 
   config = model_config()
   pairs = real_pairs(pathlib.Path(_DATA.value))
   speed = harness.ceilings("float32").flops
   results = {}
   with tempfile.TemporaryDirectory() as folder:
-    _, params = qwen3.create(config, 0)
-    qwen3_params.save(folder, params, config)
+    _, params = decoder.create(config, 0)
+    hf_checkpoint.save(folder, params, config)
     (pathlib.Path(folder) / "pairs.json").write_text(json.dumps(pairs))
     for method in METHODS:
       print(f"{method} ...", flush=True)
@@ -150,7 +150,7 @@ def main(_) -> None:
       )
       path = pathlib.Path(folder) / f"{method}.json"
       results[method] = json.loads(path.read_text())
-  body = _body(config, qwen3.parameter_count(params), pairs, results, speed)
+  body = _body(config, decoder.parameter_count(params), pairs, results, speed)
   harness.write_section("sft", body)
   print(body)
 
@@ -229,7 +229,7 @@ def _ours(folder, pairs):
   import jax
 
   from opera_jax.data import sft
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
   from opera_jax.scoring import packed_rows
   from opera_jax.sharding import layout, mesh, rules
   from opera_jax.stages import training_loop
@@ -237,8 +237,8 @@ def _ours(folder, pairs):
 
   config = model_config()
   one = mesh.create(devices=jax.devices()[:1])
-  params = qwen3_params.load(str(folder), config, one, rules.TRAIN)
-  graphdef = qwen3.abstract(config)[0]
+  params = hf_checkpoint.load(str(folder), config, one, rules.TRAIN)
+  graphdef = decoder.abstract(config)[0]
   total = sum(len(p) + len(r) for p, r in pairs)
   batch_size = max(1, round(BATCH * total / len(pairs) / ROW))
   data = sft.build(

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import harness
 from opera_jax import structs
 from opera_jax.data import sft, storyworld, traces
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling
@@ -60,7 +60,7 @@ class Settings:
 
 def train(tokenizer, config, mesh, *, steps, batch_size, row_length):
   """A storyteller: (graphdef, params) of a model that thinks and answers."""
-  graphdef, params = qwen3.create(config, 0)
+  graphdef, params = decoder.create(config, 0)
   pairs = []
   for made in storyworld.corpus(4 * steps * batch_size, 1):
     text = f"<think>\n{made.thought}\n</think>\n\n{made.answer}<|im_end|>"
@@ -225,7 +225,7 @@ def main() -> None:
   tokenizer = tokenizer_lib.Tokenizer.train_bpe(
     [t for d in made for t in (d.prompt, d.thought, d.answer)], 1024
   )
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=tokenizer.vocab_size,
     hidden_size=256,
     num_hidden_layers=4,
@@ -303,7 +303,7 @@ def main() -> None:
   slowest = rows[0][3]
   body = (
     f"`python -m benchmarks.synthesis`; {harness.hardware()}; float32; a Qwen3 "
-    f"of {qwen3.parameter_count(params):,} parameters "
+    f"of {decoder.parameter_count(params):,} parameters "
     f"({config.num_hidden_layers} layers, width {config.hidden_size}, "
     f"vocabulary {config.vocab_size:,}) after {TRAINING} updates on "
     f"storyworld; median of {REPEATS}, warm. {len(found)} traces, {complete} "

@@ -36,7 +36,7 @@ from ml_collections import config_flags
 
 from benchmarks import compile_plugin, harness
 from opera_jax.data import traces
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.plan import cost, hardware, programs
 from opera_jax.run import workdir
 from opera_jax.sharding import mesh as mesh_lib
@@ -167,7 +167,7 @@ def _work(
   done = {s: workdir.result(folder, s) for s in ("base", "sft")}
   sizes = dict(config.model)
   sizes["vocab_size"] = sizes["vocab_size"] or config.tokenizer.bpe_size
-  model = qwen3.Config(**sizes)
+  model = decoder.Config(**sizes)
   token = cost.layer_flops(model) + cost.head_flops(model)
 
   def forward(tokens: float, keys: float) -> float:

@@ -20,7 +20,7 @@ from absl import app
 
 from benchmarks import harness, rl_step
 from opera_jax.data import rl as rl_data
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.plan import cost
 from opera_jax.scoring import packed_rows
 from opera_jax.train import optimizer
@@ -59,7 +59,7 @@ def batch(workload: rl_step.Workload, shared: bool):
   return jax.device_put(rl_data.with_advantages(rows, place, values))
 
 
-def flops(config: qwen3.Config, workload: rl_step.Workload, shared: bool):
+def flops(config: decoder.Config, workload: rl_step.Workload, shared: bool):
   """Of an update's arithmetic, without what is made anew."""
   w = workload
   if shared:
@@ -75,7 +75,7 @@ def measure(workload: rl_step.Workload) -> list[tuple]:
   runs = []
   for name, remat, shared in METHODS:
     config = dataclasses.replace(rl_step.model_config(), remat=remat)
-    graphdef, params = qwen3.create(config, 0)
+    graphdef, params = decoder.create(config, 0)
     adamw = optimizer.adamw(
       rl_step.RATE, weight_decay=rl_step.DECAY, max_grad_norm=rl_step.CLIP
     )

@@ -15,7 +15,7 @@ from opera_jax import config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.models import qwen3_params
+  from opera_jax.models import hf_checkpoint
   from opera_jax.run import setup
   from opera_jax.sharding import runtime
 
@@ -43,7 +43,7 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
-  qwen3_params.save(
+  hf_checkpoint.save(
     _OUTPUT.value,
     run.load(_STAGE.value),
     run.model,

@@ -34,9 +34,9 @@ def shared_data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def tiny_model():
   """A random two-layer Qwen3 with odd sizes: (config, graphdef, params)."""
-  from opera_jax.models import qwen3
+  from opera_jax.models import decoder
 
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=300,
     hidden_size=48,
     num_hidden_layers=2,
@@ -47,7 +47,7 @@ def tiny_model():
     rope_theta=10_000.0,
     tie_word_embeddings=False,
   )
-  graphdef, params = qwen3.create(config, seed=3)
+  graphdef, params = decoder.create(config, seed=3)
   # Larger weights than at initialisation, so that positions matter.
   params = jax.tree.map(lambda x: x * 1.5, params)
   return config, graphdef, params

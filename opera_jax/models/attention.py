@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from opera_jax.models import (
   compaction,
+  decoder,
   kv_cache,
-  qwen3,
   self_attention,
   sharded_ops,
 )
@@ -27,7 +27,7 @@ def causal(
   *,
   right_padded: bool = False,
   implementation: str | None = None,
-) -> qwen3.Attend:
+) -> decoder.Attend:
   """Causal attention within segments; see `self_attention` for both options."""
 
   def attend(
@@ -53,7 +53,7 @@ def prefix_and_continuations(
   continuation_tokens: int,
   *,
   implementation: str | None = None,
-) -> qwen3.Attend:
+) -> decoder.Attend:
   """A prefix of T tokens followed, on the token axis, by S continuations of G.
 
   The prefix is causal; each row of it is one segment, then padding.
@@ -92,7 +92,7 @@ def prefix_and_continuations(
 
 def prefill(
   segment_BT: jax.Array, *, implementation: str | None = None
-) -> qwen3.Attend:
+) -> decoder.Attend:
   """Causal attention that also fills a `kv_cache.PrefixCache` layer by layer.
 
   Each row is one segment, then padding.
@@ -119,7 +119,7 @@ def decode(
   num_generated_BS: jax.Array,
   live_BS: jax.Array,
   active_slots: compaction.ActiveSlots | None = None,
-) -> qwen3.Attend:
+) -> decoder.Attend:
   """One new token of each of S samples of every prompt.
 
   `attend` takes q [B, S, N, H] and k, v [B, S, K, H] of the new tokens (the

@@ -1,12 +1,12 @@
-"""Qwen3 with unstacked layers: what a CPU runs to decode one token per slot.
+"""The decoder with unstacked layers: a CPU decodes one token per slot with it.
 
-`qwen3.Qwen3` scans over layers that are stacked in one array. On a CPU every
-decoding step would copy each layer's weights and caches out of their stacks.
-Here each layer has arrays of its own and the layers run in a Python loop, so
-the compiled program grows with the number of layers.
+`decoder.Decoder` scans over layers that are stacked in one array. On a CPU
+every decoding step would copy each layer's weights and caches out of their
+stacks. Here each layer has arrays of its own and the layers run in a Python
+loop, so the compiled program grows with the number of layers.
 
-The equations are those of `qwen3.Block`, without gradients. The matmuls and the
-RMSNorm sum in an order that does not depend on how many tokens are computed
+The equations are those of `decoder.Block`, without gradients. The matmuls and
+the RMSNorm sum in an order that does not depend on how many tokens are computed
 together, so that a sample's log-probabilities do not depend on its neighbours
 (see `small_batch_matmul`).
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opera_jax.models import qwen3, small_batch_matmul
+from opera_jax.models import decoder, small_batch_matmul
 from opera_jax.sharding import rules
 
 
@@ -43,7 +43,7 @@ class Layer:
   down: jax.Array  # [D, F]
 
 
-def unstack_layers(model: qwen3.Qwen3) -> list[Layer]:
+def unstack_layers(model: decoder.Decoder) -> list[Layer]:
   """Copies every layer's weights out of the stacks, in the compute dtype.
 
   Args:
@@ -82,14 +82,14 @@ def unstack_layers(model: qwen3.Qwen3) -> list[Layer]:
 
 
 def hidden_states(
-  model: qwen3.Qwen3,
+  model: decoder.Decoder,
   layers: list[Layer],
   token_BS: jax.Array,
   position_BS: jax.Array,
-  attend: qwen3.Attend,
+  attend: decoder.Attend,
   cache: Any,
 ) -> tuple[jax.Array, Any]:
-  """Runs all layers on one new token of every slot, like `Qwen3.__call__`.
+  """Runs all layers on one new token of every slot, like `Decoder.__call__`.
 
   Args:
     model: whose embedding and final norm are used.
@@ -105,7 +105,7 @@ def hidden_states(
   config = model.config
   x_BSD = model.embed[...].astype(config.dtype)[token_BS]
   x_BSD = rules.constrain(x_BSD, ("batch", "length", None))
-  rope = qwen3.rope_tables(position_BS, config.head_dim, config.rope_theta)
+  rope = decoder.rope_tables(position_BS, config.head_dim, config.rope_theta)
   epsilon = config.rms_norm_eps
   for index, layer in enumerate(layers):
     normed_BSD = rms_norm(x_BSD, layer.input_norm, epsilon)
@@ -148,7 +148,7 @@ def logits(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-  """`qwen3.rms_norm` whose order of summation depends on D alone.
+  """`decoder.rms_norm` whose order of summation depends on D alone.
 
   XLA's own order depends on the shape of the whole array.
 
@@ -187,8 +187,8 @@ def _project_qkv(
     )
     for weight in (layer.q, layer.k, layer.v)
   )
-  q_BSNH = qwen3.apply_rope(rms_norm(q_BSNH, layer.q_norm, epsilon), *rope)
-  k_BSKH = qwen3.apply_rope(rms_norm(k_BSKH, layer.k_norm, epsilon), *rope)
+  q_BSNH = decoder.apply_rope(rms_norm(q_BSNH, layer.q_norm, epsilon), *rope)
+  k_BSKH = decoder.apply_rope(rms_norm(k_BSKH, layer.k_norm, epsilon), *rope)
   q_BSNH = rules.constrain(q_BSNH, ("batch", "length", "heads", None))
   return q_BSNH, k_BSKH, v_BSKH
 

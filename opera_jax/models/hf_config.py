@@ -6,12 +6,12 @@ import pathlib
 from typing import Any
 
 from opera_jax import hub
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 
 _MAX_POSITIONS = 40_960  # of every published Qwen3
 
 
-def contents(config: qwen3.Config, dtype: str) -> dict[str, Any]:
+def contents(config: decoder.Config, dtype: str) -> dict[str, Any]:
   """Contents of config.json for weights of `dtype`."""
   return {
     "architectures": ["Qwen3ForCausalLM"],
@@ -58,7 +58,7 @@ _FIELDS = {
 }
 
 
-def read(path_or_hub_id: str | os.PathLike) -> qwen3.Config:
+def read(path_or_hub_id: str | os.PathLike) -> decoder.Config:
   """Reads config.json of a Qwen3 model.
 
   Args:
@@ -91,7 +91,7 @@ def read(path_or_hub_id: str | os.PathLike) -> qwen3.Config:
       f"{'; '.join(wrong)}. Choose a dense Qwen3 model."
     )
   fields = {ours: raw[name] for name, ours in _FIELDS.items()}
-  return qwen3.Config(rope_theta=float(theta), **fields)
+  return decoder.Config(rope_theta=float(theta), **fields)
 
 
 def _unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> list[str]:

@@ -13,13 +13,13 @@ vocabulary of 151,936, head_dim 128, rope_theta 1e6 and rms_norm_eps 1e-6.
 | 32b  | 32,762,123,264 |     64 |  5,120 |    64 |         8 | no   |
 """
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 
 
 def _preset(
   layers: int, hidden: int, heads: int, intermediate: int, *, tied: bool
-) -> qwen3.Config:
-  return qwen3.Config(
+) -> decoder.Config:
+  return decoder.Config(
     vocab_size=151_936,
     hidden_size=hidden,
     num_hidden_layers=layers,
@@ -33,7 +33,7 @@ def _preset(
   )
 
 
-PRESETS: dict[str, qwen3.Config] = {
+PRESETS: dict[str, decoder.Config] = {
   "0.6b": _preset(28, 1_024, 16, 3_072, tied=True),
   "1.7b": _preset(28, 2_048, 16, 6_144, tied=True),
   "4b": _preset(36, 2_560, 32, 9_728, tied=True),

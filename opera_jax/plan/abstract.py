@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -21,7 +21,7 @@ from opera_jax.train import state as train_state
 class Values:
   """The abstract values of one run: trees of ShapeDtypeStructs."""
 
-  def __init__(self, mesh: jax.sharding.Mesh, config: qwen3.Config):
+  def __init__(self, mesh: jax.sharding.Mesh, config: decoder.Config):
     """Lays out the parameters.
 
     Args:
@@ -33,8 +33,8 @@ class Values:
     """
     self._mesh, self._config = mesh, config
     self._num_data_shards = mesh_lib.num_data_shards(mesh)
-    self.graphdef, shapes = qwen3.abstract(config)
-    self._axes = qwen3.logical_axes(shapes)
+    self.graphdef, shapes = decoder.abstract(config)
+    self._axes = decoder.logical_axes(shapes)
     layout.check(shapes, self._axes, mesh, rules.TRAIN)
     self.params = self._laid_out(shapes, rules.TRAIN)
 

@@ -9,7 +9,7 @@ Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 
 import dataclasses
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 
 # What a layer's backward pass recomputes: (matrices, attention). "attention"
 # saves only the output, so the kernel runs again for the softmax normalisers.
@@ -35,7 +35,7 @@ class Flops:
     return self.forward + self.backward + self.recompute
 
 
-def layer_flops(config: qwen3.Config) -> float:
+def layer_flops(config: decoder.Config) -> float:
   """Forward FLOPs of the matrices of all layers, per token."""
   D, H = config.hidden_size, config.head_dim
   attention = (
@@ -48,7 +48,7 @@ def layer_flops(config: qwen3.Config) -> float:
   )
 
 
-def attention_flops(config: qwen3.Config, pairs: float) -> float:
+def attention_flops(config: decoder.Config, pairs: float) -> float:
   """Forward FLOPs of attention in all layers, for a number of visible pairs."""
   return (
     4.0
@@ -59,7 +59,7 @@ def attention_flops(config: qwen3.Config, pairs: float) -> float:
   )
 
 
-def head_flops(config: qwen3.Config) -> float:
+def head_flops(config: decoder.Config) -> float:
   """Forward FLOPs of the output head, per token."""
   return 2.0 * config.hidden_size * config.vocab_size
 
@@ -70,7 +70,7 @@ def causal_pairs(T: int) -> float:
 
 
 def update(
-  config: qwen3.Config, B: int, T: int, S: int = 0, G: int = 0
+  config: decoder.Config, B: int, T: int, S: int = 0, G: int = 0
 ) -> Flops:
   """Forward and backward over B rows of T tokens.
 
@@ -94,7 +94,7 @@ def update(
   )
 
 
-def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
+def score(config: decoder.Config, B: int, T: int, S: int, G: int) -> Flops:
   """Forward over B prefixes with S continuations each, which fork at their
   ends."""
   tokens = B * (T + S * G)
@@ -105,7 +105,7 @@ def score(config: qwen3.Config, B: int, T: int, S: int, G: int) -> Flops:
   )
 
 
-def prefill(config: qwen3.Config, B: int, T: int) -> Flops:
+def prefill(config: decoder.Config, B: int, T: int) -> Flops:
   """Forward over B prompts; the head runs on their last tokens only."""
   return Flops(
     B * T * layer_flops(config)
@@ -114,7 +114,7 @@ def prefill(config: qwen3.Config, B: int, T: int) -> Flops:
   )
 
 
-def decode(config: qwen3.Config, rows: int, prefix: int, steps: int) -> Flops:
+def decode(config: decoder.Config, rows: int, prefix: int, steps: int) -> Flops:
   """Decodes `steps` tokens of `rows` samples, each after `prefix` tokens."""
   pairs = rows * (steps * prefix + causal_pairs(steps))
   return Flops(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
 
@@ -30,7 +30,7 @@ def shard_bytes(tree: Any) -> int:
   return total
 
 
-def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
+def token_bytes(config: decoder.Config, cache_dtype: str) -> int:
   """Bytes of one token's keys and values in all layers."""
   width = jnp.dtype(cache_dtype).itemsize
   return (
@@ -42,7 +42,7 @@ def token_bytes(config: qwen3.Config, cache_dtype: str) -> int:
   )
 
 
-def num_cache_shards(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
+def num_cache_shards(config: decoder.Config, mesh: jax.sharding.Mesh) -> int:
   """Number of shards of the KV caches: over rows, and over heads if they
   divide."""
   tensor = mesh.shape["tensor"]
@@ -51,7 +51,7 @@ def num_cache_shards(config: qwen3.Config, mesh: jax.sharding.Mesh) -> int:
 
 
 def floor(
-  config: qwen3.Config,
+  config: decoder.Config,
   mesh: jax.sharding.Mesh,
   *,
   prompts: int,
@@ -73,8 +73,8 @@ def floor(
     cache_dtype: of keys and values.
     moment_dtype: of the optimizer's moments.
   """
-  shapes = qwen3.abstract(config)[1]
-  axes = qwen3.logical_axes(shapes)
+  shapes = decoder.abstract(config)[1]
+  axes = decoder.logical_axes(shapes)
 
   def laid_out(table: dict[str, Any], dtype: Any) -> Any:
     return jax.tree.map(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.plan import abstract, cost, memory_floor
 from opera_jax.rl import learner
 from opera_jax.rollout import decode_loop as decode_loop_lib
@@ -64,7 +64,7 @@ def build(
 
   Args:
     mesh: of present or absent devices.
-    model: fields of `qwen3.Config`.
+    model: fields of `decoder.Config`.
     engine: arguments of `rollout.engine.Engine`.
     rollout: sampling settings.
     scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
@@ -87,7 +87,7 @@ def build(
       "the tokenizer's size, and a plan reads no tokenizer. Set it to the "
       "number of rows of the embedding."
     )
-  config = qwen3.Config(**model)
+  config = decoder.Config(**model)
   run = _Run(
     mesh,
     config,
@@ -118,8 +118,8 @@ def most(
   rl: Section,
 ) -> dict[str, int]:
   """Upper bounds on the number of programs that an RL run compiles."""
-  config = qwen3.Config(**model)
-  graphdef = qwen3.abstract(config)[0]
+  config = decoder.Config(**model)
+  graphdef = decoder.abstract(config)[0]
   logprob_scorer = scorer_lib.LogprobScorer(
     graphdef, vocab_size=config.vocab_size, mesh=mesh, **scoring
   )
@@ -157,7 +157,7 @@ class _Run:
   def __init__(
     self,
     mesh: jax.sharding.Mesh,
-    config: qwen3.Config,
+    config: decoder.Config,
     *,
     engine: Section,
     rollout: Section,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.plan import analyse, hardware, memory_floor, programs
 from opera_jax.sharding import mesh as mesh_lib
 
@@ -55,7 +55,7 @@ def make(
     )
   ordered = [costs[n] for n in programs.NAMES if n in costs]
   parts = {c["name"]: c["calls"] * c["seconds"] for c in ordered if c["calls"]}
-  model, rl = qwen3.Config(**sections["model"]), sections["rl"]
+  model, rl = decoder.Config(**sections["model"]), sections["rl"]
   packages = ("jax", "libtpu")
   return {
     "config": name,
@@ -67,7 +67,7 @@ def make(
     "versions": ", ".join(
       f"{package} {importlib.metadata.version(package)}" for package in packages
     ),
-    "parameters": qwen3.parameter_count(qwen3.abstract(model)[1]),
+    "parameters": decoder.parameter_count(decoder.abstract(model)[1]),
     "slot_bytes": memory_floor.token_bytes(
       model, sections["engine"]["cache_dtype"]
     )

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import sampling as sampling_lib
@@ -42,7 +42,7 @@ class Engine:
   def __init__(
     self,
     graphdef: nnx.GraphDef,
-    config: qwen3.Config,
+    config: decoder.Config,
     *,
     mesh: jax.sharding.Mesh,
     prompt_slots: int = 16,

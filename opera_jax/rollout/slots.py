@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opera_jax.kernels import target
-from opera_jax.models import kv_cache, qwen3, sharded_ops
+from opera_jax.models import decoder, kv_cache, sharded_ops
 from opera_jax.sharding import rules
 
 # Why a sample ended, in `Slots.ended`; 0 if it did not, or ran out of length.
@@ -64,7 +64,7 @@ class SampledTokens:
 
 
 def empty(
-  config: qwen3.Config,
+  config: decoder.Config,
   prompt_slots: int,
   slots: int,
   prefix_capacity: int,

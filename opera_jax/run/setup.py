@@ -13,7 +13,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.models import hf_config, qwen3
+from opera_jax.models import decoder, hf_config
 from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
@@ -66,7 +66,7 @@ class Run:
   seed: int
   mesh: jax.sharding.Mesh
   tokenizer: tokenizer_lib.Tokenizer
-  model: qwen3.Config
+  model: decoder.Config
   graphdef: nnx.GraphDef
   axes: Any
   tasks: tasks_lib.Tasks
@@ -180,7 +180,7 @@ class Run:
   def initial(self) -> Any:
     """Random parameters, created sharded in the TRAIN layout."""
     create = jax.jit(
-      lambda: qwen3.create(self.model, self.seed)[1],
+      lambda: decoder.create(self.model, self.seed)[1],
       out_shardings=rules.shardings(self.axes, self.mesh, rules.TRAIN),
     )
     return create()
@@ -208,7 +208,7 @@ class Run:
       FileNotFoundError: the stage has not finished.
       ValueError: the model is damaged, or not the one that the stage reported.
     """
-    shapes = qwen3.abstract(self.model)[1]
+    shapes = decoder.abstract(self.model)[1]
     shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
     like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -269,7 +269,7 @@ def setup(
     mesh: axis sizes, see `sharding.mesh.create`.
     tokenizer: `path`, a directory or hub id, or "" to train a BPE of
       `bpe_size` ids on the documents.
-    model: fields of `qwen3.Config`; `vocab_size` 0 uses the tokenizer's
+    model: fields of `decoder.Config`; `vocab_size` 0 uses the tokenizer's
       vocabulary size.
     data: arguments of `tasks.load` except the seed.
     max_prompt_tokens: longer chat prompts are dropped and counted.
@@ -309,9 +309,9 @@ def setup(
       f"config.model.vocab_size is {sizes['vocab_size']}; every id needs a "
       "row of the embedding. Raise it, or set 0 to use the tokenizer's."
     )
-  config = qwen3.Config(**sizes)
-  graphdef, shapes = qwen3.abstract(config)
-  axes = qwen3.logical_axes(shapes)
+  config = decoder.Config(**sizes)
+  graphdef, shapes = decoder.abstract(config)
+  axes = decoder.logical_axes(shapes)
   layout.check(shapes, axes, device_mesh, rules.TRAIN)
   kept: dict[str, Any] = {}
   dropped: dict[str, int] = {}

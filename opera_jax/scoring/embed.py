@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from opera_jax.models import attention, qwen3
+from opera_jax.models import attention, decoder
 from opera_jax.scoring import packing
 from opera_jax.sharding import layout
 
@@ -40,7 +40,7 @@ class Embedder:
     self._buckets = tuple(length_buckets)
 
     def fn(params: Any, token_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-      model: qwen3.Qwen3 = nnx.merge(graphdef, params)
+      model: decoder.Decoder = nnx.merge(graphdef, params)
       position_T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)
       real_BT = position_T[None] < length_B[:, None]
       hidden_BTD, _ = model(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opera_jax import structs
-from opera_jax.models import attention, qwen3
+from opera_jax.models import attention, decoder
 from opera_jax.scoring import token_logprobs
 
 
@@ -63,7 +63,7 @@ class PredictingStates:
 
 
 def predicting_states(
-  model: qwen3.Qwen3, batch: structs.Batch
+  model: decoder.Decoder, batch: structs.Batch
 ) -> PredictingStates:
   """Runs the model on packed rows; a shared prompt is computed once."""
   implementation = model.config.attention or None

@@ -6,11 +6,11 @@ Shape key: B rows, T tokens of a row, D hidden size.
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import qwen3, sharded_ops
+from opera_jax.models import decoder, sharded_ops
 
 
 def token_logprobs(
-  model: qwen3.Qwen3,
+  model: decoder.Decoder,
   hidden_BTD: jax.Array,
   target_BT: jax.Array,
   *,

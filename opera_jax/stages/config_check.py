@@ -20,7 +20,7 @@ from opera_jax import config_fields
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
@@ -466,7 +466,7 @@ def _built(
   select = dict(config["select"])
   rl_rules = select.pop("rl")
   makers = [
-    ("model", lambda: qwen3.Config(**model)),
+    ("model", lambda: decoder.Config(**model)),
     ("rollout", lambda: sampling.Sampling(**rollout)),
     ("synthesis", lambda: cold_start.Search(**config["synthesis"])),
     ("select", lambda: filters.Rules(**select)),

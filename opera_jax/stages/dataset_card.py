@@ -5,7 +5,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 
@@ -106,7 +106,7 @@ def write(
 
 
 def _parameters(run: setup_lib.Run) -> int:
-  return qwen3.parameter_count(qwen3.abstract(run.model)[1])
+  return decoder.parameter_count(decoder.abstract(run.model)[1])
 
 
 def _size(total: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opera_jax.evals import bootstrap, table
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.report import curves, page, views
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
@@ -82,7 +82,7 @@ def _row(row: Mapping[str, Any]) -> table.Row:
 def _summary(
   run: setup_lib.Run, result: Mapping[str, Any], rows: Sequence[table.Row]
 ) -> str:
-  count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
+  count = decoder.parameter_count(decoder.abstract(run.model)[1])
   words = [
     f"A Qwen3 of {count:,} parameters, vocabulary "
     f"{run.tokenizer.vocab_size:,}, {len(run.tasks.synthesis):,} prompts for "

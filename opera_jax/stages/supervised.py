@@ -9,7 +9,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
-from opera_jax.models import qwen3, qwen3_params
+from opera_jax.models import decoder, hf_checkpoint
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import packed_rows
@@ -87,7 +87,7 @@ def _base(
   preemption: checkpoint.Preemption,
   path: str,
 ) -> None:
-  count = qwen3.parameter_count(qwen3.abstract(run.model)[1])
+  count = decoder.parameter_count(decoder.abstract(run.model)[1])
   tokenizer, documents = run.tokenizer, run.tasks.documents
   print(
     f"base: {count:,} parameters, vocabulary {tokenizer.vocab_size:,}, "
@@ -95,7 +95,7 @@ def _base(
     flush=True,
   )
   if path:
-    loaded = qwen3_params.load(
+    loaded = hf_checkpoint.load(
       path,
       run.model,
       run.mesh,

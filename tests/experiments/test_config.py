@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from opera_jax.configs import common, tiny
 from opera_jax.experiments import opera_rl
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rl import learner, score
 from opera_jax.rollout import engine, sampling
 from opera_jax.run import setup, tasks
@@ -53,7 +53,7 @@ WHOLE = {
   "runtime": _keywords(runtime.start) - {"folder"},
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
-  "model": _fields(qwen3.Config),
+  "model": _fields(decoder.Config),
   "data": _keywords(tasks.load) - {"seed"},
   "pool": _fields(pool.Settings),
   "base": _fields(supervised.Recipe),

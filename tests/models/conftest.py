@@ -64,13 +64,13 @@ def torch_model(**changes):
 
 def read(model, folder, mesh) -> Pair:
   """Saves a torch model and loads it into ours."""
-  from opera_jax.models import qwen3, qwen3_params
+  from opera_jax.models import decoder, hf_checkpoint
   from opera_jax.sharding import rules
 
   model.save_pretrained(folder)
-  config = qwen3_params.config_from_hf(folder)
-  graphdef, _ = qwen3.abstract(config)
-  params = qwen3_params.load(folder, config, mesh, rules.TRAIN)
+  config = hf_checkpoint.config_from_hf(folder)
+  graphdef, _ = decoder.abstract(config)
+  params = hf_checkpoint.load(folder, config, mesh, rules.TRAIN)
   return Pair(model, config, graphdef, params, folder)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from opera_jax.models import attention, decode_model, qwen3
+from opera_jax.models import attention, decode_model, decoder
 
 
 def _tokens(vocab_size, shape=(3, 5)):
@@ -20,7 +20,7 @@ def _tokens(vocab_size, shape=(3, 5)):
 def test_hidden_states_and_logits_are_the_models(tiny_model, tied):
   """With one attention for both: layers, norms and head are what differs."""
   config = dataclasses.replace(tiny_model[0], tie_word_embeddings=tied)
-  graphdef, params = qwen3.create(config, seed=4)
+  graphdef, params = decoder.create(config, seed=4)
   token_BT = _tokens(config.vocab_size)
   position_BT = np.broadcast_to(np.arange(5, dtype=np.int32), token_BT.shape)
 
@@ -47,7 +47,7 @@ def test_hidden_states_and_logits_are_the_models(tiny_model, tied):
 
 def test_layers_are_unstacked_in_the_compute_dtype(tiny_model):
   config = dataclasses.replace(tiny_model[0], dtype="bfloat16")
-  graphdef, params = qwen3.create(config, seed=4)
+  graphdef, params = decoder.create(config, seed=4)
   model = nnx.merge(graphdef, params)
   layers = decode_model.unstack_layers(model)
   assert len(layers) == config.num_hidden_layers
@@ -69,7 +69,7 @@ def test_rms_norm_does_not_depend_on_how_many_tokens_there_are(features):
   norm = jax.jit(lambda x: decode_model.rms_norm(x, scale, 1e-6))
   every = norm(x)
   np.testing.assert_allclose(
-    every, qwen3.rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-6), rtol=1e-5
+    every, decoder.rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-6), rtol=1e-5
   )
   for count in (1, 2, 3, 8, 17):
     np.testing.assert_array_equal(norm(x[:count]), every[:count])

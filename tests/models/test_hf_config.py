@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opera_jax.models import presets, qwen3_params
+from opera_jax.models import hf_checkpoint, presets
 
 PUBLISHED = {
   "architectures": ["Qwen3ForCausalLM"],
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 def _read_config(folder, **changes):
   (folder / "config.json").write_text(json.dumps({**PUBLISHED, **changes}))
-  return qwen3_params.config_from_hf(folder)
+  return hf_checkpoint.config_from_hf(folder)
 
 
 def test_a_published_config_is_read(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import packed_rows
 
@@ -33,7 +33,7 @@ def test_sampled_tokens_are_scored_alike(
   # As at initialisation: logits of unit variance.
   params = jax.tree.map(lambda x: x / 1.5, params)
   config = dataclasses.replace(config, dtype=compute)
-  graphdef, _ = qwen3.abstract(config)
+  graphdef, _ = decoder.abstract(config)
   params = jax.tree.map(lambda x: x.astype(stored), params)
   draw = np.random.default_rng(0)
   prompts = [

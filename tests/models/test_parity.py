@@ -15,7 +15,7 @@ from flax import nnx
 
 from opera_jax import structs
 from opera_jax.losses import cross_entropy, reduce
-from opera_jax.models import attention, kv_cache, qwen3, qwen3_params
+from opera_jax.models import attention, decoder, hf_checkpoint, kv_cache
 from opera_jax.rollout import engine, sampling
 from opera_jax.scoring import packed_rows
 
@@ -87,7 +87,7 @@ def _hidden(graphdef, params, batch):
 )
 def test_logits(pair, layout, attention_by):
   config = dataclasses.replace(pair.config, attention=attention_by)
-  graphdef, _ = qwen3.abstract(config)
+  graphdef, _ = decoder.abstract(config)
 
   @jax.jit
   def logits(params, batch):
@@ -143,7 +143,7 @@ def test_gradient_of_the_sft_loss_in_every_parameter(pair, layout):
     return reduce.weighted_sum(weight_RT, loss_RT)
 
   ours = dict(
-    qwen3_params.export_tensors(gradient(pair.params, batch), pair.config)
+    hf_checkpoint.export_tensors(gradient(pair.params, batch), pair.config)
   )
   pair.torch.zero_grad()
   total = sum(LENGTHS) - len(LENGTHS)
@@ -214,11 +214,11 @@ def test_layer_by_layer(pair):
     config = dataclasses.replace(pair.config, num_hidden_layers=depth)
     first = jax.tree_util.tree_map_with_path(
       lambda path, x, d=depth: (
-        x[:d] if qwen3.path_name(path).startswith("layers/") else x
+        x[:d] if decoder.path_name(path).startswith("layers/") else x
       ),
       pair.params,
     )
-    run = jax.jit(functools.partial(_hidden, qwen3.abstract(config)[0]))
+    run = jax.jit(functools.partial(_hidden, decoder.abstract(config)[0]))
     ours = run(first, batch)[1][row, start : start + len(sequence)]
     np.testing.assert_allclose(
       ours, expected, rtol=0, atol=1e-5, err_msg=f"layer {depth}"

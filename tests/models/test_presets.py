@@ -2,7 +2,7 @@
 
 import pytest
 
-from opera_jax.models import presets, qwen3
+from opera_jax.models import decoder, presets
 
 # In all, and outside embedding and head; model cards state the latter as
 # 0.44, 1.4, 3.6, 6.95, 13.2 and 31.2 billion.
@@ -20,7 +20,7 @@ COUNTS = {
 def test_parameter_counts_are_the_published_ones(name):
   config = presets.PRESETS[name]
   total, inside = COUNTS[name]
-  assert qwen3.parameter_count(qwen3.abstract(config)[1]) == total
+  assert decoder.parameter_count(decoder.abstract(config)[1]) == total
   tables = (
     config.vocab_size
     * config.hidden_size

@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 
 from opera_jax import structs
-from opera_jax.models import qwen3, self_attention
+from opera_jax.models import decoder, self_attention
 from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -226,7 +226,7 @@ def nothing_cached():
 def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
   devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
   mesh = mesh_lib.create(shape, devices)
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=768,
     hidden_size=256,
     num_hidden_layers=2,
@@ -237,10 +237,10 @@ def test_an_update_compiles_for_absent_tpus(nothing_cached, shape, head_dim):
     dtype="bfloat16",
     remat="attention",
   )
-  graphdef, shapes = qwen3.abstract(config)
+  graphdef, shapes = decoder.abstract(config)
   adamw = optimizer.adamw(1e-3)
   update = step.make_sft_update(packed_rows.logprob_fn(graphdef), adamw)
-  shardings = rules.shardings(qwen3.logical_axes(shapes), mesh, rules.TRAIN)
+  shardings = rules.shardings(decoder.logical_axes(shapes), mesh, rules.TRAIN)
   params = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,

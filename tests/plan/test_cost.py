@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.plan import cost
 
-CONFIG = qwen3.Config(
+CONFIG = decoder.Config(
   vocab_size=50,
   hidden_size=8,
   num_hidden_layers=3,
@@ -19,8 +19,8 @@ CONFIG = qwen3.Config(
 
 
 def test_a_token_costs_two_flops_a_weight_of_every_matrix():
-  _, params = qwen3.abstract(CONFIG)
-  axes = qwen3.logical_axes(params)
+  _, params = decoder.abstract(CONFIG)
+  axes = decoder.logical_axes(params)
   matrices = sum(
     x.size
     for x, names in zip(
@@ -59,7 +59,7 @@ def test_decoding_costs_what_one_pass_over_its_tokens_costs():
 
 @pytest.mark.parametrize("remat, again", [("none", 0), ("full", 1)])
 def test_backward_is_twice_forward_and_remat_is_forward_again(remat, again):
-  config = qwen3.Config(**{**vars(CONFIG), "remat": remat})
+  config = decoder.Config(**{**vars(CONFIG), "remat": remat})
   one = cost.update(config, 4, 16)
   attention = cost.attention_flops(config, 4 * cost.causal_pairs(16))
   head = 4 * 16 * cost.head_flops(config)
@@ -69,7 +69,7 @@ def test_backward_is_twice_forward_and_remat_is_forward_again(remat, again):
 
 
 def test_every_remat_policy_has_a_cost():
-  assert set(cost._RECOMPUTED) == set(qwen3.REMAT)
+  assert set(cost._RECOMPUTED) == set(decoder.REMAT)
 
 
 def test_a_shared_prompt_is_counted_once_and_meets_no_head():

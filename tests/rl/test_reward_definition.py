@@ -6,7 +6,7 @@ import pytest
 
 from opera_jax import structs
 from opera_jax.data import storyworld
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rl import score
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import compile_log
@@ -50,7 +50,7 @@ def world(one_device):
   words = tokenizer_lib.Tokenizer.train_bpe(
     [t for d in corpus for t in (d.prompt, d.thought, d.answer)], 420
   )
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=words.vocab_size,
     hidden_size=48,
     num_hidden_layers=2,
@@ -60,7 +60,7 @@ def world(one_device):
     intermediate_size=64,
     rope_theta=10_000.0,
   )
-  graphdef, params = qwen3.create(config, 0)
+  graphdef, params = decoder.create(config, 0)
   params = jax.tree.map(lambda x: x * 2.0, params)
   logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,

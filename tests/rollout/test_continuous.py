@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import (
   decode_loop,
   engine,
@@ -87,7 +87,7 @@ def test_neighbours_change_no_bit(tiny_model, one_device, usual):
 @pytest.fixture(scope="module")
 def wide_model():
   """Wide enough for a CPU to add up in several orders."""
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=300,
     hidden_size=256,
     num_hidden_layers=1,
@@ -96,7 +96,7 @@ def wide_model():
     head_dim=32,
     intermediate_size=768,
   )
-  return config, *qwen3.create(config, 3)
+  return config, *decoder.create(config, 3)
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_seeds_name_samples(tiny_model, one_device):
 def test_meshes_give_the_same_samples(tiny_model, usual):
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   params = layout.move(
-    tiny_model[2], qwen3.logical_axes(tiny_model[2]), many, rules.ROLLOUT
+    tiny_model[2], decoder.logical_axes(tiny_model[2]), many, rules.ROLLOUT
   )
   got = _engine(tiny_model, many, prompt_slots=4).sample(
     params, _prompts(), SETTINGS, jax.random.key(KEY), samples=5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import engine, sampling
 from opera_jax.sharding import layout, mesh, rules
 from opera_jax.text import stop_automaton
@@ -127,7 +127,7 @@ def test_mesh_does_not_change_samples(tiny_model, one_device):
   )
   many = mesh.create({"data": 2, "fsdp": 2, "tensor": 2})
   params = layout.move(
-    tiny_model[2], qwen3.logical_axes(tiny_model[2]), many, rules.ROLLOUT
+    tiny_model[2], decoder.logical_axes(tiny_model[2]), many, rules.ROLLOUT
   )
   got = _engine(tiny_model, many).sample(params, _prompts(2), *args, samples=2)
   for a, b in zip(want, got):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import engine, sampling, text
 from opera_jax.text import tokenizer as tokenizer_lib
 
@@ -16,7 +16,7 @@ def parts(one_device):
   words = tokenizer_lib.Tokenizer.train_bpe(
     ["the fox saw the sea and the sea saw the fox. ümlaut"] * 20, 300
   )
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=words.vocab_size,
     hidden_size=32,
     num_hidden_layers=2,
@@ -25,7 +25,7 @@ def parts(one_device):
     head_dim=16,
     intermediate_size=48,
   )
-  graphdef, params = qwen3.create(config, 0)
+  graphdef, params = decoder.create(config, 0)
   sampler = engine.Engine(
     graphdef, config, mesh=one_device, prompt_slots=2, slots=2, steps=8
   )

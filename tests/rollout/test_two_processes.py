@@ -18,7 +18,7 @@ import sys
 
 import jax
 import numpy as np
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import engine, sampling
 from opera_jax.sharding import layout, mesh, rules, runtime
 
@@ -26,13 +26,13 @@ address, shape, path = sys.argv[1:]
 runtime.start(distributed=address, heartbeat_seconds=30, compile_cache="")
 devices = mesh.create(json.loads(shape))
 assert devices.size == len(jax.devices())
-config = qwen3.Config(
+config = decoder.Config(
   vocab_size=300, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
   num_key_value_heads=2, head_dim=16, intermediate_size=64, rope_theta=10_000.0,
   tie_word_embeddings=False,
 )
-graphdef, params = qwen3.create(config, seed=3)
-axes = qwen3.logical_axes(params)
+graphdef, params = decoder.create(config, seed=3)
+axes = decoder.logical_axes(params)
 params = layout.to_devices(jax.device_get(params), layout.replicated(devices))
 params = layout.move(params, axes, devices, rules.ROLLOUT)
 rng = np.random.default_rng(0)

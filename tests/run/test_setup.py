@@ -9,7 +9,7 @@ import pytest
 
 from opera_jax.configs import tiny
 from opera_jax.data import storyworld
-from opera_jax.models import qwen3, qwen3_params
+from opera_jax.models import decoder, hf_checkpoint
 from opera_jax.run import setup, workdir
 from opera_jax.stages import supervised
 from opera_jax.train import checkpoint
@@ -209,8 +209,8 @@ def test_another_checkpoint_under_the_same_path_is_refused(make, tmp_path):
 
   def write(seed):
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
-    _, params = qwen3.create(run.model, seed=seed)
-    qwen3_params.save(tmp_path / "model", params, run.model)
+    _, params = decoder.create(run.model, seed=seed)
+    hf_checkpoint.save(tmp_path / "model", params, run.model)
 
   write(1)
   load()
@@ -225,7 +225,7 @@ def test_another_checkpoint_under_the_same_path_is_refused(make, tmp_path):
 def test_a_model_made_again_under_its_successors_is_refused(make):
   run = make()
   for seed, refused in ((1, False), (1, False), (2, True)):
-    params = qwen3.create(run.model, seed=seed)[1]
+    params = decoder.create(run.model, seed=seed)[1]
     params = jax.device_put(
       params, jax.tree.map(lambda x: x.sharding, run.initial())
     )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import layout, mesh, rules
 
@@ -87,7 +87,7 @@ def test_continuations_score_like_separate_prefixes(
   ],
 )
 def test_mesh_does_not_change_logprobs(one_device, shape):
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=304,
     hidden_size=48,
     num_hidden_layers=2,
@@ -96,14 +96,14 @@ def test_mesh_does_not_change_logprobs(one_device, shape):
     head_dim=6,
     intermediate_size=80,
   )
-  graphdef, params = qwen3.create(config, 0)
+  graphdef, params = decoder.create(config, 0)
   rows, continuations = _problem(1, vocab=304)
   made = {"vocab_size": config.vocab_size, **BUCKETS}
   want = scorer_lib.LogprobScorer(graphdef, mesh=one_device, **made).score(
     params, rows, continuations
   )
   many = mesh.create(shape)
-  sharded = layout.move(params, qwen3.logical_axes(params), many, rules.TRAIN)
+  sharded = layout.move(params, decoder.logical_axes(params), many, rules.TRAIN)
   got = scorer_lib.LogprobScorer(graphdef, mesh=many, **made).score(
     sharded, rows, continuations
   )

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -18,7 +18,7 @@ from opera_jax.train import optimizer, step
 from opera_jax.train import state as train_state
 
 # Every axis of it divides by 8, and none of the sizes is another's.
-CONFIG = qwen3.Config(
+CONFIG = decoder.Config(
   vocab_size=304,
   hidden_size=48,
   num_hidden_layers=2,
@@ -90,14 +90,14 @@ def _adamw(moment_dtype="float32"):
 
 def _by_name(tree) -> dict:
   return {
-    qwen3.path_name(path): np.asarray(leaf)
+    decoder.path_name(path): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
 def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
-  params = jax.tree.map(lambda x: x * 1.5, qwen3.create(config, seed=0)[1])
-  params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
+  params = jax.tree.map(lambda x: x * 1.5, decoder.create(config, seed=0)[1])
+  params = layout.move(params, decoder.logical_axes(params), mesh, rules.TRAIN)
   return training_loop.place(
     train_state.create(params, _adamw(moment_dtype), jax.random.key(0)), mesh
   )
@@ -105,7 +105,7 @@ def _state(config, mesh, moment_dtype="float32") -> train_state.TrainState:
 
 def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
   config = dataclasses.replace(CONFIG, **changes)
-  logprob_fn = packed_rows.logprob_fn(qwen3.abstract(config)[0])
+  logprob_fn = packed_rows.logprob_fn(decoder.abstract(config)[0])
   update = step.make_sft_update(
     logprob_fn, _adamw(), micro_batches=micro_batches
   )
@@ -123,7 +123,9 @@ def _outcome(mesh, *, micro_batches=1, **changes) -> Outcome:
     for i in range(1, STEPS):
       state, _ = update(state, jax.device_put(_batch(i), rows))
   _assert_like_parameters(state)
-  layouts = rules.shardings(qwen3.logical_axes(state.params), mesh, rules.TRAIN)
+  layouts = rules.shardings(
+    decoder.logical_axes(state.params), mesh, rules.TRAIN
+  )
   jax.tree.map(_assert_lies, state.params, layouts)
   # A segment's first token has no log-probability; what stands there is noise.
   real_RT = _batch(0).loss_mask > 0
@@ -231,7 +233,7 @@ def test_the_optimizer_state_lies_where_its_parameters_do(name, moment_dtype):
 
 def test_the_update_moves_every_parameter(alone):
   start = _by_name(
-    jax.tree.map(lambda x: x * 1.5, qwen3.create(CONFIG, seed=0)[1])
+    jax.tree.map(lambda x: x * 1.5, decoder.create(CONFIG, seed=0)[1])
   )
   for name, value in alone.params.items():
     moved = np.abs(value - start[name]).max()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from opera_jax.models import presets, qwen3
+from opera_jax.models import decoder, presets
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 
@@ -49,7 +49,7 @@ def test_shapes_that_do_not_fit_are_refused(shape, message):
 
 
 def test_check_lists_every_axis_that_does_not_divide():
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=300,
     hidden_size=36,
     num_hidden_layers=2,
@@ -58,8 +58,8 @@ def test_check_lists_every_axis_that_does_not_divide():
     head_dim=8,
     intermediate_size=40,
   )
-  shapes = qwen3.abstract(config)[1]
-  axes = qwen3.logical_axes(shapes)
+  shapes = decoder.abstract(config)[1]
+  axes = decoder.logical_axes(shapes)
   fits = mesh_lib.create({"fsdp": 4, "tensor": 2})
   layout.check(shapes, axes, fits, rules.TRAIN)
   wrong = mesh_lib.create({"fsdp": 2, "tensor": 4})
@@ -75,15 +75,15 @@ def test_check_lists_every_axis_that_does_not_divide():
 @pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 def test_the_published_sizes_divide_over_every_mesh(name, tensor):
-  shapes = qwen3.abstract(presets.PRESETS[name])[1]
+  shapes = decoder.abstract(presets.PRESETS[name])[1]
   mesh = mesh_lib.create({"fsdp": -1, "tensor": tensor})
   for table in (rules.TRAIN, rules.ROLLOUT):
-    layout.check(shapes, qwen3.logical_axes(shapes), mesh, table)
+    layout.check(shapes, decoder.logical_axes(shapes), mesh, table)
 
 
 def test_moving_between_tables_changes_no_value(tiny_model):
   _, _, params = tiny_model
-  axes = qwen3.logical_axes(params)
+  axes = decoder.logical_axes(params)
   mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
   train = layout.move(params, axes, mesh, rules.TRAIN)
   rollout = layout.move(train, axes, mesh, rules.ROLLOUT)

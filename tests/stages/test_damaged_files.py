@@ -12,7 +12,7 @@ import pytest
 
 from opera_jax.configs import tiny
 from opera_jax.data import traces
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rollout import sampling
 from opera_jax.run import setup, workdir
 from opera_jax.stages import pool, rl_select
@@ -74,7 +74,7 @@ def source(tmp_path_factory):
   folder = tmp_path_factory.mktemp("source") / "run"
   run = _setup(folder)
   params = jax.device_put(
-    qwen3.create(run.model, seed=1)[1],
+    decoder.create(run.model, seed=1)[1],
     jax.tree.map(lambda x: x.sharding, run.initial()),
   )
   run.stage("base").finish({"model": run.save("base", params)})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opera_jax.configs import tiny
-from opera_jax.models import qwen3, qwen3_params
+from opera_jax.models import decoder, hf_checkpoint
 from opera_jax.run import setup
 from opera_jax.stages import supervised
 from opera_jax.train import checkpoint
@@ -23,8 +23,8 @@ def test_a_checkpoint_becomes_the_base_model(tmp_path):
     temperature=1.0,
     **{name: config[name] for name in setup.SECTIONS},
   )
-  _, params = qwen3.create(run.model, seed=9)
-  qwen3_params.save(tmp_path / "model", params, run.model)
+  _, params = decoder.create(run.model, seed=9)
+  hf_checkpoint.save(tmp_path / "model", params, run.model)
   recipe = supervised.Recipe(**config.base)
   with checkpoint.Preemption() as preemption:
     for _ in range(2):
@@ -56,8 +56,8 @@ def test_all_ends_of_a_checkpoint_stop_and_are_exported(tmp_path, file):
     7,
   }
   assert run.sampling(max_new_tokens=4).stop_ids == ends
-  _, params = qwen3.create(run.model, seed=9)
-  qwen3_params.save(tmp_path / "out", params, run.model, run.tokenizer)
+  _, params = decoder.create(run.model, seed=9)
+  hf_checkpoint.save(tmp_path / "out", params, run.model, run.tokenizer)
   said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert said["eos_token_id"] == list(ends)
 
@@ -69,10 +69,10 @@ def test_told_to_stop_a_loading_ends_at_the_next_tensor(tmp_path, monkeypatch):
     temperature=1.0,
     **{name: config[name] for name in setup.SECTIONS},
   )
-  _, params = qwen3.create(run.model, seed=9)
-  qwen3_params.save(tmp_path / "model", params, run.model)
+  _, params = decoder.create(run.model, seed=9)
+  hf_checkpoint.save(tmp_path / "model", params, run.model)
   recipe, path = supervised.Recipe(**config.base), str(tmp_path / "model")
-  read, tensors = qwen3_params._read, []
+  read, tensors = hf_checkpoint._read, []
 
   def told(*given):
     tensors.append(1)
@@ -80,7 +80,7 @@ def test_told_to_stop_a_loading_ends_at_the_next_tensor(tmp_path, monkeypatch):
       os.kill(os.getpid(), signal.SIGTERM)
     return read(*given)
 
-  monkeypatch.setattr(qwen3_params, "_read", told)
+  monkeypatch.setattr(hf_checkpoint, "_read", told)
   with (
     checkpoint.Preemption() as preemption,
     pytest.raises(SystemExit) as left,

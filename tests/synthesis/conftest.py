@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import synthesis
 from opera_jax.data import storyworld
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.text import tokenizer as tokenizer_lib
 
 
@@ -19,7 +19,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def teller(tokenizer, one_device):
   """(config, graphdef, params) of a storyteller."""
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=tokenizer.vocab_size, hidden_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, intermediate_size=96,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from opera_jax import structs
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import rewrite
 
@@ -63,12 +63,12 @@ class ScriptedEngine:
 
 @pytest.fixture(scope="module")
 def machine(tokenizer, one_device):
-  config = qwen3.Config(
+  config = decoder.Config(
     vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1,
     num_attention_heads=2, num_key_value_heads=1,
     head_dim=16, intermediate_size=48,
   )  # fmt: skip
-  graphdef, params = qwen3.create(config, 1)
+  graphdef, params = decoder.create(config, 1)
   params = jax.tree.map(lambda x: x * 3.0, params)
   logprob_scorer = scorer_lib.LogprobScorer(
     graphdef,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opera_jax.data import rl as rl_data
-from opera_jax.models import qwen3
+from opera_jax.models import decoder
 from opera_jax.rl import learner
 from opera_jax.scoring import heads, packed_rows
 from opera_jax.sharding import layout, rules
@@ -17,7 +17,7 @@ from opera_jax.stages import training_loop
 from opera_jax.train import optimizer
 from opera_jax.train import state as train_state
 
-CONFIG = qwen3.Config(
+CONFIG = decoder.Config(
   vocab_size=304,
   hidden_size=48,
   num_hidden_layers=2,
@@ -76,7 +76,7 @@ def _own(places, arrays):
   "completions_per_row", [2, pytest.param(4, marks=pytest.mark.slow)]
 )
 def test_scores_and_heads(completions_per_row):
-  graphdef, params = qwen3.create(CONFIG, 0)
+  graphdef, params = decoder.create(CONFIG, 0)
   places, batches = _batches(completions_per_row)
   critic = {
     "kernel": jnp.asarray(np.random.default_rng(1).normal(size=48)),
@@ -98,8 +98,8 @@ def test_scores_and_heads(completions_per_row):
 
 
 def _updated(batch, mesh, **changes):
-  graphdef, params = qwen3.create(CONFIG, 0)
-  params = layout.move(params, qwen3.logical_axes(params), mesh, rules.TRAIN)
+  graphdef, params = decoder.create(CONFIG, 0)
+  params = layout.move(params, decoder.logical_axes(params), mesh, rules.TRAIN)
   learn = learner.build(
     graphdef, optimizer.adamw(1e-3, b1=0.9), **SETTINGS | changes
   )
@@ -176,7 +176,7 @@ def test_a_sample_sees_its_prompt_and_itself():
   batch = rl_data.build_batch(place, prefixes, zeros, zeros)
   # Untied, so that only what is read shows.
   untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
-  graphdef, params = qwen3.create(untied, 0)
+  graphdef, params = decoder.create(untied, 0)
   fn = packed_rows.logprob_fn(graphdef)
 
   def second_of_second(params):

@@ -14,12 +14,12 @@ import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding
 
-from opera_jax.models import hf_config, qwen3, qwen3_params, tensor_files
+from opera_jax.models import decoder, hf_checkpoint, hf_config, tensor_files
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
 
 
-def _config(**changes) -> qwen3.Config:
+def _config(**changes) -> decoder.Config:
   sizes = {
     "vocab_size": 304,
     "hidden_size": 48,
@@ -31,7 +31,7 @@ def _config(**changes) -> qwen3.Config:
     "rope_theta": 5_000.0,
     "tie_word_embeddings": False,
   }
-  return qwen3.Config(**{**sizes, **changes})
+  return decoder.Config(**{**sizes, **changes})
 
 
 def _equal(a, b) -> None:
@@ -48,15 +48,15 @@ def _equal(a, b) -> None:
 def test_round_trip_is_bit_exact_on_every_layout(tmp_path, tied, dtype):
   config = _config(tie_word_embeddings=tied)
   params = jax.tree.map(
-    lambda x: x.astype(dtype), qwen3.create(config, seed=1)[1]
+    lambda x: x.astype(dtype), decoder.create(config, seed=1)[1]
   )
-  qwen3_params.save(tmp_path / "a", params, config, file_bytes=40_000)
+  hf_checkpoint.save(tmp_path / "a", params, config, file_bytes=40_000)
   assert len(list((tmp_path / "a").glob("*.safetensors"))) > 3
   mesh = mesh_lib.create({"fsdp": 2, "tensor": 4})
   for table in (rules.TRAIN, rules.ROLLOUT):
-    loaded = qwen3_params.load(tmp_path / "a", config, mesh, table, dtype)
+    loaded = hf_checkpoint.load(tmp_path / "a", config, mesh, table, dtype)
     _equal(loaded, params)
-    shardings = rules.shardings(qwen3.logical_axes(params), mesh, table)
+    shardings = rules.shardings(decoder.logical_axes(params), mesh, table)
     for leaf, sharding in zip(
       jax.tree.leaves(loaded),
       jax.tree.leaves(
@@ -65,7 +65,7 @@ def test_round_trip_is_bit_exact_on_every_layout(tmp_path, tied, dtype):
     ):
       assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
       assert leaf.dtype == dtype
-  qwen3_params.save(tmp_path / "b", loaded, config)
+  hf_checkpoint.save(tmp_path / "b", loaded, config)
   one = tmp_path / "b" / tensor_files.SINGLE
   split = tensor_files.find(tmp_path / "a")
   for name, tensor in tensor_files.find(one.parent).items():
@@ -77,17 +77,17 @@ def test_round_trip_is_bit_exact_on_every_layout(tmp_path, tied, dtype):
 
 def test_bfloat16_weights_widen_exactly_and_float32_round_once(tmp_path):
   config = _config()
-  params = qwen3.create(config, seed=1)[1]
+  params = decoder.create(config, seed=1)[1]
   mesh = mesh_lib.create({"fsdp": 8})
-  qwen3_params.save(tmp_path / "half", params, config, dtype="bfloat16")
+  hf_checkpoint.save(tmp_path / "half", params, config, dtype="bfloat16")
   rounded = jax.tree.map(
     lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
     params,
   )
-  wide = qwen3_params.load(tmp_path / "half", config, mesh, rules.TRAIN)
+  wide = hf_checkpoint.load(tmp_path / "half", config, mesh, rules.TRAIN)
   _equal(wide, rounded)
-  qwen3_params.save(tmp_path / "whole", params, config)
-  half = qwen3_params.load(
+  hf_checkpoint.save(tmp_path / "whole", params, config)
+  half = hf_checkpoint.load(
     tmp_path / "whole", config, mesh, rules.TRAIN, "bfloat16"
   )
   _equal(jax.tree.map(lambda x: np.asarray(x, np.float32), half), rounded)
@@ -95,16 +95,16 @@ def test_bfloat16_weights_widen_exactly_and_float32_round_once(tmp_path):
 
 def test_blocks_of_rows_make_no_difference(tmp_path, monkeypatch):
   config = _config()
-  params = qwen3.create(config, seed=2)[1]
-  qwen3_params.save(tmp_path, params, config)
-  monkeypatch.setattr(qwen3_params, "_BLOCK_BYTES", 3_000)
+  params = decoder.create(config, seed=2)[1]
+  hf_checkpoint.save(tmp_path, params, config)
+  monkeypatch.setattr(hf_checkpoint, "_BLOCK_BYTES", 3_000)
   mesh = mesh_lib.create({"data": 2, "fsdp": 2, "tensor": 2})
-  _equal(qwen3_params.load(tmp_path, config, mesh, rules.TRAIN), params)
+  _equal(hf_checkpoint.load(tmp_path, config, mesh, rules.TRAIN), params)
 
 
 def test_a_tensor_is_read_once(tmp_path, monkeypatch):
   config = _config()
-  qwen3_params.save(tmp_path, qwen3.create(config, seed=2)[1], config)
+  hf_checkpoint.save(tmp_path, decoder.create(config, seed=2)[1], config)
   read = []
   rows = tensor_files.Tensor.rows
 
@@ -115,8 +115,8 @@ def test_a_tensor_is_read_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(tensor_files.Tensor, "rows", spy)
   mesh = mesh_lib.create({"fsdp": 2, "tensor": 4})
-  params = qwen3_params.load(tmp_path, config, mesh, rules.TRAIN)
-  assert sum(read) == 4 * qwen3.parameter_count(params)
+  params = hf_checkpoint.load(tmp_path, config, mesh, rules.TRAIN)
+  assert sum(read) == 4 * decoder.parameter_count(params)
   assert max(read) == 4 * 304 * 48  # the embedding; never a stack of layers
 
 
@@ -132,21 +132,21 @@ def test_transformers_loads_what_was_saved(tmp_path, tied, dtype):
   import transformers
 
   config = _config(tie_word_embeddings=tied, rms_norm_eps=1e-5)
-  params = qwen3.create(config, seed=1)[1]
+  params = decoder.create(config, seed=1)[1]
   # Sharper than at initialisation, with norms that all differ.
   keys = iter(jax.random.split(jax.random.key(0), 100))
   params = jax.tree.map(
     lambda x: x + 0.3 * jax.random.uniform(next(keys), x.shape), params
   )
   params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
-  qwen3_params.save(tmp_path, params, config, dtype=dtype)
+  hf_checkpoint.save(tmp_path, params, config, dtype=dtype)
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, attn_implementation="eager", output_loading_info=True
   )
   assert not info["missing_keys"] and not info["unexpected_keys"]
   assert str(model.dtype) == f"torch.{dtype}"
   names = dict(model.named_parameters())
-  exported = dict(qwen3_params.export_tensors(params, config))
+  exported = dict(hf_checkpoint.export_tensors(params, config))
   assert names.keys() == exported.keys()
   for name, value in exported.items():
     np.testing.assert_array_equal(
@@ -164,7 +164,7 @@ def _logits(config, params, tokens):
 
   from opera_jax.models import attention
 
-  model = nnx.merge(qwen3.abstract(config)[0], params)
+  model = nnx.merge(decoder.abstract(config)[0], params)
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden, _ = model(tokens, positions, attention.causal(jnp.ones_like(tokens)))
   head, transposed = model.head_matrix()
@@ -178,8 +178,8 @@ def test_tokenizer_and_end_of_turn_are_written(tmp_path):
 
   words = tokenizer.Tokenizer.train_bpe(["one two three"] * 4, 270)
   config = _config()
-  params = qwen3.create(config, seed=1)[1]
-  qwen3_params.save(tmp_path, params, config, words)
+  params = decoder.create(config, seed=1)[1]
+  hf_checkpoint.save(tmp_path, params, config, words)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert theirs("one two").input_ids == words.encode("one two").tolist()
   settings = transformers.GenerationConfig.from_pretrained(tmp_path)
@@ -188,24 +188,24 @@ def test_tokenizer_and_end_of_turn_are_written(tmp_path):
 
 def test_a_tied_checkpoint_may_store_its_head(tmp_path):
   config = _config(tie_word_embeddings=True)
-  params = qwen3.create(config, seed=1)[1]
-  exported = dict(qwen3_params.export_tensors(params, config))
+  params = decoder.create(config, seed=1)[1]
+  exported = dict(hf_checkpoint.export_tensors(params, config))
   exported["lm_head.weight"] = exported["model.embed_tokens.weight"]
   plan = [(name, value.shape) for name, value in exported.items()]
   writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
   writer.write(exported.values())
   mesh = mesh_lib.create()
-  _equal(qwen3_params.load(tmp_path, config, mesh, rules.TRAIN), params)
+  _equal(hf_checkpoint.load(tmp_path, config, mesh, rules.TRAIN), params)
 
 
 @pytest.mark.parametrize("rows", [2, 64])
 def test_a_tied_model_with_a_head_of_its_own_is_refused(
   tmp_path, monkeypatch, rows
 ):
-  monkeypatch.setattr(qwen3_params, "_BLOCK_BYTES", rows * 4 * 48)
+  monkeypatch.setattr(hf_checkpoint, "_BLOCK_BYTES", rows * 4 * 48)
   config = _config(tie_word_embeddings=True)
-  params = qwen3.create(config, seed=1)[1]
-  exported = dict(qwen3_params.export_tensors(params, config))
+  params = decoder.create(config, seed=1)[1]
+  exported = dict(hf_checkpoint.export_tensors(params, config))
   head = exported["model.embed_tokens.weight"].copy()
   head[150, 3] += 1e-3
   exported["lm_head.weight"] = head
@@ -213,7 +213,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(
   writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
   writer.write(exported.values())
   with pytest.raises(ValueError, match="the model is not tied"):
-    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+    hf_checkpoint.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -222,15 +222,15 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(
 )
 def test_weights_that_are_not_finite_are_refused(tmp_path, name, bad):
   config = _config()
-  params = qwen3.create(config, seed=1)[1]
-  exported = dict(qwen3_params.export_tensors(params, config))
+  params = decoder.create(config, seed=1)[1]
+  exported = dict(hf_checkpoint.export_tensors(params, config))
   exported[name] = exported[name].copy()
   exported[name].reshape(-1)[-1] = bad
   plan = [(key, value.shape) for key, value in exported.items()]
   writer = tensor_files.Writer(tmp_path, plan, np.dtype(np.float32), 10**9)
   writer.write(exported.values())
   with pytest.raises(ValueError, match=f"{name} holds a weight that is not f"):
-    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+    hf_checkpoint.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
 
 
 def _with_header(file, change):
@@ -282,10 +282,10 @@ def _bare(header):
 )
 def test_headers_that_lie_are_refused(tmp_path, change, said):
   config = _config()
-  qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)
+  hf_checkpoint.save(tmp_path, decoder.create(config, seed=1)[1], config)
   _with_header(tmp_path / tensor_files.SINGLE, change)
   with pytest.raises(ValueError, match=said) as error:
-    qwen3_params.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
+    hf_checkpoint.load(tmp_path, config, mesh_lib.create(), rules.TRAIN)
   assert tensor_files.SINGLE in str(error.value)
 
 
@@ -305,7 +305,7 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
 
 def test_all_mismatches_come_in_one_error(tmp_path):
   config = _config()
-  qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)
+  hf_checkpoint.save(tmp_path, decoder.create(config, seed=1)[1], config)
   other = dataclasses.replace(
     config,
     num_hidden_layers=2,
@@ -314,7 +314,7 @@ def test_all_mismatches_come_in_one_error(tmp_path):
     rope_theta=7.0,
   )
   with pytest.raises(ValueError) as error:
-    qwen3_params.load(tmp_path, other, mesh_lib.create(), rules.TRAIN)
+    hf_checkpoint.load(tmp_path, other, mesh_lib.create(), rules.TRAIN)
   text = str(error.value)
   for line in (
     "rope_theta: 5000.0 in config.json, 7.0 given",
@@ -326,46 +326,46 @@ def test_all_mismatches_come_in_one_error(tmp_path):
     assert line in text
   deeper = dataclasses.replace(config, num_hidden_layers=4)
   with pytest.raises(ValueError, match="missing: model.layers.3.self_attn.q_p"):
-    qwen3_params.load(tmp_path, deeper, mesh_lib.create(), rules.TRAIN)
+    hf_checkpoint.load(tmp_path, deeper, mesh_lib.create(), rules.TRAIN)
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_reading(tmp_path):
   config = _config()
-  qwen3_params.save(tmp_path, qwen3.create(config, seed=1)[1], config)
+  hf_checkpoint.save(tmp_path, decoder.create(config, seed=1)[1], config)
   with pytest.raises(ValueError, match="kv_heads has 4, mesh axis 'tensor'"):
     mesh = mesh_lib.create({"fsdp": 1, "tensor": 8})
-    qwen3_params.load(tmp_path, config, mesh, rules.TRAIN)
+    hf_checkpoint.load(tmp_path, config, mesh, rules.TRAIN)
 
 
 def test_broken_files_are_named(tmp_path):
   config = _config()
-  params = qwen3.create(config, seed=1)[1]
+  params = decoder.create(config, seed=1)[1]
   good = tmp_path / "good"
-  qwen3_params.save(good, params, config, file_bytes=40_000)
+  hf_checkpoint.save(good, params, config, file_bytes=40_000)
   mesh = mesh_lib.create()
   with pytest.raises(FileExistsError, match="already"):
-    qwen3_params.save(good, params, config)
+    hf_checkpoint.save(good, params, config)
   with pytest.raises(FileNotFoundError, match="neither"):
-    qwen3_params.load(tmp_path, config, mesh, rules.TRAIN)
+    hf_checkpoint.load(tmp_path, config, mesh, rules.TRAIN)
   first, second, *_ = sorted(good.glob("*.safetensors"))
   cut = tmp_path / "cut"
   shutil.copytree(good, cut)
   (cut / first.name).write_bytes(first.read_bytes()[:-1])
   with pytest.raises(ValueError, match=f"{first.name}.*Download it again"):
-    qwen3_params.load(cut, config, mesh, rules.TRAIN)
+    hf_checkpoint.load(cut, config, mesh, rules.TRAIN)
   second.unlink()
   with pytest.raises(FileNotFoundError, match=second.name):
-    qwen3_params.load(good, config, mesh, rules.TRAIN)
+    hf_checkpoint.load(good, config, mesh, rules.TRAIN)
   with pytest.raises(ValueError, match="float16"):
-    qwen3_params.load(good, config, mesh, rules.TRAIN, "float16")
+    hf_checkpoint.load(good, config, mesh, rules.TRAIN, "float16")
 
 
 def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
   import huggingface_hub
 
   config = _config()
-  params = qwen3.create(config, seed=1)[1]
-  qwen3_params.save(tmp_path, params, config)
+  params = decoder.create(config, seed=1)[1]
+  hf_checkpoint.save(tmp_path, params, config)
   asked = []
 
   def download(name, allow_patterns, revision):
@@ -373,10 +373,10 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  assert qwen3_params.config_from_hf("Qwen/Qwen3-0.6B") == config
+  assert hf_checkpoint.config_from_hf("Qwen/Qwen3-0.6B") == config
   mesh = mesh_lib.create()
   _equal(
-    qwen3_params.load("Qwen/Qwen3-0.6B", config, mesh, rules.TRAIN), params
+    hf_checkpoint.load("Qwen/Qwen3-0.6B", config, mesh, rules.TRAIN), params
   )
   assert asked == [
     ("Qwen/Qwen3-0.6B", ("config.json",)),
@@ -386,14 +386,14 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
 
 def test_a_name_that_is_no_model_is_explained():
   with pytest.raises(FileNotFoundError, match="neither a directory nor"):
-    qwen3_params.config_from_hf("runs/no/such/folder")
+    hf_checkpoint.config_from_hf("runs/no/such/folder")
 
 
 LOAD = """
 import sys
 import jax
 import jax.numpy as jnp
-from opera_jax.models import qwen3_params
+from opera_jax.models import hf_checkpoint
 from opera_jax.sharding import mesh, rules
 
 
@@ -402,11 +402,11 @@ def peak():
   return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
-config = qwen3_params.config_from_hf(sys.argv[1])
+config = hf_checkpoint.config_from_hf(sys.argv[1])
 devices = mesh.create({"fsdp": 2, "tensor": 4})
 jax.jit(jnp.zeros, static_argnums=0)(8).block_until_ready()
 before = peak()
-params = qwen3_params.load(sys.argv[1], config, devices, rules.TRAIN)
+params = hf_checkpoint.load(sys.argv[1], config, devices, rules.TRAIN)
 held = sum(x.nbytes for x in jax.tree.leaves(jax.block_until_ready(params)))
 print(held, peak() - before - held)
 """
@@ -427,8 +427,10 @@ def test_a_host_holds_one_tensor_beside_the_parameters(tmp_path):
   )
   shapes = {
     name: value.shape
-    for name, value in qwen3_params.export_tensors(
-      qwen3.create(dataclasses.replace(config, num_hidden_layers=1), seed=0)[1],
+    for name, value in hf_checkpoint.export_tensors(
+      decoder.create(dataclasses.replace(config, num_hidden_layers=1), seed=0)[
+        1
+      ],
       dataclasses.replace(config, num_hidden_layers=1),
     )
   }

@@ -229,7 +229,7 @@ class Block(nnx.Module):
     return x_BTD + self.mlp(normed_BTD), cache
 
 
-class Qwen3(nnx.Module):
+class Decoder(nnx.Module):
   """Tokens to final hidden states; see `head_matrix` for the output head."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -311,13 +311,13 @@ class Qwen3(nnx.Module):
 
 def create(config: Config, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
   """A randomly initialised model, split once: (graphdef, params)."""
-  return nnx.split(Qwen3(config, rngs=nnx.Rngs(params=seed)))
+  return nnx.split(Decoder(config, rngs=nnx.Rngs(params=seed)))
 
 
 def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
   """Like `create` without allocating: params are ShapeDtypeStructs."""
   return nnx.split(
-    nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(params=0)))
+    nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
   )
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from opera_jax.models import hf_config, qwen3, tensor_files
+from opera_jax.models import decoder, hf_config, tensor_files
 from opera_jax.sharding import layout
 from opera_jax.sharding import rules as rules_lib
 
@@ -37,7 +37,7 @@ config_from_hf = hf_config.read
 class _Entry:
   """One tensor of a checkpoint and where it goes in our parameters."""
 
-  ours: str  # key of qwen3.AXES
+  ours: str  # key of decoder.AXES
   theirs: tuple[str, ...]  # axes of their tensor; "NH" is N and H merged
   axes: str  # axes of our array, without the layer axis
   layer: int | None = None
@@ -64,7 +64,7 @@ _INSIDE = {
 }
 
 
-def _entries(config: qwen3.Config) -> dict[str, _Entry]:
+def _entries(config: decoder.Config) -> dict[str, _Entry]:
   """All tensors of a checkpoint by their name, in the order of the file."""
   outside = dict(_OUTSIDE)
   if config.tie_word_embeddings:
@@ -77,7 +77,7 @@ def _entries(config: qwen3.Config) -> dict[str, _Entry]:
   return outside | inside
 
 
-def _sizes(config: qwen3.Config) -> dict[str, int]:
+def _sizes(config: decoder.Config) -> dict[str, int]:
   """The size of each axis letter."""
   return {
     "V": config.vocab_size,
@@ -95,7 +95,7 @@ def _their_shape(entry: _Entry, sizes: dict[str, int]) -> tuple[int, ...]:
 
 def load(
   path_or_hub_id: str | os.PathLike,
-  config: qwen3.Config,
+  config: decoder.Config,
   mesh: Mesh,
   rules: dict[str, Any],
   dtype: str = "float32",
@@ -118,7 +118,7 @@ def load(
     advance: progress callback, called before each tensor is read.
 
   Returns:
-    The params tree of `qwen3.create`, in `dtype`, sharded by `rules`.
+    The params tree of `decoder.create`, in `dtype`, sharded by `rules`.
 
   Raises:
     FileNotFoundError: no such checkpoint, or one of its files is missing.
@@ -133,8 +133,8 @@ def load(
   folder = hf_config.folder(path_or_hub_id, ("*.safetensors", "*.json"))
   stored = tensor_files.find(folder)
   _check(folder, stored, config)
-  shapes = qwen3.abstract(config)[1]
-  axes = qwen3.logical_axes(shapes)
+  shapes = decoder.abstract(config)[1]
+  axes = decoder.logical_axes(shapes)
   layout.check(shapes, axes, mesh, rules)
 
   sizes = _sizes(config)
@@ -150,7 +150,7 @@ def load(
   def load_parameter(
     path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding
   ) -> jax.Array:
-    tensors = sources[qwen3.path_name(path)]
+    tensors = sources[decoder.path_name(path)]
     if tensors[0][1].layer is None:
       return read(*tensors[0], sharding)
     stack = jax.jit(
@@ -230,7 +230,7 @@ def _read(
 def _check(
   folder: pathlib.Path,
   stored: dict[str, tensor_files.Tensor],
-  config: qwen3.Config,
+  config: decoder.Config,
 ) -> None:
   """Raises one error with every mismatch of checkpoint and model."""
   wrong = []
@@ -261,7 +261,7 @@ def _check(
   if wrong:
     raise ValueError(
       f"The weights in {folder} are not those of the model; make the model's "
-      "sizes those of its config.json (qwen3_params.config_from_hf). "
+      "sizes those of its config.json (hf_checkpoint.config_from_hf). "
       f"{len(wrong)} mismatches:\n  " + "\n  ".join(wrong)
     )
 
@@ -288,7 +288,7 @@ def _untied(
 
 
 def export_tensors(
-  params: Any, config: qwen3.Config
+  params: Any, config: decoder.Config
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Converts parameters to the checkpoint's tensors, one at a time.
 
@@ -296,14 +296,14 @@ def export_tensors(
   tensor is all-gathered.
 
   Args:
-    params: a tree like that of `qwen3.create`, e.g. gradients.
+    params: a tree like that of `decoder.create`, e.g. gradients.
     config: its sizes.
 
   Yields:
     The checkpoint's name of the tensor, and its host array in our dtype.
   """
   ours = {
-    qwen3.path_name(path): leaf
+    decoder.path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   sizes = _sizes(config)
@@ -328,7 +328,7 @@ def _layer(stack: jax.Array, index: jax.Array) -> jax.Array:
 def save(
   path: str | os.PathLike,
   params: Any,
-  config: qwen3.Config,
+  config: decoder.Config,
   tokenizer: Any = None,
   dtype: str | None = None,
   file_bytes: int = FILE_BYTES,
@@ -340,7 +340,7 @@ def save(
 
   Args:
     path: directory without safetensors; created if it does not exist.
-    params: the tree of `qwen3.create`, on any mesh.
+    params: the tree of `decoder.create`, on any mesh.
     config: its sizes.
     tokenizer: an `opera_jax.text.tokenizer.Tokenizer` to save with the
       weights, or None.
