@@ -6,6 +6,10 @@ t < prefix_length[b, s] and its own continuation's keys c <= offset[b, s] + g:
   out = softmax_visible(scale q [prefix_k; continuation_k]^T) [prefix_v;
   continuation_v]
 
+With a sliding window of W positions it sees those of the W positions that end
+with its own alone. Its position is prefix_length[b, s] + offset[b, s] + g, so a
+window counts positions and not places in the arrays.
+
 Scoring has C == G and offset 0. Decoding (`decode_attention`) has G == 1; C is
 the cache's length, the offset the number of tokens before the current one, and
 S the samples of one prompt.
@@ -42,6 +46,7 @@ def shared_prefix_attention(
   offset_BS: jax.Array | None = None,
   *,
   scale: float,
+  window: jax.Array | int | None = None,
   implementation: str | None = None,
   block_keys: int | None = None,
   block_scores: int | None = None,
@@ -62,6 +67,8 @@ def shared_prefix_attention(
     prefix_length_BS: [B, S] integer, prefix positions that a continuation sees.
     offset_BS: [B, S] integer, own keys before that of query 0; None means 0.
     scale: multiplies q.k, usually H ** -0.5.
+    window: int scalar, at least 1, positions that a query sees, its own
+      included; None means all.
     implementation: "reference", "xla" (streams over blocks of keys), "xla_rows"
       (one continuation after the other, for a CPU) or "pallas_tpu"; None lets
       the platform choose.
@@ -97,20 +104,24 @@ def shared_prefix_attention(
     block_scores = _score_budget(q_BSGNH.shape[0], q_BSGNH.shape[3], block_keys)
   _check_blocks(block_keys=block_keys, block_scores=block_scores)
   implementation = _choose(implementation, arrays, cpu="xla_rows")
-  bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
+  bounds = (jnp.maximum(prefix_length_BS, 0), jnp.maximum(offset_BS, 0))
+  window = _window(window)
   if implementation == "reference":
-    return reference.shared_prefix_attention(*arrays, *bounds, scale=scale)
+    return reference.shared_prefix_attention(
+      *arrays, *bounds, window, scale=scale
+    )
   if implementation == "xla_rows":
     return xla_rows.shared_prefix_attention(
-      *arrays, prefix_length_BS, optional_offset_BS, scale=float(scale)
+      *arrays, bounds[0], optional_offset_BS, window, scale=float(scale)
     )
   if implementation == "pallas_tpu":
     return pallas_tpu.shared_prefix_attention(
-      *arrays, *bounds, scale=float(scale)
+      *arrays, *bounds, window, scale=float(scale)
     )
   return xla.shared_prefix_attention(
     *arrays,
     *bounds,
+    window,
     scale=float(scale),
     block_keys=block_keys,
     block_scores=block_scores,
@@ -128,6 +139,7 @@ def decode_attention(
   layer: jax.Array | None = None,
   *,
   scale: float,
+  window: jax.Array | int | None = None,
   implementation: str | None = None,
   block_keys: int | None = None,
 ) -> jax.Array:
@@ -146,6 +158,7 @@ def decode_attention(
     offset_BS: [B, S] integer, own keys before the query's.
     layer: int scalar in [0, L); None if the caches are those of one layer.
     scale: multiplies q.k, usually H ** -0.5.
+    window: as in `shared_prefix_attention`.
     implementation: "reference", "xla" or "pallas_tpu"; None lets the platform
       choose.
     block_keys: keys of one block of "xla"; None means 64 on a CPU, else 128.
@@ -174,21 +187,41 @@ def decode_attention(
   if implementation == "xla_rows":
     raise ValueError('Decoding has no "xla_rows"; use "xla", or None.')
   implementation = _choose(implementation, (q_BSNH, *caches), cpu="xla")
-  bounds = (prefix_length_BS, jnp.maximum(offset_BS, 0))
+  bounds = (jnp.maximum(prefix_length_BS, 0), jnp.maximum(offset_BS, 0))
+  window = _window(window)
   if implementation == "reference":
     keys: Any = [x if layer is None else x[layer] for x in caches]
     keys = [x.swapaxes(-3, -2) for x in keys]
     return reference.shared_prefix_attention(
-      q_BSNH[:, :, None], *(*keys, *bounds), scale=scale
+      q_BSNH[:, :, None], *(*keys, *bounds, window), scale=scale
     )[:, :, 0]
   arrays: Any = (q_BSNH, *caches, *bounds, layer)
   if implementation == "pallas_tpu":
     if layer is None:
       arrays = (q_BSNH, *(x[None] for x in caches), *bounds, jnp.int32(0))
-    return pallas_tpu.decode_attention(*arrays, scale=float(scale))
+    return pallas_tpu.decode_attention(
+      *arrays, scale=float(scale), window=window
+    )
   return xla_decode.decode_attention(
-    *arrays, scale=float(scale), block_keys=block_keys
+    *arrays, scale=float(scale), window=window, block_keys=block_keys
   )
+
+
+def _window(window: jax.Array | int | None) -> jax.Array | None:
+  """Checks a window; an int32 scalar, or None."""
+  if window is None:
+    return None
+  if isinstance(window, int) and window < 1:
+    raise ValueError(
+      f"A sliding window holds at least the query's own position, got {window}."
+      " Make it 1 or more, or None to see every position."
+    )
+  scalar = jnp.asarray(window)
+  if scalar.shape or not jnp.issubdtype(scalar.dtype, jnp.integer):
+    raise ValueError(
+      f"A sliding window is one integer, got {scalar.dtype} {scalar.shape}."
+    )
+  return scalar.astype(jnp.int32)
 
 
 def _choose(

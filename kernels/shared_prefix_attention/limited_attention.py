@@ -2,6 +2,8 @@
 
   out_q = sum_{t < seen_q} p_qt v_t,      p_qt = exp(scale q.k_t - lse_q)
 
+With a sliding window it sees the keys first_q <= t < seen_q.
+
 Each block of queries runs an online softmax over blocks of keys, with its state
 in scratch. The number of key blocks that a query block needs is prefetched to
 scalar memory. Further blocks are neither computed (`pl.when`) nor fetched (the
@@ -18,7 +20,7 @@ one block.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +41,7 @@ def forward(
   k_BSKTH: jax.Array,
   v_BSKTH: jax.Array,
   seen_BSQ: jax.Array,
+  first_BSQ: jax.Array | None = None,
   seed: tuple[jax.Array, jax.Array] | None = None,
   layer: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +52,8 @@ def forward(
     q_BKSQH: [B, K, S, Q, H] float32 or bfloat16.
     k_BSKTH: [B, S, K, T, H], in q's dtype.
     v_BSKTH: like the keys.
-    seen_BSQ: [B, S, Q] int32 in [0, T], how many keys a query sees.
+    seen_BSQ: [B, S, Q] int32 in [0, T], the last key that a query sees + 1.
+    first_BSQ: [B, S, Q] int32, the first key that it sees; None for key 0.
     seed: out and logsumexp over other keys of the same softmax, or None; the
       online softmax continues from them.
     layer: int scalar; keys and values then have a first axis of layers, of
@@ -66,10 +70,13 @@ def forward(
   needed = plan.needed(seen_BSQ)
   if layer is not None:
     needed = jnp.append(needed, layer.astype(jnp.int32))
-  operands = (seen_BSQ[..., None], q_BKSQH, k_BSKTH, v_BSKTH, *seeds)
+  bounds = _bounds(seen_BSQ, first_BSQ)
+  operands = (*bounds, q_BKSQH, k_BSKTH, v_BSKTH, *seeds)
   per_query = (plan.query_spec(H, _outer), plan.query_spec(1, _outer))
   return pl.pallas_call(
-    functools.partial(_forward_kernel, plan=plan, scale=scale),
+    functools.partial(
+      _forward_kernel, plan=plan, scale=scale, num_bounds=len(bounds)
+    ),
     out_shape=(
       manual_axes.shape_like(
         (*outer, H), q_BKSQH.dtype if seed else jnp.float32, *operands
@@ -80,7 +87,7 @@ def forward(
       num_scalar_prefetch=1,
       grid=plan.grid_over_keys,
       in_specs=[
-        plan.seen_spec(_outer),
+        *[plan.seen_spec(_outer)] * len(bounds),
         per_query[0],
         *[plan.key_spec(plan.key_needed)] * 2,
         *per_query[: len(seeds)],
@@ -105,6 +112,7 @@ def backward(
   d_out_BKSQH: jax.Array,
   lse_BKSQ1: jax.Array,
   delta_BKSQ1: jax.Array,
+  first_BSQ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Gradients through these keys of a softmax whose logsumexp is `lse`.
 
@@ -117,6 +125,7 @@ def backward(
     d_out_BKSQH: cotangent of the whole output, of q's dtype.
     lse_BKSQ1: [B, K, S, Q, 1] float32, over all keys of the whole softmax.
     delta_BKSQ1: [B, K, S, Q, 1] float32, d_out . out of the whole output.
+    first_BSQ: as in `forward`.
 
   Returns:
     d_q in float32; d_k and d_v in the keys' dtype.
@@ -124,8 +133,9 @@ def backward(
   plan = limited_plan.Plan(q_BKSQH, k_BSKTH)
   H = q_BKSQH.shape[4]
   needed = plan.needed(seen_BSQ)
+  bounds = _bounds(seen_BSQ, first_BSQ)
   operands = (
-    seen_BSQ[..., None],
+    *bounds,
     q_BKSQH,
     d_out_BKSQH,
     lse_BKSQ1,
@@ -138,14 +148,16 @@ def backward(
     query: Callable[..., Any], key: Callable[..., Any]
   ) -> list[pl.BlockSpec]:
     return [
-      plan.seen_spec(query),
+      *[plan.seen_spec(query)] * len(bounds),
       *[plan.query_spec(H, query)] * 2,
       *[plan.query_spec(1, query)] * 2,
       *[plan.key_spec(key)] * 2,
     ]
 
   d_q = pl.pallas_call(
-    functools.partial(_d_query_kernel, plan=plan, scale=scale),
+    functools.partial(
+      _d_query_kernel, plan=plan, scale=scale, num_bounds=len(bounds)
+    ),
     out_shape=manual_axes.shape_like(q_BKSQH.shape, jnp.float32, *operands),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -159,7 +171,9 @@ def backward(
   )(needed, *operands)
   block = pltpu.VMEM((plan.heads, plan.t, H), jnp.float32)
   d_k, d_v = pl.pallas_call(
-    functools.partial(_d_key_kernel, plan=plan, scale=scale),
+    functools.partial(
+      _d_key_kernel, plan=plan, scale=scale, num_bounds=len(bounds)
+    ),
     out_shape=(manual_axes.shape_like(k_BSKTH.shape, k_BSKTH.dtype, *operands),)
     * 2,
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -175,6 +189,14 @@ def backward(
   return d_q, d_k, d_v
 
 
+def _bounds(
+  seen_BSQ: jax.Array, first_BSQ: jax.Array | None
+) -> tuple[jax.Array, ...]:
+  """Last visible key + 1 and, if there are any, first visible keys."""
+  both = (seen_BSQ,) if first_BSQ is None else (seen_BSQ, first_BSQ)
+  return tuple(x[..., None] for x in both)
+
+
 def _outer(b: Any, s: Any, outer: Any, *_: Any) -> Any:
   """The index of the outer of a grid's two block axes."""
   return outer
@@ -182,14 +204,12 @@ def _outer(b: Any, s: Any, outer: Any, *_: Any) -> Any:
 
 def _forward_kernel(
   needed_ref: Any,
-  seen_ref: Any,
-  q_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
   *refs: Any,
   plan: limited_plan.Plan,
   scale: float,
+  num_bounds: int,
 ) -> None:
+  bounds, (q_ref, k_ref, v_ref, *refs) = refs[:num_bounds], refs[num_bounds:]
   *seed, out_ref, lse_ref, sum_ref, m_ref, l_ref = refs
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
@@ -206,7 +226,7 @@ def _forward_kernel(
 
   @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
   def _() -> None:
-    visible = _visible(seen_ref, j, plan)
+    visible = _visible(bounds, j, plan)
     for n in range(plan.heads):
       k = k_ref[0, 0, n]
       v = _zero_beyond(v_ref[0, 0, n], j, plan.t, plan.T)
@@ -229,19 +249,13 @@ def _forward_kernel(
 
 def _d_query_kernel(
   needed_ref: Any,
-  seen_ref: Any,
-  q_ref: Any,
-  d_out_ref: Any,
-  lse_ref: Any,
-  delta_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
-  d_q_ref: Any,
-  sum_ref: Any,
-  *,
+  *refs: Any,
   plan: limited_plan.Plan,
   scale: float,
+  num_bounds: int,
 ) -> None:
+  bounds, refs = refs[:num_bounds], refs[num_bounds:]
+  q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, d_q_ref, sum_ref = refs
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(j == 0)
@@ -250,7 +264,7 @@ def _d_query_kernel(
 
   @pl.when(j < plan.blocks_for(b, s, i, needed_ref))
   def _() -> None:
-    visible = _visible(seen_ref, j, plan)
+    visible = _visible(bounds, j, plan)
     for n in range(plan.heads):
       k = _zero_beyond(k_ref[0, 0, n], j, plan.t, plan.T)
       v = v_ref[0, 0, n]
@@ -267,21 +281,14 @@ def _d_query_kernel(
 def _d_key_kernel(
   needed_ref: Any,
   first_ref: Any,
-  seen_ref: Any,
-  q_ref: Any,
-  d_out_ref: Any,
-  lse_ref: Any,
-  delta_ref: Any,
-  k_ref: Any,
-  v_ref: Any,
-  d_k_ref: Any,
-  d_v_ref: Any,
-  k_sum_ref: Any,
-  v_sum_ref: Any,
-  *,
+  *refs: Any,
   plan: limited_plan.Plan,
   scale: float,
+  num_bounds: int,
 ) -> None:
+  bounds, refs = refs[:num_bounds], refs[num_bounds:]
+  q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, *refs = refs
+  d_k_ref, d_v_ref, k_sum_ref, v_sum_ref = refs
   b, s, j, i = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(i == 0)
@@ -291,7 +298,7 @@ def _d_key_kernel(
 
   @pl.when(plan.blocks_for(b, s, i, needed_ref) > j)
   def _() -> None:
-    visible = _visible(seen_ref, j, plan)
+    visible = _visible(bounds, j, plan)
     visible = visible & _within(visible.shape, i, plan.q, plan.Q)
     for n in range(plan.heads):
       q = _zero_beyond(q_ref[0, n, 0], i, plan.q, plan.Q)
@@ -317,12 +324,21 @@ def _probability(
 
 
 def _visible(
-  seen_ref: Any, key_block: Any, plan: limited_plan.Plan
+  bounds: Sequence[Any], key_block: Any, plan: limited_plan.Plan
 ) -> jax.Array:
-  """Whether a query sees a key of the block, [q, t] bool."""
-  seen_q1 = seen_ref[0, 0] - key_block * plan.t
+  """Whether a query sees a key of the block, [q, t] bool.
+
+  Args:
+    bounds: refs of what `_bounds` gives.
+    key_block: index of the block.
+    plan: its sizes.
+  """
+  start = key_block * plan.t
   key_qt = jax.lax.broadcasted_iota(jnp.int32, (plan.q, plan.t), 1)
-  return key_qt < seen_q1
+  visible = key_qt < bounds[0][0, 0] - start
+  for first_ref in bounds[1:]:
+    visible = visible & (key_qt >= first_ref[0, 0] - start)
+  return visible
 
 
 def _within(shape: tuple[int, ...], block: Any, size: int, length: int) -> Any:

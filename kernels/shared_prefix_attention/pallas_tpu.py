@@ -2,7 +2,8 @@
 
 Attention to the prefix and attention to the own continuation are the same
 operation: each query sees the first keys only, `prefix_length` of the prefix
-and offset + g + 1 of its continuation. `limited_attention` has the kernels. The
+and offset + g + 1 of its continuation; with a sliding window, the last of
+these. `limited_attention` has the kernels. The
 online softmax of the continuation continues from that of the prefix; the
 backward pass runs once for each, with the logsumexp over both. Against the
 prefix, all queries of a row are one block, so that decoding reads a prompt's
@@ -51,6 +52,7 @@ def shared_prefix_attention(
   continuation_v_BSCKH: jax.Array,
   prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
+  window: jax.Array | None = None,
   *,
   scale: float,
 ) -> jax.Array:
@@ -67,7 +69,7 @@ def shared_prefix_attention(
     continuation_v_BSCKH,
   )
   _require(*arrays)
-  return _attention(scale, *arrays, prefix_length_BS, offset_BS)
+  return _attention(scale, *arrays, prefix_length_BS, offset_BS, window)
 
 
 def decode_attention(
@@ -81,6 +83,7 @@ def decode_attention(
   layer: jax.Array,
   *,
   scale: float,
+  window: jax.Array | None = None,
 ) -> jax.Array:
   """Computes `api.decode_attention` without copying the layer out.
 
@@ -98,6 +101,17 @@ def decode_attention(
   K, T = prefix_k_LBKTH.shape[2:4]
   R, C = N // K, continuation_k_LBSKCH.shape[4]
   q_BKSRH = q_BSNH.reshape(B, S, K, R, H).swapaxes(1, 2)
+  first_prefix: Any = None
+  first_own: Any = None
+  if window is not None:
+    first_own, first_prefix = (
+      jnp.broadcast_to(x[..., None], (B, S, R)).astype(jnp.int32)
+      for x in (
+        offset_BS + 1 - window,
+        prefix_length_BS + offset_BS + 1 - window,
+      )
+    )
+    first_prefix = first_prefix.reshape(B, 1, S * R)
   prefix_length_BSR, own_BSR = (
     jnp.broadcast_to(jnp.minimum(x, most)[..., None], (B, S, R))
     for x, most in ((prefix_length_BS, T), (offset_BS + 1, C))
@@ -108,6 +122,7 @@ def decode_attention(
     prefix_k_LBKTH[:, :, None],
     prefix_v_LBKTH[:, :, None],
     prefix_length_BSR.reshape(B, 1, S * R).astype(jnp.int32),
+    first_BSQ=first_prefix,
     layer=layer,
   )
   out, logsumexp = (x.reshape(B, K, S, R, -1) for x in seed)
@@ -117,6 +132,7 @@ def decode_attention(
     continuation_k_LBSKCH,
     continuation_v_LBSKCH,
     own_BSR.astype(jnp.int32),
+    first_BSQ=first_own,
     seed=(out, logsumexp),
     layer=layer,
   )
@@ -132,22 +148,23 @@ def _require(*arrays: jax.Array) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale: float, *arrays: jax.Array) -> jax.Array:
+def _attention(scale: float, *arrays: Any) -> jax.Array:
   return _forward_rule(scale, *arrays)[0]
 
 
 def _forward_rule(
-  scale: float, q_BSGNH: jax.Array, *keys: jax.Array
+  scale: float, q_BSGNH: jax.Array, *keys: Any
 ) -> tuple[jax.Array, Any]:
   K = keys[0].shape[2]
   R = q_BSGNH.shape[3] // K
   q_BKSQH = _heads_first(q_BSGNH, K)
   prefix, continuations = _operands(q_BKSQH, R, keys)
-  seed = limited_attention.forward(scale, *prefix)
+  *operands, first = prefix
+  seed = limited_attention.forward(scale, *operands, first_BSQ=first)
   out, logsumexp = (x.reshape(*q_BKSQH.shape[:4], -1) for x in seed)
-  q, k, v, seen = continuations
+  *operands, first = continuations
   out_BKSQH, lse_BKSQ1 = limited_attention.forward(
-    scale, q, k, v, seen, seed=(out, logsumexp)
+    scale, *operands, first_BSQ=first, seed=(out, logsumexp)
   )
   out_BSGNH = _undo_heads_first(out_BKSQH, q_BSGNH.shape[2])
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
@@ -169,7 +186,7 @@ def _backward_rule(
   )
   d_q_BKSQH: Any = 0.0
   d_keys = []
-  for operands in _operands(q_BKSQH, R, keys):
+  for *operands, first in _operands(q_BKSQH, R, keys):
     d_q, d_k, d_v = limited_attention.backward(
       scale,
       *operands,
@@ -177,6 +194,7 @@ def _backward_rule(
         x.reshape(operands[0].shape[:4] + (-1,))
         for x in (d_out_BKSQH, lse_BKSQ1, delta_BKSQ1)
       ),
+      first_BSQ=first,
     )
     d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)
     d_keys += [jnp.swapaxes(x, 2, 3) for x in (d_k, d_v)]
@@ -187,16 +205,16 @@ def _backward_rule(
     manual_axes.reduce_like(d_x.reshape(x.shape), x)
     for d_x, x in zip((d_q_BSGNH, *d_keys), (q_BSGNH, *keys[:4]))
   )
-  return (*gradients, None, None)
+  return (*gradients, None, None, None)
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _operands(
-  q_BKSQH: jax.Array, R: int, keys: Sequence[jax.Array]
+  q_BKSQH: jax.Array, R: int, keys: Sequence[Any]
 ) -> tuple[Any, Any]:
-  """Queries, keys, values and visible keys for `limited_attention`.
+  """Queries, keys, values, last and first visible keys of `limited_attention`.
 
   Returns:
     Those of the prefix, as one long continuation, and of the continuations.
@@ -208,11 +226,19 @@ def _operands(
     continuation_v,
     prefix_length_BS,
     offset_BS,
+    window,
   ) = keys
   B, K, S, Q, H = q_BKSQH.shape
   T, C = prefix_k.shape[1], continuation_k.shape[2]
   query_Q = jnp.arange(Q, dtype=jnp.int32) // R
-  own_BSQ = jnp.minimum(offset_BS[..., None] + query_Q[None, None] + 1, C)
+  end_BSQ = offset_BS[..., None] + query_Q[None, None] + 1
+  own_BSQ = jnp.minimum(end_BSQ, C)
+  first_prefix: Any = None
+  first_own: Any = None
+  if window is not None:
+    first_own = (end_BSQ - window).astype(jnp.int32)
+    first_prefix = first_own + prefix_length_BS[..., None].astype(jnp.int32)
+    first_prefix = first_prefix.reshape(B, 1, S * Q)
   prefix_length_BSQ = jnp.broadcast_to(
     jnp.minimum(prefix_length_BS, T)[..., None], (B, S, Q)
   )
@@ -222,12 +248,14 @@ def _operands(
       jnp.swapaxes(prefix_k, 1, 2)[:, None],
       jnp.swapaxes(prefix_v, 1, 2)[:, None],
       prefix_length_BSQ.reshape(B, 1, S * Q).astype(jnp.int32),
+      first_prefix,
     ),
     (
       q_BKSQH,
       jnp.swapaxes(continuation_k, 2, 3),
       jnp.swapaxes(continuation_v, 2, 3),
       own_BSQ.astype(jnp.int32),
+      first_own,
     ),
   )
 

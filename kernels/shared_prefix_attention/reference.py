@@ -16,6 +16,7 @@ def shared_prefix_attention(
   continuation_v_BSCKH: jax.Array,
   prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
+  window: jax.Array | None = None,
   *,
   scale: float,
 ) -> jax.Array:
@@ -35,16 +36,28 @@ def shared_prefix_attention(
     return jnp.repeat(both, N // K, axis=3)
 
   last_BSG1 = offset_BS[:, :, None, None] + jnp.arange(G)[None, None, :, None]
+  seen_BSG1 = prefix_length_BS[:, :, None, None]
   visible_BSGX = jnp.concatenate(
     [
       jnp.broadcast_to(
-        jnp.arange(T)[None, None, None] < prefix_length_BS[:, :, None, None],
+        jnp.arange(T)[None, None, None] < seen_BSG1,
         (B, S, G, T),
       ),
       jnp.arange(C)[None, None, None] <= last_BSG1,
     ],
     axis=-1,
   )
+  if window is not None:
+    position_BSGX = jnp.concatenate(
+      [
+        jnp.broadcast_to(jnp.arange(T)[None, None, None], (B, S, G, T)),
+        jnp.broadcast_to(
+          seen_BSG1 + jnp.arange(C)[None, None, None], (B, S, G, C)
+        ),
+      ],
+      axis=-1,
+    )
+    visible_BSGX &= position_BSGX > seen_BSG1 + last_BSG1 - window
   score_BSNGX = scale * jnp.einsum(
     "bsgnh,bsxnh->bsngx",
     q_BSGNH,

@@ -50,6 +50,7 @@ class _Keys(NamedTuple):
   own_v: jax.Array
   prefix_length: jax.Array  # [B, S]
   offset: jax.Array  # [B, S]
+  window: jax.Array | None  # scalar
 
 
 def shared_prefix_attention(
@@ -60,6 +61,7 @@ def shared_prefix_attention(
   continuation_v_BSCKH: jax.Array,
   prefix_length_BS: jax.Array,
   offset_BS: jax.Array,
+  window: jax.Array | None = None,
   *,
   scale: float,
   block_keys: int,
@@ -80,6 +82,7 @@ def shared_prefix_attention(
     own_v=continuation_v_BSCKH,
     prefix_length=prefix_length_BS,
     offset=offset_BS,
+    window=window,
   )
   out_BSGKRH = _attention(
     _Settings(scale=scale, block_keys=block_keys, chunk=chunk),
@@ -91,13 +94,13 @@ def shared_prefix_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-  settings: _Settings, q_BSGKRH: jax.Array, *keys: jax.Array
+  settings: _Settings, q_BSGKRH: jax.Array, *keys: Any
 ) -> jax.Array:
   return _forward_rule(settings, q_BSGKRH, *keys)[0]
 
 
 def _forward_rule(
-  settings: _Settings, q_BSGKRH: jax.Array, *arrays: jax.Array
+  settings: _Settings, q_BSGKRH: jax.Array, *arrays: Any
 ) -> tuple[jax.Array, Any]:
   scale, block_keys, chunk = settings
   keys = _Keys(*arrays)
@@ -106,11 +109,16 @@ def _forward_rule(
     """Output and logsumexp of the chunk that begins at `start`."""
     q_BKSQH = _heads_first(_slice_chunk(q_BSGKRH, start, chunk))
     own_k, own_v, prefix_length, offset = (
-      _slice_chunk(x, start, chunk[:1]) for x in keys[2:]
+      _slice_chunk(x, start, chunk[:1]) for x in keys[2:6]
+    )
+    own, prefix = _visible(
+      prefix_length, offset, keys.window, start, chunk, q_BSGKRH.shape[4]
     )
     zero = jnp.zeros(q_BKSQH.shape, jnp.float32)
     total: Any = (zero[..., 0] + MASKED, zero[..., 0], zero)
-    total = tuple(manual_axes.varying_like(x, q_BSGKRH, *keys) for x in total)
+    total = tuple(
+      manual_axes.varying_like(x, q_BSGKRH, *keys[:6]) for x in total
+    )
 
     def add_block(
       total: Any, k: jax.Array, v: jax.Array, axes: str, visible: Any, _: Any
@@ -129,7 +137,7 @@ def _forward_rule(
       axes=CONTINUATION,
       k=own_k,
       v=own_v,
-      visible_BSQ=_own_keys_visible(offset, start, chunk, q_BSGKRH.shape[4]),
+      visible=own,
       block_keys=block_keys,
     )
     m, l, o = _fold_blocks(
@@ -138,7 +146,7 @@ def _forward_rule(
       axes=PREFIX,
       k=keys.prefix_k,
       v=keys.prefix_v,
-      visible_BSQ=prefix_length[..., None],
+      visible=prefix,
       block_keys=block_keys,
     )
     out = (o / l[..., None]).astype(q_BSGKRH.dtype)
@@ -172,7 +180,7 @@ def _backward_rule(
 
   def zeros(shape: tuple[int, ...]) -> jax.Array:
     zero = jnp.zeros(shape, jnp.float32)
-    return manual_axes.varying_like(zero, d_out_BSGKRH, q_BSGKRH, *keys)
+    return manual_axes.varying_like(zero, d_out_BSGKRH, q_BSGKRH, *keys[:6])
 
   def attend(
     d_keys: tuple[jax.Array, ...], start: Any
@@ -183,7 +191,10 @@ def _backward_rule(
       _heads_first(_slice_chunk(x, start, chunk)) for x in per_query
     )
     own_k, own_v, prefix_length, offset = (
-      _slice_chunk(x, start, chunk[:1]) for x in keys[2:]
+      _slice_chunk(x, start, chunk[:1]) for x in keys[2:6]
+    )
+    own, prefix = _visible(
+      prefix_length, offset, keys.window, start, chunk, q_BSGKRH.shape[4]
     )
 
     def add_block(
@@ -212,7 +223,7 @@ def _backward_rule(
       axes=CONTINUATION,
       k=own_k,
       v=own_v,
-      visible_BSQ=_own_keys_visible(offset, start, chunk, q_BSGKRH.shape[4]),
+      visible=own,
       block_keys=block_keys,
     )
     d_q, *d_prefix = _fold_blocks(
@@ -221,7 +232,7 @@ def _backward_rule(
       axes=PREFIX,
       k=keys.prefix_k,
       v=keys.prefix_v,
-      visible_BSQ=prefix_length[..., None],
+      visible=prefix,
       block_keys=block_keys,
     )
     d_own = tuple(
@@ -241,7 +252,7 @@ def _backward_rule(
     manual_axes.reduce_like(d_x, x).astype(x.dtype)
     for d_x, x in zip((d_q, *d_keys), (q_BSGKRH, *keys[:4]))
   )
-  return (*gradients, None, None)
+  return (*gradients, None, None, None)
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
@@ -254,7 +265,7 @@ def _fold_blocks(
   axes: str,
   k: jax.Array,
   v: jax.Array,
-  visible_BSQ: jax.Array,
+  visible: tuple[jax.Array | None, jax.Array],
   block_keys: int,
 ) -> Any:
   """Folds `add_block` over the blocks of keys that some query sees.
@@ -268,28 +279,38 @@ def _fold_blocks(
     axes: of k and v, PREFIX or CONTINUATION.
     k: keys.
     v: values.
-    visible_BSQ: how many keys each query sees, or [B, S, 1].
+    visible: the first key that each query sees [B, S, Q], or None for the
+      first of all; and the last one + 1, [B, S, Q] or [B, S, 1].
     block_keys: keys of one block.
   """
   axis = axes.index("x")
   length = k.shape[axis]
   size = min(block_keys, length)
-  visible_B1SQ1 = visible_BSQ[:, None, :, :, None]
+  first_BSQ, end_BSQ = visible
+
+  def seen(position: jax.Array) -> jax.Array:
+    seen = position < end_BSQ[:, None, :, :, None]
+    if first_BSQ is None:
+      return seen
+    return seen & (position >= first_BSQ[:, None, :, :, None])
 
   def block(i: jax.Array, total: Any) -> Any:
     first = jnp.minimum(i * size, length - size)
     position = (first + jnp.arange(size))[None, None, None, None]
-    visible = (position >= i * size) & (position < visible_B1SQ1)
+    visible = (position >= i * size) & seen(position)
     k_block, v_block = (
       jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x in (k, v)
     )
     return add_block(total, k_block, v_block, axes, visible, first)
 
   if size == length:
-    visible = jnp.arange(size)[None, None, None, None] < visible_B1SQ1
+    visible = seen(jnp.arange(size)[None, None, None, None])
     return add_block(total, k, v, axes, visible, 0)
-  count = -(-jnp.minimum(jnp.max(visible_BSQ), length) // size)
-  return jax.lax.fori_loop(0, count, block, total)
+  count = -(-jnp.minimum(jnp.max(end_BSQ), length) // size)
+  start: Any = 0
+  if first_BSQ is not None:
+    start = jnp.clip(jnp.min(first_BSQ), 0, length) // size
+  return jax.lax.fori_loop(start, count, block, total)
 
 
 def _scores(q_BKSQH: jax.Array, k: jax.Array, axes: str) -> jax.Array:
@@ -319,12 +340,28 @@ def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   )
 
 
-def _own_keys_visible(
-  offset_BS: jax.Array, start: Sequence[Any], chunk: _Chunk, repeats: int
-) -> jax.Array:
-  """How many keys of its own continuation each query sees, [B, S, Q]."""
+def _visible(
+  prefix_length_BS: jax.Array,
+  offset_BS: jax.Array,
+  window: jax.Array | None,
+  start: Sequence[Any],
+  chunk: _Chunk,
+  repeats: int,
+) -> tuple[Any, Any]:
+  """First and last visible key + 1 of every query of a chunk.
+
+  Returns:
+    Those of its own continuation, and those of the prefix; see `_fold_blocks`.
+  """
   query_Q = start[1] + jnp.arange(chunk.query * repeats) // repeats
-  return offset_BS[..., None] + query_Q[None, None] + 1
+  end_BSQ = offset_BS[..., None] + query_Q[None, None] + 1
+  prefix_BS1 = prefix_length_BS[..., None]
+  if window is None:
+    return (None, end_BSQ), (None, prefix_BS1)
+  return (end_BSQ - window, end_BSQ), (
+    prefix_BS1 + end_BSQ - window,
+    prefix_BS1,
+  )
 
 
 def _chunk_size(S: int, G: int, max_queries: int) -> _Chunk:

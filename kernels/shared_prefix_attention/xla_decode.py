@@ -44,6 +44,7 @@ def decode_attention(
   layer: jax.Array | None,
   *,
   scale: float,
+  window: jax.Array | None,
   block_keys: int,
 ) -> jax.Array:
   """Computes `api.decode_attention`, which states the shapes."""
@@ -52,6 +53,12 @@ def decode_attention(
   R = N // K
   q_BSKRH = q_BSNH.reshape(B, S, K, R, H)
   prefix_length_BQ = jnp.repeat(prefix_length_BS, R, axis=1)
+  own_BS11 = (offset_BS + 1)[:, :, None, None]
+  first_own = first_prefix = None
+  if window is not None:
+    first_own = own_BS11 - window
+    first_prefix = prefix_length_BQ + jnp.repeat(first_own[:, :, 0, 0], R, 1)
+    first_prefix = first_prefix[:, None]
 
   def join_samples(x: jax.Array) -> jax.Array:
     """All queries of a row side by side, [B, K, S * R, ...]."""
@@ -64,7 +71,8 @@ def decode_attention(
     q_BSKRH,
     continuation_k,
     continuation_v,
-    visible=(offset_BS + 1)[:, :, None, None],
+    visible=own_BS11,
+    first=first_own,
     total=None,
     scale=scale,
     block_keys=block_keys,
@@ -74,6 +82,7 @@ def decode_attention(
     prefix_k,
     prefix_v,
     visible=prefix_length_BQ[:, None],
+    first=first_prefix,
     total=tuple(join_samples(x) for x in total),
     scale=scale,
     block_keys=block_keys,
@@ -88,6 +97,7 @@ def _attend_whole(
   v: jax.Array,
   *,
   visible: jax.Array,
+  first: jax.Array | None,
   total: _Softmax | None,
   scale: float,
   block_keys: int,
@@ -98,8 +108,10 @@ def _attend_whole(
     q: [..., Q, H].
     k: [..., length, H].
     v: like k.
-    visible: [..., Q] integer, how many keys a query sees; masked keys add exact
-      zeros.
+    visible: [..., Q] integer, the last key that a query sees + 1; masked keys
+      add exact zeros.
+    first: [..., Q] integer, the first key that it sees; None for all keys
+      before the last.
     total: the softmax over other keys, which these are added to, or None.
     scale: multiplies q.k.
     block_keys: keys that are summed as one block.
@@ -115,6 +127,8 @@ def _attend_whole(
     (1,) * (visible.ndim - 1) + (length // x, 1, x)
   )
   mask = position < visible[..., None, :, None]
+  if first is not None:
+    mask &= position >= first[..., None, :, None]
   q = jnp.broadcast_to(q[..., None, :, :], (*k.shape[:-2], Q, H))
   score = jnp.where(mask, scale * _scores(q, k), MASKED)
   m = jnp.max(score, axis=(-3, -1))
@@ -156,6 +170,7 @@ def _attend_blocks(
   v: jax.Array,
   *,
   visible: jax.Array,
+  first: jax.Array | None,
   total: _Softmax | None,
   scale: float,
   block_keys: int,
@@ -175,6 +190,8 @@ def _attend_blocks(
     start = jnp.minimum(i * size, length - size)
     position = (start + jnp.arange(size)).reshape((1,) * visible.ndim + (-1,))
     mask = (position >= i * size) & (position < visible[..., None])
+    if first is not None:
+      mask &= position >= first[..., None]
     m, l, o = total
     score = jnp.where(mask, scale * _scores(q, block(k, start)), MASKED)
     m_new = jnp.maximum(m, jnp.max(score, axis=-1))
@@ -191,7 +208,10 @@ def _attend_blocks(
     return jax.lax.dynamic_slice(x, starts, sizes)[0]
 
   count = -(-jnp.minimum(jnp.max(visible), length) // size)
-  return jax.lax.fori_loop(0, count, add_block, total)
+  begin: Any = 0
+  if first is not None:
+    begin = jnp.clip(jnp.min(first), 0, length) // size
+  return jax.lax.fori_loop(begin, count, add_block, total)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:

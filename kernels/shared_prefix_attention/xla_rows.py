@@ -28,6 +28,7 @@ def shared_prefix_attention(
   continuation_v_BSCKH: jax.Array,
   prefix_length_BS: jax.Array,
   offset_BS: jax.Array | None,
+  window: jax.Array | None = None,
   *,
   scale: float,
 ) -> jax.Array:
@@ -41,6 +42,7 @@ def shared_prefix_attention(
     continuation_v_BSCKH,
     prefix_length_BS,
     offset_BS,
+    window,
   )
 
 
@@ -54,8 +56,9 @@ def _forward_rule(
   q_BSGNH: jax.Array,
   prefix_k_BTKH: jax.Array,
   prefix_v_BTKH: jax.Array,
-  *own: Any,
+  *rest: Any,
 ) -> tuple[jax.Array, Any]:
+  *own, window = rest
   K = prefix_k_BTKH.shape[2]
 
   def row(inputs: Any) -> Any:
@@ -80,7 +83,9 @@ def _forward_rule(
           bias=mask,
           scale=scale,
         )
-        for queries, keys, mask in _chunks(q_GNH, prefix_k_TKH, k_CKH, *bounds)
+        for queries, keys, mask in _chunks(
+          q_GNH, prefix_k_TKH, k_CKH, window, *bounds
+        )
       ]
       out_1KRGH = jnp.concatenate(out, axis=3).astype(q_GNH.dtype)
       return tiles.ungrouped(out_1KRGH)[0]
@@ -90,13 +95,13 @@ def _forward_rule(
   out_BSGNH = jax.lax.map(
     row, (prefix_k_BTKH, prefix_v_BTKH, _present(q_BSGNH, *own))
   )
-  return out_BSGNH, (q_BSGNH, prefix_k_BTKH, prefix_v_BTKH, *own, out_BSGNH)
+  return out_BSGNH, (q_BSGNH, prefix_k_BTKH, prefix_v_BTKH, *rest, out_BSGNH)
 
 
 def _backward_rule(
   scale: float, residuals: Any, d_out_BSGNH: jax.Array
 ) -> tuple[Any, ...]:
-  q_BSGNH, prefix_k_BTKH, prefix_v_BTKH, *own, out_BSGNH = residuals
+  q_BSGNH, prefix_k_BTKH, prefix_v_BTKH, *own, window, out_BSGNH = residuals
   T, K, H = prefix_k_BTKH.shape[1:]
   like = (d_out_BSGNH, q_BSGNH, prefix_k_BTKH, prefix_v_BTKH, *own[:2])
 
@@ -120,7 +125,9 @@ def _backward_rule(
         _joined(prefix_v_KTH, v_CKH),
       )
       d_keys, d_q = [zeros(T + k_CKH.shape[0])] * 2, []
-      for queries, keys, mask in _chunks(q_GNH, prefix_k_TKH, k_CKH, *bounds):
+      for queries, keys, mask in _chunks(
+        q_GNH, prefix_k_TKH, k_CKH, window, *bounds
+      ):
         q, d_out, delta = (x[:, :, :, queries] for x in per_query)
         d_q_chunk, *d_chunk = tiles.backward(
           q,
@@ -156,7 +163,7 @@ def _backward_rule(
     manual_axes.reduce_like(d_x, x).astype(x.dtype)
     for d_x, x in zip((d_q, d_prefix_k, d_prefix_v, d_k, d_v), primals)
   )
-  return (*gradients, None, None)
+  return (*gradients, None, None, None)
 
 
 _attention.defvjp(_forward_rule, _backward_rule)
@@ -178,6 +185,7 @@ def _chunks(
   q_GNH: jax.Array,
   prefix_TKH: jax.Array,
   continuation_CKH: jax.Array,
+  window: jax.Array | None,
   prefix_length: jax.Array,
   offset: jax.Array | None = None,
 ) -> Iterator[tuple[slice, slice, jax.Array]]:
@@ -198,4 +206,9 @@ def _chunks(
     visible_gW = (key_1W <= last_g[:, None]) & (
       (key_1W < prefix_length) | (key_1W >= T)
     )
+    if window is not None:
+      # The own key in place T has position `prefix_length`.
+      ahead_g = prefix_length - T
+      position_1W = jnp.where(key_1W < T, key_1W, key_1W + ahead_g)
+      visible_gW &= position_1W > last_g[:, None] + ahead_g - window
     yield slice(start, end), keys, tiles.bias(visible_gW)[None, None, None]

@@ -1,6 +1,8 @@
 """Which tokens attend to which: the `attend` arguments of the model.
 
-Each function here returns `attend(cache, layer, q, k, v) -> (out, cache)`.
+Each function here returns
+`attend(cache, layer, q, k, v, window=None) -> (out, cache)`, whose window is a
+`sliding_window.SlidingWindow` or None.
 
 Shape key: B rows (when decoding, prompt slots), T prefix tokens,
 S continuations of a row (when decoding, slots of a prompt), G tokens of a
@@ -19,6 +21,7 @@ from opera_jax.models import (
   kv_cache,
   self_attention,
   sharded_ops,
+  sliding_window,
 )
 
 
@@ -31,7 +34,12 @@ def causal(
   """Causal attention within segments; see `self_attention` for both options."""
 
   def attend(
-    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    cache: Any,
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: sliding_window.SlidingWindow | None = None,
   ) -> tuple[jax.Array, Any]:
     del layer
     out_BTNH = self_attention.self_attention(
@@ -39,6 +47,7 @@ def causal(
       k,
       v,
       segment_BT,
+      window=window,
       right_padded=right_padded,
       implementation=implementation,
     )
@@ -68,9 +77,16 @@ def prefix_and_continuations(
   )
 
   def attend(
-    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    cache: Any,
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: sliding_window.SlidingWindow | None = None,
   ) -> tuple[jax.Array, Any]:
-    out_BTNH, cache = attend_prefix(cache, layer, q[:, :T], k[:, :T], v[:, :T])
+    out_BTNH, cache = attend_prefix(
+      cache, layer, q[:, :T], k[:, :T], v[:, :T], window
+    )
 
     def continuations(x: jax.Array) -> jax.Array:
       return x[:, T:].reshape(B, S, G, *x.shape[2:])
@@ -82,6 +98,7 @@ def prefix_and_continuations(
       continuations(k),
       continuations(v),
       prefix_length_BS,
+      sliding_window.positions(window),
       scale=q.shape[-1] ** -0.5,
     )
     out = out_BSGNH.reshape(B, S * G, *out_BSGNH.shape[3:])
@@ -102,13 +119,18 @@ def prefill(
   )
 
   def attend(
-    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    cache: Any,
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: sliding_window.SlidingWindow | None = None,
   ) -> tuple[jax.Array, Any]:
     cache = kv_cache.PrefixCache(
       k=cache.k.at[layer].set(jnp.swapaxes(k, 1, 2).astype(cache.k.dtype)),
       v=cache.v.at[layer].set(jnp.swapaxes(v, 1, 2).astype(cache.v.dtype)),
     )
-    return attend_causally(None, layer, q, k, v)[0], cache
+    return attend_causally(None, layer, q, k, v, window)[0], cache
 
   return attend
 
@@ -141,7 +163,12 @@ def decode(
   """
 
   def attend(
-    cache: Any, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array
+    cache: Any,
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: sliding_window.SlidingWindow | None = None,
   ) -> tuple[jax.Array, Any]:
     # A position beyond the cache writes nothing.
     num_generated = jnp.where(live_BS, num_generated_BS, cache.capacity)
@@ -168,6 +195,7 @@ def decode(
       prefix_length_B=prefix_length_B,
       num_generated_BS=num_generated,
       layer=None if unstacked else layer,
+      window=sliding_window.positions(window),
       scale=q.shape[-1] ** -0.5,
     )
     cache = kv_cache.SampleCache(

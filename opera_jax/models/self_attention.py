@@ -4,6 +4,8 @@ Token t of a row attends to the tokens at or before t of its own segment:
 
   out_t = softmax_{s <= t, segment_s = segment_t}(q_t k_s / sqrt(H)) v_s
 
+With a sliding window of W it attends to those with s > t - W alone.
+
 Padding is segment 0 and attends to padding, so its outputs stay finite. On a
 mesh, rows are sharded over the data axes, heads over `tensor` and queries over
 `sequence`; keys and values are all-gathered over `sequence`.
@@ -12,6 +14,8 @@ Shape key: B rows, T tokens (queries), N query heads, K key/value heads,
 H head dimension, C queries of a chunk, X chunks.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +25,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from opera_jax.kernels import target
-from opera_jax.models import windowed_attention
+from opera_jax.models import sliding_window, windowed_attention
 from opera_jax.sharding import rules
 
 IMPLEMENTATIONS = ("splash", "cudnn", "xla")
@@ -35,6 +39,7 @@ def self_attention(
   v_BTKH: jax.Array,
   segment_BT: jax.Array,
   *,
+  window: sliding_window.SlidingWindow | None = None,
   right_padded: bool = False,
   implementation: str | None = None,
 ) -> jax.Array:
@@ -48,6 +53,7 @@ def self_attention(
     k_BTKH: [B, T, K, H] floating, N a multiple of K.
     v_BTKH: like the keys.
     segment_BT: [B, T] integer; 0 is padding.
+    window: of the layer; None means that it sees the whole segment.
     right_padded: promises that every row is one segment from its first token
       on, then padding.
     implementation: "splash" (JAX's TPU kernel; elsewhere it is interpreted,
@@ -71,16 +77,42 @@ def self_attention(
     )
   arrays = (q_BTNH, k_BTKH, v_BTKH, segment_BT)
   if implementation == "splash":
-    out_BTNH = _splash(*arrays)
+    out_BTNH = _by_window(_splash, arrays, window)
   elif implementation == "cudnn":
-    out_BTNH = _cudnn(*arrays, right_padded)
+    cudnn = functools.partial(_cudnn, right_padded=right_padded)
+    out_BTNH = _by_window(cudnn, arrays, window)
   else:
-    out_BTNH = _xla(*arrays)
+    out_BTNH = _xla(*arrays, sliding_window.positions(window))
   return checkpoint_name(out_BTNH, windowed_attention.OUTPUT)
 
 
+def _by_window(
+  attend: Callable[..., jax.Array],
+  arrays: tuple[jax.Array, ...],
+  window: sliding_window.SlidingWindow | None,
+) -> jax.Array:
+  """Calls a kernel whose mask is compiled: with the window, or without.
+
+  Args:
+    attend: takes the arrays and `size`, an int or None.
+    arrays: its arguments.
+    window: of the layer.
+  """
+  everything = functools.partial(attend, size=None)
+  if window is None:
+    return everything(*arrays)
+  inside = functools.partial(attend, size=window.size)
+  if isinstance(window.slides, bool):
+    return (inside if window.slides else everything)(*arrays)
+  return jax.lax.cond(window.slides, inside, everything, *arrays)
+
+
 def _xla(
-  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+  sliding: jax.Array | None,
 ) -> jax.Array:
   """Attention by chunks of queries, so that no [B, N, T, T] array is built.
 
@@ -91,7 +123,9 @@ def _xla(
   """
   B, T, N, H = q_BTNH.shape
   if _unrolls(T):
-    return windowed_attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_BT)
+    return windowed_attention.attend(
+      q_BTNH, k_BTKH, v_BTKH, segment_BT, sliding
+    )
   chunks = -(-T // windowed_attention.CHUNK)
   pad = -T % chunks
   q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, pad), (0, 0), (0, 0)))
@@ -113,6 +147,7 @@ def _xla(
       k_BTKH=k_BTKH,
       v_BTKH=v_BTKH,
       segment_BT=segment_BT,
+      sliding=sliding,
     )
 
   _, out_XBCNH = jax.lax.scan(
@@ -141,6 +176,7 @@ def _attend(
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
   segment_BT: jax.Array,
+  sliding: jax.Array | None,
 ) -> jax.Array:
   """Attention of one chunk of queries to all keys of their rows, [B, C, N, H].
 
@@ -151,11 +187,14 @@ def _attend(
     k_BTKH: all keys.
     v_BTKH: all values.
     segment_BT: segments of the keys.
+    sliding: int32 scalar, how many positions a query sees; None means all.
   """
   B, C, N, H = q_BCNH.shape
   T, K = k_BTKH.shape[1:3]
   key_T = jnp.arange(T, dtype=jnp.int32)
   seen_CT = key_T[None] <= position_C[:, None]
+  if sliding is not None:
+    seen_CT &= key_T[None] > position_C[:, None] - sliding
   mask_BCT = seen_CT[None] & (
     query_segment_BC[:, :, None] == segment_BT[:, None]
   )
@@ -183,6 +222,8 @@ def _cudnn(
   k_BTKH: jax.Array,
   v_BTKH: jax.Array,
   segment_BT: jax.Array,
+  size: int | None,
+  *,
   right_padded: bool,
 ) -> jax.Array:
   if not right_padded:
@@ -204,12 +245,17 @@ def _cudnn(
     is_causal=True,
     query_seq_lengths=length_B,
     key_value_seq_lengths=length_B,
+    local_window_size=None if size is None else (size - 1, 0),
     implementation="cudnn",
   )
 
 
 def _splash(
-  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+  size: int | None,
 ) -> jax.Array:
   """JAX's splash attention kernel; each device runs its rows and heads."""
   B, T, N, H = q_BTNH.shape
@@ -228,7 +274,9 @@ def _splash(
     jnp.pad(x, padding) for x in (q_BTNH * H**-0.5, k_BTKH, v_BTKH)
   )
   segment_BT = jnp.pad(segment_BT, ((0, 0), (0, pad)))
-  mask = splash.CausalMask((T + pad, T + pad))
+  mask: Any = splash.CausalMask((T + pad, T + pad))
+  if size is not None:
+    mask = splash.LocalMask((T + pad, T + pad), (size - 1, 0), offset=0)
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * (N // head_shards)),
     block_sizes=splash.BlockSizes(

@@ -36,6 +36,7 @@ def shared_prefix_attention(
   continuation_k_BSCKH: jax.Array,
   continuation_v_BSCKH: jax.Array,
   prefix_length_BS: jax.Array,
+  window: jax.Array | None = None,
   *,
   scale: float,
 ) -> jax.Array:
@@ -43,9 +44,13 @@ def shared_prefix_attention(
 
   Arguments, result and errors are those of the kernel.
   """
-  attend = functools.partial(
-    shared_prefix_attention_api.shared_prefix_attention, scale=scale
-  )
+
+  def attend(*arrays: jax.Array) -> jax.Array:
+    operands, window = arrays[:6], arrays[6:]
+    return shared_prefix_attention_api.shared_prefix_attention(
+      *operands, scale=scale, window=window[0] if window else None
+    )
+
   arrays = (
     q_BSGNH,
     prefix_k_BTKH,
@@ -53,6 +58,7 @@ def shared_prefix_attention(
     continuation_k_BSCKH,
     continuation_v_BSCKH,
     prefix_length_BS,
+    *(() if window is None else (window,)),
   )
   if rules.is_single_device():
     return attend(*arrays)
@@ -63,7 +69,10 @@ def shared_prefix_attention(
   row = PartitionSpec(batch)
   return jax.shard_map(
     attend,
-    in_specs=(query, prefix, prefix, query, query, row),
+    in_specs=(
+      *(query, prefix, prefix, query, query, row),
+      *([PartitionSpec()] * (len(arrays) - 6)),
+    ),
     out_specs=query,
   )(*arrays)
 
@@ -79,6 +88,7 @@ def decode_attention(
   prefix_length_B: jax.Array,
   num_generated_BS: jax.Array,
   layer: jax.Array | None,
+  window: jax.Array | None = None,
   *,
   scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -98,6 +108,7 @@ def decode_attention(
     num_generated_BS: int32, position of the new token in its cache. With C or
       more nothing is written and the sample's output is undefined.
     layer: int32 scalar; None if the caches are those of one layer, without L.
+    window: int32 scalar, how many positions a query sees; None means all.
     scale: multiplies q.k.
 
   Returns:
@@ -114,8 +125,9 @@ def decode_attention(
     cache_v: jax.Array,
     prefix_length: jax.Array,
     num_generated: jax.Array,
-    *layer: jax.Array,
+    *scalars: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    layer = scalars[: len(stack)]
     B, S = num_generated.shape
     b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
     where = (*layer, b, s, slice(None), num_generated)
@@ -132,20 +144,22 @@ def decode_attention(
       jnp.where(live, num_generated, 0),
       *layer,
       scale=scale,
+      window=scalars[-1] if len(scalars) > len(stack) else None,
     )
     return out, cache_k, cache_v
 
+  stack = () if layer is None else (None,)
   arrays = (
     *(q_BSNH, k_BSKH, v_BSKH, prefix_k_LBKTH, prefix_v_LBKTH),
     *(cache_k_LBSKCH, cache_v_LBSKCH, prefix_length_B, num_generated_BS),
     *(() if layer is None else (layer,)),
+    *(() if window is None else (window,)),
   )
   if rules.is_single_device():
     return run(*arrays)
   batch = rules.activation_axis("batch", q_BSNH.shape[0])
   heads = rules.activation_axis("heads", k_BSKH.shape[2])
   new = PartitionSpec(batch, None, heads)
-  stack = () if layer is None else (None,)
   prefix = PartitionSpec(*stack, batch, heads)
   cache = PartitionSpec(*stack, batch, None, heads)
   row = PartitionSpec(batch)
@@ -153,7 +167,7 @@ def decode_attention(
     run,
     in_specs=(
       *(new, new, new, prefix, prefix, cache, cache, row, row),
-      *([PartitionSpec()] * len(stack)),
+      *([PartitionSpec()] * (len(arrays) - 9)),
     ),
     out_specs=(new, cache, cache),
   )(*arrays)

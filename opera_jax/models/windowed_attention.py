@@ -34,21 +34,38 @@ _MIN_CHUNK = 128
 
 @jax.custom_vjp
 def attend(
-  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_BT: jax.Array
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  segment_BT: jax.Array,
+  sliding: jax.Array | None = None,
 ) -> jax.Array:
-  """Computes `self_attention.self_attention`, which states the shapes."""
-  return _forward_rule(q_BTNH, k_BTKH, v_BTKH, segment_BT)[0]
+  """Computes `self_attention.self_attention`, which states the shapes.
+
+  Args:
+    q_BTNH: queries.
+    k_BTKH: keys.
+    v_BTKH: values.
+    segment_BT: segments.
+    sliding: int32 scalar, how many positions a query sees; None means all.
+  """
+  return _forward_rule(q_BTNH, k_BTKH, v_BTKH, segment_BT, sliding)[0]
 
 
-def _forward_rule(*arrays: jax.Array) -> tuple[jax.Array, Any]:
-  out_BTNH = _map_rows(_forward, arrays)
+def _forward_rule(*inputs: Any) -> tuple[jax.Array, Any]:
+  *arrays, sliding = inputs
+  out_BTNH = _map_rows(
+    functools.partial(_forward, sliding=sliding), tuple(arrays)
+  )
   # Saving it avoids recomputing attention in the backward pass.
   out_BTNH = checkpoint_name(out_BTNH, OUTPUT)
-  return out_BTNH, (*arrays, out_BTNH)
+  return out_BTNH, (*arrays, sliding, out_BTNH)
 
 
 def _backward_rule(residuals: Any, d_out_BTNH: jax.Array) -> tuple[Any, ...]:
-  return (*_map_rows(_backward, (*residuals, d_out_BTNH)), None)
+  *arrays, sliding, out_BTNH = residuals
+  backward = functools.partial(_backward, sliding=sliding)
+  return (*_map_rows(backward, (*arrays, out_BTNH, d_out_BTNH)), None, None)
 
 
 attend.defvjp(_forward_rule, _backward_rule)
@@ -67,13 +84,18 @@ def _map_rows(
 
 
 def _forward(
-  q_bTNH: jax.Array, k_bTKH: jax.Array, v_bTKH: jax.Array, segment_bT: jax.Array
+  q_bTNH: jax.Array,
+  k_bTKH: jax.Array,
+  v_bTKH: jax.Array,
+  segment_bT: jax.Array,
+  *,
+  sliding: jax.Array | None,
 ) -> jax.Array:
   K, H = k_bTKH.shape[2:]
   q_bKRTH = tiles.grouped(q_bTNH, K)
   k_bKTH, v_bKTH = jnp.swapaxes(k_bTKH, 1, 2), jnp.swapaxes(v_bTKH, 1, 2)
   outs = []
-  for start, end, windows, chosen in _chunks(segment_bT):
+  for start, end, windows, chosen in _chunks(segment_bT, sliding):
 
     def run(window: int, start: int = start, end: int = end) -> jax.Array:
       keys = slice(end - window, end)
@@ -81,7 +103,7 @@ def _forward(
         q_bKRTH[:, :, :, start:end],
         k_bKTH[:, :, keys],
         v_bKTH[:, :, keys],
-        bias=_bias(segment_bT, start, end, window),
+        bias=_bias(segment_bT, start, end, window, sliding),
         scale=H**-0.5,
       )
 
@@ -97,6 +119,8 @@ def _backward(
   segment_bT: jax.Array,
   out_bTNH: jax.Array,
   d_out_bTNH: jax.Array,
+  *,
+  sliding: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   K, H = k_bTKH.shape[2:]
   per_query: Any = (q_bTNH, d_out_bTNH, tiles.delta(d_out_bTNH, out_bTNH))
@@ -105,7 +129,7 @@ def _backward(
   shape = (*k_bKTH.shape[:2], H, k_bKTH.shape[2])
   d_keys = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
   d_qs = []
-  for start, end, windows, chosen in _chunks(segment_bT):
+  for start, end, windows, chosen in _chunks(segment_bT, sliding):
 
     def run(
       window: int,
@@ -120,7 +144,7 @@ def _backward(
         q,
         k_bKTH[:, :, keys],
         v_bKTH[:, :, keys],
-        bias=_bias(segment_bT, start, end, window),
+        bias=_bias(segment_bT, start, end, window, sliding),
         d_out_bKRCH=d_out,
         delta_bKRC1=delta,
         scale=H**-0.5,
@@ -142,7 +166,7 @@ def _backward(
 
 
 def _chunks(
-  segment_bT: jax.Array,
+  segment_bT: jax.Array, sliding: jax.Array | None
 ) -> Iterator[tuple[int, int, list[int], jax.Array]]:
   """Cuts the queries into chunks.
 
@@ -156,6 +180,8 @@ def _chunks(
     end = min(start + size, T)
     same_bCW = segment_bT[:, start:end, None] == segment_bT[:, None, :end]
     needed = end - jnp.argmax(same_bCW.any((0, 1)))
+    if sliding is not None:
+      needed = jnp.minimum(needed, end - start + sliding - 1)
     shorter = (size * 2**power for power in range(1, CHUNKS.bit_length()))
     windows = [w for w in shorter if w < end] + [end]
     chosen = sum((needed > w).astype(jnp.int32) for w in windows[:-1])
@@ -176,7 +202,11 @@ def _switch(
 
 
 def _bias(
-  segment_bT: jax.Array, start: int, end: int, window: int
+  segment_bT: jax.Array,
+  start: int,
+  end: int,
+  window: int,
+  sliding: jax.Array | None,
 ) -> jax.Array:
   """The additive mask, [b, 1, 1, C, W]."""
   query_C = jnp.arange(start, end)
@@ -184,5 +214,8 @@ def _bias(
   same_bCW = (
     segment_bT[:, start:end, None] == segment_bT[:, None, end - window : end]
   )
-  seen_bCW = same_bCW & (key_W[None] <= query_C[:, None])[None]
+  seen_CW = key_W[None] <= query_C[:, None]
+  if sliding is not None:
+    seen_CW &= key_W[None] > query_C[:, None] - sliding
+  seen_bCW = same_bCW & seen_CW[None]
   return tiles.bias(seen_bCW)[:, None, None]

@@ -53,10 +53,11 @@ def _close(got, want, tolerance):
     )
 
 
-def test_reference_is_torch_attention_over_separate_rows():
+@pytest.mark.parametrize("window", [None, 1, 4, 12])
+def test_reference_is_torch_attention_over_separate_rows(window):
   arrays, prefix_length_BS = _inputs(C=9)
   offset_BS = jnp.asarray([[0, 4, 2], [1, 0, 3]], jnp.int32)
-  got = _run("reference", arrays, prefix_length_BS, offset_BS)
+  got = _run("reference", arrays, prefix_length_BS, offset_BS, window=window)
   q, prefix_k, prefix_v, own_k, own_v = tensors = [
     torch.tensor(np.asarray(x), dtype=torch.float64, requires_grad=True)
     for x in arrays
@@ -70,6 +71,8 @@ def test_reference_is_torch_attention_over_separate_rows():
       v = torch.cat([prefix_v[b, :prefix_length], own_v[b, s]]).transpose(0, 1)
       own = torch.ones(G, own_k.shape[2], dtype=torch.bool).tril(offset)
       mask = torch.cat([torch.ones(G, prefix_length, dtype=torch.bool), own], 1)
+      if window is not None:
+        mask = mask.triu(prefix_length + offset - window + 1)
       out = torch.nn.functional.scaled_dot_product_attention(
         q[b, s].transpose(0, 1), k, v, mask, scale=SCALE, enable_gqa=True
       )
@@ -123,6 +126,34 @@ def test_continuation_by_continuation_with_earlier_keys_of_its_own():
     _run("reference", arrays, prefix_length_BS, jnp.maximum(offset_BS, 0)),
     1e-5,
   )
+
+
+@pytest.mark.parametrize("window", [1, 3, 9, 40])
+@pytest.mark.parametrize(
+  "implementation,blocks",
+  [
+    ("xla", {}),
+    ("xla", {"block_keys": 4}),
+    ("xla", {"block_keys": 4, "block_scores": 32}),
+    ("xla_rows", {}),
+    ("pallas_tpu", {}),
+  ],
+)
+def test_a_sliding_window_counts_positions(
+  implementation, blocks, window, request, monkeypatch
+):
+  if implementation == "pallas_tpu":
+    if window in (1, 40):
+      pytest.skip("two windows show the kernels, which are slow to interpret")
+    request.getfixturevalue("interpreted")
+    monkeypatch.setattr(limited_plan, "BLOCK_KEYS", 8)
+  arrays, prefix_length_BS = _inputs(B=1, S=2, C=9)
+  offset_BS = jnp.asarray([[0, 4]], jnp.int32)
+  bounds = (prefix_length_BS, offset_BS)
+  got = _run(
+    implementation, arrays, *bounds, window=jnp.int32(window), **blocks
+  )
+  _close(got, _run("reference", arrays, *bounds, window=window), 1e-5)
 
 
 @pytest.mark.parametrize("block_keys", [512, 4])
@@ -238,6 +269,8 @@ def test_nothing_beyond_the_limit_or_the_query_is_read():
     ({"offset": jnp.zeros((2, 2), jnp.int32)}, r"offset .* int32 \(2, 2\)"),
     ({"implementation": "cuda"}, "got 'cuda'"),
     ({"block_keys": 0}, "block_keys=0"),
+    ({"window": 0}, "own position, got 0"),
+    ({"window": jnp.ones(2)}, "one integer, got float32"),
   ],
 )
 def test_bad_input_names_the_value(change, message):
@@ -265,6 +298,7 @@ def _caches(keys, layers=3, layer=1):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(
   "sizes",
   [
@@ -275,7 +309,9 @@ def _caches(keys, layers=3, layer=1):
     {"S": 6, "N": 8, "T": 16, "C": 8},  # many queries on a prefix
   ],
 )
-def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
+def test_decoding_is_one_query_of_one_layer(
+  implementation, window, sizes, request
+):
   if implementation == "pallas_tpu":
     request.getfixturevalue("interpreted")
   arrays, prefix_length_BS = _inputs(G=1, **sizes)
@@ -287,6 +323,7 @@ def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
     prefix_length_BS,
     offset_BS,
     scale=SCALE,
+    window=window,
     implementation="reference",
   )[:, :, 0]
 
@@ -299,6 +336,7 @@ def test_decoding_is_one_query_of_one_layer(implementation, sizes, request):
       offset_BS,
       layer,
       scale=SCALE,
+      window=window,
       implementation=implementation,
       block_keys=4,
     )

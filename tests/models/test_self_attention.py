@@ -15,7 +15,12 @@ import pytest
 from jax.experimental import topologies
 
 from opera_jax import structs
-from opera_jax.models import decoder, self_attention
+from opera_jax.models import (
+  decoder,
+  self_attention,
+  sliding_window,
+  windowed_attention,
+)
 from opera_jax.scoring import packed_rows
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -50,7 +55,7 @@ def _arrays(B, T, N, K, H, dtype=jnp.float32):
   return [jnp.asarray(2 * draw.normal(size=s), dtype) for s in shapes]
 
 
-def _einsum(q_BTNH, k_BTKH, v_BTKH, segment_BT):
+def _einsum(q_BTNH, k_BTKH, v_BTKH, segment_BT, window=None):
   """The definition, in float32, with the scores whole."""
   B, T, N, H = q_BTNH.shape
   K = k_BTKH.shape[2]
@@ -58,6 +63,8 @@ def _einsum(q_BTNH, k_BTKH, v_BTKH, segment_BT):
   score = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BTKH) / H**0.5
   same_BTT = segment_BT[:, :, None] == segment_BT[:, None, :]
   seen_BTT = same_BTT & np.tril(np.ones((T, T), bool))[None]
+  if window is not None:
+    seen_BTT &= ~np.tril(np.ones((T, T), bool), -window)[None]
   score = jnp.where(seen_BTT[:, None, None], score, -jnp.inf)
   out = jnp.einsum("bkgts,bskh->btkgh", jax.nn.softmax(score), v_BTKH)
   return out.reshape(B, T, N, H)
@@ -102,6 +109,42 @@ def _check(implementation, layout, sizes):
 )
 def test_xla(layout, sizes):
   _check("xla", layout, sizes)
+
+
+@pytest.mark.parametrize(
+  "implementation,sizes,size,chunks,slides",
+  [
+    ("xla", (2, 37, 4, 2, 8), 5, 8, True),
+    ("xla", (2, 37, 4, 2, 8), 5, 8, "a flag"),
+    ("xla", (2, 37, 4, 2, 8), 5, 8, "an unset flag"),
+    ("xla", (2, 650, 4, 1, 8), 40, 8, True),
+    ("xla", (1, 1100, 2, 1, 4), 300, 1, True),  # scanned
+    ("splash", (1, 200, 2, 1, 8), 30, 8, True),
+    ("splash", (1, 200, 2, 1, 8), 30, 8, "a flag"),
+  ],
+)
+def test_a_sliding_window(
+  implementation, sizes, size, chunks, slides, monkeypatch
+):
+  monkeypatch.setattr(windowed_attention, "CHUNKS", chunks)
+  arrays = _arrays(*sizes)
+  segment_BT = _segments("packed", *sizes[:2])
+  flag = slides if slides is True else jnp.asarray(slides == "a flag")
+
+  def attend(*arrays):
+    return self_attention.self_attention(
+      *arrays,
+      window=sliding_window.SlidingWindow(size, flag),
+      implementation=implementation,
+    )
+
+  seen = None if slides == "an unset flag" else size
+  _assert_close(
+    _value_and_gradients(attend, arrays, segment_BT),
+    _value_and_gradients(
+      functools.partial(_einsum, window=seen), arrays, segment_BT
+    ),
+  )
 
 
 @pytest.mark.slow
