@@ -15,6 +15,7 @@ S = 1; D hidden, N query heads, K key/value heads, H head dimension,
 F feed-forward, V vocabulary, L layers, X tokens.
 """
 
+import functools
 from typing import Any
 
 import einops
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from opera_jax.models import decoder, small_batch_matmul
+from opera_jax.models import decoder, sliding_window, small_batch_matmul
 from opera_jax.sharding import rules
 
 
@@ -35,12 +36,17 @@ class Layer:
   k: jax.Array  # [K * H, D]
   v: jax.Array  # [K * H, D]
   o: jax.Array  # [D, N * H]
-  q_norm: jax.Array  # [H]
-  k_norm: jax.Array  # [H]
   post_norm: jax.Array  # [D]
   gate: jax.Array  # [F, D]
   up: jax.Array  # [F, D]
   down: jax.Array  # [D, F]
+  q_bias: jax.Array | None  # [N, H]
+  k_bias: jax.Array | None  # [K, H]
+  v_bias: jax.Array | None  # [K, H]
+  q_norm: jax.Array | None  # [H]
+  k_norm: jax.Array | None  # [H]
+  attention_out_norm: jax.Array | None  # [D]
+  mlp_out_norm: jax.Array | None  # [D]
 
 
 def unstack_layers(model: decoder.Decoder) -> list[Layer]:
@@ -61,21 +67,29 @@ def unstack_layers(model: decoder.Decoder) -> list[Layer]:
       weight = weights[...].astype(dtype)[index]
       return einops.rearrange(weight, pattern)
 
-    def scale(weights: Any) -> jax.Array:
-      return weights[...].astype(dtype)[index]
+    def vector(module: Any, name: str) -> jax.Array | None:
+      """A bias or a norm; None if the model has none."""
+      weights = getattr(module, name, None)
+      return None if weights is None else weights[...].astype(dtype)[index]
 
     return Layer(
-      input_norm=scale(stacked.input_norm),
+      input_norm=stacked.input_norm[...].astype(dtype)[index],
       q=matrix(attention.q, "D N H -> (N H) D"),
       k=matrix(attention.k, "D K H -> (K H) D"),
       v=matrix(attention.v, "D K H -> (K H) D"),
       o=matrix(attention.o, "N H D -> D (N H)"),
-      q_norm=scale(attention.q_norm),
-      k_norm=scale(attention.k_norm),
-      post_norm=scale(stacked.post_norm),
+      post_norm=stacked.post_norm[...].astype(dtype)[index],
       gate=matrix(mlp.gate, "D F -> F D"),
       up=matrix(mlp.up, "D F -> F D"),
       down=matrix(mlp.down, "F D -> D F"),
+      **{
+        name: vector(attention, name)
+        for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+      },
+      **{
+        name: vector(stacked, name)
+        for name in ("attention_out_norm", "mlp_out_norm")
+      },
     )
 
   return [unstack(index) for index in range(model.config.num_hidden_layers)]
@@ -103,20 +117,30 @@ def hidden_states(
     Normed hidden states [B, S, D] in the compute dtype, and the caches.
   """
   config = model.config
-  x_BSD = model.embed[...].astype(config.dtype)[token_BS]
-  x_BSD = rules.constrain(x_BSD, ("batch", "length", None))
-  rope = decoder.rope_tables(position_BS, config.head_dim, config.rope_theta)
-  epsilon = config.rms_norm_eps
+  x_BSD = decoder.embed_tokens(config, model.embed[...], token_BS)
+  everything, local = decoder.rope_tables(config, position_BS)
+  norm = functools.partial(
+    rms_norm, epsilon=config.rms_norm_eps, offset=config.norm_offset
+  )
+  pattern = config.sliding_window_pattern
   for index, layer in enumerate(layers):
-    normed_BSD = rms_norm(x_BSD, layer.input_norm, epsilon)
-    q_BSNH, k_BSKH, v_BSKH = _project_qkv(layer, normed_BSD, rope, epsilon)
-    out_BSNH, cache = attend(cache, index, q_BSNH, k_BSKH, v_BSKH)
+    rotation, window = everything, None
+    if config.sliding_window and (pattern == 0 or (index + 1) % pattern):
+      rotation = local
+      window = sliding_window.SlidingWindow(config.sliding_window)
+    normed_BSD = norm(x_BSD, layer.input_norm)
+    q_BSNH, k_BSKH, v_BSKH = _project_qkv(config, layer, normed_BSD, rotation)
+    out_BSNH, cache = attend(cache, index, q_BSNH, k_BSKH, v_BSKH, window)
     out_BSX = einops.rearrange(out_BSNH, "B S N H -> B S (N H)")
-    x_BSD = x_BSD + small_batch_matmul.small_batch_matmul(out_BSX, layer.o)
-    normed_BSD = rms_norm(x_BSD, layer.post_norm, epsilon)
-    x_BSD = x_BSD + _mlp(layer, normed_BSD)
-    x_BSD = rules.constrain(x_BSD, ("batch", "length", None))
-  return rms_norm(x_BSD, model.final_norm[...], epsilon), cache
+    out_BSD = small_batch_matmul.small_batch_matmul(out_BSX, layer.o)
+    if layer.attention_out_norm is not None:
+      out_BSD = norm(out_BSD, layer.attention_out_norm)
+    x_BSD = x_BSD + out_BSD
+    out_BSD = _mlp(config, layer, norm(x_BSD, layer.post_norm))
+    if layer.mlp_out_norm is not None:
+      out_BSD = norm(out_BSD, layer.mlp_out_norm)
+    x_BSD = rules.constrain(x_BSD + out_BSD, ("batch", "length", None))
+  return norm(x_BSD, model.final_norm[...]), cache
 
 
 def logits(
@@ -147,15 +171,18 @@ def logits(
   )
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+def rms_norm(
+  x: jax.Array, weight: jax.Array, epsilon: float, *, offset: bool = False
+) -> jax.Array:
   """`decoder.rms_norm` whose order of summation depends on D alone.
 
   XLA's own order depends on the shape of the whole array.
 
   Args:
     x: floating, [..., D].
-    scale: [D].
+    weight: [D].
     epsilon: added to the mean square.
+    offset: multiply by 1 + weight.
 
   Returns:
     Like x.
@@ -166,37 +193,45 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     half = square.shape[-1] // 2
     square = square[..., :half] + square[..., half:]
   mean = jnp.sum(square, axis=-1, keepdims=True) / x.shape[-1]
-  normed = (x32 * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
-  scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
-  return normed * scale
+  normed32 = x32 * jax.lax.rsqrt(mean + epsilon)
+  return decoder.apply_norm(x, normed32, weight, offset)
 
 
 def _project_qkv(
+  config: decoder.Config,
   layer: Layer,
   x_BSD: jax.Array,
-  rope: tuple[jax.Array, jax.Array],
-  epsilon: float,
+  rotation: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Queries [B, S, N, H], keys and values [B, S, K, H] of the new tokens."""
-  H = layer.q_norm.shape[0]
-  q_BSNH, k_BSKH, v_BSKH = (
-    einops.rearrange(
+
+  def project(
+    weight: jax.Array, bias: jax.Array | None, norm: jax.Array | None = None
+  ) -> jax.Array:
+    out = einops.rearrange(
       small_batch_matmul.small_batch_matmul(x_BSD, weight),
       "B S (heads H) -> B S heads H",
-      H=H,
+      H=config.head_dim,
     )
-    for weight in (layer.q, layer.k, layer.v)
+    if bias is not None:
+      out = out + bias
+    if norm is not None:
+      out = rms_norm(out, norm, config.rms_norm_eps, offset=config.norm_offset)
+    return out
+
+  q_BSNH = project(layer.q, layer.q_bias, layer.q_norm)
+  k_BSKH = project(layer.k, layer.k_bias, layer.k_norm)
+  q_BSNH, k_BSKH = decoder.rotate_queries_and_keys(
+    config, q_BSNH, k_BSKH, rotation
   )
-  q_BSNH = decoder.apply_rope(rms_norm(q_BSNH, layer.q_norm, epsilon), *rope)
-  k_BSKH = decoder.apply_rope(rms_norm(k_BSKH, layer.k_norm, epsilon), *rope)
   q_BSNH = rules.constrain(q_BSNH, ("batch", "length", "heads", None))
-  return q_BSNH, k_BSKH, v_BSKH
+  return q_BSNH, k_BSKH, project(layer.v, layer.v_bias)
 
 
-def _mlp(layer: Layer, x_BSD: jax.Array) -> jax.Array:
-  """SwiGLU: down(silu(gate(x)) * up(x)), [B, S, D]."""
+def _mlp(config: decoder.Config, layer: Layer, x_BSD: jax.Array) -> jax.Array:
+  """Gated MLP: down(activation(gate(x)) * up(x)), [B, S, D]."""
   matmul = small_batch_matmul.small_batch_matmul
-  gate_BSF = jax.nn.silu(matmul(x_BSD, layer.gate))
-  hidden_BSF = gate_BSF * matmul(x_BSD, layer.up)
+  activation = decoder.ACTIVATIONS[config.hidden_act]
+  hidden_BSF = activation(matmul(x_BSD, layer.gate)) * matmul(x_BSD, layer.up)
   hidden_BSF = rules.constrain(hidden_BSF, ("batch", "length", "mlp"))
   return matmul(hidden_BSF, layer.down)

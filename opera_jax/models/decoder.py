@@ -1,4 +1,7 @@
-"""Qwen3, the dense decoder, in one file (Flax NNX, layers stacked and scanned).
+"""The dense decoder in one file (Flax NNX, layers stacked and scanned).
+
+Qwen3, Qwen2, Llama, Phi-3 and Gemma 3 are this model with other values of
+`Config`; `opera_jax.models.families` has the table of what a family changes.
 
 The model maps tokens to final hidden states and never builds logits: the head
 is a matrix that `kernels.token_logprob` (scoring) and the sampler multiply by.
@@ -19,10 +22,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from opera_jax.models import linear, self_attention, windowed_attention
+from opera_jax.models import (
+  linear,
+  rope,
+  self_attention,
+  sliding_window,
+  windowed_attention,
+)
 from opera_jax.sharding import rules
 
-# attend(cache, layer, q, k, v) -> (out, cache), see `models.attention`.
+# attend(cache, layer, q, k, v, window) -> (out, cache), see `models.attention`.
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 # What the backward pass keeps; it recomputes the rest (`jax.checkpoint`).
@@ -41,7 +50,10 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The published fields of a Qwen3 `config.json`, under our names."""
+  """Sizes under the names of `config.json`, and what the families change.
+
+  A field that a family sets has the value of Qwen3 as its default.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -53,6 +65,20 @@ class Config:
   rope_theta: float = 1_000_000.0
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = True
+  max_position_embeddings: int = 40_960  # the context that it was trained for
+  family: str = "qwen3"  # names its tensors, see `families`
+  qk_norm: bool = True  # RMSNorm of each head's queries and keys
+  qkv_bias: bool = False  # bias of the query, key and value projections
+  hidden_act: str = "silu"  # of the MLP's gate
+  norm_offset: bool = False  # norms multiply by 1 + weight
+  output_norms: bool = False  # norms behind attention and MLP too
+  embedding_scale: bool = False  # embeddings are multiplied by sqrt(D)
+  query_scale: float = 0.0  # multiplies q.k; 0 is head_dim ** -0.5
+  sliding_window: int = 0  # positions that a query sees; 0 is all
+  # Every so-manieth layer sees all positions nevertheless; 0 is none.
+  sliding_window_pattern: int = 0
+  rope_local_theta: float = 0.0  # of layers with a window; 0 is rope_theta
+  rope_scaling: rope.Scaling | None = None  # of layers that see everything
   dtype: str = "float32"
   # "dots" saves the matmuls and attention for the backward pass and
   # rematerialises the rest, which moves less memory than saving everything.
@@ -72,6 +98,17 @@ class Config:
         f"Rotary embedding rotates pairs of channels, got head_dim="
         f"{self.head_dim}. Make model.head_dim even."
       )
+    if self.hidden_act not in ACTIVATIONS:
+      raise ValueError(
+        f"Unknown model.hidden_act {self.hidden_act!r}; use one of "
+        f"{sorted(ACTIVATIONS)}."
+      )
+    if min(self.sliding_window, self.sliding_window_pattern) < 0:
+      raise ValueError(
+        f"A window holds positions, got sliding_window={self.sliding_window}, "
+        f"sliding_window_pattern={self.sliding_window_pattern}. Use 0 for no "
+        "window."
+      )
     if self.remat not in REMAT:
       raise ValueError(
         f"Unknown model.remat {self.remat!r}; use one of {sorted(REMAT)}."
@@ -83,6 +120,11 @@ class Config:
       )
 
 
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
 # Logical axes of every parameter; layers carry a leading "layers" axis.
 AXES = {
   "embed": ("vocab", "embed"),
@@ -90,10 +132,15 @@ AXES = {
   "final_norm": ("norm",),
   "layers/input_norm": ("layers", "norm"),
   "layers/post_norm": ("layers", "norm"),
+  "layers/attention_out_norm": ("layers", "norm"),
+  "layers/mlp_out_norm": ("layers", "norm"),
   "layers/attention/q": ("layers", "embed", "heads", "head_dim"),
   "layers/attention/k": ("layers", "embed", "kv_heads", "head_dim"),
   "layers/attention/v": ("layers", "embed", "kv_heads", "head_dim"),
   "layers/attention/o": ("layers", "heads", "head_dim", "embed"),
+  "layers/attention/q_bias": ("layers", "heads", "head_dim"),
+  "layers/attention/k_bias": ("layers", "kv_heads", "head_dim"),
+  "layers/attention/v_bias": ("layers", "kv_heads", "head_dim"),
   "layers/attention/q_norm": ("layers", "head_dim"),
   "layers/attention/k_norm": ("layers", "head_dim"),
   "layers/mlp/gate": ("layers", "embed", "mlp"),
@@ -102,42 +149,77 @@ AXES = {
 }
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-  """x / rms(x) * scale over the last axis, statistics in float32.
+def rms_norm(
+  x: jax.Array, weight: jax.Array, epsilon: float, *, offset: bool = False
+) -> jax.Array:
+  """x / rms(x) * weight over the last axis, statistics in float32.
 
   Args:
     x: floating, [..., D].
-    scale: [D].
+    weight: [D].
     epsilon: added to the mean square.
+    offset: multiply by 1 + weight, in float32, as Gemma does.
 
   Returns:
     Like x.
   """
   x32 = x.astype(jnp.float32)
   mean = jnp.sum(x32 * x32, axis=-1, keepdims=True) / x.shape[-1]
-  normed = (x32 * jax.lax.rsqrt(mean + epsilon)).astype(x.dtype)
-  scale = scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
-  return normed * scale
+  return apply_norm(x, x32 * jax.lax.rsqrt(mean + epsilon), weight, offset)
 
 
-def rope_tables(
-  position_BT: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [B, T, 1, H / 2] of rotary embedding, float32."""
-  exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequency = 1.0 / theta**exponent
-  angle = position_BT[..., None, None].astype(jnp.float32) * frequency.reshape(
-    1, 1, 1, -1
+def apply_norm(
+  x: jax.Array, normed32: jax.Array, weight: jax.Array, offset: bool
+) -> jax.Array:
+  """The normed float32 values times the weight (or 1 + it), in x's dtype."""
+  weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+  if offset:
+    return (normed32 * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+  return normed32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def embed_tokens(
+  config: Config, embed_VD: jax.Array, token_BT: jax.Array
+) -> jax.Array:
+  """Embeddings of tokens in the compute dtype, [B, T, D]."""
+  x_BTD = linear.embedding_lookup(embed_VD, token_BT, config.dtype)
+  if config.embedding_scale:
+    x_BTD = x_BTD * jnp.asarray(config.hidden_size**0.5, config.dtype)
+  return rules.constrain(x_BTD, ("batch", "length", None))
+
+
+# Cosines and sines of layers that see everything, and of those with a window.
+RopeTables = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def rope_tables(config: Config, position_BT: jax.Array) -> RopeTables:
+  """Rotary tables of both kinds of layers; see `rope.tables`."""
+  theta, scaling = config.rope_theta, config.rope_scaling
+  everything = rope.tables(
+    position_BT,
+    rope.frequencies(config.head_dim, theta, scaling),
+    rope.amplitude(scaling, config.max_position_embeddings),
   )
-  return jnp.cos(angle), jnp.sin(angle)
+  if not config.sliding_window or not config.rope_local_theta:
+    return everything, everything
+  local = rope.frequencies(config.head_dim, config.rope_local_theta)
+  return everything, rope.tables(position_BT, local)
 
 
-def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates channel i with channel i + H / 2 (the Hugging Face layout)."""
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate(
-    [a * cos - b * sin, b * cos + a * sin], axis=-1
-  ).astype(x_BTNH.dtype)
+def rotate_queries_and_keys(
+  config: Config,
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  rotation: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Rotary embedding of both, and the queries scaled as the model asks.
+
+  Attention multiplies scores by H ** -0.5; another scale goes to the queries.
+  """
+  q_BTNH, k_BTKH = (rope.apply(x, *rotation) for x in (q_BTNH, k_BTKH))
+  if config.query_scale:
+    q_BTNH = q_BTNH * (config.query_scale * config.head_dim**0.5)
+  return q_BTNH, k_BTKH
 
 
 def _normal(
@@ -146,8 +228,13 @@ def _normal(
   return nnx.Param(jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5)
 
 
+def _norm(config: Config, size: int) -> nnx.Param[jax.Array]:
+  """A norm's weight that multiplies by 1."""
+  return nnx.Param(jnp.zeros(size) if config.norm_offset else jnp.ones(size))
+
+
 class Attention(nnx.Module):
-  """Grouped-query attention with normed queries and keys."""
+  """Grouped-query attention; queries and keys may be normed or biased."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     D, N, K, H = (
@@ -163,33 +250,47 @@ class Attention(nnx.Module):
     self.o = _normal(
       rngs.params(), (N, H, D), N * H * 2 * config.num_hidden_layers
     )
-    self.q_norm = nnx.Param(jnp.ones((H,)))
-    self.k_norm = nnx.Param(jnp.ones((H,)))
+    if config.qkv_bias:
+      self.q_bias = nnx.Param(jnp.zeros((N, H)))
+      self.k_bias = nnx.Param(jnp.zeros((K, H)))
+      self.v_bias = nnx.Param(jnp.zeros((K, H)))
+    if config.qk_norm:
+      self.q_norm = _norm(config, H)
+      self.k_norm = _norm(config, H)
 
   def __call__(
     self,
     x_BTD: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
     attend: Callable[..., tuple[jax.Array, Any]],
   ) -> tuple[jax.Array, Any]:
     """Attends with `attend(q, k, v)`, which also returns the cache."""
-    epsilon, dtype = self.config.rms_norm_eps, x_BTD.dtype
+    config, dtype = self.config, x_BTD.dtype
     q_BTNH = jnp.tensordot(x_BTD, self.q[...].astype(dtype), 1)
     k_BTKH = jnp.tensordot(x_BTD, self.k[...].astype(dtype), 1)
     v_BTKH = jnp.tensordot(x_BTD, self.v[...].astype(dtype), 1)
-    q_BTNH = apply_rope(rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
-    k_BTKH = apply_rope(rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
+    if config.qkv_bias:
+      q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)
+      k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)
+      v_BTKH = v_BTKH + self.v_bias[...].astype(dtype)
+    if config.qk_norm:
+      norm = functools.partial(
+        rms_norm, epsilon=config.rms_norm_eps, offset=config.norm_offset
+      )
+      q_BTNH = norm(q_BTNH, self.q_norm[...])
+      k_BTKH = norm(k_BTKH, self.k_norm[...])
+    q_BTNH, k_BTKH = rotate_queries_and_keys(config, q_BTNH, k_BTKH, rotation)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
     return jnp.tensordot(out_BTNH, self.o[...].astype(dtype), 2), cache
 
 
 class MLP(nnx.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x))."""
+  """Gated MLP: down(activation(gate(x)) * up(x))."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     D, F = config.hidden_size, config.intermediate_size
+    self.config = config
     self.gate = _normal(rngs.params(), (D, F), D)
     self.up = _normal(rngs.params(), (D, F), D)
     self.down = _normal(rngs.params(), (F, D), F * 2 * config.num_hidden_layers)
@@ -197,36 +298,47 @@ class MLP(nnx.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Computes [B, T, D]."""
     dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(linear.matmul(x_BTD, self.gate[...].astype(dtype)))
+    activation = ACTIVATIONS[self.config.hidden_act]
+    gate_BTF = activation(linear.matmul(x_BTD, self.gate[...].astype(dtype)))
     hidden_BTF = gate_BTF * linear.matmul(x_BTD, self.up[...].astype(dtype))
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
     return linear.matmul(hidden_BTF, self.down[...].astype(dtype))
 
 
 class Block(nnx.Module):
-  """Pre-norm decoder layer."""
+  """Pre-norm decoder layer; its outputs may be normed too."""
 
   def __init__(self, config: Config, *, rngs: nnx.Rngs):
     self.config = config
-    self.input_norm = nnx.Param(jnp.ones((config.hidden_size,)))
+    self.input_norm = _norm(config, config.hidden_size)
     self.attention = Attention(config, rngs=rngs)
-    self.post_norm = nnx.Param(jnp.ones((config.hidden_size,)))
+    self.post_norm = _norm(config, config.hidden_size)
     self.mlp = MLP(config, rngs=rngs)
+    if config.output_norms:
+      self.attention_out_norm = _norm(config, config.hidden_size)
+      self.mlp_out_norm = _norm(config, config.hidden_size)
 
   def __call__(
     self,
     x_BTD: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
     attend: Callable[..., tuple[jax.Array, Any]],
   ) -> tuple[jax.Array, Any]:
     """Attention and MLP, each behind an RMSNorm and added to its input."""
-    epsilon = self.config.rms_norm_eps
-    normed_BTD = rms_norm(x_BTD, self.input_norm[...], epsilon)
-    attended_BTD, cache = self.attention(normed_BTD, cos, sin, attend)
+    config = self.config
+    norm = functools.partial(
+      rms_norm, epsilon=config.rms_norm_eps, offset=config.norm_offset
+    )
+    attended_BTD, cache = self.attention(
+      norm(x_BTD, self.input_norm[...]), rotation, attend
+    )
+    if config.output_norms:
+      attended_BTD = norm(attended_BTD, self.attention_out_norm[...])
     x_BTD = x_BTD + attended_BTD
-    normed_BTD = rms_norm(x_BTD, self.post_norm[...], epsilon)
-    return x_BTD + self.mlp(normed_BTD), cache
+    out_BTD = self.mlp(norm(x_BTD, self.post_norm[...]))
+    if config.output_norms:
+      out_BTD = norm(out_BTD, self.mlp_out_norm[...])
+    return x_BTD + out_BTD, cache
 
 
 class Decoder(nnx.Module):
@@ -248,7 +360,7 @@ class Decoder(nnx.Module):
     self.layers = stacked_layers(
       jax.random.split(rngs.params(), config.num_hidden_layers)
     )
-    self.final_norm = nnx.Param(jnp.ones((config.hidden_size,)))
+    self.final_norm = _norm(config, config.hidden_size)
     if not config.tie_word_embeddings:
       self.head = _normal(
         rngs.params(),
@@ -268,7 +380,7 @@ class Decoder(nnx.Module):
     Args:
       token_BT: int32 token ids.
       position_BT: int32 rotary positions.
-      attend: `attend(cache, layer, q, k, v) -> (out, cache)`, one of
+      attend: `attend(cache, layer, q, k, v, window) -> (out, cache)`, one of
         `opera_jax.models.attention`.
       cache: what `attend` carries from layer to layer, or None.
 
@@ -276,9 +388,8 @@ class Decoder(nnx.Module):
       Normed hidden states [B, T, D] in the compute dtype, and the cache.
     """
     config = self.config
-    x_BTD = linear.embedding_lookup(self.embed[...], token_BT, config.dtype)
-    x_BTD = rules.constrain(x_BTD, ("batch", "length", None))
-    cos, sin = rope_tables(position_BT, config.head_dim, config.rope_theta)
+    x_BTD = embed_tokens(config, self.embed[...], token_BT)
+    everything, local = rope_tables(config, position_BT)
     graphdef, stacked = nnx.split(self.layers)
     # Cast before the scan, so that devices exchange weights in this dtype.
     stacked = jax.tree.map(lambda x: x.astype(config.dtype), stacked)
@@ -287,8 +398,17 @@ class Decoder(nnx.Module):
       x_BTD, cache = carry
       index, params = inputs
       block = nnx.merge(graphdef, params)
+      rotation, window = everything, None
+      if config.sliding_window:
+        slides = sliding_window.slides(index, config.sliding_window_pattern)
+        window = sliding_window.SlidingWindow(config.sliding_window, slides)
+        rotation = jax.tree.map(
+          lambda x, y: jnp.where(slides, x, y), local, everything
+        )
       x_BTD, cache = block(
-        x_BTD, cos, sin, functools.partial(attend, cache, index)
+        x_BTD,
+        rotation,
+        functools.partial(attend, cache, index, window=window),
       )
       return (rules.constrain(x_BTD, ("batch", "length", None)), cache), None
 
@@ -299,7 +419,12 @@ class Decoder(nnx.Module):
     (x_BTD, cache), _ = jax.lax.scan(
       layer, (x_BTD, cache), (jnp.arange(config.num_hidden_layers), stacked)
     )
-    x_BTD = rms_norm(x_BTD, self.final_norm[...], config.rms_norm_eps)
+    x_BTD = rms_norm(
+      x_BTD,
+      self.final_norm[...],
+      config.rms_norm_eps,
+      offset=config.norm_offset,
+    )
     return x_BTD, cache
 
   def head_matrix(self) -> tuple[jax.Array, bool]:
