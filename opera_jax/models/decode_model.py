@@ -214,7 +214,7 @@ def _project_qkv(
       H=config.head_dim,
     )
     if bias is not None:
-      out = out + bias
+      out = out + bias[None, None]
     if norm is not None:
       out = rms_norm(out, norm, config.rms_norm_eps, offset=config.norm_offset)
     return out

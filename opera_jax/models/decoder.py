@@ -79,6 +79,8 @@ class Config:
   sliding_window_pattern: int = 0
   rope_local_theta: float = 0.0  # of layers with a window; 0 is rope_theta
   rope_scaling: rope.Scaling | None = None  # of layers that see everything
+  # LongRoPE's set of factors for the whole run: short or long.
+  rope_factors: str = "short"
   dtype: str = "float32"
   # "dots" saves the matmuls and attention for the backward pass and
   # rematerialises the rest, which moves less memory than saving everything.
@@ -108,6 +110,11 @@ class Config:
         f"A window holds positions, got sliding_window={self.sliding_window}, "
         f"sliding_window_pattern={self.sliding_window_pattern}. Use 0 for no "
         "window."
+      )
+    if self.rope_factors not in rope.SETS:
+      raise ValueError(
+        f"LongRoPE has the factors {rope.SETS}, got model.rope_factors="
+        f"{self.rope_factors!r}. Name one of them."
       )
     if self.remat not in REMAT:
       raise ValueError(
@@ -197,7 +204,7 @@ def rope_tables(config: Config, position_BT: jax.Array) -> RopeTables:
   theta, scaling = config.rope_theta, config.rope_scaling
   everything = rope.tables(
     position_BT,
-    rope.frequencies(config.head_dim, theta, scaling),
+    rope.frequencies(config.head_dim, theta, scaling, config.rope_factors),
     rope.amplitude(scaling, config.max_position_embeddings),
   )
   if not config.sliding_window or not config.rope_local_theta:
@@ -270,9 +277,9 @@ class Attention(nnx.Module):
     k_BTKH = jnp.tensordot(x_BTD, self.k[...].astype(dtype), 1)
     v_BTKH = jnp.tensordot(x_BTD, self.v[...].astype(dtype), 1)
     if config.qkv_bias:
-      q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)
-      k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)
-      v_BTKH = v_BTKH + self.v_bias[...].astype(dtype)
+      q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)[None, None]
+      k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)[None, None]
+      v_BTKH = v_BTKH + self.v_bias[...].astype(dtype)[None, None]
     if config.qk_norm:
       norm = functools.partial(
         rms_norm, epsilon=config.rms_norm_eps, offset=config.norm_offset

@@ -1,11 +1,8 @@
-"""Loads and saves Qwen3 checkpoints in Hugging Face's format.
+"""Loads and saves checkpoints in Hugging Face's format; loads GGUF files.
 
 Hugging Face stores one tensor [out, in] per layer, with heads and their
 channels merged. Ours are [in, out], with an axis of heads, and stacked over
-layers. One table maps the two, and both directions read it.
-
-Letters: V vocabulary, D hidden, N query heads, K key/value heads, H head
-dimension, F feed-forward.
+layers. `families` has one table that maps the two, and both directions read it.
 """
 
 import dataclasses
@@ -23,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opera_jax.models import decoder, hf_config, tensor_files
+from opera_jax.models.families import family, table
 from opera_jax.sharding import layout
 from opera_jax.sharding import rules as rules_lib
 
@@ -33,48 +31,40 @@ _BLOCK_BYTES = 64 << 20  # read from disk at a time
 config_from_hf = hf_config.read
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-  """One tensor of a checkpoint and where it goes in our parameters."""
-
-  ours: str  # key of decoder.AXES
-  theirs: tuple[str, ...]  # axes of their tensor; "NH" is N and H merged
-  axes: str  # axes of our array, without the layer axis
-  layer: int | None = None
-
-
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_OUTSIDE = {
-  _EMBEDDING: _Entry("embed", ("V", "D"), "VD"),
-  "model.norm.weight": _Entry("final_norm", ("D",), "D"),
-  _HEAD: _Entry("head", ("V", "D"), "DV"),
-}
-_INSIDE = {
-  "input_layernorm": _Entry("layers/input_norm", ("D",), "D"),
-  "self_attn.q_proj": _Entry("layers/attention/q", ("NH", "D"), "DNH"),
-  "self_attn.k_proj": _Entry("layers/attention/k", ("KH", "D"), "DKH"),
-  "self_attn.v_proj": _Entry("layers/attention/v", ("KH", "D"), "DKH"),
-  "self_attn.o_proj": _Entry("layers/attention/o", ("D", "NH"), "NHD"),
-  "self_attn.q_norm": _Entry("layers/attention/q_norm", ("H",), "H"),
-  "self_attn.k_norm": _Entry("layers/attention/k_norm", ("H",), "H"),
-  "post_attention_layernorm": _Entry("layers/post_norm", ("D",), "D"),
-  "mlp.gate_proj": _Entry("layers/mlp/gate", ("F", "D"), "DF"),
-  "mlp.up_proj": _Entry("layers/mlp/up", ("F", "D"), "DF"),
-  "mlp.down_proj": _Entry("layers/mlp/down", ("D", "F"), "FD"),
-}
 
 
-def _entries(config: decoder.Config) -> dict[str, _Entry]:
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Rows of a checkpoint's tensor that hold one of our arrays."""
+
+  name: str  # of the tensor
+  part: family.Part
+  first: int  # row of the tensor
+  layer: int | None
+
+
+def _tensors(config: decoder.Config) -> dict[str, tuple[_Source, ...]]:
   """All tensors of a checkpoint by their name, in the order of the file."""
-  outside = dict(_OUTSIDE)
+  outside = dict(family.OUTSIDE)
   if config.tie_word_embeddings:
     del outside[_HEAD]
-  inside = {
-    f"model.layers.{i}.{name}.weight": dataclasses.replace(entry, layer=i)
-    for i in range(config.num_hidden_layers)
-    for name, entry in _INSIDE.items()
-  }
-  return outside | inside
+  sizes = _sizes(config)
+
+  def sources(name: str, parts: Any, layer: int | None) -> tuple[_Source, ...]:
+    out, first = [], 0
+    for part in parts:
+      out.append(_Source(name, part, first, layer))
+      first += _shape(part, sizes)[0]
+    return tuple(out)
+
+  tensors = {name: sources(name, p, None) for name, p in outside.items()}
+  layer_tensors = table.FAMILIES[config.family].layer
+  for index in range(config.num_hidden_layers):
+    for suffix, parts in layer_tensors.items():
+      name = f"model.layers.{index}.{suffix}"
+      tensors[name] = sources(name, parts, index)
+  return tensors
 
 
 def _sizes(config: decoder.Config) -> dict[str, int]:
@@ -89,8 +79,17 @@ def _sizes(config: decoder.Config) -> dict[str, int]:
   }
 
 
-def _their_shape(entry: _Entry, sizes: dict[str, int]) -> tuple[int, ...]:
-  return tuple(math.prod(sizes[c] for c in group) for group in entry.theirs)
+def _shape(part: family.Part, sizes: dict[str, int]) -> tuple[int, ...]:
+  """Shape of a part's rows, as the checkpoint has them."""
+  return tuple(math.prod(sizes[c] for c in group) for group in part.theirs)
+
+
+def _their_shape(
+  sources: tuple[_Source, ...], sizes: dict[str, int]
+) -> tuple[int, ...]:
+  """Shape of a whole tensor."""
+  shapes = [_shape(source.part, sizes) for source in sources]
+  return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def load(
@@ -138,30 +137,31 @@ def load(
   layout.check(shapes, axes, mesh, rules)
 
   sizes = _sizes(config)
-  sources: dict[str, list[tuple[str, _Entry]]] = {}
-  for name, entry in _entries(config).items():
-    sources.setdefault(entry.ours, []).append((name, entry))
+  sources: dict[str, list[_Source]] = {}
+  for parts in _tensors(config).values():
+    for source in parts:
+      sources.setdefault(source.part.ours, []).append(source)
 
-  def read(name: str, entry: _Entry, sharding: NamedSharding) -> jax.Array:
+  def read(source: _Source, sharding: NamedSharding) -> jax.Array:
     if advance is not None:
       advance()
-    return _read(name, stored[name], entry, sizes, sharding, dtype)
+    return _read(source, stored[source.name], sizes, sharding, dtype)
 
   def load_parameter(
     path: Any, shape: jax.ShapeDtypeStruct, sharding: NamedSharding
   ) -> jax.Array:
     tensors = sources[decoder.path_name(path)]
-    if tensors[0][1].layer is None:
-      return read(*tensors[0], sharding)
+    if tensors[0].layer is None:
+      return read(tensors[0], sharding)
     stack = jax.jit(
       functools.partial(jnp.zeros, shape.shape, dtype), out_shardings=sharding
     )()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-    for name, entry in tensors:
-      array = read(name, entry, layer_sharding)
+    for source in tensors:
+      array = read(source, layer_sharding)
       # Wait, so that the host holds one layer instead of a queue of them.
-      stack = jax.block_until_ready(put(stack, array, entry.layer))
+      stack = jax.block_until_ready(put(stack, array, source.layer))
     return stack
 
   return jax.tree_util.tree_map_with_path(
@@ -174,15 +174,15 @@ def _put(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _read(
-  name: str,
+  source: _Source,
   tensor: tensor_files.Tensor,
-  entry: _Entry,
   sizes: dict[str, int],
   sharding: NamedSharding,
   dtype: str,
 ) -> jax.Array:
-  """Reads one tensor into our layout; each host reads every block once."""
-  shape = tuple(sizes[c] for c in entry.axes)
+  """Reads an array into our layout; each host reads every block once."""
+  part = source.part
+  shape = tuple(sizes[c] for c in part.axes)
 
   def bounds(index: Any) -> tuple[tuple[int, int], ...]:
     """(start, stop) of every axis of a shard."""
@@ -194,34 +194,35 @@ def _read(
     key: np.empty([stop - start for start, stop in key], dtype)
     for key in map(bounds, local)
   }
-  letters = "".join(entry.theirs)
-  order = [letters.index(c) for c in entry.axes]
-  outer = entry.axes.index(letters[0])
+  letters = "".join(part.theirs)
+  order = [letters.index(c) for c in part.axes]
+  outer = part.axes.index(letters[0])
   rest = [sizes[c] for c in letters[1:]]
   # File rows per index of their first axis: H for q_proj, 1 for most tensors.
-  rows = math.prod(sizes[c] for c in entry.theirs[0][1:])
+  rows = math.prod(sizes[c] for c in part.theirs[0][1:])
   first = min(key[outer][0] for key in shards)
   last = max(key[outer][1] for key in shards)
   step = max(1, _BLOCK_BYTES // (4 * math.prod(rest)))
   for start in range(first, last, step):
     stop = min(start + step, last)
-    block = tensor.rows(start * rows, stop * rows)
+    low, high = source.first + start * rows, source.first + stop * rows
+    block = tensor.rows(low, high)
     if not np.isfinite(block).all():
       raise ValueError(
-        f"{tensor.file}: {name} holds a weight that is not finite, in rows "
-        f"{start * rows} to {stop * rows}. The checkpoint is damaged or its "
+        f"{tensor.file}: {source.name} holds a weight that is not finite, in "
+        f"rows {low} to {high}. The checkpoint is damaged or its "
         "training diverged: download it again, or take an earlier one."
       )
     block = block.reshape(stop - start, *rest).transpose(order)
     for key, shard in shards.items():
-      low, high = max(start, key[outer][0]), min(stop, key[outer][1])
-      if low >= high:
+      begin, end = max(start, key[outer][0]), min(stop, key[outer][1])
+      if begin >= end:
         continue
-      source = [slice(*pair) for pair in key]
+      origin = [slice(*pair) for pair in key]
       target = [slice(None)] * len(key)
-      source[outer] = slice(low - start, high - start)
-      target[outer] = slice(low - key[outer][0], high - key[outer][0])
-      shard[tuple(target)] = block[tuple(source)]
+      origin[outer] = slice(begin - start, end - start)
+      target[outer] = slice(begin - key[outer][0], end - key[outer][0])
+      shard[tuple(target)] = block[tuple(origin)]
   return jax.make_array_from_callback(
     shape, sharding, lambda index: shards[bounds(index)]
   )
@@ -240,12 +241,12 @@ def _check(
       f"{f.name}: {getattr(stated, f.name)} in config.json, "
       f"{getattr(config, f.name)} given"
       for f in dataclasses.fields(config)
-      if f.name not in ("dtype", "remat")
+      if f.name not in hf_config.FREE
       and getattr(stated, f.name) != getattr(config, f.name)
     ]
-  sizes, wanted = _sizes(config), _entries(config)
-  for name, entry in wanted.items():
-    shape = _their_shape(entry, sizes)
+  sizes, wanted = _sizes(config), _tensors(config)
+  for name, sources in wanted.items():
+    shape = _their_shape(sources, sizes)
     if name not in stored:
       wrong.append(f"missing: {name} {list(shape)}")
     elif stored[name].shape != shape:
@@ -307,17 +308,23 @@ def export_tensors(
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   sizes = _sizes(config)
-  for name, entry in _entries(config).items():
-    array = ours[entry.ours]
-    if entry.layer is not None:
-      array = _layer(array, entry.layer)
+
+  def part(source: _Source) -> np.ndarray:
+    array = ours[source.part.ours]
+    if source.layer is not None:
+      array = _layer(array, source.layer)
     if not array.is_fully_addressable:
       from jax.experimental import multihost_utils
 
       array = multihost_utils.process_allgather(array, tiled=True)
-    order = [entry.axes.index(c) for c in "".join(entry.theirs)]
+    letters = "".join(source.part.theirs)
+    order = [source.part.axes.index(c) for c in letters]
     array = np.asarray(array).transpose(order)
-    yield name, array.reshape(_their_shape(entry, sizes))
+    return array.reshape(_shape(source.part, sizes))
+
+  for name, sources in _tensors(config).items():
+    parts = [part(source) for source in sources]
+    yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @jax.jit
@@ -363,8 +370,8 @@ def save(
   folder.mkdir(parents=True, exist_ok=True)
   sizes = _sizes(config)
   plan = [
-    (name, _their_shape(entry, sizes))
-    for name, entry in _entries(config).items()
+    (name, _their_shape(sources, sizes))
+    for name, sources in _tensors(config).items()
   ]
   writer = tensor_files.Writer(folder, plan, jnp.dtype(dtype), file_bytes)
   writer.write(arrays)

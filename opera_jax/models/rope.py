@@ -38,22 +38,24 @@ class Scaling:
   short_factor: tuple[float, ...] = ()
   long_factor: tuple[float, ...] = ()
   attention_factor: float = 0.0  # longrope: 0 is the formula of its paper
-  factors: str = "short"  # longrope: which of both sets this run uses
 
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(
         f"Rope scaling {self.kind!r} is in use; {', '.join(KINDS)} are read."
       )
-    if self.factors not in SETS:
+    if self.kind != "longrope" and self.factor <= 0:
       raise ValueError(
-        f"LongRoPE has the factors {SETS}, got model.rope_factors="
-        f"{self.factors!r}. Name one of them."
+        f"Rope scaling {self.kind!r} divides frequencies by its factor, got "
+        f"{self.factor}. Mend the checkpoint's config.json."
       )
 
 
 def frequencies(
-  head_dim: int, theta: float, scaling: Scaling | None = None
+  head_dim: int,
+  theta: float,
+  scaling: Scaling | None = None,
+  factors: str = "short",
 ) -> jax.Array:
   """Radians per position of every pair of channels, float32 [H / 2].
 
@@ -61,6 +63,7 @@ def frequencies(
     head_dim: H.
     theta: base of the wavelengths.
     scaling: or None.
+    factors: which set of LongRoPE, of `SETS`.
 
   Raises:
     ValueError: LongRoPE with a number of factors other than H / 2.
@@ -69,19 +72,21 @@ def frequencies(
   plain = 1.0 / theta**exponent
   if scaling is None:
     return plain
-  return plain / _divisors(head_dim, theta, scaling).astype(np.float32)
+  return plain / _divisors(head_dim, theta, scaling, factors).astype(np.float32)
 
 
-def _divisors(head_dim: int, theta: float, scaling: Scaling) -> np.ndarray:
+def _divisors(
+  head_dim: int, theta: float, scaling: Scaling, factors: str
+) -> np.ndarray:
   """What each of the H / 2 frequencies is divided by."""
   if scaling.kind == "linear":
     return np.full(head_dim // 2, scaling.factor)
   if scaling.kind == "longrope":
-    chosen = np.asarray(getattr(scaling, f"{scaling.factors}_factor"))
+    chosen = np.asarray(getattr(scaling, f"{factors}_factor"))
     if len(chosen) != head_dim // 2:
       raise ValueError(
         f"LongRoPE has a factor for each pair of channels, {head_dim // 2} of "
-        f"them, got {len(chosen)} {scaling.factors} factors. Mend the "
+        f"them, got {len(chosen)} {factors} factors. Mend the "
         "checkpoint's config.json."
       )
     return chosen

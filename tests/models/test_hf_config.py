@@ -48,14 +48,20 @@ def test_a_published_config_is_read(tmp_path):
   ("changes", "message"),
   [
     ({"attention_bias": True}, "attention_bias"),
-    ({"model_type": "qwen3_moe"}, "not 'qwen3'"),
+    ({"model_type": "qwen3_moe"}, "mixture of experts"),
+    ({"model_type": "gemma3"}, "images too"),
+    ({"model_type": "qwen33"}, "Did you mean 'qwen3'"),
+    ({"model_type": None}, "models of gemma3_text, llama, .* are read"),
     ({"num_experts": 128}, "mixture of experts"),
     ({"hidden_act": "gelu"}, "gelu"),
     (
       {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
       "rope scaling 'yarn'",
     ),
-    ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear'"),
+    ({"rope_scaling": {"type": "linear"}}, "by its factor, got 0"),
+    ({"rope_scaling": {"type": "llama3"}}, "by its factor, got 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0; a size"),
+    ({"hidden_size": "wide"}, "hidden_size='wide'; a size"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     (
       {
@@ -75,5 +81,5 @@ def test_other_models_are_refused(tmp_path, changes, message):
 
 
 def test_all_that_is_unsupported_comes_in_one_error(tmp_path):
-  with pytest.raises(ValueError, match="attention_bias.*gelu"):
+  with pytest.raises(ValueError, match="gelu.*attention_bias"):
     _read_config(tmp_path, attention_bias=True, hidden_act="gelu")

@@ -1,4 +1,4 @@
-"""Ours against transformers' Qwen3ForCausalLM, float32, random weights.
+"""Every family against transformers, float32, random weights.
 
 The reference runs every sequence alone, whatever rows ours stand in, so that
 each layout (padding left or right, several in a row) must not matter.
@@ -190,7 +190,9 @@ def test_greedy_tokens(pair, one_device):
       pad_token_id=0,
     )
     np.testing.assert_array_equal(sample.tokens, theirs[0, len(prompt) :])
-    assert len(set(sample.tokens.tolist())) > 2  # it has not stuck at once
+    config = pair.config
+    if not (config.embedding_scale and config.tie_word_embeddings):
+      assert len(set(sample.tokens.tolist())) > 2  # it has not stuck at once
 
 
 def test_layer_by_layer(pair):
@@ -259,8 +261,9 @@ def test_keys_and_values_of_every_layer(pair):
     ).past_key_values
   for layer, theirs in enumerate(cache.layers):
     for ours, value in ((prefix.k, theirs.keys), (prefix.v, theirs.values)):
+      held = value.shape[2]  # with a window, theirs drops the first ones
       np.testing.assert_allclose(
-        ours[layer, 0, :, :size],
+        ours[layer, 0, :, size - held : size],
         value[0].numpy(),
         rtol=0,
         atol=1e-5,
