@@ -35,8 +35,7 @@ from opera_jax.text import byte_level
 _SPACE = "▁"  # SentencePiece's sign of a space
 _MOST_CHARACTERS = 512  # of a piece: each way to halve it is tried
 _KEY = "tokenizer.ggml"
-_NORMAL, _UNKNOWN, _CONTROL = 1, 2, gguf_header.CONTROL
-_USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, gguf_header.CONTROL, 4
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 _LLAMA3_PATTERN = (
@@ -136,7 +135,9 @@ def build(path: str | pathlib.Path) -> GgufTokenizer:
     "tokenizer_class": "PreTrainedTokenizerFast",
     "chat_template": header.metadata.get("tokenizer.chat_template"),
     "clean_up_tokenization_spaces": False,
-    "add_bos_token": header.get(f"{_KEY}.add_bos_token", bool, add_bos),
+    "add_bos_token": header.get(
+      f"{_KEY}.add_bos_token", bool, add_bos and named["bos_token"] is not None
+    ),
     "add_eos_token": header.get(f"{_KEY}.add_eos_token", bool, False),
     **named,
   }
@@ -252,7 +253,6 @@ def _byte_level(
   header: gguf_header.Header, tokens: Sequence[str], types: Sequence[int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
   """The byte-level BPE, and whether it starts texts with the start token."""
-  del types  # merges alone decide what is reached
   name = header.get(f"{_KEY}.pre", str)
   if name not in _SPLITS:
     raise ValueError(
@@ -269,6 +269,11 @@ def _byte_level(
       raise ValueError(
         f"{header.file} merges {line[:80]!r}, and these or what they make are "
         "no tokens. Convert the model again."
+      )
+    if types[vocab[left + right]] == _CONTROL:
+      raise ValueError(
+        f"{header.file} merges {line[:80]!r} into a control token, so that "
+        "plain text could spell it. Do not use this file."
       )
     merges.append((left, right))
   backend = tokenizers.Tokenizer(
@@ -341,6 +346,9 @@ def _merges(
   order: dict[str, tuple[bool, float, int]],
 ) -> list[tuple[str, str]]:
   """All ways to halve a piece into two pieces, those of early pieces first.
+
+  SentencePiece merges the leftmost of two pairs with equal scores, where BPE
+  by merges takes the earlier merge; trained pieces have scores of their own.
 
   Args:
     order: sort key of every piece that text may merge into.
