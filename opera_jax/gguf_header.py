@@ -9,7 +9,6 @@ is read; models/gguf_file.py and text/gguf_tokenizer.py make use of it.
 """
 
 import dataclasses
-import importlib
 import math
 import mmap
 import pathlib
@@ -120,12 +119,13 @@ def library() -> ModuleType:
     ImportError: it is not installed.
   """
   try:
-    return importlib.import_module("gguf")
+    import gguf
   except ModuleNotFoundError as error:
     raise ImportError(
       "A GGUF checkpoint is read by the package `gguf`, which is not "
       "installed. Run `pip install gguf` or `pip install opera-jax[gguf]`."
     ) from error
+  return gguf
 
 
 def is_gguf(path: str | pathlib.Path) -> bool:

@@ -491,7 +491,11 @@ def loss(folder, ids):
 
 @pytest.mark.slow
 def test_smollm2(tmp_path, shared_data):
-  """transformers' ids, but where it is wrong: digits are split before BPE."""
+  """transformers' ids, but where digits must be split before BPE.
+
+  transformers leaves that split out, so that it cuts a run of white space
+  before a digit in another place.
+  """
   import transformers
 
   (tmp_path / "model.gguf").symlink_to(gguf_files.smollm2())
@@ -506,21 +510,20 @@ def test_smollm2(tmp_path, shared_data):
   pattern = published_pattern("smollm")
   bytes_of = set("".join(t for t in tokens if not t.startswith("<")))
   spelled = byte_level.symbol_of_byte()
-  compared = differ = 0
+  same = differ = 0
   for text in (*texts(), *prompts(shared_data)):
     if any(spelled[b] not in bytes_of for b in text.encode()):
       continue  # the vocabulary lacks 21 rare bytes
     ids = built.backend.encode(text).ids
-    # Two white characters before a digit: only the split before BPE tells.
-    if not regex.search(r"\s\s\p{N}", text):
-      assert ids == theirs.encode(text, add_special_tokens=False), text
-      compared += 1
-    if len(text) < 400:
-      slow = slow_byte_level(text, "smollm", pattern, tokens, merges)
-      assert ids == slow, text
-      differ += ids != theirs.encode(text, add_special_tokens=False)
+    unsplit = theirs.encode(text, add_special_tokens=False)
+    assert ids == slow_byte_level(text, "smollm", pattern, tokens, merges), text
+    assert unsplit == slow_byte_level(text, "gpt-2", pattern, tokens, merges)
+    if not regex.search(r"\s\s\p{N}|[^\P{N}0-9]", text):
+      assert ids == unsplit
+    same += ids == unsplit
+    differ += ids != unsplit
     assert built.backend.decode(ids) == text
-  assert compared > 300 and differ > 0
+  assert same > 300 and differ > 0
   assert built.end_ids == (2, 0) and "im_start" in built.config["chat_template"]
   ids = built.backend.encode(SENTENCE).ids
   assert loss(tmp_path, ids) == pytest.approx(3.69, abs=0.01)
@@ -540,8 +543,9 @@ def test_gemma(tmp_path, shared_data):
   vocabulary = [tokens, types, scores]
   compared = 0
   for text in (*TEXTS, *itertools.islice(prompts(shared_data), 20)):
+    text = text[:400]
     ids = built.backend.encode(text, add_special_tokens=False).ids
-    assert ids == slow_sentencepiece(text[:2_000], *vocabulary), text
+    assert ids == slow_sentencepiece(text, *vocabulary), text
     compared += 1
   assert compared > 30
   ids = built.backend.encode(SENTENCE).ids
