@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from opera_jax.models import decoder, hf_config, tensor_files
+from opera_jax import gguf_header
+from opera_jax.models import (
+  decoder,
+  gguf_file,
+  grow_embedding,
+  hf_config,
+  tensor_files,
+)
 from opera_jax.models.families import family, table
 from opera_jax.sharding import layout
 from opera_jax.sharding import rules as rules_lib
@@ -99,6 +106,7 @@ def load(
   rules: dict[str, Any],
   dtype: str = "float32",
   advance: Callable[[], None] | None = None,
+  trained_ids: int | None = None,
 ) -> Any:
   """Streams a checkpoint's weights into sharded arrays.
 
@@ -108,13 +116,16 @@ def load(
   of layers.
 
   Args:
-    path_or_hub_id: directory of safetensors, one file or several, or the id
-      of a model on the Hugging Face hub.
+    path_or_hub_id: directory of safetensors, one file or several; a GGUF file
+      or a directory with one; or the id of a model on the Hugging Face hub.
     config: the model's sizes; see `config_from_hf`.
     mesh: the parameters are sharded over it.
     rules: TRAIN or ROLLOUT of `opera_jax.sharding.rules`.
     dtype: of the parameters, "float32" or "bfloat16".
     advance: progress callback, called before each tensor is read.
+    trained_ids: ids that the checkpoint's tokenizer has, if the run's has
+      tokens besides: their rows are the mean of the others', and the embedding
+      grows to `config.vocab_size`. None changes no row.
 
   Returns:
     The params tree of `decoder.create`, in `dtype`, sharded by `rules`.
@@ -129,9 +140,16 @@ def load(
   """
   if dtype not in DTYPES:
     raise ValueError(f"Parameters are one of {DTYPES}, got dtype={dtype!r}.")
-  folder = hf_config.folder(path_or_hub_id, ("*.safetensors", "*.json"))
-  stored = tensor_files.find(folder)
-  _check(folder, stored, config)
+  place, stored = _find(path_or_hub_id)
+  stated = dataclasses.replace(config, vocab_size=stored_rows(stored))
+  if trained_ids is None:
+    stated = config
+  _check(place, stored, stated)
+  if trained_ids is not None:
+    for name in {_EMBEDDING, _HEAD} & stored.keys():
+      stored[name] = grow_embedding.GrownTensor(
+        stored[name], trained_ids, config.vocab_size
+      )
   shapes = decoder.abstract(config)[1]
   axes = decoder.logical_axes(shapes)
   layout.check(shapes, axes, mesh, rules)
@@ -228,15 +246,25 @@ def _read(
   )
 
 
+def _find(path_or_hub_id: str | os.PathLike) -> tuple[pathlib.Path, Any]:
+  """Where a checkpoint is, and its tensors by Hugging Face's names."""
+  path = pathlib.Path(path_or_hub_id)
+  if gguf_header.is_gguf(path):
+    gguf = gguf_file.read(path)
+    return gguf.file, dict(gguf.tensors)
+  folder = hf_config.folder(path_or_hub_id, ("*.safetensors", "*.json"))
+  return folder, tensor_files.find(folder)
+
+
 def _check(
-  folder: pathlib.Path,
+  place: pathlib.Path,
   stored: dict[str, tensor_files.Tensor],
   config: decoder.Config,
 ) -> None:
   """Raises one error with every mismatch of checkpoint and model."""
   wrong = []
-  if (folder / "config.json").exists():
-    stated = config_from_hf(folder)
+  if place.is_file() or (place / "config.json").exists():
+    stated = config_from_hf(place)
     wrong += [
       f"{f.name}: {getattr(stated, f.name)} in config.json, "
       f"{getattr(config, f.name)} given"
@@ -252,7 +280,7 @@ def _check(
     elif stored[name].shape != shape:
       found = list(stored[name].shape)
       wrong.append(f"shape: {name} is {found}, must be {list(shape)}")
-    elif not tensor_files.readable(stored[name].dtype):
+    elif not stored[name].readable():
       wrong.append(f"type: {name} is {stored[name].dtype}")
   # A tied checkpoint may also store its head, which equals the embedding.
   known = wanted.keys() | {_HEAD}
@@ -261,7 +289,7 @@ def _check(
     wrong += _untied(stored[_EMBEDDING], stored[_HEAD])
   if wrong:
     raise ValueError(
-      f"The weights in {folder} are not those of the model; make the model's "
+      f"The weights in {place} are not those of the model; make the model's "
       "sizes those of its config.json (hf_checkpoint.config_from_hf). "
       f"{len(wrong)} mismatches:\n  " + "\n  ".join(wrong)
     )

@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from opera_jax import hub
-from opera_jax.models import decoder, rope
+from opera_jax import gguf_header, hub
+from opera_jax.models import decoder, gguf_file, rope
 from opera_jax.models.families import table
 
 # Fields of decoder.Config that a checkpoint does not determine.
 FREE = ("dtype", "remat", "attention", "rope_factors")
+# A GGUF file has the divisors that a scaling comes to, and not its settings.
+# LongRoPE with two equal sets says the same in a config.json.
+_DIVISORS = "factors"
 _SIZES = (
   "vocab_size",
   "hidden_size",
@@ -108,10 +111,11 @@ def _write_scaling(scaling: rope.Scaling | None) -> dict[str, Any] | None:
 
 
 def read(path_or_hub_id: str | os.PathLike) -> decoder.Config:
-  """Reads config.json of a model.
+  """Reads config.json of a model, or what a GGUF file says in its place.
 
   Args:
-    path_or_hub_id: a directory with a config.json, or an id on the hub.
+    path_or_hub_id: a directory with a config.json, a GGUF file or a directory
+      with one, or an id on the hub.
 
   Returns:
     The model's sizes and its family's fields; those of `FREE`, which a
@@ -122,6 +126,9 @@ def read(path_or_hub_id: str | os.PathLike) -> decoder.Config:
     ValueError: it is no config; fields that are missing, or settings that our
       model does not have (one error lists all of them).
   """
+  if gguf_header.is_gguf(pathlib.Path(path_or_hub_id)):
+    gguf = gguf_file.read(pathlib.Path(path_or_hub_id))
+    return from_contents(gguf.config, str(gguf.file))
   file = folder(path_or_hub_id, ("config.json",)) / "config.json"
   if not file.exists():
     raise FileNotFoundError(
@@ -209,7 +216,8 @@ def from_contents(raw: Mapping[str, Any], where: str) -> decoder.Config:
     return decoder.Config(**fields)
   except TypeError as error:
     raise ValueError(
-      f"{where} states a value of a wrong kind ({error}). Fetch the model again."
+      f"{where} states a value of a wrong kind ({error}). Fetch the model "
+      "again."
     ) from error
 
 
@@ -245,6 +253,15 @@ def _read_scaling(
   kind = "longrope" if kind == "su" else kind  # an early name of Phi-3's
   if kind == "default":
     return None
+  if kind == _DIVISORS:
+    divisors = tuple(map(float, ropes["factors"]))
+    return rope.Scaling(
+      kind="longrope",
+      original_max_position_embeddings=int(raw["max_position_embeddings"]),
+      short_factor=divisors,
+      long_factor=divisors,
+      attention_factor=1.0,
+    )
   original = ropes.get(
     "original_max_position_embeddings",
     raw.get("original_max_position_embeddings", raw["max_position_embeddings"]),
@@ -275,7 +292,7 @@ def _unsupported(raw: Mapping[str, Any], ropes: Mapping[str, Any]) -> list[str]:
       f"hidden_act is {act!r}, not {' or '.join(decoder.ACTIVATIONS)}"
     )
   kind = ropes.get("rope_type", ropes.get("type", "default"))
-  if kind not in ("default", "su", *rope.KINDS):
+  if kind not in ("default", "su", _DIVISORS, *rope.KINDS):
     wrong.append(f"rope scaling {kind!r} is in use")
   factor = ropes.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
   if factor not in (None, 1, 1.0):

@@ -1,0 +1,89 @@
+"""The model's config: from its checkpoint, or from the fields of config.model.
+
+A checkpoint says what its model is. Of config.model only what a checkpoint does
+not determine (`hf_config.FREE`) is read with one; any other field that is set
+must say the same.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from opera_jax.models import decoder, grow_embedding, hf_config, presets
+
+# The sizes of a model that is trained from nothing, where config.model is None.
+SMALL = {
+  "hidden_size": 128,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 32,
+  "intermediate_size": 384,
+}
+
+
+def resolve(
+  model: Mapping[str, Any],
+  checkpoint: str = "",
+  *,
+  vocab_size: int = 0,
+  added_tokens: bool = False,
+  offline: bool = False,
+) -> decoder.Config:
+  """The config of a run's model.
+
+  Args:
+    model: fields of `decoder.Config`; None leaves one to the checkpoint or,
+      without one, to `SMALL` and the decoder's defaults.
+    checkpoint: directory, GGUF file or hub id; "" for a model that is trained
+      from nothing.
+    vocab_size: ids of the tokenizer; 0 if it is not known.
+    added_tokens: whether the tokenizer has tokens that the checkpoint's has
+      not; the embedding grows for them if it must.
+    offline: take the sizes of a published model from `presets` and not from
+      the hub.
+
+  Raises:
+    FileNotFoundError: no such checkpoint.
+    ValueError: a field contradicts the checkpoint, or is no field of a decoder;
+      more ids than rows; what `hf_config.read` and `decoder.Config` refuse.
+  """
+  fields = {name: value for name, value in model.items() if value is not None}
+  rows = fields.pop("vocab_size", 0)
+  if not checkpoint:
+    rows = rows or vocab_size
+    if rows < vocab_size:
+      raise ValueError(
+        f"The tokenizer has {vocab_size} ids and config.model.vocab_size is "
+        f"{rows}; every id needs a row of the embedding. Raise it, or set 0 to "
+        "use the tokenizer's."
+      )
+    return decoder.Config(**{**SMALL, **fields, "vocab_size": rows})
+  published = presets.PRESETS.get(checkpoint.partition("@")[0])
+  if not offline or published is None:
+    published = hf_config.read(checkpoint)
+  stated = {"vocab_size": rows} if rows else {}
+  stated |= {k: v for k, v in fields.items() if k not in hf_config.FREE}
+  wrong = [
+    f"config.model.{name} is {value!r} and the checkpoint's is "
+    f"{getattr(published, name)!r}"
+    for name, value in stated.items()
+    if getattr(published, name) != value
+  ]
+  if wrong:
+    raise ValueError(
+      f"{checkpoint} says what its model is, and {'; '.join(wrong)}. Leave "
+      "these fields unset, or leave config.checkpoint empty to train a model "
+      "from nothing."
+    )
+  rows = published.vocab_size
+  if added_tokens:
+    rows = grow_embedding.grown_rows(rows, vocab_size)
+  if rows < vocab_size:
+    raise ValueError(
+      f"The tokenizer has {vocab_size} ids and the embedding of {checkpoint} "
+      f"has {rows} rows; every id needs one. Leave config.tokenizer.path empty "
+      "to take the checkpoint's own tokenizer."
+    )
+  free = {k: v for k, v in fields.items() if k in hf_config.FREE}
+  return dataclasses.replace(published, vocab_size=rows, **free)
