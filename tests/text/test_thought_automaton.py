@@ -18,8 +18,8 @@ from opera_jax.text import thought, thought_automaton
     ({"keywords": ["But", " wait"]}, "' wait' can never match"),
     ({"keywords": [""]}, "can never match"),
     ({"keywords": ["let me"], "separator": " "}, "does not hold"),
-    ({"think_open_id": 3}, "Id 3 of <think>"),
-    ({"think_close_id": 9}, "Id 9 of </think>"),
+    ({"think_open": 3}, "Id 3 of <think>"),
+    ({"think_close": 9}, "Id 9 of </think>"),
   ],
 )
 def test_bad_compile_arguments(change, rule):
@@ -28,8 +28,8 @@ def test_bad_compile_arguments(change, rule):
     "separator": "\n\n",
     "match": "word",
     "vocab_bytes": [None, None, b"a", b"b"],
-    "think_open_id": 0,
-    "think_close_id": 1,
+    "think_open": 0,
+    "think_close": 1,
   }
   with pytest.raises(ValueError, match=rule):
     thought_automaton.compile(**(arguments | change))
