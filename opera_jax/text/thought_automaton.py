@@ -274,14 +274,12 @@ def _string_machine(
     next_rows.append(targets)
     event_rows.append(events)
   table = np.asarray(event_rows, bool)
-  partial = np.asarray([state[:2] for state in states], object)
-  no_tag = np.asarray([p != "inside" or not m for p, m in partial])
+  no_tag = np.asarray([s[0] == "inside" and not s[1] for s in states])
   next_state = np.asarray(next_rows, np.int32)
   return {
     "next_state": next_state,
     **{name: table[:, :, k] for k, name in enumerate(names)},
-    # The byte is behind what began as a tag.
-    "breaks": no_tag[next_state] & ~table[:, :, names.index("closes")],
+    "breaks": no_tag[next_state],  # what began as a tag is none
   }
 
 
@@ -342,5 +340,5 @@ def _after_separator(code: np.ndarray) -> np.ndarray:
       f"A token holds more than {MAX_MIDDLE} whole steps. Choose a longer"
       " separator, or a vocabulary with shorter tokens."
     )
-  head = code & (OPEN | HEAD_CONTENT | HEAD_KEYWORD)
-  return head | SEPARATOR | middle << MIDDLE_SHIFT
+  kept = code & (OPEN | HEAD_CONTENT | HEAD_KEYWORD | CLOSE_BEGINS)
+  return kept | SEPARATOR | middle << MIDDLE_SHIFT
