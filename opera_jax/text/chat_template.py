@@ -68,12 +68,17 @@ class ChatTemplate:
         "A chat prompt has no message; give at least one of role 'user'."
       )
     hidden, shown = self.sealed.hide(
-      (m["content"] for m in checked), around=self.text + str(self.variables)
+      (m["content"] for m in checked), around=self._characters
     )
     text = self._render(
       [m | {"content": m["content"].translate(hidden)} for m in checked], True
     )
     return self.sealed.trusted(text).translate(shown)
+
+  @functools.cached_property
+  def _characters(self) -> frozenset[str]:
+    """All characters that the template may write by itself."""
+    return frozenset(self.text).union(*map(str, self.variables.values()))
 
   @functools.cached_property
   def head(self) -> str:

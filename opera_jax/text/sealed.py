@@ -9,7 +9,7 @@ text can, after `Sealed.trusted` put the secret names into it.
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import tokenizers
@@ -47,7 +47,7 @@ class Sealed:
       json.dumps(_renamed(spec, controls, self._secret_of))
     )
 
-  def hide(self, texts: Iterable[str], around: str) -> tuple[dict, dict]:
+  def hide(self, texts: Iterable[str], around: Set[str]) -> tuple[dict, dict]:
     """Translations that take from texts what control tokens begin and end with.
 
     A text that went through the first can neither spell a control token nor
@@ -55,7 +55,7 @@ class Sealed:
 
     Args:
       texts: untrusted.
-      around: the template, whose text the stand-ins may not occur in.
+      around: characters of the template, which are no stand-ins.
 
     Returns:
       Two tables for `str.translate`: to stand-ins, and back.
@@ -63,7 +63,7 @@ class Sealed:
     Raises:
       ValueError: the texts use up all private characters of Unicode.
     """
-    used = set(around).union(*texts)
+    used = around.union(*texts)
     free = (chr(c) for block in PRIVATE for c in block if chr(c) not in used)
     stand_ins = dict(zip(self._edges, free))
     if len(stand_ins) < len(self._edges):

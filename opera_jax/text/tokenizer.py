@@ -398,24 +398,7 @@ class Tokenizer:
     Raises:
       ValueError: the ids have gaps, so that none is free after the last.
     """
-    if self.think_open_id is not None:
-      return self
-    return self._changed(backend=self._with_added(self.think, special=False))
-
-  def _with_added(
-    self, names: Sequence[str], *, special: bool
-  ) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-    _add_tokens(backend, [(name, special) for name in names])
-    ids = [backend.token_to_id(name) for name in names]
-    if ids != list(range(self.vocab_size, self.vocab_size + len(names))):
-      raise ValueError(
-        f"The tokens {list(names)} cannot be added after the {self.vocab_size}"
-        f" ids of the tokenizer: they got the ids {ids}, as its ids have gaps"
-        " or it lists one of them. Set config.tokenizer.think to two strings"
-        " that it does not list."
-      )
-    return backend
+    return self.configured()
 
   def configured(
     self,
@@ -428,29 +411,27 @@ class Tokenizer:
 
     Args:
       think: two strings between which a thought stands: tokens if the tokenizer
-        has them, else matched as bytes. None given means "<think>" and
-        "</think>" as tokens, which are added if they are missing.
+        has them, else matched as bytes. None given means the tokenizer's own
+        ("<think>" and "</think>") as tokens, which are added if they are
+        missing: one token costs two rows of the embedding and cannot be spelled
+        in several ways, as a string can.
       chat_template: "chatml", or a file with a Jinja template; "" keeps the
         tokenizer's own.
       enable_thinking: "on" or "off" for the chat template, "" for neither.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: what `Tokenizer` and `with_think_tokens` refuse.
+      ValueError: what `Tokenizer` refuses, or tokens that cannot be added.
     """
-    made = self
+    changes: dict[str, Any] = {}
+    lacking: list[tuple[str, bool]] = []
     if chat_template == "chatml":
-      lacking = [
-        name
+      changes["config"] = self.config | {"chat_template": CHAT_TEMPLATE}
+      lacking += [
+        (name, True)
         for name in chat_template_lib.CHATML_TOKENS
         if self.backend.token_to_id(name) is None
       ]
-      backend = (
-        self._with_added(lacking, special=True) if lacking else self.backend
-      )
-      made = made._changed(
-        backend=backend, config=self.config | {"chat_template": CHAT_TEMPLATE}
-      )
     elif chat_template:
       file = pathlib.Path(chat_template)
       if not file.is_file():
@@ -458,13 +439,31 @@ class Tokenizer:
           f"config.tokenizer.chat_template={chat_template}: no such file. Name"
           ' a file with a Jinja template, or "chatml".'
         )
-      text = file.read_text("utf-8")
-      made = made._changed(config=self.config | {"chat_template": text})
+      template = file.read_text("utf-8")
+      changes["config"] = self.config | {"chat_template": template}
     if enable_thinking:
-      made = made._changed(enable_thinking=enable_thinking == "on")
+      changes["enable_thinking"] = enable_thinking == "on"
     if think:
-      return made._changed(think=think) if tuple(think) != made.think else made
-    return made.with_think_tokens()
+      changes["think"] = tuple(think)
+    elif self.think_open_id is None:
+      lacking += [(tag, False) for tag in self.think]
+    if lacking:
+      changes["backend"] = self._with_added(lacking)
+    return self._changed(**changes) if changes else self
+
+  def _with_added(self, names: Sequence[tuple[str, bool]]) -> Any:
+    """A backend with further tokens (name, whether it is special)."""
+    backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+    _add_tokens(backend, names)
+    ids = [backend.token_to_id(name) for name, _ in names]
+    if ids != list(range(self.vocab_size, self.vocab_size + len(names))):
+      raise ValueError(
+        f"The tokens {[name for name, _ in names]} cannot be added after the"
+        f" {self.vocab_size} ids of the tokenizer: they got the ids {ids}, as"
+        " its ids have gaps or it lists one of them. Set"
+        " config.tokenizer.think to two strings that it does not list."
+      )
+    return backend
 
   def encode(self, text: str) -> np.ndarray:
     """Untrusted text to ids [T] int32; no control token can come out.
