@@ -54,8 +54,16 @@ def get_config() -> ml_collections.ConfigDict:
   # directory or hub id (NAME@REVISION) of a Qwen3; "" pretrains a model
   config.checkpoint = ""
   config.tokenizer = {
-    "path": "",  # directory or hub id; "" trains a BPE on the documents
+    # directory, GGUF file or hub id; "" trains a BPE on the documents
+    "path": "",
     "bpe_size": 8192,  # vocabulary size of the trained BPE
+    # two strings around a thought: tokens where the tokenizer has them, else
+    # matched as text; () takes "<think>" and "</think>", added if missing
+    "think": (),
+    # Jinja file in place of the tokenizer's chat template, or "chatml"
+    "chat_template": "",
+    # on or off, passed to the chat template; "" leaves it to the template
+    "enable_thinking": "",
   }
   config.max_prompt_tokens = 6_144  # [C] longer prompts are dropped and counted
   # longer references are dropped and counted
@@ -216,9 +224,12 @@ def get_config() -> ml_collections.ConfigDict:
     # [C] nucleus sampling: keeps the top tokens of this total probability
     "top_p": 0.95,
     "max_step_tokens": 1024,  # maximum tokens of a candidate
-    # maximum tokens; a longer thought stays unclosed
+    # maximum tokens; a longer thought stays unclosed, or see close_thought
     "max_thought_tokens": 8192,
     "max_answer_tokens": 4096,  # maximum tokens of the final answer
+    # closes a thought that is too long, or in which the turn ended, and goes on
+    # with the answer: for a model that has never seen the tag
+    "close_thought": False,
     # [C] words at which the search forks; ("\n\n",) forks at every step
     "stop_words": ("Wait", "But", "Hmm", "Let me think", "However"),
     # prompt template, or a .txt file with it

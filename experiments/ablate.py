@@ -288,7 +288,7 @@ def probe(run, config, task, common_flags):
     {name: scorer for name, (_, scorer) in scorers.items()},
     params,
     prompts,
-    [run.tokenizer.decode(g[0].tokens, skip_special=True) for g in groups],
+    [run.tokenizer.completion_text(g[0].tokens) for g in groups],
   )
 
 

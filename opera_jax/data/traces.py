@@ -65,9 +65,10 @@ class Trace:
   reference: str
   thought: str  # between the think tags
   answer: str
-  completion: np.ndarray  # [T] int32, <think> to <|im_end|>
+  completion: np.ndarray  # [T] int32, <think> to the end of the turn
   rounds: tuple[Round, ...]
   status: str  # "complete", or why the trace is not
+  forced: bool = False  # the thought was closed by force, not by the model
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, Trace) and _to_json(self) == _to_json(other)
@@ -78,6 +79,8 @@ def _to_json(trace: Trace) -> dict[str, Any]:
     field.name: getattr(trace, field.name)
     for field in dataclasses.fields(trace)
   }
+  if not trace.forced:
+    del row["forced"]
   row["completion"] = [int(token) for token in trace.completion]
   row["rounds"] = [dataclasses.asdict(round_) for round_ in trace.rounds]
   return row

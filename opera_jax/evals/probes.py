@@ -82,13 +82,5 @@ def sample(
   separator: str = thought_lib.SEPARATOR,
 ) -> structs.Sample:
   """Converts a probe to a sample; only our own tags become special tokens."""
-  tokens = np.concatenate(
-    [
-      tokenizer.encode_template("<think>\n"),
-      tokenizer.encode(separator.join(text.steps)),
-      tokenizer.encode_template("\n</think>\n\n"),
-      tokenizer.encode(text.answer),
-      tokenizer.encode_template("<|im_end|>"),
-    ]
-  ).astype(np.int32)
+  tokens = tokenizer.completion(separator.join(text.steps), text.answer)
   return structs.Sample(tokens, np.zeros(len(tokens), np.float32), True)

@@ -234,9 +234,10 @@ class RewardScorer:
       separator,
       "word" if match == "any" else match,
       tokenizer.vocab_bytes,
-      tokenizer.think_open_id,
-      tokenizer.think_close_id,
+      tokenizer.think_open,
+      tokenizer.think_close,
       cache_dir=cache_dir,
+      opened=tokenizer.opens_thought,
     )
 
   def probe(self, prompts: Sequence[structs.Prompt]) -> None:
@@ -394,7 +395,7 @@ class RewardScorer:
       samples=len(groups[0]),
       prompt_ids=prompt_ids,
       completions=flat,
-      texts=[tokenizer.decode(s.tokens, skip_special=True) for s in flat],
+      texts=[tokenizer.completion_text(s.tokens) for s in flat],
       thoughts=thoughts,
       encode=tokenizer.encode,
       chat_prompt=tokenizer.chat_prompt,

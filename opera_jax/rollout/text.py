@@ -10,7 +10,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.text import stop_automaton
+from opera_jax.text import chat_template, stop_automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
 
@@ -26,7 +26,7 @@ def complete(
   engine: engine_lib.Engine,
   tokenizer: tokenizer_lib.Tokenizer,
   params: Any,
-  prompts: Sequence[str],
+  prompts: Sequence[str | Sequence[chat_template.Message]],
   settings: sampling_lib.Sampling,
   key: jax.Array,
   *,
@@ -42,7 +42,8 @@ def complete(
     engine: the sampler.
     tokenizer: of the policy.
     params: parameters, in the ROLLOUT layout.
-    prompts: user turns, untrusted.
+    prompts: user turns, or lists of messages with "role" and "content";
+      untrusted.
     settings: how to sample. The tokenizer's end ids always stop a completion,
       and ids that it does not use are never sampled.
     key: random key.
@@ -51,7 +52,8 @@ def complete(
     stop: strings that end a completion, cut at the character, not at the token.
     keep_stop: whether the stop string that was found stays in the text.
     on_text: called with (prompt, sample, new text) while sampling; the pieces
-      of a sample join to its text.
+      of a sample join to its text. A thought that the chat template opens is
+      part of the text.
 
   Returns:
     For each prompt its completions, in order.
@@ -70,8 +72,9 @@ def complete(
     stream = streams.setdefault((prompt, sample), _Stream())
     stream.tokens.extend(tokens.tolist())
     text = _spell(tokenizer, stream.tokens, stop, keep_stop)
-    # Hold back the end: it may be half a character or part of a stop string.
-    held = max(map(len, stop), default=1) - 1
+    # Hold back the end: it may be half a character, or part of a stop string or
+    # of a tag that is shown as another.
+    held = max(map(len, (*stop, *tokenizer.think))) - 1
     held = max(held, len(text) - len(text.rstrip("\ufffd")))
     stable = text[: max(len(text) - held, 0)]
     if len(stable) > stream.shown and on_text is not None:
@@ -116,16 +119,17 @@ def _spell(
   keep_stop: bool,
 ) -> str:
   """The text up to the first stop string, with or without it."""
-  text = tokenizer.decode(tokens, skip_special=True)
   if not stop:
-    return text
+    return tokenizer.completion_text(tokens)
   found = stop_automaton.find_first(tokens, tokenizer.vocab_bytes, stop)
   if found is None:
-    return text
+    return tokenizer.completion_text(tokens)
   # `found.skip` counts bytes (a special token counts as one): cut the bytes.
   first = found.first_token
   before = tokenizer.decode(tokens[:first], skip_special=True)
   # Not a special token (None): the stop string starts in it.
   piece = tokenizer.vocab_bytes[int(tokens[first])] or b""
   before += piece[: found.skip].decode("utf-8", errors="replace")
-  return before + (stop[found.string] if keep_stop else "")
+  return tokenizer.plain_tags(
+    before + (stop[found.string] if keep_stop else "")
+  )

@@ -267,8 +267,8 @@ def setup(
     workdir: folder of the run.
     seed: random seed of the run.
     mesh: axis sizes, see `sharding.mesh.create`.
-    tokenizer: `path`, a directory or hub id, or "" to train a BPE of
-      `bpe_size` ids on the documents.
+    tokenizer: `path`, a directory, GGUF file or hub id, or "" to train a BPE of
+      `bpe_size` ids on the documents; and arguments of `Tokenizer.configured`.
     model: fields of `decoder.Config`; `vocab_size` 0 uses the tokenizer's
       vocabulary size.
     data: arguments of `tasks.load` except the seed.
@@ -464,6 +464,7 @@ def _tokenizer(
   redo: Sequence[str],
   path: str,
   bpe_size: int,
+  **options: Any,
 ) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str]]:
   """Loads or trains the run's tokenizer, as a stage; returns it with its path
   and digest."""
@@ -481,6 +482,14 @@ def _tokenizer(
     recorded = {"tokenizer": {"bpe_size": bpe_size}}
     recorded |= data_settings(settings, ("documents",))
     made_from = data_inputs(tasks, ("documents",))
+  # Only what is set counts, so that older runs go on.
+  recorded["tokenizer"] |= {k: v for k, v in options.items() if v}
+  template = pathlib.Path(options.get("chat_template", ""))
+  if template.is_file():
+    made_from["tokenizer.chat_template"] = (
+      str(template),
+      digest.file(template),
+    )
   stop_ids = _checkpoint_stop_ids(checkpoint)
   recorded["ends"] = list(stop_ids)
   stage = workdir_lib.Stage(
@@ -489,7 +498,7 @@ def _tokenizer(
 
   def make() -> str:
     if not stage.finished():
-      tokenizer = _new_tokenizer(tasks, path, bpe_size)
+      tokenizer = _new_tokenizer(tasks, path, bpe_size).configured(**options)
       tokenizer.with_ends(stop_ids).save(stage.path)
       found = digest.folder(stage.path, _SAVED_TOKENIZER)
       workdir_lib.write(stage.path / "DONE.json", {"sha256": found})

@@ -8,7 +8,7 @@ finished traces.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,7 @@ class Search:
   max_answer_tokens: int
   stop_words: tuple[str, ...]
   template: str  # text, or the path of a .txt file
+  close_thought: bool  # by force, where it is too long or the turn ended
   method: str  # "search", or "rewrite" (REER, without stop words)
   rounds: int  # of rewriting
   guide: str  # prompt template of rewriting, which contains the reference
@@ -111,18 +112,44 @@ def synthesize(
   _make(run, prompts, shards, settings, preemption)
 
   def write() -> dict[str, int]:
+    forced = 0
+
+    def counted() -> Iterator[traces.Trace]:
+      nonlocal forced
+      for trace in shards.read():
+        forced += trace.forced
+        yield trace
+
     with preemption.exit_at_once():
-      return traces.write(
+      counts = traces.write(
         stage.path / "traces",
-        shards.read(),
+        counted(),
         card=lambda counts: dataset_card_lib.write(
           run, card, counts, {"Search": recorded}
         ),
       )
+      _write_metrics(stage, counts, forced)
+    return counts
 
   with stage.locked(preemption):
     if not _whole(stage):
       stage.finish(exchange.on_main_process(write))
+
+
+def _write_metrics(
+  stage: workdir_lib.Stage, counts: Mapping[str, int], forced: int
+) -> None:
+  """Writes the shares of complete traces, and of thoughts closed by force."""
+  total = sum(counts.values())
+  written = metrics.Metrics(stage.path, "metrics")
+  written.write(
+    total,
+    {
+      "synthesis/complete": counts.get("complete", 0) / total,
+      "synthesis/forced_close": forced / total,
+    },
+  )
+  written.close()
 
 
 def select(
@@ -249,7 +276,7 @@ def _make(
             "synthesize",
             "the base model",
             trace.prompt,
-            run.tokenizer.decode(trace.completion, skip_special=True),
+            run.tokenizer.completion_text(trace.completion),
           )
         progress.update()
         leave()
@@ -300,6 +327,7 @@ def _searcher(
     "max_step_tokens": settings.max_step_tokens,
     "max_thought_tokens": settings.max_thought_tokens,
     "max_answer_tokens": settings.max_answer_tokens,
+    "close_thought": settings.close_thought,
     "template": settings.template,
   }
   if settings.method == "rewrite":
@@ -341,7 +369,7 @@ def _fitting(
   Raises:
     ValueError: no prompt fits, or one lacks the reference that rewriting needs.
   """
-  opened = len(run.tokenizer.encode_template("<think>\n"))
+  opened = len(run.tokenizer.thought_head)
   room = run.engine.longest_prompt() - opened
   if settings.method == "rewrite":
     room -= settings.max_thought_tokens

@@ -162,6 +162,17 @@ def flag(value: Any) -> str:
   return "" if isinstance(value, bool) else "it must be True or False"
 
 
+def pair(value: Any) -> str:
+  """Is empty, or two strings that differ."""
+  fine = not isinstance(value, str) and isinstance(value, Sequence)
+  fine = fine and all(isinstance(one, str) and one for one in value)
+  if fine and len(set(value)) == len(value) and len(value) in (0, 2):
+    return ""
+  return (
+    'it must be two different strings, such as ("<think>", "</think>"), or ()'
+  )
+
+
 def ascending(value: Any) -> str:
   """Is a tuple of lengths."""
   whole = count()
@@ -246,7 +257,13 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "heartbeat_seconds": count(),
     **{name: text() for name in ("distributed", "compile_cache")},
   }),
-  "tokenizer": ((), {"path": text(), "bpe_size": count()}),
+  "tokenizer": ((), {
+    "path": text(),
+    "bpe_size": count(),
+    "think": pair,
+    "chat_template": text(),
+    "enable_thinking": one_of("", "on", "off"),
+  }),
   "model": ((), {
     "vocab_size": count(0),
     **{name: count() for name in (
@@ -315,6 +332,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "max_step_tokens": count(),
     "max_thought_tokens": count(),
     "max_answer_tokens": count(),
+    "close_thought": flag,
     "stop_words": each(text(empty=False)),
     "method": one_of(*cold_start.METHODS),
     "rounds": count(),

@@ -24,7 +24,7 @@ FIELDS = {
   "reference": "a reference answer; the search does not see it",
   "thought": "between the think tags",
   "answer": "after the thought",
-  "completion": "token ids from <think> to <|im_end|>",
+  "completion": "token ids from <think> to the end of the turn",
   "rounds": "one per round of the search: the reflection word, the candidate "
   "steps with their perplexities and tokens, and which one was kept",
   "status": '"complete", or why the trace is incomplete or was rejected',

@@ -211,7 +211,7 @@ def _joined(
 def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
   """The answer of a completion: the text after its thought, "" if it has
   none."""
-  text = run.tokenizer.decode(sample.tokens, skip_special=True)
+  text = run.tokenizer.completion_text(sample.tokens)
   _, closed, answer = text.partition("</think>")
   return answer.strip() if closed else ""
 
@@ -278,8 +278,8 @@ def thought_logprobs(
     "logp_direct" and "logp_thought", nats per token, [B] each; the second is
     the mean over a prompt's samples.
   """
-  empty = run.tokenizer.encode_template("<think>\n\n</think>\n\n")
-  gap = run.tokenizer.encode("\n\n")
+  empty = run.tokenizer.empty_thought
+  gap = run.tokenizer.encode("" if run.tokenizer.closes_thought else "\n\n")
   prefixes: list[np.ndarray] = []
   continuations = []
   for i, group, prompt in zip(ids, groups, prompts):
@@ -314,11 +314,13 @@ def thought_logprobs(
 
 
 def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:
-  """Tokens up to </think> inclusive; all but the stop token if there is
-  none."""
-  close = np.flatnonzero(sample.tokens == run.tokenizer.think_close_id)
-  if close.size:
-    return sample.tokens[: close[0] + 1]
+  """Tokens up to </think> inclusive; all but the stop token if there is none,
+  and no tokens where the prompt closed the thought."""
+  if run.tokenizer.closes_thought:
+    return sample.tokens[:0]
+  thought = run.tokenizer.through_thought(sample.tokens)
+  if thought is not None:
+    return thought
   return sample.tokens[: len(sample.tokens) - sample.finished]
 
 
@@ -415,9 +417,7 @@ def _shown(
           "model": model,
           "prompt": prompts[b].prompt,
           "reference": prompts[b].reference,
-          "text": run.tokenizer.decode(
-            groups[place][0].tokens, skip_special=True
-          ),
+          "text": run.tokenizer.completion_text(groups[place][0].tokens),
           "answer": answer_text(run, groups[place][0]),
           "steps": _steps(run, scored, completion, groups[place][0]),
           "terms": {

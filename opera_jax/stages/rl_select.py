@@ -152,7 +152,7 @@ def _found(
       advance=lambda _: preemption.exit_if_requested(),
     )
     return [
-      [run.tokenizer.decode(s.tokens, skip_special=True) for s in group]
+      [run.tokenizer.completion_text(s.tokens) for s in group]
       for group in groups
     ]
 

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
 from opera_jax.models import decoder, hf_checkpoint
@@ -15,7 +14,6 @@ from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import packed_rows
 from opera_jax.sharding import rules
 from opera_jax.stages import training_loop as training_loop_lib
-from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
@@ -105,7 +103,10 @@ def _base(
     stage.finish({"path": path, "model": run.save("base", loaded)})
     return
   pairs = [
-    (tokenizer.chat_prompt(d.prompt), _completion(tokenizer, d))
+    (
+      tokenizer.chat_prompt(d.prompt),
+      tokenizer.completion(d.thought, d.answer, closed=d.closed, after=d.after),
+    )
     for d in documents
   ]
   _train(run, stage, run.initial(), pairs, recipe, preemption)
@@ -129,24 +130,6 @@ def sft(
       for t in traces.read(run.workdir / "select" / "traces")
     ]
     _train(run, stage, run.load("base"), pairs, recipe, preemption)
-
-
-def _completion(
-  tokenizer: tokenizer_lib.Tokenizer, document: structs.Document
-) -> np.ndarray:
-  """Tokenizes a document; only our own tags become special tokens."""
-  return np.concatenate(
-    [
-      tokenizer.encode_template("<think>\n"),
-      tokenizer.encode(document.thought),
-      tokenizer.encode_template(
-        "\n</think>\n\n" if document.closed else "\n\n"
-      ),
-      tokenizer.encode(document.answer),
-      tokenizer.encode_template("<|im_end|>"),
-      tokenizer.encode(document.after),
-    ]
-  ).astype(np.int32)
 
 
 def _train(

@@ -16,7 +16,6 @@ from opera_jax.synthesis import stop_words as stop_words_lib
 from opera_jax.text import thought, words
 
 _TAGS = ("<think>", "</think>")
-_UNCLOSED = (stop_words_lib.TOO_LONG, stop_words_lib.TURN_ENDED)
 _MIN_FOR_OUTLIERS = 10  # searched traces
 _MAD_TO_STD = 1.4826  # of a normal distribution
 
@@ -101,7 +100,7 @@ def reason(
     rules: settings.
     keywords: reflection keywords, matched as whole words.
   """
-  if trace.status in _UNCLOSED:
+  if trace.status in stop_words_lib.UNCLOSED:
     return f"unclosed thought: {trace.status}"
   if trace.status != "complete":
     return trace.status

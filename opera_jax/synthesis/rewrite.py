@@ -30,8 +30,8 @@ from opera_jax.data import traces
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling
 from opera_jax.scoring import logprob_scorer as scorer_lib
+from opera_jax.synthesis import search, templates
 from opera_jax.synthesis import stop_words as stop_words_lib
-from opera_jax.synthesis import templates
 from opera_jax.text import automaton, stop_automaton
 from opera_jax.text import thought as thought_lib
 from opera_jax.text import tokenizer as tokenizer_lib
@@ -55,6 +55,7 @@ class _Draft:
     default_factory=lambda: np.zeros(0, np.int32)
   )
   status: str = "rewrite"
+  forced: bool = False  # the draft was closed by force
 
 
 def check(prompt: structs.Prompt) -> None:
@@ -84,6 +85,7 @@ class Rewriter:
     max_step_tokens: int = 512,
     max_thought_tokens: int = 8192,
     max_answer_tokens: int = 2048,
+    close_thought: bool = False,
     template: str = "{prompt}",
     guide: str = "{prompt}\n\n{reference}",
   ):
@@ -99,16 +101,20 @@ class Rewriter:
       top_k: of all sampling here.
       top_p: of all sampling here.
       max_step_tokens: a longer replacement is rejected.
-      max_thought_tokens: a longer draft is abandoned; a replacement that makes
-        the thought longer is rejected.
+      max_thought_tokens: a longer draft is abandoned, or closed; a replacement
+        that makes the thought longer is rejected.
       max_answer_tokens: a longer answer is abandoned.
+      close_thought: close a draft by force that is too long, or in which the
+        turn ended.
       template: the meta-prompt of the draft, with one `{prompt}`.
       guide: the meta-prompt of a rewrite, with one `{prompt}`. Without
         `{reference}`, steps are resampled without knowledge of the reference.
 
     Raises:
-      ValueError: no candidate, no round, a template without its placeholder.
+      ValueError: no candidate, no round, a template without its placeholder, or
+        a chat template that closes the thought.
     """
+    search.check_opens(tokenizer)
     if candidates < 1 or rounds < 1:
       raise ValueError(
         f"Rewriting needs at least 1 candidate and 1 round, got candidates="
@@ -123,9 +129,16 @@ class Rewriter:
     )
     self._guide = templates.load(guide, ("prompt",), "config.synthesis.guide")
     self._max_thought_tokens = max_thought_tokens
+    self._close_thought = close_thought
+    close_id = tokenizer.think_close_id
+    tags = () if close_id is not None else (tokenizer.think[1],)
     self._stops = stop_automaton.compile(
-      (thought_lib.SEPARATOR,), tokenizer.vocab_bytes
+      (thought_lib.SEPARATOR, *tags), tokenizer.vocab_bytes
     )
+    self._draft_stops = (
+      stop_automaton.compile(tags, tokenizer.vocab_bytes) if tags else None
+    )
+    close_ids = () if close_id is None else (close_id,)
 
     def settings(max_new_tokens: int, *stop_ids: int) -> sampling.Sampling:
       return sampling.for_tokenizer(
@@ -140,12 +153,11 @@ class Rewriter:
         engine.padded_vocab_size(),
       )
 
-    close_id = tokenizer.think_close_id
-    self._draft_sampling = settings(max_thought_tokens, close_id)
-    self._step_sampling = settings(max_step_tokens, close_id)
+    self._draft_sampling = settings(max_thought_tokens, *close_ids)
+    self._step_sampling = settings(max_step_tokens, *close_ids)
     self._answer_sampling = settings(max_answer_tokens)
-    self._opened = tokenizer.encode_template("<think>\n")
-    self._close = np.asarray([tokenizer.think_close_id], np.int32)
+    self._opened = tokenizer.thought_head
+    self._close = tokenizer.closing_tag
     self._separator = tokenizer.encode(thought_lib.SEPARATOR)
 
   def run(
@@ -221,7 +233,13 @@ class Rewriter:
       )
 
     heads = [self._head(self._template, draft.prompt) for draft in drafts]
-    thoughts = sample(drafts, heads, self._draft_sampling, round_index=_DRAFT)
+    thoughts = sample(
+      drafts,
+      heads,
+      self._draft_sampling,
+      round_index=_DRAFT,
+      stops=self._draft_stops,
+    )
     for draft, (thought,) in zip(drafts, thoughts):
       self._begin(draft, thought)
     rewritable = [draft for draft in drafts if draft.status == "rewrite"]
@@ -283,15 +301,19 @@ class Rewriter:
 
   def _begin(self, draft: _Draft, sample: structs.Sample) -> None:
     """Splits the sampled thought into the draft's steps."""
-    tokens = sample.tokens
-    closed = sample.finished and tokens[-1] == self._tokenizer.think_close_id
-    if not closed:
-      draft.status = (
-        stop_words_lib.TURN_ENDED
-        if sample.finished
-        else stop_words_lib.TOO_LONG
-      )
-    draft.steps = self._split(tokens[:-1] if sample.finished else tokens)
+    tokens = self._tokenizer.before_closing_tag(sample.tokens)
+    closed = tokens is not None
+    if tokens is None:
+      tokens = sample.tokens[: len(sample.tokens) - sample.finished]
+      if self._close_thought:
+        closed = draft.forced = True
+      else:
+        draft.status = (
+          stop_words_lib.TURN_ENDED
+          if sample.finished
+          else stop_words_lib.TOO_LONG
+        )
+    draft.steps = self._split(tokens)
     if closed and not draft.steps:
       draft.status = "thought missing"
 
@@ -401,8 +423,8 @@ class Rewriter:
     tokens = sample.tokens
     if not sample.finished or tokens[-1] in self._tokenizer.end_ids:
       return tokens[:0]
-    if tokens[-1] == self._tokenizer.think_close_id:
-      tokens = tokens[:-1]
+    body_tokens = self._tokenizer.before_closing_tag(tokens)
+    tokens = tokens if body_tokens is None else body_tokens
     text = self._tokenizer.decode(tokens)
     if not text.strip():
       return tokens[:0]
@@ -427,4 +449,5 @@ class Rewriter:
       completion=np.concatenate([self._opened, thought, close, draft.answer]),
       rounds=tuple(draft.rounds),
       status=draft.status,
+      forced=draft.forced,
     )

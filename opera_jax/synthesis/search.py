@@ -12,7 +12,10 @@ prompt advances independently of the others:
    temperature 1 and untruncated. The log-probabilities come from sampling.
 4. Keep the candidate with the lowest perplexity: its keys and values are
    appended to the prefix.
-5. After `budget` rounds, sample the rest of the thought up to </think>.
+5. After `budget` rounds, sample the rest of the thought up to </think>. A
+   thought that reaches its maximum length, or in which the model ends its turn,
+   is abandoned, or closed by force (`close_thought`): a model that has never
+   seen the tag does not write it.
 6. Sample the answer after the ORIGINAL prompt and the thought. The prefix is
    reused, unless the prompt stood in a template; then it is prefilled again.
 
@@ -67,6 +70,7 @@ class _Search:
   logprob: float = 0.0  # sum over head and thought, at temperature 1
   trigger_logprob: float = 0.0
   status: str = "stop"
+  forced: bool = False  # the thought was closed by force
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,19 @@ class _Segment:
   status: str
   logprob: float  # sum over the kept tokens, at temperature 1
   trigger_logprob: float
+
+
+def check_opens(tokenizer: tokenizer_lib.Tokenizer) -> None:
+  """Raises a ValueError if the chat template closes the thought.
+
+  A search writes a thought, and there would be nowhere to write it.
+  """
+  if tokenizer.closes_thought:
+    raise ValueError(
+      "The chat template writes an empty thought into the prompt, and the cold"
+      " start searches for thoughts. Set config.tokenizer.enable_thinking to"
+      ' "on", or leave it "".'
+    )
 
 
 class Searcher:
@@ -100,6 +117,7 @@ class Searcher:
     max_step_tokens: int = 512,
     max_thought_tokens: int = 8192,
     max_answer_tokens: int = 2048,
+    close_thought: bool = False,
     template: str = "{prompt}",
   ):
     """Compiles the stop words.
@@ -124,14 +142,18 @@ class Searcher:
       top_p: of all sampling here.
       max_step_tokens: maximum tokens of a candidate and of every other piece of
         thought that is sampled at once.
-      max_thought_tokens: a longer thought is abandoned.
+      max_thought_tokens: a longer thought is abandoned, or closed.
       max_answer_tokens: a longer answer is abandoned.
+      close_thought: close a thought by force that is too long, or in which the
+        turn ended, and go on with the answer.
       template: the meta-prompt, with one `{prompt}`; see `templates.load`.
 
     Raises:
       ValueError: an unknown score, no candidate, a negative budget, a template
-        without its placeholder, invalid stop words.
+        without its placeholder, invalid stop words, or a chat template that
+        closes the thought.
     """
+    check_opens(tokenizer)
     if score not in SCORES:
       raise ValueError(f"score must be one of {SCORES}, got {score!r}.")
     if candidates < 1:
@@ -149,6 +171,11 @@ class Searcher:
     self._max_tokens = dict.fromkeys(stop_words_lib.PHASES, max_step_tokens)
     self._max_tokens["answer"] = max_answer_tokens
     self._max_thought_tokens = max_thought_tokens
+    self._close_thought = close_thought
+    self._forced_close = np.concatenate(
+      [tokenizer.encode("\n"), tokenizer.closing_tag]
+    )
+    self._gap = tokenizer.encode("\n\n")
     self._settings = sampling.for_tokenizer(
       sampling.Sampling(
         max_new_tokens=max(self._max_tokens.values()),
@@ -206,7 +233,8 @@ class Searcher:
       self._settings,
       self._stop_words.table,
       contexts=heads,
-      extra_prefix_tokens=self._max_thought_tokens,
+      extra_prefix_tokens=self._max_thought_tokens
+      + (len(self._forced_close) + len(self._gap)) * self._close_thought,
       per_prompt_slot=True,
       with_model_logprob=self._budget > 0,
     ) as workers:
@@ -276,9 +304,12 @@ class Searcher:
             ended(self._trace(search))
           continue
         ready.append(prompt_slot)
-        if search.status == "answer" and self._template != "{prompt}":
+        rewritten = search.forced or self._template != "{prompt}"
+        if search.status == "answer" and rewritten:
           # The answer follows the original prompt, without the template.
-          context = self._head("{prompt}", search.prompt), search.thought
+          context = [self._head("{prompt}", search.prompt), search.thought]
+          if search.forced:
+            context.append(self._gap)
           contexts.append(
             (prompt_slot, search.prompt.id, np.concatenate(context))
           )
@@ -288,8 +319,9 @@ class Searcher:
   def _head(self, template: str, prompt: structs.Prompt) -> np.ndarray:
     """Tokens of the templated chat prompt and the opening <think>."""
     text = template.replace("{prompt}", prompt.prompt)
-    opened = self._tokenizer.encode_template("<think>\n")
-    return np.concatenate([self._tokenizer.chat_prompt(text), opened])
+    return np.concatenate(
+      [self._tokenizer.chat_prompt(text), self._tokenizer.thought_head]
+    )
 
   def _score_heads(self, params: Any, searches: Sequence[_Search]) -> None:
     """Starts each search's `logprob` with the sum over its head."""
@@ -346,7 +378,8 @@ class Searcher:
     """
     if search.status == "answer":
       sample = prompt_slots_lib.joined(samples[0])
-      search.answer = sample.tokens
+      gap = self._gap if search.forced else _no_tokens()
+      search.answer = np.concatenate([gap, sample.tokens])
       search.status = "complete" if sample.finished else "answer too long"
       return 0, sample.tokens
     segments = [self._segment(search.status, pieces) for pieces in samples]
@@ -365,7 +398,18 @@ class Searcher:
       search.status = stop_words_lib.TOO_LONG
     elif segment.status == "candidate" and len(search.rounds) >= self._budget:
       search.status = "rest"
+    if self._close_thought and search.status in stop_words_lib.UNCLOSED:
+      self._close(search)
     return best, np.concatenate([segment.kept, segment.trigger])
+
+  def _close(self, search: _Search) -> None:
+    """Closes a thought by force and moves on to the answer."""
+    thought = search.thought
+    if search.status == stop_words_lib.TURN_ENDED:
+      thought = thought[:-1]  # the token that ended the turn
+    thought = thought[: self._max_thought_tokens]
+    search.thought = np.concatenate([thought, self._forced_close])
+    search.forced, search.status = True, "answer"
 
   def _segment(
     self, phase: str, pieces: Sequence[prompt_slots_lib.Piece]
@@ -447,10 +491,9 @@ class Searcher:
     return among[index]
 
   def _trace(self, search: _Search) -> traces.Trace:
-    opened = self._tokenizer.encode_template("<think>\n")
-    thought = search.thought
-    if len(thought) and thought[-1] == self._tokenizer.think_close_id:
-      thought = thought[:-1]
+    thought = self._tokenizer.before_closing_tag(search.thought)
+    if thought is None:
+      thought = search.thought
     answer = search.answer
     if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
@@ -460,7 +503,10 @@ class Searcher:
       reference=search.prompt.reference,
       thought=self._tokenizer.decode(thought),
       answer=self._tokenizer.decode(answer).strip(),
-      completion=np.concatenate([opened, search.thought, search.answer]),
+      completion=np.concatenate(
+        [self._tokenizer.thought_head, search.thought, search.answer]
+      ),
       rounds=tuple(search.rounds),
       status=search.status,
+      forced=search.forced,
     )

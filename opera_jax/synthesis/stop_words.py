@@ -20,6 +20,7 @@ WORDS = ("Wait", "But", "Hmm", "Let me think", "However")
 PHASES = ("stop", "candidate", "rest", "answer")
 TOO_LONG = "thought too long"
 TURN_ENDED = "turn ended inside the thought"
+UNCLOSED = (TOO_LONG, TURN_ENDED)
 
 
 class StopWords:
@@ -61,17 +62,26 @@ class StopWords:
       opening = tuple(
         lead + word for word in self._stop_words for lead in ("\n", ". ")
       )
-    self._stops = {"stop": self._stop_words, "candidate": opening}
+    self._stops = {"stop": self._stop_words, "candidate": opening, "rest": ()}
+    # The tag that closes the thought stops these phases too: as a token, or as
+    # one more string, which may be followed by anything.
+    close_id = tokenizer.think_close_id
+    self._tags = () if close_id is not None else (tokenizer.think[1],)
     tables = {
       phase: stop_automaton.compile(
-        strings, tokenizer.vocab_bytes, right_boundary=self._words
+        (*strings, *self._tags),
+        tokenizer.vocab_bytes,
+        right_boundary=self._boundaries(phase),
       )
       for phase, strings in self._stops.items()
+      if strings or self._tags
     }
-    close: tuple[int, ...] = (tokenizer.think_close_id,)
     table, starts = regions.join(
       [
-        (tables.get(phase), () if phase == "answer" else close)
+        (
+          tables.get(phase),
+          (close_id,) if close_id is not None and phase != "answer" else (),
+        )
         for phase in PHASES
       ],
       tokenizer.vocab_size,
@@ -79,6 +89,11 @@ class StopWords:
     self.table: automaton.Automaton = table  # of all phases
     # The state of the table in which a sample of each phase starts.
     self.start: dict[str, int] = dict(zip(PHASES, starts))
+
+  def _boundaries(self, phase: str) -> list[bool]:
+    """For each string of a phase, whether no word character may follow it."""
+    strings = self._stops[phase]
+    return [self._words] * len(strings) + [False] * len(self._tags)
 
   def cut(
     self, sample: structs.Sample, phase: str
@@ -99,13 +114,16 @@ class StopWords:
       return tokens, none, TOO_LONG
     if tokens[-1] == self._tokenizer.think_close_id:
       return tokens, none, "answer"
-    stops = self._stops.get(phase)
+    stops = self._stops[phase]
     vocab = self._tokenizer.vocab_bytes
-    found = stops and stop_automaton.find_first(
-      tokens, vocab, stops, right_boundary=self._words
+    strings = (*stops, *self._tags)
+    found = strings and stop_automaton.find_first(
+      tokens, vocab, strings, right_boundary=self._boundaries(phase)
     )
-    if not stops or not found:
+    if not found:
       return tokens, none, TURN_ENDED
+    if found.string == len(stops):
+      return tokens[: found.token_after], none, "answer"
     if not self._words:
       return tokens[: found.token_after], none, "candidate"
     # The stop string may begin with "\n" or ". ", which are not in the trigger.

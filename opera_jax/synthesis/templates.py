@@ -1,7 +1,7 @@
 """Prompt templates: text files with placeholders.
 
 A filled template is one user turn of the policy's chat template
-(`Tokenizer.chat_prompt`, token for token Qwen3's). Tags in it are plain text,
+(`Tokenizer.chat_prompt`). Tags in it are plain text,
 as in a prompt.
 """
 

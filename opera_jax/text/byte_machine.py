@@ -51,7 +51,7 @@ def build(
   strings: Sequence[bytes],
   *,
   left_boundary: bool,
-  right_boundary: bool,
+  right_boundary: Sequence[bool],
   ignore_case: bool,
   separator: bytes | None = None,
 ) -> ByteMachine:
@@ -65,14 +65,14 @@ def build(
   Args:
     strings: what to find, not empty, distinct.
     left_boundary: require a boundary on the left.
-    right_boundary: require a boundary on the right.
+    right_boundary: for each string, require a boundary on the right.
     ignore_case: ignore the case of ASCII letters.
     separator: bytes that separate the text, found left to right without
       overlap; None for no separator.
   """
   if ignore_case:
     strings = [string.lower() for string in strings]
-  restarts = None if separator is None else _restarts(separator)
+  restarts = None if separator is None else match_table(separator)
 
   def best(indices: list[int]) -> int:
     if not indices:
@@ -93,10 +93,13 @@ def build(
       partial.update(
         (i, 1) for i, string in enumerate(strings) if string[0] == folded
       )
-    if not right_boundary:
-      complete = [(i, size) for i, size in partial if size == len(strings[i])]
-      found += [i for i, _ in complete]
-      partial.difference_update(complete)
+    complete = [
+      (i, size)
+      for i, size in partial
+      if size == len(strings[i]) and not right_boundary[i]
+    ]
+    found += [i for i, _ in complete]
+    partial.difference_update(complete)
     matched = 0  # bytes of the separator
     if separator is not None and restarts is not None:
       matched = restarts[state.separator][byte]
@@ -130,7 +133,7 @@ def build(
   )
 
 
-def _restarts(separator: bytes) -> list[list[int]]:
+def match_table(separator: bytes) -> list[list[int]]:
   """Knuth-Morris-Pratt: [bytes matched][next byte] -> bytes matched."""
   table = []
   for size in range(len(separator)):

@@ -29,7 +29,7 @@ def find_first(
   tokens: Iterable[int],
   vocab_bytes: Sequence[bytes | None],
   strings: Sequence[str],
-  right_boundary: bool = False,
+  right_boundary: bool | Sequence[bool] = False,
   ignore_case: bool = False,
   left_boundary: bool = False,
 ) -> Match | None:
@@ -45,7 +45,8 @@ def find_first(
     tokens: token ids.
     vocab_bytes: [V] bytes of each token, None for special tokens.
     strings: the stop strings, distinct, not empty.
-    right_boundary: no word character [A-Za-z0-9_] may follow the string.
+    right_boundary: no word character [A-Za-z0-9_] may follow the string; of
+      all strings, or one value for each.
     ignore_case: ignore the case of ASCII letters.
     left_boundary: no word character may precede the string.
 
@@ -56,13 +57,14 @@ def find_first(
     ValueError: no string, an empty one, or a repeated one.
   """
   encoded = _encode(strings, ignore_case)
+  bounded = _per_string(right_boundary, len(encoded))
   text, ends = automaton.spell(tokens, vocab_bytes)
   found = []
   for index, string in enumerate(encoded):
     pattern = re.escape(string)
     if left_boundary:
       pattern = rb"(?<![A-Za-z0-9_])" + pattern
-    if right_boundary:
+    if bounded[index]:
       pattern += rb"(?![A-Za-z0-9_])"
     hit = re.search(pattern, text, re.IGNORECASE if ignore_case else 0)
     if hit:
@@ -86,7 +88,7 @@ def find_first(
 def compile(
   strings: Sequence[str],
   vocab_bytes: Sequence[bytes | None],
-  right_boundary: bool = False,
+  right_boundary: bool | Sequence[bool] = False,
   ignore_case: bool = False,
   left_boundary: bool = False,
   cache_dir: str | os.PathLike | None = None,
@@ -101,7 +103,8 @@ def compile(
   Args:
     strings: the stop strings, distinct, not empty.
     vocab_bytes: [V] bytes of each token, None for special tokens.
-    right_boundary: no word character [A-Za-z0-9_] may follow the string.
+    right_boundary: no word character [A-Za-z0-9_] may follow the string; of
+      all strings, or one value for each.
     ignore_case: ignore the case of ASCII letters.
     left_boundary: no word character may precede the string.
     cache_dir: folder where compiled tables are cached; None does not cache.
@@ -111,17 +114,18 @@ def compile(
       of tokens can produce.
   """
   encoded = _encode(strings, ignore_case)
+  bounded = _per_string(right_boundary, len(encoded))
 
   def build() -> dict[str, np.ndarray]:
     machine = byte_machine.build(
       encoded,
       left_boundary=left_boundary,
-      right_boundary=right_boundary,
+      right_boundary=bounded,
       ignore_case=ignore_case,
     )
     return _tables(machine, vocab_bytes)
 
-  key = ["stops", *encoded, left_boundary, right_boundary, ignore_case]
+  key = ["stops", *encoded, left_boundary, *bounded, ignore_case]
   tables = table_cache.cached(
     build, cache_dir=cache_dir, key=key, vocab_bytes=vocab_bytes
   )
@@ -134,6 +138,11 @@ def compile(
         " first. Drop it, or use a byte-level vocabulary."
       )
   return automaton.Automaton(**tables)
+
+
+def _per_string(value: bool | Sequence[bool], count: int) -> list[bool]:
+  """One value for each string."""
+  return [value] * count if isinstance(value, bool) else list(value)
 
 
 def _encode(strings: Sequence[str], ignore_case: bool) -> list[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from opera_jax import atomic_file
 
-_FORMAT = b"automaton 1"
+_FORMAT = b"automaton 2"
 # The exceptions that reading a damaged file can raise.
 DAMAGE = (
   EOFError,

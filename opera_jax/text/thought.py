@@ -4,7 +4,9 @@
 device.
 
 A completion is read as bytes. Its thought is the text between the first <think>
-token and the first </think> token after it; without both there are no steps.
+and the first </think> after it; without both there are no steps. The tags are
+one token each, or strings over several tokens. A prompt may open the thought;
+then it begins with the completion.
 The separator divides the thought into pieces. A piece, stripped of ASCII white
 space, is a step unless it is empty. A step is reflective if it contains a
 keyword. Any other token without bytes (a special token, an unused id, a second
@@ -61,49 +63,84 @@ def is_reflective(
 def define(
   tokens: Sequence[int],
   vocab_bytes: Sequence[bytes | None],
-  think_open_id: int,
-  think_close_id: int,
+  think_open: int | str,
+  think_close: int | str,
   keywords: Sequence[str] = KEYWORDS,
   separator: str = SEPARATOR,
   match: str = "word",
+  *,
+  opened: bool = False,
 ) -> list[Step]:
   """Finds the steps of one completion, in plain Python.
 
   A step ends after the token that completes the separator after it, or before
   </think> if no separator follows. Steps within one token end at the same
-  position.
+  position. A token that holds a part of a tag belongs to the tag.
 
   Args:
     tokens: token ids of the completion.
     vocab_bytes: [V] bytes of each token, None for special tokens.
-    think_open_id: id of <think>.
-    think_close_id: id of </think>.
+    think_open: id of <think>, or the string if it is no token.
+    think_close: likewise of </think>.
     keywords: the reflection keywords.
     separator: separates the steps of a thought.
     match: "word" or "substring".
+    opened: the prompt has opened the thought.
 
   Returns:
     The steps in order; none if the thought is not closed.
   """
   tokens = [int(token) for token in tokens]
-  if think_open_id not in tokens:
+  text, ends = automaton_lib.spell(tokens, vocab_bytes)
+  begin = start = 0
+  if not opened:
+    found = _tag(think_open, tokens, text, ends, 0)
+    if found is None:
+      return []
+    begin, start = found[1], found[3]
+  found = _tag(think_close, tokens, text, ends, begin)
+  if found is None:
     return []
-  start = tokens.index(think_open_id) + 1
-  if think_close_id not in tokens[start:]:
-    return []
-  stop = tokens.index(think_close_id, start)
-  text, ends = automaton_lib.spell(tokens[start:stop], vocab_bytes)
+  stop = max(found[2], start)
   cut = separator.encode()
-  pieces = text.split(cut)
-  steps, offset = [], 0
+  pieces = text[begin : found[0]].split(cut)
+  steps, offset = [], begin
   for index, piece in enumerate(pieces):
     offset += len(piece) + len(cut)
     followed = index + 1 < len(pieces)
-    end = start + 1 + int(np.searchsorted(ends, offset)) if followed else stop
+    end = min(_count(ends, offset), stop) if followed else stop
     if piece.strip():
       reflective = is_reflective(piece.strip(), keywords, match)
       steps.append(Step(piece.strip(), end, reflective))
   return steps
+
+
+def _count(ends: np.ndarray, offset: int) -> int:
+  """Tokens that hold the first `offset` bytes."""
+  return int(np.searchsorted(ends, offset)) + 1
+
+
+def _tag(
+  tag: int | str,
+  tokens: Sequence[int],
+  text: bytes,
+  ends: np.ndarray,
+  begin: int,
+) -> tuple[int, int, int, int] | None:
+  """Finds a tag from a byte on: bytes before and up to its end, tokens wholly
+  before it and up to its end; None if it is not there."""
+  if isinstance(tag, str):
+    first = text.find(tag.encode(), begin)
+    if first < 0:
+      return None
+    last = first + len(tag.encode())
+    before = int(np.searchsorted(ends, first, side="right"))
+    return first, last, before, _count(ends, last)
+  after = int(np.searchsorted(ends, begin, side="right"))
+  if tag not in tokens[after:]:
+    return None
+  place = tokens.index(tag, after)
+  return int(ends[place]) - 1, int(ends[place]), place, place + 1
 
 
 @functools.partial(jax.jit, static_argnames="max_steps")
@@ -216,7 +253,13 @@ def _thought(code_T: jax.Array, max_steps: int) -> structs.Thoughts:
   done_T = jnp.cumsum(ended_T)
   closed = _bit(code_T, lib.CLOSE).any()
   close = jnp.argmax(_bit(code_T, lib.CLOSE)).astype(jnp.int32)
-  start = jnp.argmax(_bit(code_T, lib.OPEN)).astype(jnp.int32) + 1
+  opens_T = _bit(code_T, lib.OPEN)
+  # Without an OPEN the prompt opened the thought.
+  start = jnp.where(opens_T.any(), jnp.argmax(opens_T) + 1, 0)
+  start = start.astype(jnp.int32)
+  token_T = jnp.arange(code_T.shape[0], dtype=jnp.int32)
+  begins_T = jnp.where(_bit(code_T, lib.CLOSE_BEGINS), token_T, -1)
+  end = jnp.maximum(jax.lax.cummax(begins_T)[close], start)
   total = jnp.where(closed, done_T[-1], 0)
   step_J = jnp.arange(max_steps, dtype=jnp.int32)
   real_J = step_J < total
@@ -231,11 +274,11 @@ def _thought(code_T: jax.Array, max_steps: int) -> structs.Thoughts:
   shift_J = jnp.clip(whole_J - 1 - index_J, 0, 31)
   inside_J = ((middle_J >> shift_J) & 1) > 0
   reflective_J = jnp.where(index_J < 0, reflective_T[token_J], inside_J)
-  end_J = token_J + jnp.where(_bit(code_T[token_J], lib.CLOSE), 0, 1)
+  end_J = jnp.minimum(token_J + 1, end)
   return structs.Thoughts(
     closed=closed,
     start=jnp.where(closed, start, 0),
-    end=jnp.where(closed, close, 0),
+    end=jnp.where(closed, end, 0),
     count=jnp.minimum(total, max_steps),
     step_end=jnp.where(real_J, end_J, 0),
     reflective=real_J & reflective_J,

@@ -134,6 +134,7 @@ def _written(path) -> set[str]:
     "opera_jax/rl/rollouts.py",
     "opera_jax/rl/advantages.py",
     "opera_jax/train/step.py",
+    "opera_jax/stages/cold_start.py",
     "experiments/opera_rl.py",
   ],
 )

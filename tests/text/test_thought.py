@@ -1,5 +1,7 @@
 """The device finds the very steps that the string definition names."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -8,14 +10,21 @@ from opera_jax.text import automaton, thought, thought_automaton
 LENGTH, STEPS = 64, 48
 
 
-def table(tokenizer, match="word", separator="\n\n", keywords=thought.KEYWORDS):
+def table(
+  tokenizer,
+  match="word",
+  separator="\n\n",
+  keywords=thought.KEYWORDS,
+  opened=False,
+):
   return thought_automaton.compile(
     keywords,
     separator,
     match,
     tokenizer.vocab_bytes,
-    tokenizer.think_open_id,
-    tokenizer.think_close_id,
+    tokenizer.think_open,
+    tokenizer.think_close,
+    opened=opened,
   )
 
 
@@ -26,11 +35,17 @@ def pad(rows, length=LENGTH):
   return tokens, np.asarray([len(values) for values in rows], np.int32)
 
 
-def assert_equal_to_definition(tokenizer, rows, match, separator="\n\n"):
+def assert_equal_to_definition(
+  tokenizer,
+  rows,
+  match,
+  separator="\n\n",
+  keywords=thought.KEYWORDS,
+  opened=False,
+):
   tokens, length = pad(rows)
-  found = thought.find(
-    tokens, length, table(tokenizer, match, separator), STEPS
-  )
+  compiled = table(tokenizer, match, separator, keywords, opened)
+  found = thought.find(tokens, length, compiled, STEPS)
   count, end = np.asarray(found.count), np.asarray(found.step_end)
   reflective = np.asarray(found.reflective)
   kinds = [0, 0]
@@ -38,10 +53,12 @@ def assert_equal_to_definition(tokenizer, rows, match, separator="\n\n"):
     steps = thought.define(
       row,
       tokenizer.vocab_bytes,
-      tokenizer.think_open_id,
-      tokenizer.think_close_id,
+      tokenizer.think_open,
+      tokenizer.think_close,
+      keywords,
       separator=separator,
       match=match,
+      opened=opened,
     )
     n = len(steps)
     spelled = tokenizer.decode(row)
@@ -73,7 +90,7 @@ def test_sequences_of_a_small_vocabulary(small, hard_rows):
 class Pieces:
   """A vocabulary whose tokens hold whole steps."""
 
-  think_open_id, think_close_id = 0, 1
+  think_open, think_close = 0, 1
   vocab_bytes = (
     *(None, None, None, b"", b"a", b" ", b"\n", b"but", b"B"),
     *(b"\n\n", b"ut", b"x\n\nbut\n\ny\n\nwait", b"\n\n\n\n", b"but\n\n\n"),
@@ -95,6 +112,97 @@ def test_tokens_that_hold_whole_steps(match, separator):
     body = rng.integers(2, Pieces.vocab_size, int(rng.integers(0, 9)))
     rows.append([0, *body.tolist(), 1])
   assert_equal_to_definition(Pieces, rows, match, separator)
+
+
+class Strings:
+  """A vocabulary that spells the tags over several tokens, or within one."""
+
+  think_open, think_close = "<think>", "</think>"
+  vocab_bytes = (
+    *(None, b"<think>", b"<", b"<th", b"ink", b">", b">\n", b"a<think>but"),
+    *(b"</think>", b"</", b".</", b"think", b"think>", b">\n\nwait", b"<<"),
+    *(b"a", b" ", b"\n", b"\n\n", b"but", b" wait", b"b", b"ut", b"\n\n</"),
+    *(b"x\n\nbut</think>\n\ny", b"\n\nhmm\n\n</think>", b">but\n\nc\n\nwait"),
+    *(b"<think>a\n\nbut\n\nb</think>c", b"but</th", b"/think>", b"\n\nq<"),
+  )
+  vocab_size = len(vocab_bytes)
+
+  @staticmethod
+  def decode(row):
+    return str([Strings.vocab_bytes[i] for i in row])
+
+
+def rows_of_strings(rng, count):
+  """Rows of random tokens in which most thoughts open and close."""
+  spell = [[1], [3, 4, 5], [2, 11, 5], [7], [3, 4, 6], [3, 4, 26]]
+  close = [[8], [9, 12], [9, 11, 13], [10, 11, 5], [14, 29], [23, 12], [30, 29]]
+  rows = []
+  for _ in range(count):
+    parts = []
+    for tags in (spell, close, close):
+      parts += rng.integers(0, Strings.vocab_size, rng.integers(0, 7)).tolist()
+      if rng.random() < 0.8:
+        parts += tags[rng.integers(len(tags))]
+    rows.append(parts)
+  return rows
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("match", ["word", "substring"])
+@pytest.mark.parametrize("separator", ["\n\n", "\n"])
+def test_tags_over_several_tokens(match, separator, opened):
+  rows = rows_of_strings(np.random.default_rng(5), 2_000)
+  # "think" is a part of the tags, "<b" begins as they do.
+  keywords = ("But", "wait", "think", "<b", "k>")
+  plain, reflective = assert_equal_to_definition(
+    Strings, rows, match, separator, keywords, opened
+  )
+  assert min(plain, reflective) > 300
+  for row in rows:
+    text, _ = automaton.spell(row, Strings.vocab_bytes)
+    opens = rb"\A" if opened else b"<think>"
+    found = re.search(opens + b"(.*?)</think>", text, re.DOTALL)
+    pieces = found[1].split(separator.encode()) if found else []
+    steps = thought.define(
+      row,
+      Strings.vocab_bytes,
+      *("<think>", "</think>", keywords, separator, match),
+      opened=opened,
+    )
+    assert [s.text for s in steps] == [p.strip() for p in pieces if p.strip()]
+
+
+def test_positions_of_tags_over_several_tokens():
+  # "<th" "ink" ">\n" "a" "\n\n" "but" ".</" "think" ">" "b"
+  row = [3, 4, 6, 15, 18, 19, 10, 11, 5, 21]
+  tokens, length = pad([row])
+  found = thought.find(tokens, length, table(Strings), STEPS)
+  assert bool(found.closed[0])
+  assert (int(found.start[0]), int(found.end[0])) == (3, 6)
+  assert found.step_end[0, :3].tolist() == [5, 6, 0]
+  tokens, length = pad([row[3:]])
+  found = thought.find(tokens, length, table(Strings, opened=True), STEPS)
+  assert (int(found.start[0]), int(found.end[0])) == (0, 3)
+  assert found.step_end[0, :2].tolist() == [2, 3]
+
+
+def test_a_thought_that_the_prompt_opened(small, hard_rows):
+  rows = hard_rows(np.random.default_rng(6), small, 1_000, LENGTH)
+  opens = [row[row != small.think_open_id] for row in rows]
+  plain, reflective = assert_equal_to_definition(
+    small, opens, "word", opened=True
+  )
+  assert min(plain, reflective) > 300
+  inner = (small.vocab_bytes, small.think_open_id, small.think_close_id)
+  for row in opens[:200]:
+    here = thought.define(row, *inner, opened=True)
+    there = thought.define([small.think_open_id, *row], *inner)
+    assert [(s.text, s.reflective) for s in here] == [
+      (s.text, s.reflective) for s in there
+    ]
+    assert [s.end + 1 for s in here] == [s.end for s in there]
+  # A second <think> does not open it again.
+  assert_equal_to_definition(small, rows, "word", opened=True)
 
 
 def test_step_ends_token_by_token(qwen, hard_rows):

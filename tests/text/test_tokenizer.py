@@ -1,4 +1,5 @@
-"""Text to ids and back, and nobody's text becomes a special token."""
+"""Text to ids and back with the tokenizers that are trained here and Qwen's,
+and nobody's text becomes a special token."""
 
 import json
 
@@ -134,11 +135,13 @@ def test_a_prompt_cannot_close_the_turn(small):
   assert (ids == small.think_close_id).sum() == 0
 
 
-def test_missing_tokens_are_listed():
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<think>"])
-  with pytest.raises(ValueError, match="lacks <|im_end|>, </think>.*train_bpe"):
+def test_a_tag_alone_is_no_pair():
+  backend = byte_level.pipeline(tokenizers.models.BPE({"a": 0}, []))
+  backend.add_special_tokens(["<|endoftext|>", "<think>"])
+  with pytest.raises(ValueError, match="only one is a token"):
     tokenizer_lib.Tokenizer(backend)
+  with pytest.raises(ValueError, match="two strings"):
+    tokenizer_lib.Tokenizer(backend, think=("<a>", "<a>"))
 
 
 def test_tags_that_the_vocabulary_lists_too():
@@ -146,7 +149,7 @@ def test_tags_that_the_vocabulary_lists_too():
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=300,
     initial_alphabet=sorted(byte_level.byte_of_symbol()),
-    special_tokens=list(tokenizer_lib.REQUIRED),
+    special_tokens=list(tokenizer_lib.TRAINED),
   )
   backend.train_from_iterator(["<think> think </think>"] * 9, trainer)
   made = tokenizer_lib.Tokenizer(backend)
@@ -157,9 +160,14 @@ def test_tags_that_the_vocabulary_lists_too():
   assert made.encode_template("</think>").tolist() == [4]
 
 
-def test_only_byte_level_vocabularies():
+def test_vocabularies_whose_bytes_are_not_known():
   backend = tokenizers.Tokenizer(tokenizers.models.BPE({"▁the": 0}, []))
-  backend.add_special_tokens(list(tokenizer_lib.REQUIRED))
+  with pytest.raises(ValueError, match="decodes by nothing"):
+    tokenizer_lib.Tokenizer(backend)
+  backend.decoder = tokenizers.decoders.WordPiece()
+  with pytest.raises(ValueError, match="WordPiece.*are read"):
+    tokenizer_lib.Tokenizer(backend)
+  backend.decoder = tokenizers.decoders.ByteLevel()
   with pytest.raises(ValueError, match="Token 0 is .* byte-level"):
     tokenizer_lib.Tokenizer(backend)
 
