@@ -33,6 +33,18 @@ def supervised() -> dict:
   }
 
 
+def lora() -> dict:
+  """Arguments of `opera_jax.models.lora.settings`; docs/running.md explains."""
+  return {
+    "rank": 0,  # columns of an adapter's A; 0 trains all parameters
+    "alpha": 16.0,  # the adapter's product is scaled by alpha / rank
+    # projections with an adapter
+    "targets": ("q", "k", "v", "o", "gate", "up", "down"),
+    # dtype of the frozen weights: bfloat16 or float32; adapters are float32
+    "base_dtype": "bfloat16",
+  }
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The paper's recipe, without a model size."""
   config = ml_collections.ConfigDict()
@@ -263,6 +275,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.card = {"name": "OPERA cold-start traces", "license": "unknown"}
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
+  config.sft.lora = lora()  # a LoRA adapter instead of all parameters
   config.rl = {
     "steps": 26,  # [P] steps of rollout, reward and update
     "prompts": 64,  # [C] prompts per step
@@ -318,6 +331,7 @@ def get_config() -> ml_collections.ConfigDict:
     "token_budget": 0,
     "checkpoint_every": 1,  # steps between two checkpoints
   }
+  config.rl.lora = lora()  # a LoRA adapter instead of all parameters
   config.evaluate = {
     "samples": 2,  # completions per held-out prompt and model
     "temperature": 1.0,  # divides the logits; 0 is greedy

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from opera_jax.models import linear, self_attention, windowed_attention
+from opera_jax.models import lora as lora_lib
 from opera_jax.sharding import rules
 
 # attend(cache, layer, q, k, v) -> (out, cache), see `models.attention`.
@@ -58,6 +59,7 @@ class Config:
   # rematerialises the rest, which moves less memory than saving everything.
   remat: str = "dots"
   attention: str = ""  # see `self_attention`; "" lets the device choose
+  lora: lora_lib.Settings | None = None  # adapters beside the projections
 
   def __post_init__(self):
     if self.num_attention_heads % self.num_key_value_heads:
@@ -100,6 +102,7 @@ AXES = {
   "layers/mlp/up": ("layers", "embed", "mlp"),
   "layers/mlp/down": ("layers", "mlp", "embed"),
 }
+AXES |= lora_lib.axes(AXES)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -174,15 +177,15 @@ class Attention(nnx.Module):
     attend: Callable[..., tuple[jax.Array, Any]],
   ) -> tuple[jax.Array, Any]:
     """Attends with `attend(q, k, v)`, which also returns the cache."""
-    epsilon, dtype = self.config.rms_norm_eps, x_BTD.dtype
-    q_BTNH = jnp.tensordot(x_BTD, self.q[...].astype(dtype), 1)
-    k_BTKH = jnp.tensordot(x_BTD, self.k[...].astype(dtype), 1)
-    v_BTKH = jnp.tensordot(x_BTD, self.v[...].astype(dtype), 1)
+    epsilon = self.config.rms_norm_eps
+    q_BTNH = lora_lib.project(self, "q", x_BTD)
+    k_BTKH = lora_lib.project(self, "k", x_BTD)
+    v_BTKH = lora_lib.project(self, "v", x_BTD)
     q_BTNH = apply_rope(rms_norm(q_BTNH, self.q_norm[...], epsilon), cos, sin)
     k_BTKH = apply_rope(rms_norm(k_BTKH, self.k_norm[...], epsilon), cos, sin)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-    return jnp.tensordot(out_BTNH, self.o[...].astype(dtype), 2), cache
+    return lora_lib.project(self, "o", out_BTNH), cache
 
 
 class MLP(nnx.Module):
@@ -196,11 +199,10 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Computes [B, T, D]."""
-    dtype = x_BTD.dtype
-    gate_BTF = jax.nn.silu(linear.matmul(x_BTD, self.gate[...].astype(dtype)))
-    hidden_BTF = gate_BTF * linear.matmul(x_BTD, self.up[...].astype(dtype))
+    gate_BTF = jax.nn.silu(lora_lib.project(self, "gate", x_BTD))
+    hidden_BTF = gate_BTF * lora_lib.project(self, "up", x_BTD)
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return linear.matmul(hidden_BTF, self.down[...].astype(dtype))
+    return lora_lib.project(self, "down", hidden_BTF)
 
 
 class Block(nnx.Module):
@@ -212,6 +214,7 @@ class Block(nnx.Module):
     self.attention = Attention(config, rngs=rngs)
     self.post_norm = nnx.Param(jnp.ones((config.hidden_size,)))
     self.mlp = MLP(config, rngs=rngs)
+    lora_lib.attach(self, config.lora, rngs)
 
   def __call__(
     self,

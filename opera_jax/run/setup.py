@@ -13,7 +13,7 @@ from flax import nnx
 from opera_jax import structs
 from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.models import decoder, hf_config
+from opera_jax.models import decoder, hf_config, lora
 from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
@@ -85,6 +85,8 @@ class Run:
   build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
+  # Builds the scorers' fields above for a model's graphdef.
+  build_scorers: Callable[[nnx.GraphDef], dict[str, Any]]
 
   def stage(
     self,
@@ -156,10 +158,45 @@ class Run:
     )
 
   def for_rollout(self, params: Any) -> Any:
-    """Reshards and casts the parameters for decoding."""
+    """Reshards and casts the parameters for decoding, with a LoRA adapter
+    merged."""
+    if self.model.lora is not None:
+      params = lora.merge(params, self.model.lora, self.model.dtype)
     return layout.move(
-      params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
+      params,
+      decoder.logical_axes(params),
+      self.mesh,
+      rules.ROLLOUT,
+      dtype=self.model.dtype,
     )
+
+  def with_lora(self, settings: lora.Settings | None) -> "Run":
+    """The run of the same model with a LoRA adapter; itself for None.
+
+    Its scorers take the frozen weights and an adapter in one tree. The engine
+    still samples with merged weights, see `for_rollout`.
+    """
+    if settings is None:
+      return self
+    model = dataclasses.replace(self.model, lora=settings)
+    graphdef, shapes = decoder.abstract(model)
+    return dataclasses.replace(
+      self,
+      model=model,
+      graphdef=graphdef,
+      axes=decoder.logical_axes(shapes),
+      **self.build_scorers(graphdef),
+    )
+
+  def new_adapter(self, seed: int) -> Any:
+    """A LoRA adapter that changes nothing yet, in the TRAIN layout."""
+    create = jax.jit(
+      lambda: lora.split(decoder.create(self.model, seed)[1])[0],
+      out_shardings=rules.shardings(
+        lora.split(self.axes)[0], self.mesh, rules.TRAIN
+      ),
+    )
+    return create()
 
   def on_local_devices(self) -> "Run | None":
     """A copy of the run on this process's devices, independent of other
@@ -188,13 +225,22 @@ class Run:
   def save(self, stage: str, params: Any) -> str:
     """Saves a stage's final parameters.
 
+    A LoRA adapter is saved by itself and merged into the saved model, which is
+    plain and float32.
+
     Returns:
-      Their fingerprint, which the stage passes to `finish` as "model".
+      The model's fingerprint, which the stage passes to `finish` as "model".
     """
-    saves = checkpoint.Checkpoints(self.workdir / stage / "model")
+    if self.model.lora is not None:
+      self._write(stage, "adapter", lora.split(params)[0])
+      params = lora.merge(params, self.model.lora, "float32")
+    self._write(stage, "model", params)
+    return fingerprint_lib.fingerprint(params)
+
+  def _write(self, stage: str, name: str, params: Any) -> None:
+    saves = checkpoint.Checkpoints(self.workdir / stage / name)
     saves.save(0, params, {})
     saves.close()
-    return fingerprint_lib.fingerprint(params)
 
   def model_digest(self, stage: str) -> str | None:
     """The fingerprint of a finished stage's model, or None."""
@@ -204,17 +250,52 @@ class Run:
   def load(self, stage: str) -> Any:
     """Loads a stage's final parameters in the TRAIN layout.
 
+    With LoRA they come in the dtype of frozen weights, and beside them lies an
+    adapter that is switched off.
+
     Raises:
       FileNotFoundError: the stage has not finished.
       ValueError: the model is damaged, or not the one that the stage reported.
     """
-    shapes = decoder.abstract(self.model)[1]
-    shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
-    like = jax.tree.map(
+    settings = self.model.lora
+    plain = dataclasses.replace(self.model, lora=None)
+    params = self._load_model(stage, self._like(decoder.abstract(plain)[1]))
+    if settings is None:
+      return params
+    return lora.combine(
+      lora.switched_off(self.new_adapter(self.seed)),
+      layout.cast(params, settings.base_dtype),
+    )
+
+  def load_adapter(self, stage: str) -> Any:
+    """Loads the LoRA adapter that a stage has trained, in the TRAIN layout.
+
+    Raises:
+      FileNotFoundError: the stage has saved none.
+      MismatchError: it is of other settings than this run's.
+    """
+    like = self._like(lora.split(decoder.abstract(self.model)[1])[0])
+    folder = self.workdir / stage / "adapter"
+    saves = checkpoint.Checkpoints(folder, write=False)
+    restored = saves.restore(like)
+    saves.close()
+    if restored is None:
+      raise FileNotFoundError(
+        f"Stage {stage!r} has saved no LoRA adapter in {folder}. Only a stage "
+        f"that ran with config.{stage}.lora.rank above 0 has one."
+      )
+    return restored[1]
+
+  def _like(self, shapes: Any) -> Any:
+    """Shapes with the shardings of the TRAIN layout."""
+    axes = decoder.logical_axes(shapes)
+    return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
-      shardings,
+      rules.shardings(axes, self.mesh, rules.TRAIN),
     )
+
+  def _load_model(self, stage: str, like: Any) -> Any:
     folder = self.workdir / stage / "model"
     saves = checkpoint.Checkpoints(folder, write=False)
     restored = saves.restore(like)
@@ -347,13 +428,36 @@ def setup(
       scorer_lib.LogprobScorer(graphdef, mesh=on, **sizes),
     )
 
-  sampler, logprob_scorer = build_engine(device_mesh)
   # Only OPERA's terms, with their options.
   terms = compose.weights(EVAL_TERMS)
   eval_reward = {
     "terms": EVAL_TERMS,
     "options": {n: o for n, o in reward["options"].items() if n in terms},
   }
+
+  def build_scorers(graphdef: nnx.GraphDef) -> dict[str, Any]:
+    logprob_scorer = scorer_lib.LogprobScorer(
+      graphdef, mesh=device_mesh, **sizes
+    )
+    policy_logprob_scorer = logprob_scorer
+    if temperature != 1:
+      policy_logprob_scorer = scorer_lib.LogprobScorer(
+        graphdef, mesh=device_mesh, temperature=temperature, **sizes
+      )
+    return {
+      "logprob_scorer": logprob_scorer,
+      "policy_logprob_scorer": policy_logprob_scorer,
+      "reward_scorer": score_lib.RewardScorer(
+        logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
+      ),
+      "eval_scorer": score_lib.RewardScorer(
+        logprob_scorer,
+        loaded_tokenizer,
+        cache_dir=automata,
+        **reward | eval_reward,
+      ),
+    }
+
   return Run(
     workdir=workdir,
     seed=seed,
@@ -365,26 +469,13 @@ def setup(
     tasks=dataclasses.replace(tasks, **kept),
     dropped=dropped,
     build_engine=build_engine,
-    engine=sampler,
-    logprob_scorer=logprob_scorer,
-    policy_logprob_scorer=logprob_scorer
-    if temperature == 1
-    else scorer_lib.LogprobScorer(
-      graphdef, mesh=device_mesh, temperature=temperature, **sizes
-    ),
+    build_scorers=build_scorers,
+    engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
     settings=settings,
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
     reward=reward,
-    reward_scorer=score_lib.RewardScorer(
-      logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
-    ),
-    eval_scorer=score_lib.RewardScorer(
-      logprob_scorer,
-      loaded_tokenizer,
-      cache_dir=automata,
-      **reward | eval_reward,
-    ),
+    **build_scorers(graphdef),
   )
 
 

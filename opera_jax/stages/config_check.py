@@ -20,7 +20,7 @@ from opera_jax import config_fields
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
@@ -227,6 +227,13 @@ _SUPERVISED: dict[str, Rule] = {
   "checkpoint_every": count(),
   "seed": _ANY_SEED,
 }
+# `_built` checks ranks above 0, and names of targets.
+_LORA: dict[str, Rule] = {
+  "rank": number(whole=True),
+  "alpha": number(),
+  "targets": each(text(empty=False), least=0),
+  "base_dtype": text(),
+}
 _BASE, _SYNTHESIZE, _SELECT = ("base",), ("synthesize",), ("select",)
 _RL, _EVALUATE = ("rl",), ("evaluate",)
 # Section -> (stages that read it, () for all; a rule per field). `_built`
@@ -344,6 +351,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "band": each(number(), least=2),
   }),
   "sft": (("sft",), _SUPERVISED),
+  "sft.lora": (("sft",), _LORA),
+  "rl.lora": (_RL, _LORA),
   "rollout": ((), {
     "max_new_tokens": count(),
     "temperature": number(above=0),
@@ -471,8 +480,16 @@ def _built(
     ("synthesis", lambda: cold_start.Search(**config["synthesis"])),
     ("select", lambda: filters.Rules(**select)),
     ("select.rl", lambda: rl_filter.Rules(**rl_rules)),
+    ("sft.lora", lambda: lora.settings(**config["sft"]["lora"])),
+    ("rl.lora", lambda: lora.settings(**config["rl"]["lora"])),
   ]
-  readers = {"synthesis": "synthesize", "select": "select", "select.rl": "rl"}
+  readers = {
+    "synthesis": "synthesize",
+    "select": "select",
+    "select.rl": "rl",
+    "sft.lora": "sft",
+    "rl.lora": "rl",
+  }
   for section, make in makers:
     if readers.get(section, next(iter(stages))) not in stages:
       continue
@@ -826,6 +843,18 @@ READ: dict[str, Read] = {
     "", _rl(lambda rl: rl["max_resamples"]), "config.rl.max_resamples is above "
     "0"
   ),
+  **{
+    f"{stage}.lora.{name}": Read(
+      default,
+      lambda config, stages, stage=stage: stage not in stages
+      or config[stage]["lora"]["rank"] > 0,
+      f"config.{stage}.lora.rank is above 0",
+    )
+    for stage in ("sft", "rl")
+    for name, default in (
+      ("alpha", 16.0), ("targets", lora.TARGETS), ("base_dtype", "bfloat16"),
+    )
+  },
   "rollout.loop_tokens": Read(
     0, lambda config, stages: config["rollout"]["loop_period"] > 0,
     "config.rollout.loop_period is above 0",

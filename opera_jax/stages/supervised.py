@@ -1,6 +1,7 @@
 """The two supervised stages: the base model, and SFT on selected traces."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
-from opera_jax.models import decoder, hf_checkpoint
+from opera_jax.models import decoder, hf_checkpoint, lora
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import packed_rows
@@ -43,6 +44,8 @@ class Recipe:
   micro_batches: int
   checkpoint_every: int  # updates
   seed: int = -1  # seed of the row order; below 0 uses the run's
+  # Arguments of `lora.settings`; None trains all parameters.
+  lora: Mapping[str, Any] | None = None
 
 
 def base(
@@ -114,7 +117,10 @@ def _base(
 def sft(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
-  """Fine-tunes the base model on the selected traces."""
+  """Fine-tunes the base model on the selected traces.
+
+  With LoRA it trains an adapter and merges it: the result is a plain model.
+  """
   stage = run.stage(
     "sft",
     models=("base",),
@@ -128,6 +134,7 @@ def sft(
       (run.tokenizer.chat_prompt(t.prompt), t.completion)
       for t in traces.read(run.workdir / "select" / "traces")
     ]
+    run = run.with_lora(lora.settings(**recipe.lora) if recipe.lora else None)
     _train(run, stage, run.load("base"), pairs, recipe, preemption)
 
 
@@ -185,6 +192,10 @@ def _train(
     max_grad_norm=recipe.max_grad_norm,
     moment_dtype=recipe.moment_dtype,
   )
+  trained, frozen, join = params, None, None
+  if run.model.lora is not None:
+    trained, join = run.new_adapter(run.seed), lora.combine
+    _, frozen = lora.split(params)
   update = step_lib.make_sft_update(
     packed_rows.logprob_fn(run.graphdef),
     adamw,
@@ -192,10 +203,11 @@ def _train(
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
     schedule=rate,
+    join=join,
   )
-  params = training_loop_lib.fit(
+  trained = training_loop_lib.fit(
     stage,
-    train_state.create(params, adamw, jax.random.key(run.seed)),
+    train_state.create(trained, adamw, jax.random.key(run.seed)),
     update,
     data.part,
     mesh=run.mesh,
@@ -203,6 +215,8 @@ def _train(
     steps=len(data),
     checkpoint_every=recipe.checkpoint_every,
     preemption=preemption,
+    frozen=frozen,
   )
+  params = trained if join is None else join(trained, frozen)
   model = run.save(stage.name, params)
   stage.finish({"updates": len(data), **data.counts, "model": model})
