@@ -285,7 +285,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   settings = run.sampling(**rollout.to_dict())
   watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
-  # One checkpoint holds trained parameters, optimizer, key, step and the reward state.
+  # One checkpoint holds trained parameters, optimizer, key, step and the reward
+  # state.
   state = training_loop.place(
     train_state.create(
       learn.initial(initial, run.model.hidden_size),

@@ -276,9 +276,9 @@ def make_preference_update(
     join: adds frozen parameters to the trained ones; None trains all.
 
   Returns:
-    A jitted `update(state, batch, frozen=None) -> (state, metrics)`. Metrics: `policy/`
-    `loss` (mean over pairs), `margin`, `preferred` (share of pairs), `entropy`,
-    `tokens`, and the norms of `make_policy_update`.
+    A jitted `update(state, batch, frozen=None) -> (state, metrics)`. Metrics:
+    `policy/` `loss` (mean over pairs), `margin`, `preferred` (share of pairs),
+    `entropy`, `tokens`, and the norms of `make_policy_update`.
   """
 
   def objective(
