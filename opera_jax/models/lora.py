@@ -199,6 +199,17 @@ def switched_off(adapters: Any) -> Any:
   return jax.tree.map(jnp.zeros_like, adapters)
 
 
+def targets_of(weights: Any, settings: Settings) -> Any:
+  """The tree of those weights that an adapter changes."""
+  return nnx.from_flat_state(
+    [
+      (path, weight)
+      for path, weight in nnx.to_flat_state(weights)
+      if path[-1] in settings.targets
+    ]
+  )
+
+
 @functools.partial(jax.jit, static_argnames=("settings", "dtype"))
 def merge(params: Any, settings: Settings, dtype: str) -> Any:
   """The parameters of the plain model that computes the same.

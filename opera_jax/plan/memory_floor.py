@@ -2,9 +2,11 @@
 
 While the policy samples, memory holds its float32 parameters and two moments,
 the reference policy, the parameters in the sharding and dtype of decoding, and
-the KV caches. Activations come on top, so this is a lower bound: a run that it
-refuses cannot fit, one that it accepts may still not fit (`experiments.plan`
-compiles the programs to find out).
+the KV caches. With LoRA it holds the frozen parameters once, an adapter with
+its moments, and for decoding at least the weights that the adapter changes.
+Activations come on top, so this is a lower bound: a run that it refuses cannot
+fit, one that it accepts may still not fit (`experiments.plan` compiles the
+programs to find out).
 """
 
 import dataclasses
@@ -65,9 +67,6 @@ def floor(
 ) -> dict[str, int]:
   """Lower bounds of the bytes per device during sampling, by component.
 
-  With LoRA, policy and reference share the frozen parameters, and only an
-  adapter has moments.
-
   Args:
     config: of the model.
     mesh: of the run.
@@ -93,17 +92,18 @@ def floor(
     )
 
   shapes = decoder.abstract(dataclasses.replace(config, lora=adapter))[1]
-  trained, whole, frozen = shapes, shapes, 0
+  trained, decoded, frozen = shapes, shapes, 0
   if adapter is not None:
-    trained, whole = lora.split(shapes)
-    frozen = laid_out(whole, rules.TRAIN, adapter.base_dtype)
+    trained, weights = lora.split(shapes)
+    frozen = laid_out(weights, rules.TRAIN, adapter.base_dtype)
+    decoded = lora.targets_of(weights, adapter)
   master = laid_out(trained, rules.TRAIN, jnp.float32)
   tokens = prompts * (prompt_tokens + samples * new_tokens)
   return {
     "parameters": master + frozen,
     "optimizer": 2 * laid_out(trained, rules.TRAIN, moment_dtype),
     "reference": 0 if adapter else master,
-    "rollout weights": laid_out(whole, rules.ROLLOUT, config.dtype),
+    "rollout weights": laid_out(decoded, rules.ROLLOUT, config.dtype),
     "caches": tokens
     * token_bytes(config, cache_dtype)
     // num_cache_shards(config, mesh),

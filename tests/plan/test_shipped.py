@@ -43,7 +43,7 @@ def test_the_page_is_what_the_plans_say():
 )
 def test_shipped_models_are_the_published_ones(config, size):
   published = vars(presets.PRESETS[size])
-  for name in set(published) - {"dtype", "remat", "attention"}:
+  for name in set(published) - {"dtype", "remat", "attention", "lora"}:
     assert config.model[name] == published[name], name
   # The recipe's lengths: rows hold the longest prompt and response.
   longest = config.max_prompt_tokens + config.rollout.max_new_tokens
