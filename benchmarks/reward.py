@@ -133,7 +133,9 @@ def model_config(on_cpu: bool):
   from opera_jax.models import decoder, presets
 
   if not on_cpu:
-    return dataclasses.replace(presets.PRESETS["0.6b"], dtype="bfloat16")
+    return dataclasses.replace(
+      presets.PRESETS["Qwen/Qwen3-0.6B"], dtype="bfloat16"
+    )
   # As Qwen3-8B: the head 9% of the layers, attention 15% of their FLOPs.
   return decoder.Config(
     vocab_size=2176,

@@ -36,9 +36,8 @@ from ml_collections import config_flags
 
 from benchmarks import compile_plugin, harness
 from opera_jax.data import traces
-from opera_jax.models import decoder
 from opera_jax.plan import cost, hardware, programs
-from opera_jax.run import workdir
+from opera_jax.run import model_config, workdir
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import stage_times
 from opera_jax.train import metrics
@@ -165,9 +164,9 @@ def _work(
       known from it alone.
   """
   done = {s: workdir.result(folder, s) for s in ("base", "sft")}
-  sizes = dict(config.model)
-  sizes["vocab_size"] = sizes["vocab_size"] or config.tokenizer.bpe_size
-  model = decoder.Config(**sizes)
+  model = model_config.resolve(
+    config.model, vocab_size=config.tokenizer.bpe_size
+  )
   token = cost.layer_flops(model) + cost.head_flops(model)
 
   def forward(tokens: float, keys: float) -> float:
@@ -276,13 +275,12 @@ def _real_sizes() -> None:
     config = qwen3_8b.get_config(name)
     topology = name.replace("_", ":", 1)
     laid_out = mesh_lib.create(dict(config.mesh), hardware.devices(topology))
-    for layers in (
-      config.model.num_hidden_layers // 2,
-      config.model.num_hidden_layers,
-    ):
+    model = model_config.resolve(config.model, config.checkpoint, offline=True)
+    depth = model.num_hidden_layers
+    for layers in (depth // 2, depth):
       for program in programs.build(
         laid_out,
-        model=dict(config.model) | {"layers": layers},
+        model=vars(model) | {"num_hidden_layers": layers},
         **{s: config[s] for s in ("engine", "rollout", "scoring", "sft", "rl")},
         names=("prefill", "decode", "update"),
       ):

@@ -6,6 +6,7 @@ result. A comment that begins with [P] marks a default that the paper states,
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 STAGES = "synthesize,select,sft,rl,evaluate,report"
 
@@ -33,6 +34,18 @@ def supervised() -> dict:
   }
 
 
+def lora() -> dict:
+  """Arguments of `opera_jax.models.lora.settings`; docs/running.md explains."""
+  return {
+    "rank": 0,  # columns of an adapter's A; 0 trains all parameters
+    "alpha": 16.0,  # the adapter's product is scaled by alpha / rank
+    # projections with an adapter
+    "targets": ("q", "k", "v", "o", "gate", "up", "down"),
+    # dtype of the frozen weights: bfloat16 or float32; adapters are float32
+    "base_dtype": "bfloat16",
+  }
+
+
 def get_config() -> ml_collections.ConfigDict:
   """The paper's recipe, without a model size."""
   config = ml_collections.ConfigDict()
@@ -51,10 +64,12 @@ def get_config() -> ml_collections.ConfigDict:
     # off
     "compile_cache": "auto",
   }
-  # directory or hub id (NAME@REVISION) of a Qwen3; "" pretrains a model
+  # base model: directory, GGUF file or hub id (NAME@REVISION), from which come
+  # its sizes, tokenizer, chat template and end ids; "" pretrains a model
   config.checkpoint = ""
   config.tokenizer = {
-    # directory, GGUF file or hub id; "" trains a BPE on the documents
+    # directory, GGUF file or hub id; "" takes the checkpoint's or, without one,
+    # trains a BPE on the documents
     "path": "",
     "bpe_size": 8192,  # vocabulary size of the trained BPE
     # two strings around a thought: tokens where the tokenizer has them, else
@@ -69,19 +84,41 @@ def get_config() -> ml_collections.ConfigDict:
   # longer references are dropped and counted
   config.max_reference_tokens = 4_096
 
+  # None leaves a field to the checkpoint, which says what its model is. Without
+  # a checkpoint the decoder's defaults hold, in sizes of a very small model.
+  unset = config_dict.placeholder
   config.model = {
-    # rows of the embedding; 0 uses the tokenizer's vocabulary size
+    # rows of the embedding; 0 uses the checkpoint's or the tokenizer's size
     "vocab_size": 0,
-    "hidden_size": 128,  # width of the residual stream
-    "num_hidden_layers": 2,  # transformer blocks
-    "num_attention_heads": 4,  # query heads
+    "hidden_size": unset(int),  # width of the residual stream
+    "num_hidden_layers": unset(int),  # transformer blocks
+    "num_attention_heads": unset(int),  # query heads
     # key and value heads; must divide the query heads
-    "num_key_value_heads": 2,
-    "head_dim": 32,  # size of an attention head
-    "intermediate_size": 384,  # width of the feed-forward layer
-    "rope_theta": 1_000_000.0,  # base of the rotary embedding
-    "rms_norm_eps": 1e-6,  # added under the root of RMSNorm
-    "tie_word_embeddings": True,  # the output head is the embedding
+    "num_key_value_heads": unset(int),
+    "head_dim": unset(int),  # size of an attention head
+    "intermediate_size": unset(int),  # width of the feed-forward layer
+    "rope_theta": unset(float),  # base of the rotary embedding
+    "rms_norm_eps": unset(float),  # added under the root of RMSNorm
+    # the output head is the embedding
+    "tie_word_embeddings": unset(bool),
+    "max_position_embeddings": unset(int),  # context in tokens
+    # whose layout the model has: qwen3, qwen2, llama, phi3 or gemma3_text
+    "family": unset(str),
+    "qk_norm": unset(bool),  # RMSNorm of each head's queries and keys
+    "qkv_bias": unset(bool),  # bias of query, key and value projections
+    "hidden_act": unset(str),  # of the MLP's gate: silu or gelu_pytorch_tanh
+    "norm_offset": unset(bool),  # norms multiply by 1 + weight
+    "output_norms": unset(bool),  # norms behind attention and MLP too
+    # embeddings are multiplied by the root of their width
+    "embedding_scale": unset(bool),
+    "query_scale": unset(float),  # multiplies q.k; 0 is 1 / sqrt(head_dim)
+    "sliding_window": unset(int),  # positions that a query sees; 0 is all
+    # every so-manieth layer sees all positions nevertheless; 0 is none
+    "sliding_window_pattern": unset(int),
+    # rotary base of layers with a window; 0 is rope_theta
+    "rope_local_theta": unset(float),
+    # set of LongRoPE's factors (Phi-3.5) for the whole run: short or long
+    "rope_factors": "short",
     # dtype of activations, float32 or bfloat16; master weights stay float32
     "dtype": "float32",
     # what the backward pass recomputes: none, dots, attention or full
@@ -274,6 +311,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.card = {"name": "OPERA cold-start traces", "license": "unknown"}
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
+  config.sft.lora = lora()  # a LoRA adapter instead of all parameters
   config.rl = {
     "steps": 26,  # [P] steps of rollout, reward and update
     "prompts": 64,  # [C] prompts per step
@@ -329,6 +367,7 @@ def get_config() -> ml_collections.ConfigDict:
     "token_budget": 0,
     "checkpoint_every": 1,  # steps between two checkpoints
   }
+  config.rl.lora = lora()  # a LoRA adapter instead of all parameters
   config.evaluate = {
     "samples": 2,  # completions per held-out prompt and model
     "temperature": 1.0,  # divides the logits; 0 is greedy
@@ -353,12 +392,8 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
     name: hub id of checkpoint and tokenizer.
   """
   config.checkpoint = name
-  config.tokenizer.path = name
   config.data.kind = "jsonl"
   config.synthesis.template = "configs/templates/monologue.txt"  # [P]
-  config.model.vocab_size = 151_936
-  config.model.num_key_value_heads = 8
-  config.model.head_dim = 128
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
   config.engine.cache_dtype = "bfloat16"

@@ -31,11 +31,6 @@ def get_config(arg: str = ""):
     )
   config = common.get_config()
   common.full_size(config, "Qwen/Qwen3-8B")
-  config.model.hidden_size = 4_096
-  config.model.num_hidden_layers = 36
-  config.model.num_attention_heads = 32
-  config.model.intermediate_size = 12_288
-  config.model.tie_word_embeddings = False
   (
     (config.mesh.fsdp, config.mesh.tensor),
     config.engine.prompt_slots,

@@ -6,6 +6,11 @@
 Reads `<stage>/model` of the workdir and writes safetensors, config.json and the
 tokenizer. float32 is exact; bfloat16 is half the size and the dtype of the
 published models. It deliberately does not upload anything.
+
+A stage that trained a LoRA adapter (`config.rl.lora`, `config.sft.lora`) has
+left the merged model, which is exported as any other. `--adapter` exports the
+adapter alone, in peft's format; it goes with the model of the stage before,
+whose export `--base_model` names.
 """
 
 from absl import app, flags, logging
@@ -15,7 +20,7 @@ from opera_jax import config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.models import hf_checkpoint
+  from opera_jax.models import hf_checkpoint, lora, peft_adapter
   from opera_jax.run import setup
   from opera_jax.sharding import runtime
 
@@ -32,6 +37,12 @@ _OUTPUT = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Dtype of the exported weights."
 )
+_ADAPTER = flags.DEFINE_bool(
+  "adapter", False, "Export the stage's LoRA adapter for peft instead."
+)
+_BASE_MODEL = flags.DEFINE_string(
+  "base_model", "", "Hub id or directory that the adapter's config names."
+)
 
 
 def main(_) -> None:
@@ -43,6 +54,9 @@ def main(_) -> None:
     temperature=config.rollout.temperature,
     **{name: config[name] for name in setup.SECTIONS},
   )
+  if _ADAPTER.value:
+    export_adapter(run, config)
+    return
   hf_checkpoint.save(
     _OUTPUT.value,
     run.load(_STAGE.value),
@@ -51,6 +65,30 @@ def main(_) -> None:
     _DTYPE.value,
   )
   print(f"export: wrote the {_STAGE.value} model to {_OUTPUT.value}")
+
+
+def export_adapter(run: "setup.Run", config) -> None:
+  """Writes the adapter of the stage that the flags name.
+
+  Raises:
+    UsageError: the stage trains no adapter.
+  """
+  stage = _STAGE.value
+  settings = None
+  if stage != "base":
+    settings = lora.settings(**config[stage].lora)
+  if settings is None:
+    raise app.UsageError(
+      f"Stage {stage} trains no LoRA adapter with this config. Give the config "
+      "of the run, with lora.rank above 0, or leave --adapter out."
+    )
+  peft_adapter.save(
+    _OUTPUT.value,
+    run.with_lora(settings).load_adapter(stage),
+    settings,
+    base_model=_BASE_MODEL.value,
+  )
+  print(f"export: wrote the {stage} adapter to {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ with epy.lazy_imports():
   from opera_jax import structs
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
+  from opera_jax.models import lora
   from opera_jax.plan import memory_floor
   from opera_jax.rewards import smoothing
   from opera_jax.rl import (
@@ -107,6 +108,7 @@ def run_stages(config, folder: str, preemption) -> None:
       new_tokens=config.rollout.max_new_tokens,
       cache_dtype=config.engine.cache_dtype,
       moment_dtype=config.rl.moment_dtype,
+      adapter=lora.settings(**config.rl.lora) if "rl" in stages else None,
     ),
     memory_floor.device_limit(run.mesh),
   )
@@ -154,7 +156,7 @@ def run_stages(config, folder: str, preemption) -> None:
   # 3. SFT on the selected traces.
   if "sft" in stages:
     times.enter("sft")
-    supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+    supervised.sft(run, supervised.Recipe(**config.sft.to_dict()), preemption)
   # 4. RL: reward reflections that raise the log-probability of the reference,
   # on prompts that the SFT model neither always solves nor always fails.
   if "rl" in stages:
@@ -242,7 +244,10 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
 
 def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   """Runs the RL steps; returns the stage's result."""
-  # The SFT model initialises the policy and is the reference of KL.
+  # The SFT model initialises the policy and is the reference of KL. With LoRA,
+  # policy and reference share its frozen weights; an adapter that is switched
+  # off makes the reference.
+  run = run.with_lora(lora.settings(**rl.lora))
   reference = run.load("sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
@@ -267,18 +272,24 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     schedule=schedule,
     temperature=rollout.temperature,
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
+    join=lora.combine if run.model.lora else None,
     **{name: rl[name] for name in learner.SETTINGS},
   )
+  if run.model.lora:
+    initial, (_, frozen) = run.new_adapter(seed), lora.split(reference)
+  else:
+    initial, frozen = run.load("sft"), None
   estimators = advantages.WeightedEstimators(
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
   watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
-  # One checkpoint holds parameters, optimizer, key, step and the reward state.
+  # One checkpoint holds trained parameters, optimizer, key, step and the reward
+  # state.
   state = training_loop.place(
     train_state.create(
-      learn.initial(run.load("sft"), run.model.hidden_size),
+      learn.initial(initial, run.model.hidden_size),
       learn.optimizer,
       jax.random.key(seed + 2),
     ),
@@ -309,7 +320,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   ):
     while step < rl.steps and not 0 < rl.token_budget <= total_tokens:
       seconds = {"time/start": time.monotonic()}
-      policy = learn.policy(state.params)
+      policy = learn.policy(state.params, frozen)
 
       # Rollout: N samples per prompt. Reward: one scoring pass returns the
       # log-probabilities of the completions' tokens, and of the reference after
@@ -372,11 +383,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         estimators=estimators,
         old=old,
         ref=ref,
-        params=state.params,
+        params=learn.whole(state.params, frozen),
         models={
           "policy": policy,
           "teacher": teacher,
-          "ema": learn.mean(state.opt_state),
+          "ema": learn.mean(state.opt_state, frozen),
         },
       )
       seconds["time/advantages"] = time.monotonic()
@@ -385,7 +396,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       updates = []
       for mini_batch in rl_data.mini_batches(rows, updates_per_step):
         state, values = learn.update(
-          state, layout.to_devices(mini_batch, layout.batch_sharding(run.mesh))
+          state,
+          layout.to_devices(mini_batch, layout.batch_sharding(run.mesh)),
+          frozen,
         )
         updates.append(values)
       updates = layout.to_host(updates)
@@ -418,7 +431,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
-  model = run.save("rl", learn.policy(state.params))
+  model = run.save("rl", learn.policy(state.params, frozen))
   return {"steps": step, "dropped": run.dropped, "model": model}
 
 
@@ -445,7 +458,7 @@ def packed_rows(
     old: log-probabilities of prompt + completion under the policy before the
       updates.
     ref: the same under the reference policy.
-    params: the trained parameters, including a critic's.
+    params: of `learn.whole`, including a critic's.
     models: parameters of "policy", "teacher" and "ema".
 
   Returns:

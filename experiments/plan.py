@@ -33,6 +33,7 @@ from opera_jax import config_flag
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.plan import programs, render, whole
+  from opera_jax.run import model_config
 
 _CONFIG = config_flag.define("configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
@@ -57,10 +58,12 @@ def main(_) -> None:
   path = pathlib.Path(_JSON.value) if _JSON.value else None
   before = json.loads(path.read_text()) if path and path.exists() else None
   try:
+    model = model_config.resolve(config.model, config.checkpoint, offline=True)
+    sections = {section: config[section] for section in whole.SECTIONS}
     plan = whole.make(
       _TOPOLOGY.value,
       config.mesh,
-      {section: config[section] for section in whole.SECTIONS},
+      sections | {"model": vars(model)},
       name=config_flags.get_config_filename(flags.FLAGS["config"]),
       names=tuple(_PROGRAMS.value or list(programs.NAMES)),
       before=before,

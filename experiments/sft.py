@@ -35,7 +35,8 @@ def main(_) -> None:
         temperature=config.rollout.temperature,
         **{name: config[name] for name in setup.SECTIONS},
       )
-    supervised.sft(run, supervised.Recipe(**config.sft), preemption)
+    recipe = supervised.Recipe(**config.sft.to_dict())
+    supervised.sft(run, recipe, preemption)
   workdir.redone(_WORKDIR.value)
 
 

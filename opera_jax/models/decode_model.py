@@ -57,7 +57,15 @@ def unstack_layers(model: decoder.Decoder) -> list[Layer]:
 
   Returns:
     L layers.
+
+  Raises:
+    ValueError: a model with LoRA adapters, which these layers do not have.
   """
+  if model.config.lora is not None:
+    raise ValueError(
+      "A CPU decodes a model without LoRA adapters beside its weights. Merge "
+      "them first (models.lora.merge)."
+    )
   dtype = model.config.dtype
   stacked = model.layers
   attention, mlp = stacked.attention, stacked.mlp

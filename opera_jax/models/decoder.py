@@ -29,6 +29,7 @@ from opera_jax.models import (
   sliding_window,
   windowed_attention,
 )
+from opera_jax.models import lora as lora_lib
 from opera_jax.sharding import rules
 
 # attend(cache, layer, q, k, v, window) -> (out, cache), see `models.attention`.
@@ -86,6 +87,7 @@ class Config:
   # rematerialises the rest, which moves less memory than saving everything.
   remat: str = "dots"
   attention: str = ""  # see `self_attention`; "" lets the device choose
+  lora: lora_lib.Settings | None = None  # adapters beside the projections
 
   def __post_init__(self):
     if self.num_attention_heads % self.num_key_value_heads:
@@ -154,6 +156,7 @@ AXES = {
   "layers/mlp/up": ("layers", "embed", "mlp"),
   "layers/mlp/down": ("layers", "mlp", "embed"),
 }
+AXES |= lora_lib.axes(AXES)
 
 
 def rms_norm(
@@ -273,9 +276,9 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, Any]:
     """Attends with `attend(q, k, v)`, which also returns the cache."""
     config, dtype = self.config, x_BTD.dtype
-    q_BTNH = jnp.tensordot(x_BTD, self.q[...].astype(dtype), 1)
-    k_BTKH = jnp.tensordot(x_BTD, self.k[...].astype(dtype), 1)
-    v_BTKH = jnp.tensordot(x_BTD, self.v[...].astype(dtype), 1)
+    q_BTNH = lora_lib.project(self, "q", x_BTD)
+    k_BTKH = lora_lib.project(self, "k", x_BTD)
+    v_BTKH = lora_lib.project(self, "v", x_BTD)
     if config.qkv_bias:
       q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)[None, None]
       k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)[None, None]
@@ -289,7 +292,7 @@ class Attention(nnx.Module):
     q_BTNH, k_BTKH = rotate_queries_and_keys(config, q_BTNH, k_BTKH, rotation)
     q_BTNH = rules.constrain(q_BTNH, ("batch", "length", "heads", None))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH)
-    return jnp.tensordot(out_BTNH, self.o[...].astype(dtype), 2), cache
+    return lora_lib.project(self, "o", out_BTNH), cache
 
 
 class MLP(nnx.Module):
@@ -304,12 +307,11 @@ class MLP(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     """Computes [B, T, D]."""
-    dtype = x_BTD.dtype
     activation = ACTIVATIONS[self.config.hidden_act]
-    gate_BTF = activation(linear.matmul(x_BTD, self.gate[...].astype(dtype)))
-    hidden_BTF = gate_BTF * linear.matmul(x_BTD, self.up[...].astype(dtype))
+    gate_BTF = activation(lora_lib.project(self, "gate", x_BTD))
+    hidden_BTF = gate_BTF * lora_lib.project(self, "up", x_BTD)
     hidden_BTF = rules.constrain(hidden_BTF, ("batch", "length", "mlp"))
-    return linear.matmul(hidden_BTF, self.down[...].astype(dtype))
+    return lora_lib.project(self, "down", hidden_BTF)
 
 
 class Block(nnx.Module):
@@ -324,6 +326,7 @@ class Block(nnx.Module):
     if config.output_norms:
       self.attention_out_norm = _norm(config, config.hidden_size)
       self.mlp_out_norm = _norm(config, config.hidden_size)
+    lora_lib.attach(self, config.lora, rngs)
 
   def __call__(
     self,

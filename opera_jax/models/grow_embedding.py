@@ -7,8 +7,11 @@ log-probabilities of the others by more than one part in their number.
 Shape key: V rows, D width, W rows afterwards.
 """
 
+from typing import Any
+
 import numpy as np
 
+_BLOCK_ROWS = 8192  # read at a time
 MULTIPLE = 128  # of the rows: what tensor cores and shards divide well
 
 
@@ -27,34 +30,45 @@ def grown_rows(num_rows: int, new_vocab: int) -> int:
   return -(-new_vocab // MULTIPLE) * MULTIPLE
 
 
-def grow(rows_VD: np.ndarray, old_vocab: int, new_vocab: int) -> np.ndarray:
-  """Fills the rows of new tokens, and appends rows where they are too few.
+class GrownTensor:
+  """A checkpoint's tensor of V rows, read as one of W rows.
 
-  Args:
-    rows_VD: the rows; those from `old_vocab` on belong to no token, and a
-      checkpoint may have any number of them.
-    old_vocab: ids that the model was trained with, at least 1.
-    new_vocab: ids of the tokenizer, the new tokens last.
-
-  Returns:
-    [W, D] of the same dtype. The rows of new tokens are the mean of the first
-    `old_vocab`, summed in float32, and so are rows that are appended to make W
-    a multiple of 128; the rows of no token that there were stay.
-
-  Raises:
-    ValueError: fewer rows than old tokens, or fewer new tokens than old.
+  Every row from the trained tokens' on is the mean of theirs: those of new
+  tokens, and those of no token.
   """
-  num_rows = len(rows_VD)
-  if not 0 < old_vocab <= min(num_rows, new_vocab):
-    raise ValueError(
-      f"An embedding of {num_rows} rows for {old_vocab} tokens cannot grow to"
-      f" {new_vocab}: the old tokens must each have a row and stay. Check that"
-      " tokenizer and checkpoint belong together."
-    )
-  grown = grown_rows(num_rows, new_vocab)
-  mean_D = rows_VD[:old_vocab].mean(axis=0, dtype=np.float32)
-  mean_D = mean_D.astype(rows_VD.dtype)
-  extra = np.broadcast_to(mean_D, (grown - num_rows, *rows_VD.shape[1:]))
-  out_WD = np.concatenate([rows_VD, extra])
-  out_WD[old_vocab:new_vocab] = mean_D
-  return out_WD
+
+  def __init__(self, tensor: Any, trained_ids: int, num_rows: int):
+    """Reads the trained rows once, for their mean.
+
+    Args:
+      tensor: a `tensor_files.Tensor` or what is read like it, [V, D].
+      trained_ids: ids of the checkpoint's tokenizer; the new ones follow.
+      num_rows: W.
+
+    Raises:
+      ValueError: fewer rows than trained ids, or fewer rows afterwards.
+    """
+    rows = tensor.shape[0]
+    if not 0 < trained_ids <= rows <= num_rows:
+      raise ValueError(
+        f"An embedding of {rows} rows for {trained_ids} tokens cannot grow to "
+        f"{num_rows} rows: the old tokens must each have a row and stay. Check "
+        "that tokenizer and checkpoint belong together."
+      )
+    self._tensor, self._trained_ids = tensor, trained_ids
+    self.file, self.dtype = tensor.file, tensor.dtype
+    self.shape = (num_rows, *tensor.shape[1:])
+    total = np.zeros(tensor.shape[1:], np.float64)
+    for start in range(0, trained_ids, _BLOCK_ROWS):
+      stop = min(start + _BLOCK_ROWS, trained_ids)
+      total += tensor.rows(start, stop).sum(axis=0, dtype=np.float64)
+    self._mean = (total / trained_ids).astype(np.float32)
+
+  def rows(self, start: int, stop: int) -> np.ndarray:
+    """Reads rows [start, stop)."""
+    stored = self._tensor.shape[0]
+    rows = self._tensor.rows(min(start, stored), min(stop, stored))
+    out = np.empty((stop - start, *self.shape[1:]), rows.dtype)
+    out[: len(rows)] = rows
+    out[max(self._trained_ids - start, 0) :] = self._mean.astype(rows.dtype)
+    return out

@@ -141,11 +141,11 @@ def load(
   if dtype not in DTYPES:
     raise ValueError(f"Parameters are one of {DTYPES}, got dtype={dtype!r}.")
   place, stored = _find(path_or_hub_id)
-  stated = dataclasses.replace(config, vocab_size=stored_rows(stored))
-  if trained_ids is None:
-    stated = config
-  _check(place, stored, stated)
-  if trained_ids is not None:
+  if trained_ids is None or _EMBEDDING not in stored:
+    _check(place, stored, config)
+  else:
+    rows = stored[_EMBEDDING].shape[0]
+    _check(place, stored, dataclasses.replace(config, vocab_size=rows))
     for name in {_EMBEDDING, _HEAD} & stored.keys():
       stored[name] = grow_embedding.GrownTensor(
         stored[name], trained_ids, config.vocab_size
@@ -253,7 +253,7 @@ def _find(path_or_hub_id: str | os.PathLike) -> tuple[pathlib.Path, Any]:
     gguf = gguf_file.read(path)
     return gguf.file, dict(gguf.tensors)
   folder = hf_config.folder(path_or_hub_id, ("*.safetensors", "*.json"))
-  return folder, tensor_files.find(folder)
+  return folder, dict(tensor_files.find(folder))
 
 
 def _check(
@@ -280,7 +280,9 @@ def _check(
     elif stored[name].shape != shape:
       found = list(stored[name].shape)
       wrong.append(f"shape: {name} is {found}, must be {list(shape)}")
-    elif not stored[name].readable():
+    elif isinstance(
+      stored[name], tensor_files.Tensor
+    ) and not tensor_files.readable(stored[name].dtype):
       wrong.append(f"type: {name} is {stored[name].dtype}")
   # A tied checkpoint may also store its head, which equals the embedding.
   known = wanted.keys() | {_HEAD}

@@ -12,7 +12,7 @@ from opera_jax.models import decoder, gguf_file, rope
 from opera_jax.models.families import table
 
 # Fields of decoder.Config that a checkpoint does not determine.
-FREE = ("dtype", "remat", "attention", "rope_factors")
+FREE = ("dtype", "remat", "attention", "rope_factors", "lora")
 # A GGUF file has the divisors that a scaling comes to, and not its settings.
 # LongRoPE with two equal sets says the same in a config.json.
 _DIVISORS = "factors"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from opera_jax import structs
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.rollout import slots as slots_lib
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
@@ -24,6 +24,9 @@ class Values:
   def __init__(self, mesh: jax.sharding.Mesh, config: decoder.Config):
     """Lays out the parameters.
 
+    With LoRA, `params` holds the frozen weights in their dtype, and the
+    adapter; only the adapter is trained.
+
     Args:
       mesh: of real or absent devices.
       config: of the model.
@@ -34,16 +37,20 @@ class Values:
     self._mesh, self._config = mesh, config
     self._num_data_shards = mesh_lib.num_data_shards(mesh)
     self.graphdef, shapes = decoder.abstract(config)
-    self._axes = decoder.logical_axes(shapes)
-    layout.check(shapes, self._axes, mesh, rules.TRAIN)
-    self.params = self._laid_out(shapes, rules.TRAIN)
+    layout.check(shapes, decoder.logical_axes(shapes), mesh, rules.TRAIN)
+    self.trained: Any = self._laid_out(shapes, rules.TRAIN)
+    self.frozen: Any = None
+    self.params = self.trained
+    if config.lora is not None:
+      self.trained, frozen = lora.split(self.params)
+      self.frozen = _cast(frozen, config.lora.base_dtype)
+      self.params = lora.combine(self.trained, self.frozen)
 
   def rollout_params(self) -> Any:
-    """The parameters in the sharding and dtype of decoding."""
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, self._config.dtype), self.params
-    )
-    return self._laid_out(shapes, rules.ROLLOUT)
+    """The parameters in the sharding and dtype of decoding, an adapter
+    merged."""
+    _, weights = lora.split(self.params)
+    return self._laid_out(_cast(weights, self._config.dtype), rules.ROLLOUT)
 
   def slots(
     self, rows: int, slots: int, prefix: int, capacity: int, dtype: str
@@ -69,7 +76,7 @@ class Values:
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
-      rules.shardings(self._axes, self._mesh, table),
+      rules.shardings(decoder.logical_axes(shapes), self._mesh, table),
     )
 
   def whole(self, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -124,10 +131,10 @@ class Values:
   def state(
     self, adamw: optax.GradientTransformation
   ) -> train_state.TrainState:
-    """The training state; moments are sharded like the parameters."""
+    """The training state; moments are sharded like the trained parameters."""
     state = jax.eval_shape(
       lambda params: train_state.create(params, adamw, jax.random.key(0)),
-      self.params,
+      self.trained,
     )
     opt_state = optax.tree_utils.tree_map_params(
       adamw,
@@ -135,12 +142,22 @@ class Values:
         leaf.shape, leaf.dtype, sharding=like.sharding
       ),
       state.opt_state,
-      self.params,
+      self.trained,
       transform_non_params=self.whole,
     )
     return train_state.TrainState(
       step=self.whole(state.step),
-      params=self.params,
+      params=self.trained,
       opt_state=opt_state,
       key=self.whole(state.key),
     )
+
+
+def _cast(shapes: Any, dtype: str) -> Any:
+  """The same shapes and shardings in another dtype."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, jnp.dtype(dtype), sharding=x.sharding
+    ),
+    shapes,
+  )

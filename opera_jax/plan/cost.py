@@ -9,7 +9,7 @@ Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 
 import dataclasses
 
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 
 # What a layer's backward pass recomputes: (matrices, attention). "attention"
 # saves only the output, so the kernel runs again for the softmax normalisers.
@@ -36,7 +36,21 @@ class Flops:
 
 
 def layer_flops(config: decoder.Config) -> float:
-  """Forward FLOPs of the matrices of all layers, per token."""
+  """Forward FLOPs of the matrices of all layers, per token, with those of LoRA
+  adapters."""
+  return _frozen_flops(config) + adapter_flops(config)
+
+
+def adapter_flops(config: decoder.Config) -> float:
+  """Forward FLOPs of all LoRA adapters, per token; 0 without LoRA."""
+  if config.lora is None:
+    return 0.0
+  adapter = lora.split(decoder.abstract(config)[1])[0]
+  return 2.0 * decoder.parameter_count(adapter)
+
+
+def _frozen_flops(config: decoder.Config) -> float:
+  """Forward FLOPs of the layers' own matrices, which LoRA freezes."""
   D, H = config.hidden_size, config.head_dim
   attention = (
     D * H * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
@@ -77,9 +91,9 @@ def update(
   If S is not 0, the T tokens of a row are a prompt without targets, followed by
   S completions of G tokens that share it.
 
-  The backward pass of a matrix product takes two products. Besides what
-  `config.remat` recomputes, the head's logits and the attention scores are
-  always recomputed, because they are never saved.
+  The backward pass of a matrix product takes two products, and one where LoRA
+  freezes the matrix. Besides what `config.remat` recomputes, the head's logits
+  and the attention scores are always recomputed, because they are never saved.
   """
   pairs = causal_pairs(T) + S * (G * T + causal_pairs(G))
   layers = B * (T + S * G) * layer_flops(config)
@@ -87,9 +101,12 @@ def update(
   head = B * (S * G if S else T) * head_flops(config)
   again_layers, again_attention = _RECOMPUTED[config.remat]
   forward = layers + attention + head
+  backward = 2 * forward
+  if config.lora is not None:
+    backward -= B * (T + S * G) * _frozen_flops(config) + head
   return Flops(
     forward,
-    2 * forward,
+    backward,
     again_layers * layers + again_attention * attention + attention / 2 + head,
   )
 

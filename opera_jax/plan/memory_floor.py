@@ -2,18 +2,21 @@
 
 While the policy samples, memory holds its float32 parameters and two moments,
 the reference policy, the parameters in the sharding and dtype of decoding, and
-the KV caches. Activations come on top, so this is a lower bound: a run that it
-refuses cannot fit, one that it accepts may still not fit (`experiments.plan`
-compiles the programs to find out).
+the KV caches. With LoRA it holds the frozen parameters once, an adapter with
+its moments, and for decoding at least the weights that the adapter changes.
+Activations come on top, so this is a lower bound: a run that it refuses cannot
+fit, one that it accepts may still not fit (`experiments.plan` compiles the
+programs to find out).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
 
@@ -60,6 +63,7 @@ def floor(
   new_tokens: int,
   cache_dtype: str,
   moment_dtype: str,
+  adapter: lora.Settings | None = None,
 ) -> dict[str, int]:
   """Lower bounds of the bytes per device during sampling, by component.
 
@@ -72,24 +76,34 @@ def floor(
     new_tokens: longest completion.
     cache_dtype: of keys and values.
     moment_dtype: of the optimizer's moments.
+    adapter: of a run with LoRA.
   """
-  shapes = decoder.abstract(config)[1]
-  axes = decoder.logical_axes(shapes)
 
-  def laid_out(table: dict[str, Any], dtype: Any) -> Any:
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),
-      shapes,
-      rules.shardings(axes, mesh, table),
+  def laid_out(shapes: Any, table: dict[str, Any], dtype: Any) -> int:
+    axes = decoder.logical_axes(shapes)
+    return shard_bytes(
+      jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(
+          x.shape, jnp.dtype(dtype), sharding=s
+        ),
+        shapes,
+        rules.shardings(axes, mesh, table),
+      )
     )
 
-  master = shard_bytes(laid_out(rules.TRAIN, jnp.float32))
+  shapes = decoder.abstract(dataclasses.replace(config, lora=adapter))[1]
+  trained, decoded, frozen = shapes, shapes, 0
+  if adapter is not None:
+    trained, weights = lora.split(shapes)
+    frozen = laid_out(weights, rules.TRAIN, adapter.base_dtype)
+    decoded = lora.targets_of(weights, adapter)
+  master = laid_out(trained, rules.TRAIN, jnp.float32)
   tokens = prompts * (prompt_tokens + samples * new_tokens)
   return {
-    "parameters": master,
-    "optimizer": 2 * shard_bytes(laid_out(rules.TRAIN, moment_dtype)),
-    "reference": master,
-    "rollout weights": shard_bytes(laid_out(rules.ROLLOUT, config.dtype)),
+    "parameters": master + frozen,
+    "optimizer": 2 * laid_out(trained, rules.TRAIN, moment_dtype),
+    "reference": 0 if adapter else master,
+    "rollout weights": laid_out(decoded, rules.ROLLOUT, config.dtype),
     "caches": tokens
     * token_bytes(config, cache_dtype)
     // num_cache_shards(config, mesh),

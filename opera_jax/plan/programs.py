@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.plan import abstract, cost, memory_floor
 from opera_jax.rl import learner
 from opera_jax.rollout import decode_loop as decode_loop_lib
@@ -151,6 +151,11 @@ def _optimizer(section: Section, updates: int) -> Any:
   return optimizer.adamw(**settings)
 
 
+def _with_lora(config: decoder.Config, section: Section) -> decoder.Config:
+  """The config of the model that a stage trains."""
+  return dataclasses.replace(config, lora=lora.settings(**section["lora"]))
+
+
 class _Run:
   """The abstract values that the programs of one run share."""
 
@@ -168,17 +173,24 @@ class _Run:
     self._mesh, self._config = mesh, config
     self._engine, self._rollout, self._scoring = engine, rollout, scoring
     self._sft, self._rl = sft, rl
-    self._values = abstract.Values(mesh, config)
+    self._policy = _with_lora(config, rl)
+    self._values = abstract.Values(mesh, self._policy)
     self._graphdef = self._values.graphdef
     self._params = self._values.params
+    # The reference of KL: all parameters again, or with LoRA an adapter that is
+    # switched off.
+    self._reference = self._values.trained
     self._num_data_shards = mesh_lib.num_data_shards(mesh)
 
   def sft(self) -> Program:
     recipe = self._sft
     adamw = _optimizer(recipe, 1)
+    config = _with_lora(self._config, recipe)
+    values = abstract.Values(self._mesh, config)
     update = train_step.make_sft_update(
-      packed_rows.logprob_fn(self._graphdef),
+      packed_rows.logprob_fn(values.graphdef),
       adamw,
+      join=lora.combine if config.lora else None,
       **named(train_step.make_sft_update, recipe),
     )
     B, T = recipe["batch_size"], recipe["row_tokens"]
@@ -187,11 +199,12 @@ class _Run:
       shape=f"{B} rows x {T:,}, {recipe['micro_batches']} micro-batches",
       jitted=update,
       arguments=(
-        self._values.state(adamw),
-        self._values.batch("sft.batch_size", B, T),
+        values.state(adamw),
+        values.batch("sft.batch_size", B, T),
+        values.frozen,
       ),
       static={},
-      flops=cost.update(self._config, B, T),
+      flops=cost.update(config, B, T),
       streamed=0.0,
       calls=0,
       beside=0,
@@ -207,6 +220,7 @@ class _Run:
       self._rl_optimizer(),
       temperature=self._rollout["temperature"],
       kl_coef=rl["kl_coef"] if rl["kl_in"] == "loss" else 0.0,
+      join=lora.combine if self._policy.lora else None,
       **{name: rl[name] for name in learner.SETTINGS},
     )
     if learn.critic or learn.pairs:
@@ -236,12 +250,13 @@ class _Run:
         self._values.batch(
           "rl.mini_batch x samples / completions_per_row", B, T, **shared
         ),
+        self._values.frozen,
       ),
       static={},
-      flops=cost.update(self._config, B, *sizes),
+      flops=cost.update(self._policy, B, *sizes),
       streamed=0.0,
       calls=rl["prompts"] // rl["mini_batch"],
-      beside=memory_floor.shard_bytes(self._params),  # the reference policy
+      beside=memory_floor.shard_bytes(self._reference),
       remedies=self._update_remedies(
         "rl", B, rl["micro_batches"], "row_buckets"
       ),
@@ -257,7 +272,7 @@ class _Run:
       S=max(self._scoring["slot_buckets"]),
       G=max(self._scoring["continuation_buckets"]),
       passes=1,
-      beside=memory_floor.shard_bytes((self._params, opt_state)),
+      beside=memory_floor.shard_bytes((self._reference, opt_state)),
     )
 
   def reference(self) -> Program:
@@ -366,7 +381,11 @@ class _Run:
 
   def _beside(self) -> int:
     return memory_floor.shard_bytes(
-      (self._values.state(self._rl_optimizer()), self._params)
+      (
+        self._values.state(self._rl_optimizer()),
+        self._reference,
+        self._values.frozen,
+      )
     )
 
   def _slots_a_prompt(self) -> int:
@@ -423,7 +442,7 @@ class _Run:
         self._values.rows("scoring.batch_size", (B, S), jnp.int32),
       ),
       static={},
-      flops=cost.score(self._config, B, T, S, G),
+      flops=cost.score(self._policy, B, T, S, G),
       streamed=0.0,
       calls=passes * -(-completions // B),
       beside=beside,

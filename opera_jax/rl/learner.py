@@ -1,6 +1,7 @@
 """Builds the update of an RL step: loss, critic and teacher by config."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,18 @@ SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """An update function and the structure of its parameters."""
+  """An update function and the structure of its parameters.
+
+  With LoRA only an adapter is trained; `frozen` below are the model's other
+  parameters, and None without LoRA.
+  """
 
   optimizer: optax.GradientTransformation
   update: step_lib.Update
   critic: bool  # params are {"policy": ..., "value": ...}
   pairs: bool  # rows are DPO pairs: preferred samples first, then the others
   averaged: bool  # the optimizer keeps an EMA of the parameters
+  join: step_lib.Join | None  # see `build`
   values: Callable[[Any, structs.Batch], jax.Array] | None
   teacher_top: (
     Callable[[Any, structs.Batch], tuple[jax.Array, jax.Array]] | None
@@ -54,13 +60,18 @@ class Learner:
       return params
     return {"policy": params, "value": heads.init_value(hidden)}
 
-  def policy(self, params: Any) -> Any:
-    """Selects the policy's parameters among the trained ones."""
-    return params["policy"] if self.critic else params
+  def whole(self, params: Any, frozen: Any = None) -> Any:
+    """The trained and the frozen parameters in one tree."""
+    return _whole(params, frozen, join=self.join, critic=self.critic)
 
-  def mean(self, opt_state: Any) -> Any:
+  def policy(self, params: Any, frozen: Any = None) -> Any:
+    """The policy's parameters, frozen ones included, without a critic's."""
+    whole = self.whole(params, frozen)
+    return whole["policy"] if self.critic else whole
+
+  def mean(self, opt_state: Any, frozen: Any = None) -> Any:
     """The EMA of the policy's parameters; None without EMA."""
-    return self.policy(opt_state.mean) if self.averaged else None
+    return self.policy(opt_state.mean, frozen) if self.averaged else None
 
   def critic_values(
     self,
@@ -75,7 +86,7 @@ class Learner:
     critic.
 
     Args:
-      params: the trained parameters, including the critic's.
+      params: of `whole`, including the critic's.
       rows: packed rows of the step.
       placement: of the completions in the rows.
       mesh: over which rows are split.
@@ -205,6 +216,7 @@ def build(
   reduction: str,
   constant: float,
   micro_batches: int,
+  join: step_lib.Join | None = None,
 ) -> Learner:
   """Builds the update that a config names.
 
@@ -229,6 +241,8 @@ def build(
     reduction: one of `losses.reduce.NAMES`.
     constant: divisor of reduction "constant"; 0 for the others.
     micro_batches: see `train.step`.
+    join: puts the trained and the frozen parameters of the policy in one
+      tree; None where all are trained.
 
   Raises:
     ValueError: an unknown loss.
@@ -240,6 +254,9 @@ def build(
     optimizer = ema_lib.with_ema(optimizer, ema)
   view = heads.logprob_and_heads_fn if critic else packed_rows.logprob_fn
   logprob_fn = view(graphdef, temperature=temperature)
+  whole = None
+  if join is not None:
+    whole = functools.partial(_whole, join=join, critic=critic)
   if loss == "dpo":
     update = step_lib.make_preference_update(
       logprob_fn,
@@ -247,6 +264,7 @@ def build(
       beta=beta,
       micro_batches=micro_batches,
       schedule=schedule,
+      join=whole,
     )
   else:
     update = step_lib.make_policy_update(
@@ -266,6 +284,7 @@ def build(
       constant=constant or None,
       micro_batches=micro_batches,
       schedule=schedule,
+      join=whole,
     )
   tops = heads.top_tokens_fn(graphdef, teacher_top_k, temperature=temperature)
   return Learner(
@@ -274,11 +293,23 @@ def build(
     critic=critic,
     pairs=loss == "dpo",
     averaged=ema > 0,
+    join=join,
     values=jax.jit(lambda params, batch: logprob_fn(params, batch)[2]["value"])
     if value_coef > 0
     else None,
     teacher_top=jax.jit(tops) if divergence_coef > 0 else None,
   )
+
+
+def _whole(
+  params: Any, frozen: Any, *, join: step_lib.Join | None, critic: bool
+) -> Any:
+  """Adds the frozen parameters to the policy's; a critic's are all trained."""
+  if join is None:
+    return params
+  if not critic:
+    return join(params, frozen)
+  return params | {"policy": join(params["policy"], frozen)}
 
 
 def programs(

@@ -59,9 +59,8 @@ def resolve(
         "use the tokenizer's."
       )
     return decoder.Config(**{**SMALL, **fields, "vocab_size": rows})
-  published = presets.PRESETS.get(checkpoint.partition("@")[0])
-  if not offline or published is None:
-    published = hf_config.read(checkpoint)
+  published = presets.find(checkpoint) if offline else None
+  published = published or hf_config.read(checkpoint)
   stated = {"vocab_size": rows} if rows else {}
   stated |= {k: v for k, v in fields.items() if k not in hf_config.FREE}
   wrong = [

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from opera_jax import structs
+from opera_jax import gguf_header, structs
 from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.models import decoder, hf_config
+from opera_jax.models import decoder, hf_config, lora
 from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
+from opera_jax.run import model_config
 from opera_jax.run import tasks as tasks_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
@@ -44,8 +45,8 @@ SECTIONS = (
 )
 EVAL_TERMS = "opera + verifiable"
 # Files that are read from a model's or a tokenizer's directory.
-MODEL_FILES = ("*.safetensors", "*.json")
-TOKENIZER_FILES = ("*.json", "*.jinja")
+MODEL_FILES = ("*.safetensors", "*.json", "*.gguf")
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.gguf", "*.model")
 # Fields of config.data that name files; a file is identified by its digest.
 _READ = ("path", "math_path", "responses_path")
 # Fields of config.data that affect only these tasks.
@@ -66,6 +67,8 @@ class Run:
   seed: int
   mesh: jax.sharding.Mesh
   tokenizer: tokenizer_lib.Tokenizer
+  # ids of the checkpoint's tokenizer, if tokens were added to it; else None
+  trained_ids: int | None
   model: decoder.Config
   graphdef: nnx.GraphDef
   axes: Any
@@ -85,6 +88,8 @@ class Run:
   build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
+  # Builds the scorers' fields above for a model's graphdef.
+  build_scorers: Callable[[nnx.GraphDef], dict[str, Any]]
 
   def stage(
     self,
@@ -156,10 +161,45 @@ class Run:
     )
 
   def for_rollout(self, params: Any) -> Any:
-    """Reshards and casts the parameters for decoding."""
+    """Reshards and casts the parameters for decoding, with a LoRA adapter
+    merged."""
+    if self.model.lora is not None:
+      params = lora.merge(params, self.model.lora, self.model.dtype)
     return layout.move(
-      params, self.axes, self.mesh, rules.ROLLOUT, dtype=self.model.dtype
+      params,
+      decoder.logical_axes(params),
+      self.mesh,
+      rules.ROLLOUT,
+      dtype=self.model.dtype,
     )
+
+  def with_lora(self, settings: lora.Settings | None) -> "Run":
+    """The run of the same model with a LoRA adapter; itself for None.
+
+    Its scorers take the frozen weights and an adapter in one tree. The engine
+    still samples with merged weights, see `for_rollout`.
+    """
+    if settings is None:
+      return self
+    model = dataclasses.replace(self.model, lora=settings)
+    graphdef, shapes = decoder.abstract(model)
+    return dataclasses.replace(
+      self,
+      model=model,
+      graphdef=graphdef,
+      axes=decoder.logical_axes(shapes),
+      **self.build_scorers(graphdef),
+    )
+
+  def new_adapter(self, seed: int) -> Any:
+    """A LoRA adapter that changes nothing yet, in the TRAIN layout."""
+    create = jax.jit(
+      lambda: lora.split(decoder.create(self.model, seed)[1])[0],
+      out_shardings=rules.shardings(
+        lora.split(self.axes)[0], self.mesh, rules.TRAIN
+      ),
+    )
+    return create()
 
   def on_local_devices(self) -> "Run | None":
     """A copy of the run on this process's devices, independent of other
@@ -188,13 +228,22 @@ class Run:
   def save(self, stage: str, params: Any) -> str:
     """Saves a stage's final parameters.
 
+    A LoRA adapter is saved by itself and merged into the saved model, which is
+    plain and float32.
+
     Returns:
-      Their fingerprint, which the stage passes to `finish` as "model".
+      The model's fingerprint, which the stage passes to `finish` as "model".
     """
-    saves = checkpoint.Checkpoints(self.workdir / stage / "model")
+    if self.model.lora is not None:
+      self._write(stage, "adapter", lora.split(params)[0])
+      params = lora.merge(params, self.model.lora, "float32")
+    self._write(stage, "model", params)
+    return fingerprint_lib.fingerprint(params)
+
+  def _write(self, stage: str, name: str, params: Any) -> None:
+    saves = checkpoint.Checkpoints(self.workdir / stage / name)
     saves.save(0, params, {})
     saves.close()
-    return fingerprint_lib.fingerprint(params)
 
   def model_digest(self, stage: str) -> str | None:
     """The fingerprint of a finished stage's model, or None."""
@@ -204,17 +253,52 @@ class Run:
   def load(self, stage: str) -> Any:
     """Loads a stage's final parameters in the TRAIN layout.
 
+    With LoRA they come in the dtype of frozen weights, and beside them lies an
+    adapter that is switched off.
+
     Raises:
       FileNotFoundError: the stage has not finished.
       ValueError: the model is damaged, or not the one that the stage reported.
     """
-    shapes = decoder.abstract(self.model)[1]
-    shardings = rules.shardings(self.axes, self.mesh, rules.TRAIN)
-    like = jax.tree.map(
+    settings = self.model.lora
+    plain = dataclasses.replace(self.model, lora=None)
+    params = self._load_model(stage, self._like(decoder.abstract(plain)[1]))
+    if settings is None:
+      return params
+    return lora.combine(
+      lora.switched_off(self.new_adapter(self.seed)),
+      layout.cast(params, settings.base_dtype),
+    )
+
+  def load_adapter(self, stage: str) -> Any:
+    """Loads the LoRA adapter that a stage has trained, in the TRAIN layout.
+
+    Raises:
+      FileNotFoundError: the stage has saved none.
+      MismatchError: it is of other settings than this run's.
+    """
+    like = self._like(lora.split(decoder.abstract(self.model)[1])[0])
+    folder = self.workdir / stage / "adapter"
+    saves = checkpoint.Checkpoints(folder, write=False)
+    restored = saves.restore(like)
+    saves.close()
+    if restored is None:
+      raise FileNotFoundError(
+        f"Stage {stage!r} has saved no LoRA adapter in {folder}. Only a stage "
+        f"that ran with config.{stage}.lora.rank above 0 has one."
+      )
+    return restored[1]
+
+  def _like(self, shapes: Any) -> Any:
+    """Shapes with the shardings of the TRAIN layout."""
+    axes = decoder.logical_axes(shapes)
+    return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
-      shardings,
+      rules.shardings(axes, self.mesh, rules.TRAIN),
     )
+
+  def _load_model(self, stage: str, like: Any) -> Any:
     folder = self.workdir / stage / "model"
     saves = checkpoint.Checkpoints(folder, write=False)
     restored = saves.restore(like)
@@ -267,10 +351,10 @@ def setup(
     workdir: folder of the run.
     seed: random seed of the run.
     mesh: axis sizes, see `sharding.mesh.create`.
-    tokenizer: `path`, a directory, GGUF file or hub id, or "" to train a BPE of
-      `bpe_size` ids on the documents; and arguments of `Tokenizer.configured`.
-    model: fields of `decoder.Config`; `vocab_size` 0 uses the tokenizer's
-      vocabulary size.
+    tokenizer: `path`, a directory, GGUF file or hub id, or "" for that of the
+      checkpoint or, without one, to train a BPE of `bpe_size` ids on the
+      documents; and arguments of `Tokenizer.configured`.
+    model: see `model_config.resolve`.
     data: arguments of `tasks.load` except the seed.
     max_prompt_tokens: longer chat prompts are dropped and counted.
     max_reference_tokens: longer references are dropped and counted.
@@ -278,8 +362,9 @@ def setup(
     scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
     reward: arguments of `score.RewardScorer`.
     temperature: sampling temperature of the policy, also used in updates.
-    checkpoint: directory or hub id whose generation_config.json lists the stop
-      ids; "" if the base model is trained.
+    checkpoint: directory, GGUF file or hub id of the base model, which also
+      has its sizes, its tokenizer and its stop ids; "" if the base model is
+      trained.
     redo: stages to drop first, see `workdir.redo`.
 
   Raises:
@@ -287,29 +372,30 @@ def setup(
   """
   workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
+  if checkpoint:
+    data = {**data, "documents": 0}  # for a model that is trained from nothing
+    tokenizer = {**tokenizer, "path": tokenizer["path"] or checkpoint}
+    # What contradicts the checkpoint is refused before a tokenizer is read.
+    model_config.resolve(model, checkpoint)
   tasks = tasks_lib.load(seed=seed, **data)
   settings = {
     "seed": seed,
     "tokenizer": _plain(tokenizer),
-    "model": _plain(model),
     "data": _plain(data),
     "max_prompt_tokens": max_prompt_tokens,
     "max_reference_tokens": max_reference_tokens,
   }
   dropped_stages = workdir_lib.redo(workdir, redo)
-  loaded_tokenizer, tokenizer_digest = _tokenizer(
+  loaded_tokenizer, tokenizer_digest, trained_ids = _tokenizer(
     workdir, tasks, checkpoint, settings, dropped_stages, **tokenizer
   )
-  sizes = dict(model)
-  if sizes["vocab_size"] <= 0:
-    sizes["vocab_size"] = loaded_tokenizer.vocab_size
-  if sizes["vocab_size"] < loaded_tokenizer.vocab_size:
-    raise ValueError(
-      f"The tokenizer has {loaded_tokenizer.vocab_size} ids and "
-      f"config.model.vocab_size is {sizes['vocab_size']}; every id needs a "
-      "row of the embedding. Raise it, or set 0 to use the tokenizer's."
-    )
-  config = decoder.Config(**sizes)
+  config = model_config.resolve(
+    model,
+    checkpoint,
+    vocab_size=loaded_tokenizer.vocab_size,
+    added_tokens=trained_ids is not None,
+  )
+  settings["model"] = dataclasses.asdict(config)
   graphdef, shapes = decoder.abstract(config)
   axes = decoder.logical_axes(shapes)
   layout.check(shapes, axes, device_mesh, rules.TRAIN)
@@ -347,17 +433,41 @@ def setup(
       scorer_lib.LogprobScorer(graphdef, mesh=on, **sizes),
     )
 
-  sampler, logprob_scorer = build_engine(device_mesh)
   # Only OPERA's terms, with their options.
   terms = compose.weights(EVAL_TERMS)
   eval_reward = {
     "terms": EVAL_TERMS,
     "options": {n: o for n, o in reward["options"].items() if n in terms},
   }
+
+  def build_scorers(graphdef: nnx.GraphDef) -> dict[str, Any]:
+    logprob_scorer = scorer_lib.LogprobScorer(
+      graphdef, mesh=device_mesh, **sizes
+    )
+    policy_logprob_scorer = logprob_scorer
+    if temperature != 1:
+      policy_logprob_scorer = scorer_lib.LogprobScorer(
+        graphdef, mesh=device_mesh, temperature=temperature, **sizes
+      )
+    return {
+      "logprob_scorer": logprob_scorer,
+      "policy_logprob_scorer": policy_logprob_scorer,
+      "reward_scorer": score_lib.RewardScorer(
+        logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
+      ),
+      "eval_scorer": score_lib.RewardScorer(
+        logprob_scorer,
+        loaded_tokenizer,
+        cache_dir=automata,
+        **reward | eval_reward,
+      ),
+    }
+
   return Run(
     workdir=workdir,
     seed=seed,
     mesh=device_mesh,
+    trained_ids=trained_ids,
     tokenizer=loaded_tokenizer,
     model=config,
     graphdef=graphdef,
@@ -365,26 +475,13 @@ def setup(
     tasks=dataclasses.replace(tasks, **kept),
     dropped=dropped,
     build_engine=build_engine,
-    engine=sampler,
-    logprob_scorer=logprob_scorer,
-    policy_logprob_scorer=logprob_scorer
-    if temperature == 1
-    else scorer_lib.LogprobScorer(
-      graphdef, mesh=device_mesh, temperature=temperature, **sizes
-    ),
+    build_scorers=build_scorers,
+    engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
     settings=settings,
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
     reward=reward,
-    reward_scorer=score_lib.RewardScorer(
-      logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
-    ),
-    eval_scorer=score_lib.RewardScorer(
-      logprob_scorer,
-      loaded_tokenizer,
-      cache_dir=automata,
-      **reward | eval_reward,
-    ),
+    **build_scorers(graphdef),
   )
 
 
@@ -438,14 +535,16 @@ def directory_inputs(
 
   Args:
     name: of the config field that names the directory.
-    path: the directory, or a hub id, which counts as a setting and not as an
-      input.
+    path: the directory or file, or a hub id, which counts as a setting and not
+      as an input.
     files: patterns of the files in the digest.
     finished: whether the stage has finished; then the directory may be gone.
   """
-  folder = pathlib.Path(path)
-  if folder.is_dir():
-    return {name: (path, digest.folder(folder, files))}
+  place = pathlib.Path(path)
+  if place.is_dir():
+    return {name: (path, digest.folder(place, files))}
+  if place.is_file():
+    return {name: (path, digest.file(place))}
   return {name: None} if finished else {}
 
 
@@ -465,9 +564,13 @@ def _tokenizer(
   path: str,
   bpe_size: int,
   **options: Any,
-) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str]]:
-  """Loads or trains the run's tokenizer, as a stage; returns it with its path
-  and digest."""
+) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str], int | None]:
+  """Loads or trains the run's tokenizer, as a stage.
+
+  Returns:
+    The tokenizer; its path and digest; how many ids it had before tokens were
+    added to it, or None if none were.
+  """
   if path:
     recorded: dict[str, Any] = {"tokenizer": {"path": path}}
     made_from = exchange.on_main_process(
@@ -498,10 +601,15 @@ def _tokenizer(
 
   def make() -> str:
     if not stage.finished():
-      tokenizer = _new_tokenizer(tasks, path, bpe_size).configured(**options)
+      original = _new_tokenizer(tasks, path, bpe_size)
+      tokenizer = original.configured(**options)
       tokenizer.with_ends(stop_ids).save(stage.path)
       found = digest.folder(stage.path, _SAVED_TOKENIZER)
-      workdir_lib.write(stage.path / "DONE.json", {"sha256": found})
+      added = tokenizer.vocab_size - original.vocab_size
+      workdir_lib.write(
+        stage.path / "DONE.json",
+        {"sha256": found, "ids": original.vocab_size, "added_ids": added},
+      )
     found = digest.folder(stage.path, _SAVED_TOKENIZER)
     reported = workdir_lib.result(workdir, "tokenizer").get("sha256")
     if found != reported:
@@ -514,14 +622,16 @@ def _tokenizer(
 
   with stage.locked():
     found = exchange.on_main_process(make)
+  done = workdir_lib.result(workdir, "tokenizer")
   tokenizer = tokenizer_lib.Tokenizer.load(stage.path)
-  return tokenizer, (str(stage.path), found)
+  trained_ids = done["ids"] if done["added_ids"] and checkpoint else None
+  return tokenizer, (str(stage.path), found), trained_ids
 
 
 def _checkpoint_stop_ids(checkpoint: str) -> tuple[int, ...]:
   """The stop ids of a checkpoint; empty without one."""
-  if not checkpoint:
-    return ()
+  if not checkpoint or gguf_header.is_gguf(pathlib.Path(checkpoint)):
+    return ()  # a GGUF file's tokenizer names them itself
   names = ("generation_config.json", "config.json")
   folder = hf_config.folder(checkpoint, names)
   found = [folder / name for name in names if (folder / name).exists()]

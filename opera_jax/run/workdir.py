@@ -32,7 +32,7 @@ ORDER = (
   "evaluate",
 )
 DROPPED = "dropped"
-_FORMAT = 3  # of SETTINGS.json
+_FORMAT = 4  # of SETTINGS.json
 _LOCK, _BEGUN, _DONE, _REDO = (
   "stage.lock",
   "SETTINGS.json",

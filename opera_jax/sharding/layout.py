@@ -60,7 +60,7 @@ def move(
   The cast comes first, so that the communication is in `dtype`.
   """
   if dtype is not None:
-    tree = _cast(tree, dtype)
+    tree = cast(tree, dtype)
   return jax.device_put(tree, rules_lib.shardings(axes, mesh, rules))
 
 
@@ -160,7 +160,8 @@ def to_host(tree: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _cast(tree: Any, dtype: str) -> Any:
+def cast(tree: Any, dtype: str) -> Any:
+  """The tree in another dtype, in the same layout."""
   return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 

@@ -24,6 +24,7 @@ TRAIN = {
   "head_dim": None,
   "mlp": "tensor",
   "norm": None,
+  "rank": None,
 }
 ROLLOUT = {**TRAIN, "embed": None}
 ACTIVATIONS = {

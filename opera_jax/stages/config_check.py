@@ -20,10 +20,12 @@ from opera_jax import config_fields
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora, presets, rope
+from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
+from opera_jax.run import model_config
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
@@ -162,6 +164,11 @@ def flag(value: Any) -> str:
   return "" if isinstance(value, bool) else "it must be True or False"
 
 
+def unset_or(rule: Rule) -> Rule:
+  """Is None, or follows the rule."""
+  return lambda value: "" if value is None else rule(value)
+
+
 def pair(value: Any) -> str:
   """Is empty, or two strings that differ."""
   fine = not isinstance(value, str) and isinstance(value, Sequence)
@@ -238,6 +245,13 @@ _SUPERVISED: dict[str, Rule] = {
   "checkpoint_every": count(),
   "seed": _ANY_SEED,
 }
+# `_built` checks ranks above 0, and names of targets.
+_LORA: dict[str, Rule] = {
+  "rank": number(whole=True),
+  "alpha": number(),
+  "targets": each(text(empty=False), least=0),
+  "base_dtype": text(),
+}
 _BASE, _SYNTHESIZE, _SELECT = ("base",), ("synthesize",), ("select",)
 _RL, _EVALUATE = ("rl",), ("evaluate",)
 # Section -> (stages that read it, () for all; a rule per field). `_built`
@@ -266,13 +280,27 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   }),
   "model": ((), {
     "vocab_size": count(0),
-    **{name: count() for name in (
+    **{name: unset_or(count()) for name in (
       "hidden_size", "num_hidden_layers", "num_attention_heads",
       "num_key_value_heads", "head_dim", "intermediate_size",
+      "max_position_embeddings",
     )},
-    "rope_theta": number(above=0),
-    "rms_norm_eps": number(above=0),
-    "tie_word_embeddings": flag,
+    **{name: unset_or(count(0)) for name in (
+      "sliding_window", "sliding_window_pattern",
+    )},
+    **{name: unset_or(number(above=0)) for name in (
+      "rope_theta", "rms_norm_eps",
+    )},
+    **{name: unset_or(number(0)) for name in (
+      "rope_local_theta", "query_scale",
+    )},
+    **{name: unset_or(flag) for name in (
+      "tie_word_embeddings", "qk_norm", "qkv_bias", "norm_offset",
+      "output_norms", "embedding_scale",
+    )},
+    "family": unset_or(one_of(*families.FAMILIES)),
+    "hidden_act": unset_or(one_of(*decoder.ACTIVATIONS)),
+    "rope_factors": one_of(*rope.SETS),
     "dtype": one_of(*DTYPES),
     **{name: text() for name in ("remat", "attention")},
   }),
@@ -362,6 +390,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "band": each(number(), least=2),
   }),
   "sft": (("sft",), _SUPERVISED),
+  "sft.lora": (("sft",), _LORA),
+  "rl.lora": (_RL, _LORA),
   "rollout": ((), {
     "max_new_tokens": count(),
     "temperature": number(above=0),
@@ -478,19 +508,33 @@ def _built(
   config: Mapping[str, Any], stages: set[str], wrong: set[str]
 ) -> Iterator[str]:
   """Builds the records that check their own arguments."""
-  model = dict(config["model"])
-  model["vocab_size"] = model["vocab_size"] or 1
+  checkpoint = config["checkpoint"]
+
+  def model() -> None:
+    # What another id on the hub says is read when the run is set up.
+    known = presets.find(checkpoint) is not None
+    if not checkpoint or os.path.exists(checkpoint) or known:
+      model_config.resolve(config["model"], checkpoint, offline=True)
+
   rollout = dict(config["rollout"])
   select = dict(config["select"])
   rl_rules = select.pop("rl")
   makers = [
-    ("model", lambda: decoder.Config(**model)),
+    ("model", model),
     ("rollout", lambda: sampling.Sampling(**rollout)),
     ("synthesis", lambda: cold_start.Search(**config["synthesis"])),
     ("select", lambda: filters.Rules(**select)),
     ("select.rl", lambda: rl_filter.Rules(**rl_rules)),
+    ("sft.lora", lambda: lora.settings(**config["sft"]["lora"])),
+    ("rl.lora", lambda: lora.settings(**config["rl"]["lora"])),
   ]
-  readers = {"synthesis": "synthesize", "select": "select", "select.rl": "rl"}
+  readers = {
+    "synthesis": "synthesize",
+    "select": "select",
+    "select.rl": "rl",
+    "sft.lora": "sft",
+    "rl.lora": "rl",
+  }
   for section, make in makers:
     if readers.get(section, next(iter(stages))) not in stages:
       continue
@@ -613,7 +657,7 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       "config.data.documents is 0 and config.checkpoint is empty, so there is "
       "no base model and nothing to train one on; set one of them"
     )
-  elif not config["tokenizer"]["path"] and not data["documents"]:
+  elif not (loaded or config["tokenizer"]["path"] or data["documents"]):
     yield (
       "config.tokenizer.path is empty and config.data.documents is 0, so that "
       "there is no text to train a tokenizer on; name the checkpoint's "
@@ -844,6 +888,18 @@ READ: dict[str, Read] = {
     "", _rl(lambda rl: rl["max_resamples"]), "config.rl.max_resamples is above "
     "0"
   ),
+  **{
+    f"{stage}.lora.{name}": Read(
+      default,
+      lambda config, stages, stage=stage: stage not in stages
+      or config[stage]["lora"]["rank"] > 0,
+      f"config.{stage}.lora.rank is above 0",
+    )
+    for stage in ("sft", "rl")
+    for name, default in (
+      ("alpha", 16.0), ("targets", lora.TARGETS), ("base_dtype", "bfloat16"),
+    )
+  },
   "rollout.loop_tokens": Read(
     0, lambda config, stages: config["rollout"]["loop_period"] > 0,
     "config.rollout.loop_period is above 0",

@@ -1,6 +1,7 @@
 """The two supervised stages: the base model, and SFT on selected traces."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
-from opera_jax.models import decoder, hf_checkpoint
+from opera_jax.models import decoder, hf_checkpoint, lora
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import packed_rows
@@ -41,6 +42,8 @@ class Recipe:
   micro_batches: int
   checkpoint_every: int  # updates
   seed: int = -1  # seed of the row order; below 0 uses the run's
+  # Arguments of `lora.settings`; None trains all parameters.
+  lora: Mapping[str, Any] | None = None
 
 
 def base(
@@ -56,7 +59,7 @@ def base(
     run: the run.
     recipe: how to pretrain; unused if the model is loaded.
     preemption: checked after every update, or every loaded tensor.
-    path: directory or hub id of a Qwen3 checkpoint; "" pretrains.
+    path: directory, GGUF file or hub id of a checkpoint; "" pretrains.
   """
   if path:
     stage = run.stage(
@@ -99,6 +102,7 @@ def _base(
       run.mesh,
       rules.TRAIN,
       advance=preemption.exit_if_requested,
+      trained_ids=run.trained_ids,
     )
     stage.finish({"path": path, "model": run.save("base", loaded)})
     return
@@ -115,7 +119,10 @@ def _base(
 def sft(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
-  """Fine-tunes the base model on the selected traces."""
+  """Fine-tunes the base model on the selected traces.
+
+  With LoRA it trains an adapter and merges it: the result is a plain model.
+  """
   stage = run.stage(
     "sft",
     models=("base",),
@@ -129,6 +136,7 @@ def sft(
       (run.tokenizer.chat_prompt(t.prompt), t.completion)
       for t in traces.read(run.workdir / "select" / "traces")
     ]
+    run = run.with_lora(lora.settings(**recipe.lora) if recipe.lora else None)
     _train(run, stage, run.load("base"), pairs, recipe, preemption)
 
 
@@ -168,6 +176,10 @@ def _train(
     max_grad_norm=recipe.max_grad_norm,
     moment_dtype=recipe.moment_dtype,
   )
+  trained, frozen, join = params, None, None
+  if run.model.lora is not None:
+    trained, join = run.new_adapter(run.seed), lora.combine
+    _, frozen = lora.split(params)
   update = step_lib.make_sft_update(
     packed_rows.logprob_fn(run.graphdef),
     adamw,
@@ -175,10 +187,11 @@ def _train(
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
     schedule=rate,
+    join=join,
   )
-  params = training_loop_lib.fit(
+  trained = training_loop_lib.fit(
     stage,
-    train_state.create(params, adamw, jax.random.key(run.seed)),
+    train_state.create(trained, adamw, jax.random.key(run.seed)),
     update,
     data.part,
     mesh=run.mesh,
@@ -186,6 +199,8 @@ def _train(
     steps=len(data),
     checkpoint_every=recipe.checkpoint_every,
     preemption=preemption,
+    frozen=frozen,
   )
+  params = trained if join is None else join(trained, frozen)
   model = run.save(stage.name, params)
   stage.finish({"updates": len(data), **data.counts, "model": model})

@@ -41,6 +41,7 @@ def fit(
   steps: int,
   checkpoint_every: int,
   preemption: checkpoint.Preemption,
+  frozen: Any = None,
 ) -> Any:
   """Runs updates up to `steps`, resuming from the newest checkpoint.
 
@@ -58,9 +59,10 @@ def fit(
     steps: total number of updates.
     checkpoint_every: updates between checkpoints.
     preemption: checked after every step; if requested, saves and exits.
+    frozen: parameters that `update` takes and no checkpoint holds.
 
   Returns:
-    The parameters after the last update.
+    The trained parameters after the last update.
 
   Raises:
     NonFiniteError: a loss or gradient is not finite.
@@ -91,7 +93,7 @@ def fit(
       batch = batches(i, mine)
       tokens = int((batch.segments > 0).sum())
       state, values = update(
-        state, layout.from_local_rows(batch, mesh, batch_size)
+        state, layout.from_local_rows(batch, mesh, batch_size), frozen
       )
       if pending is not None:
         record(*pending)

@@ -35,10 +35,11 @@ from opera_jax.train import state as train_state
 
 LogprobFn = Callable[[Any, structs.Batch], tuple[Any, ...]]
 Metrics = dict[str, jax.Array]
-Update = Callable[
-  [train_state.TrainState, structs.Batch],
-  tuple[train_state.TrainState, Metrics],
-]
+# update(state, batch, frozen=None) -> (state, metrics); `frozen` are the
+# parameters that `join` adds to the trained ones.
+Update = Callable[..., tuple[train_state.TrainState, Metrics]]
+# join(trained, frozen) -> the parameters that `logprob_fn` takes.
+Join = Callable[[Any, Any], Any]
 
 
 class NonFiniteError(FloatingPointError):
@@ -55,6 +56,7 @@ def make_sft_update(
   micro_batches: int = 1,
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
+  join: Join | None = None,
 ) -> Update:
   """Builds an update that minimises cross entropy on the tokens of `loss_mask`.
 
@@ -68,10 +70,11 @@ def make_sft_update(
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
     schedule: learning-rate schedule, logged as a metric; None logs nothing.
+    join: adds frozen parameters to the trained ones; None trains all.
 
   Returns:
-    A jitted `update(state, batch) -> (state, metrics)` that donates
-    `state`. Metrics, scalars: `<name>/loss` (nats),
+    A jitted `update(state, batch, frozen=None) -> (state, metrics)` that
+    donates `state`. Metrics, scalars: `<name>/loss` (nats),
     `<name>/entropy`, `<name>/tokens`, `grad_norm` (before clipping),
     `optim/update_norm`, `optim/param_norm`.
 
@@ -99,6 +102,7 @@ def make_sft_update(
     micro_batches,
     state_sharding,
     schedule,
+    join,
   )
 
 
@@ -121,6 +125,7 @@ def make_policy_update(
   micro_batches: int = 1,
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
+  join: Join | None = None,
 ) -> Update:
   """Builds an update of `surrogate + kl_coef * KL(policy || reference)`, and
   more.
@@ -149,10 +154,11 @@ def make_policy_update(
     state_sharding: tree of shardings that the new state must keep; None lets
       the compiler carry over those of the old.
     schedule: learning-rate schedule, logged as a metric; None logs nothing.
+    join: adds frozen parameters to the trained ones; None trains all.
 
   Returns:
-    A jitted `update(state, batch) -> (state, metrics)` that donates
-    `state`. Metrics, scalars, token means unless said: `policy/`
+    A jitted `update(state, batch, frozen=None) -> (state, metrics)` that
+    donates `state`. Metrics, scalars, token means unless said: `policy/`
     `loss` (the reduced total), `surrogate` (reduced), `kl`, `ratio_mean`,
     `old_gap` (|logprob - old_logprob|), `clip_low`, `clip_high`, `clip_dual`,
     `ratio_bounded`, `kl_bounded` (shares of tokens), `entropy`, `tokens` (a
@@ -241,6 +247,7 @@ def make_policy_update(
     micro_batches,
     state_sharding,
     schedule,
+    join,
   )
 
 
@@ -252,6 +259,7 @@ def make_preference_update(
   micro_batches: int = 1,
   state_sharding: Any = None,
   schedule: optax.Schedule | None = None,
+  join: Join | None = None,
 ) -> Update:
   """Builds an update of DPO, see `preference.dpo`.
 
@@ -265,11 +273,12 @@ def make_preference_update(
     micro_batches: number of micro-batches; must divide the pairs.
     state_sharding: see `make_policy_update`.
     schedule: learning-rate schedule, logged as a metric; None logs nothing.
+    join: adds frozen parameters to the trained ones; None trains all.
 
   Returns:
-    A jitted `update(state, batch) -> (state, metrics)`. Metrics: `policy/`
-    `loss` (mean over pairs), `margin`, `preferred` (share of pairs), `entropy`,
-    `tokens`, and the norms of `make_policy_update`.
+    A jitted `update(state, batch, frozen=None) -> (state, metrics)`. Metrics:
+    `policy/` `loss` (mean over pairs), `margin`, `preferred` (share of pairs),
+    `entropy`, `tokens`, and the norms of `make_policy_update`.
   """
 
   def objective(
@@ -302,6 +311,7 @@ def make_preference_update(
     micro_batches,
     state_sharding,
     schedule,
+    join,
   )
 
 
@@ -339,19 +349,27 @@ def _make_update(
   micro_batches: int,
   state_sharding: Any,
   schedule: optax.Schedule | None,
+  join: Join | None,
 ) -> Update:
-  """Jits the update: token weights, gradients over micro-batches, optimizer."""
+  """Jits the update: token weights, gradients over micro-batches, optimizer.
+
+  Only the trained parameters, those of the state, are differentiated.
+  """
 
   def update(
-    state: train_state.TrainState, batch: structs.Batch
+    state: train_state.TrainState, batch: structs.Batch, frozen: Any = None
   ) -> tuple[train_state.TrainState, Metrics]:
+    def of_trained(trained: Any, *rows: Any) -> tuple[jax.Array, Metrics]:
+      params = trained if join is None else join(trained, frozen)
+      return objective(params, *rows)
+
     weight_RT = reduce.token_weight(
       reduction, batch.loss_mask, batch.segments, constant=constant
     )
     mean_RT = reduce.token_weight("token_mean", batch.loss_mask, batch.segments)
     with jax.named_scope("gradients"):
       grads, metrics = _accumulate(
-        jax.grad(objective, has_aux=True),
+        jax.grad(of_trained, has_aux=True),
         state.params,
         (batch, weight_RT, mean_RT),
         micro_batches,

@@ -35,7 +35,7 @@ def _read_config(folder, **changes):
 
 
 def test_a_published_config_is_read(tmp_path):
-  assert _read_config(tmp_path) == presets.PRESETS["0.6b"]
+  assert _read_config(tmp_path) == presets.PRESETS["Qwen/Qwen3-0.6B"]
   assert _read_config(tmp_path, rope_theta=5e6).rope_theta == 5e6
   moved = {"rope_theta": 7e5, "rope_type": "default"}
   read = _read_config(tmp_path, rope_theta=None, rope_parameters=moved)

@@ -1,10 +1,12 @@
 """FLOPs against a direct count over the matrices of a tiny model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.plan import cost
 
 CONFIG = decoder.Config(
@@ -55,6 +57,20 @@ def test_decoding_costs_what_one_pass_over_its_tokens_costs():
   together = cost.score(CONFIG, 2, 9, 4, 6).total
   unread = 2 * 8 * cost.head_flops(CONFIG)  # of the prompts but their ends
   assert prefill + decode == together - unread
+
+
+def test_with_lora_frozen_matrices_take_no_product_for_their_gradient():
+  full = dataclasses.replace(CONFIG, remat="none")
+  low = dataclasses.replace(full, lora=lora.Settings(2, targets=("q", "down")))
+  # q: [8, 2] and [2, 24]; down: [20, 2] and [2, 8].
+  adapter = 2 * 3 * 2 * (8 + 24 + 20 + 8)
+  assert cost.adapter_flops(low) == adapter
+  assert cost.adapter_flops(full) == 0
+  tokens = 7 * 5
+  matrices = tokens * (cost.layer_flops(full) + cost.head_flops(full))
+  ours, theirs = cost.update(low, 7, 5), cost.update(full, 7, 5)
+  assert ours.forward == theirs.forward + tokens * adapter
+  assert ours.backward == theirs.backward - matrices + 2 * tokens * adapter
 
 
 @pytest.mark.parametrize("remat, again", [("none", 0), ("full", 1)])

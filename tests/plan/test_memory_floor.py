@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from opera_jax.models import presets
+from opera_jax.models import lora, presets
 from opera_jax.plan import memory_floor
 from opera_jax.sharding import mesh as mesh_lib
 
@@ -20,7 +20,7 @@ SIZES = {
 
 
 def test_floor_is_the_sum_of_its_shards():
-  config = presets.PRESETS["0.6b"]
+  config = presets.PRESETS["Qwen/Qwen3-0.6B"]
   mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
   parts = memory_floor.floor(config, mesh, **SIZES)
   norms = config.num_hidden_layers * (
@@ -39,8 +39,31 @@ def test_floor_is_the_sum_of_its_shards():
   }
 
 
+def test_with_lora_the_base_is_held_once_and_only_an_adapter_has_moments():
+  config = presets.PRESETS["Qwen/Qwen3-0.6B"]
+  mesh = mesh_lib.create({"fsdp": 4, "tensor": 2})
+  adapter = lora.Settings(rank=8, targets=("q", "down"))
+  parts = memory_floor.floor(config, mesh, **SIZES, adapter=adapter)
+  norms = config.num_hidden_layers * (
+    2 * config.hidden_size + 2 * config.head_dim
+  )
+  norms += config.hidden_size
+  weights = 596_049_920 - norms
+  # q: A [1024, 8] over fsdp and B [8, 16, 128] over tensor; down: A [3072, 8]
+  # over tensor and B [8, 1024] over fsdp.
+  trained = 28 * 8 * (1024 // 4 + 2048 // 2 + 3072 // 2 + 1024 // 4)
+  plain = memory_floor.floor(config, mesh, **SIZES)
+  assert parts == {
+    "parameters": 2 * (weights // 8 + norms) + 4 * trained,
+    "optimizer": 2 * 2 * trained,
+    "reference": 0,
+    "rollout weights": 4 * 28 * (1024 * 2048 + 3072 * 1024) // 2,
+    "caches": plain["caches"],
+  }
+
+
 def test_heads_that_a_tensor_axis_does_not_divide_are_whole():
-  config = presets.PRESETS["0.6b"]
+  config = presets.PRESETS["Qwen/Qwen3-0.6B"]
   mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 16})
   assert memory_floor.num_cache_shards(config, mesh) == 1
 

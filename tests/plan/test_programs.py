@@ -93,6 +93,26 @@ def test_decoding_holds_its_caches_once(nothing_cached):
   assert cost.beside_bytes == 4 * 4 * (WEIGHTS // 4 + NORMS) + 3 * 4 + 8
 
 
+@pytest.mark.slow
+def test_with_lora_an_update_holds_the_base_once_and_no_reference(
+  nothing_cached,
+):
+  config = _config(**{"rl.lora.rank": 8})
+  mesh, [update] = _programs(config, ("update",))
+  cost = analyse.analyse(update, mesh, hardware.CHIPS["v5e"])
+  # A and B of q and o, of k and v, and of the feed-forward: each axis that is
+  # no rank is split in two, over fsdp or tensor.
+  D, N, K, F = 256, 4 * 128, 2 * 128, 512
+  adapter = 8 * 8 * (2 * (D + N) + 2 * (D + K) + 3 * (D + F)) // 2
+  batch = 7 * 4 * 8 * 128 // 2
+  base = 2 * (WEIGHTS // 4 + NORMS)
+  assert cost.argument_bytes == pytest.approx(
+    base + 3 * 4 * adapter + batch, rel=0.05
+  )
+  assert cost.beside_bytes == 4 * adapter
+  assert cost.fits
+
+
 def test_programs_are_those_of_the_run():
   _, built = _programs(_config())
   assert tuple(p.name for p in built) == programs.NAMES

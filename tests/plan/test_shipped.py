@@ -1,13 +1,15 @@
 """The saved plans are those of the shipped configs, and all of them fit."""
 
+import dataclasses
 import json
 
 import pytest
 from conftest import ROOT
 
 from opera_jax.configs import qwen3_0_6b, qwen3_8b
-from opera_jax.models import presets
+from opera_jax.models import hf_config, presets
 from opera_jax.plan import programs, render
+from opera_jax.run import model_config
 
 FOLDER = ROOT / "docs" / "plans"
 PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -37,14 +39,16 @@ def test_the_page_is_what_the_plans_say():
 @pytest.mark.parametrize(
   "config, size",
   [
-    (qwen3_0_6b.get_config(), "0.6b"),
-    *((qwen3_8b.get_config(name), "8b") for name in qwen3_8b.SLICES),
+    (qwen3_0_6b.get_config(), "0.6B"),
+    *((qwen3_8b.get_config(name), "8B") for name in qwen3_8b.SLICES),
   ],
 )
 def test_shipped_models_are_the_published_ones(config, size):
-  published = vars(presets.PRESETS[size])
-  for name in set(published) - {"dtype", "remat", "attention"}:
-    assert config.model[name] == published[name], name
+  model = model_config.resolve(config.model, config.checkpoint, offline=True)
+  published = presets.PRESETS[f"Qwen/Qwen3-{size}"]
+  free = {name: getattr(model, name) for name in hf_config.FREE}
+  assert model == dataclasses.replace(published, **free)
+  assert (model.dtype, model.remat) == ("bfloat16", "full")
   # The recipe's lengths: rows hold the longest prompt and response.
   longest = config.max_prompt_tokens + config.rollout.max_new_tokens
   assert longest == 16_384 == config.rl.row_buckets[-1]

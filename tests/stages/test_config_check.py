@@ -230,6 +230,18 @@ TOGETHER = [
     {"synthesis.method": "rewrite", "synthesis.score": "candidate"},
     "config.synthesis.score",
   ),
+  ({"rl.lora.rank": -1}, "config.rl.lora: A LoRA adapter has a rank of at"),
+  ({"sft.lora.rank": 0.5}, "config.sft.lora.rank is 0.5; it must be a whole"),
+  ({"sft.lora.rank": 4, "sft.lora.targets": ()}, "config.sft.lora: LoRA with"),
+  (
+    {"rl.lora.rank": 4, "rl.lora.targets": ("q_proj", "updown")},
+    "config.rl.lora: LoRA targets that match no projection: 'q_proj' (did you "
+    "mean 'q'?); 'updown' (did you mean 'down'?)",
+  ),
+  ({"rl.lora.rank": 4, "rl.lora.targets": "q"}, "rl.lora.targets is 'q'; it"),
+  ({"rl.lora.rank": 4, "rl.lora.base_dtype": "int8"}, "config.rl.lora: Frozen"),
+  ({"rl.lora.alpha": 8.0}, "it matters where config.rl.lora.rank is above 0"),
+  ({"rl.lora.ranks": 8}, "did you mean config.rl.lora.rank"),
 ]
 
 
@@ -368,9 +380,11 @@ def test_every_field_has_a_rule():
       continue
     known = config_check.RULES[section][1]
     missing += [f"{section}.{name}" for name in values if name not in known]
-  assert missing == ["select.rl"]  # a section of its own
-  known = config_check.RULES["select.rl"][1]
-  assert set(known) == set(config["select"]["rl"])
+  # Sections of their own.
+  assert sorted(missing) == ["rl.lora", "select.rl", "sft.lora"]
+  for name in missing:
+    section, inner = name.split(".")
+    assert set(config_check.RULES[name][1]) == set(config[section][inner])
 
 
 def test_one_field_says_how_maths_is_checked_in_every_term():
