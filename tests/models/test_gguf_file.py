@@ -261,6 +261,7 @@ def test_ends_start_and_scaling_reach_the_config(tmp_path):
   config = gguf_file.read(file_of("llama", tmp_path, changes=changes)).config
   assert config["eos_token_id"] == [2, 3] and config["bos_token_id"] == 1
   assert config["partial_rotary_factor"] == 0.5
+  assert config["rms_norm_eps"] == 1e-5  # not the float32 beside it
   assert config["rope_scaling"] == {
     "rope_type": "yarn",
     "factor": 4.0,
