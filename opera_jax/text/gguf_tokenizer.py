@@ -134,7 +134,7 @@ def build(path: str | pathlib.Path) -> GgufTokenizer:
   backend.add_tokens(added)
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "chat_template": header.metadata.get("tokenizer.chat_template"),
+    "chat_template": header.get("tokenizer.chat_template", str, "") or None,
     "clean_up_tokenization_spaces": False,
     "add_bos_token": header.get(
       f"{_KEY}.add_bos_token", bool, add_bos and named["bos_token"] is not None
