@@ -220,7 +220,8 @@ def read(path: str | pathlib.Path) -> Header:
       if key in metadata:
         raise cursor.broken(f"the metadata key {key!r} stands twice")
       metadata[key] = cursor.value(cursor.number("I", f"{key}'s type"), key)
-    if metadata.get("split.count", 1) not in (0, 1):
+    count = metadata.get("split.count", 1)
+    if type(count) is not int or count > 1:
       raise ValueError(_split(file))
     table: dict[str, tuple[int, tuple[int, ...], int]] = {}
     for _ in range(num_tensors):
@@ -264,13 +265,13 @@ def end_ids(header: Header) -> tuple[int, ...]:
     for name in ("eos", "eot", "eom")
     if f"tokenizer.ggml.{name}_token_id" in header.metadata
   ]
-  beyond = [index for index in named if index >= len(tokens)]
+  beyond = [index for index in named if not 0 <= index < len(tokens)]
   if beyond:
     raise ValueError(
       f"{header.file} names {beyond} as ends of text, and has tokens 0 to "
       f"{len(tokens) - 1}. Convert the model again."
     )
-  types = header.metadata.get(TYPES, ())
+  types = header.get(TYPES, np.ndarray, np.zeros(0, np.int32))
   spelled = [
     index
     for index, (token, kind) in enumerate(zip(tokens, types))

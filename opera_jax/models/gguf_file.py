@@ -258,7 +258,7 @@ def read(path: str | pathlib.Path) -> GgufCheckpoint:
 
 
 def _check_family(header: gguf_header.Header, arch: str) -> None:
-  experts = header.metadata.get(f"{arch}.expert_count", 0)
+  experts = header.get(f"{arch}.expert_count", int, 0)
   if experts or "moe" in arch or any("_exps" in n for n in header.tensors):
     raise ValueError(
       f"{header.file} is a mixture of experts ({arch!r}), and only dense "

@@ -13,6 +13,7 @@ as a unigram model and drops the start token, and it does not split SmolLM's
 digits before BPE. So it is not asked.
 """
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -133,7 +134,7 @@ def build(path: str | pathlib.Path) -> GgufTokenizer:
   backend.add_tokens(added)
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "chat_template": header.metadata.get("tokenizer.chat_template"),
+    "chat_template": header.get("tokenizer.chat_template", str, "") or None,
     "clean_up_tokenization_spaces": False,
     "add_bos_token": header.get(
       f"{_KEY}.add_bos_token", bool, add_bos and named["bos_token"] is not None
@@ -158,8 +159,7 @@ def _numbers(header: gguf_header.Header, key: str, count: int) -> np.ndarray:
 
 def _check_tokens(header: gguf_header.Header, tokens: Sequence[str]) -> None:
   if len(set(tokens)) != len(tokens):
-    seen: set[str] = set()
-    twice = next(t for t in tokens if t in seen or seen.add(t))
+    twice = collections.Counter(tokens).most_common(1)[0][0]
     raise ValueError(
       f"{header.file} has the token {twice[:80]!r} twice. Convert the model "
       "again."

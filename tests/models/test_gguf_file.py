@@ -261,6 +261,7 @@ def test_ends_start_and_scaling_reach_the_config(tmp_path):
   config = gguf_file.read(file_of("llama", tmp_path, changes=changes)).config
   assert config["eos_token_id"] == [2, 3] and config["bos_token_id"] == 1
   assert config["partial_rotary_factor"] == 0.5
+  assert config["rms_norm_eps"] == 1e-5  # not the float32 beside it
   assert config["rope_scaling"] == {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -459,6 +460,10 @@ DAMAGED = {
     header([ARCH, key("split.count", 2, struct.pack("<H", 3))]),
     r"split GGUF.*llama-gguf-split --merge",
   ),
+  "split_count_is_an_array": (
+    header([ARCH, key("split.count", 9, struct.pack("<IQII", 4, 2, 1, 1))]),
+    r"split GGUF",
+  ),
   "no_architecture": (header(), r"lacks general.architecture"),
   "architecture_is_a_number": (
     header([key("general.architecture", 4, u32(7))]),
@@ -643,6 +648,28 @@ def test_a_claim_costs_neither_time_nor_memory(tmp_path):
   with pytest.raises(ValueError, match=r"a would take at least"):
     gguf_file.read(file)
   assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+  "edit, message",
+  [
+    ({"token_type": 3}, r"token_type is '3' \(int\), must be of type ndarray"),
+    (
+      {"eos_token_id": 2},
+      r"names \[2\] as ends of text, and has tokens",
+    ),
+    ({"eos_token_id": "a"}, r"eos_token_id is 'a' \(str\)"),
+    ({"bos_token_id": "a"}, r"bos_token_id is 'a' \(str\)"),
+  ],
+)
+def test_impossible_ends_are_refused(edit, message, tmp_path):
+  def changes(metadata, tensors):
+    metadata["tokenizer.ggml.tokens"] = ["a", "b"]
+    for name, value in edit.items():
+      metadata[f"tokenizer.ggml.{name}"] = value
+
+  with pytest.raises(ValueError, match=message):
+    gguf_file.read(file_of("llama", tmp_path, changes=changes))
 
 
 # Paths -----------------------------------------------------------------------

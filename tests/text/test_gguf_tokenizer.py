@@ -148,11 +148,12 @@ def slow_byte_level(text, pre, pattern, tokens, merges):
 def test_byte_level_ids_are_those_of_slow_bpe(pre, trained, tmp_path):
   tokens, merges = trained
   # A token that no merges reach: only llama-bpe finds it.
-  tokens = [*tokens, "Ġquick"] if "Ġquick" not in tokens else tokens
+  assert "Ġunreached" not in tokens
+  tokens = [*tokens, "Ġunreached"]
   metadata = byte_level_metadata((tokens, merges), pre)
   built = gguf_tokenizer.build(write(tmp_path, metadata))
   pattern = published_pattern(pre)
-  for text in texts():
+  for text in (*texts(), "an unreached one"):
     ids = built.backend.encode(text, add_special_tokens=False).ids
     assert ids == slow_byte_level(text, pre, pattern, tokens, merges), text
     wanted = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
@@ -421,6 +422,9 @@ def test_phi3s_tokens_swallow_the_space_that_follows(tmp_path):
       {"scores": np.array([float("nan"), *SCORES[1:]], np.float32)},
       r"scores has .* finite",
     ),
+    ({"token_type": 3}, r"token_type is '3' \(int\), must be of type ndarray"),
+    ({"tokens": "abc"}, r"tokens is 'abc' \(str\), must be of type list"),
+    ({"tokenizer.chat_template": 7}, r"chat_template is '7' \(int\)"),
     ({"bos_token_id": 10**6}, r"bos_token_id is 1000000, and there are"),
     ({"eos_token_id": 10**6}, r"1000000"),
     ({"eot_token_id": 10**6}, r"names \[1000000\] as ends of text"),
