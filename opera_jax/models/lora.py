@@ -159,11 +159,11 @@ def attach(
     module.lora_scale = settings.scale
 
 
-def project(module: nnx.Module, target: str, x: jax.Array) -> jax.Array:
+def project(module: Any, target: str, x: jax.Array) -> jax.Array:
   """x times a weight, plus its adapter's product where it has one.
 
   Args:
-    module: of a layer, with the weight `target`.
+    module: submodule of a layer, with the weight `target`.
     target: one of TARGETS.
     x: [..., inputs]; "o" takes [B, T, N, H].
 
@@ -186,7 +186,8 @@ def project(module: nnx.Module, target: str, x: jax.Array) -> jax.Array:
 
 def split(params: Any) -> tuple[Any, Any]:
   """Splits a model's parameters into (adapters, all others); copies nothing."""
-  return nnx.split_state(params, nnx.LoRAParam, ...)
+  adapters, others = nnx.split_state(params, nnx.LoRAParam, ...)
+  return adapters, others
 
 
 def combine(adapters: Any, base: Any) -> Any:

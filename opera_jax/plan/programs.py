@@ -176,6 +176,7 @@ class _Run:
     self._policy = _with_lora(config, rl)
     self._values = abstract.Values(mesh, self._policy)
     self._graphdef = self._values.graphdef
+    self._plain_graphdef = decoder.abstract(config)[0]  # samples, merged
     self._params = self._values.params
     # The reference of KL: all parameters again, or with LoRA an adapter that is
     # switched off.
@@ -297,7 +298,7 @@ class _Run:
     return Program(
       name="prefill",
       shape=f"{R} prompts x {P:,}",
-      jitted=decode_loop_lib.programs(self._graphdef)["prefill"],
+      jitted=decode_loop_lib.programs(self._plain_graphdef)["prefill"],
       arguments=(
         self._values.rollout_params(),
         slots.prefix,
@@ -335,7 +336,7 @@ class _Run:
     return Program(
       name="decode",
       shape=f"{B} prompts x {P:,}, {S} slots x {C:,}, {steps} steps",
-      jitted=decode_loop_lib.programs(self._graphdef)["decode"],
+      jitted=decode_loop_lib.programs(self._plain_graphdef)["decode"],
       arguments=(
         params,
         self._slots(),
@@ -359,7 +360,7 @@ class _Run:
     return Program(
       name="grow",
       shape=f"caches of {old.cache.capacity:,} to {longest:,} tokens",
-      jitted=decode_loop_lib.programs(self._graphdef)["grow"],
+      jitted=decode_loop_lib.programs(self._plain_graphdef)["grow"],
       arguments=(old,),
       static={"capacity": longest},
       flops=cost.Flops(0.0),

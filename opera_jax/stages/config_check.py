@@ -831,6 +831,12 @@ def _file(name: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
   return lambda config, stages: bool(config["data"][name])
 
 
+def _adapts(stage: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
+  return lambda config, stages: (
+    stage not in stages or config[stage]["lora"]["rank"] > 0
+  )
+
+
 def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
   """Whether evaluation or OPERA's own term uses the reward's settings."""
   names = compose.weights(config["reward"]["terms"])
@@ -890,10 +896,7 @@ READ: dict[str, Read] = {
   ),
   **{
     f"{stage}.lora.{name}": Read(
-      default,
-      lambda config, stages, stage=stage: stage not in stages
-      or config[stage]["lora"]["rank"] > 0,
-      f"config.{stage}.lora.rank is above 0",
+      default, _adapts(stage), f"config.{stage}.lora.rank is above 0"
     )
     for stage in ("sft", "rl")
     for name, default in (

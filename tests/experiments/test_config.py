@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from opera_jax.configs import common, tiny
 from opera_jax.experiments import opera_rl
-from opera_jax.models import decoder
+from opera_jax.models import decoder, lora
 from opera_jax.rl import learner, score
 from opera_jax.rollout import engine, sampling
 from opera_jax.run import setup, tasks
@@ -53,10 +53,10 @@ WHOLE = {
   "runtime": _keywords(runtime.start) - {"folder"},
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
-  "model": _fields(decoder.Config),
+  "model": _fields(decoder.Config) - {"lora"},  # a stage's, see below
   "data": _keywords(tasks.load) - {"seed"},
   "pool": _fields(pool.Settings),
-  "base": _fields(supervised.Recipe),
+  "base": _fields(supervised.Recipe) - {"lora"},
   "sft": _fields(supervised.Recipe),
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
   "rollout": _fields(sampling.Sampling)
@@ -70,7 +70,11 @@ WHOLE = {
   "card": _fields(dataset_card.Card),
   "evaluate": _fields(evaluate.Settings) - {"max_new_tokens"},
 }
-WHOLE_WITHIN = {"select.rl": _fields(rl_filter.Rules)}
+WHOLE_WITHIN = {
+  "select.rl": _fields(rl_filter.Rules),
+  "sft.lora": _keywords(lora.settings),
+  "rl.lora": _keywords(lora.settings),
+}
 
 
 def _read_in_driver() -> set[str]:

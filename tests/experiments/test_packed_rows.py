@@ -72,7 +72,7 @@ def _packed(**changes):
   )
   scored = _scored()
   none = dict.fromkeys(
-    ("optimizer", "update", "values", "teacher_top"), None
+    ("optimizer", "update", "join", "values", "teacher_top"), None
   ) | dict.fromkeys(("critic", "pairs", "averaged"), False)
   rows, _ = opera_rl.packed_rows(
     types.SimpleNamespace(

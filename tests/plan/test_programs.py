@@ -98,7 +98,9 @@ def test_with_lora_an_update_holds_the_base_once_and_no_reference(
   nothing_cached,
 ):
   config = _config(**{"rl.lora.rank": 8})
-  mesh, [update] = _programs(config, ("update",))
+  mesh, [decode, score, update] = _programs(
+    config, ("decode", "score", "update")
+  )
   cost = analyse.analyse(update, mesh, hardware.CHIPS["v5e"])
   # A and B of q and o, of k and v, and of the feed-forward: each axis that is
   # no rank is split in two, over fsdp or tensor.
@@ -111,6 +113,16 @@ def test_with_lora_an_update_holds_the_base_once_and_no_reference(
   )
   assert cost.beside_bytes == 4 * adapter
   assert cost.fits
+  # While it samples: the base, the adapter and its moments, another adapter
+  # that is switched off, three counters and a key. The merged weights are an
+  # argument, as is the base where it scores.
+  held = base + 4 * 4 * adapter + 3 * 4 + 8
+  cost = analyse.analyse(decode, mesh, hardware.CHIPS["v5e"])
+  assert cost.beside_bytes == pytest.approx(held, rel=0.01)
+  assert cost.argument_bytes > 2 * (WEIGHTS // 2 + NORMS)
+  cost = analyse.analyse(score, mesh, hardware.CHIPS["v5e"])
+  assert cost.beside_bytes == pytest.approx(3 * 4 * adapter, rel=0.01)
+  assert cost.argument_bytes == pytest.approx(base + 4 * adapter, rel=0.05)
 
 
 def test_programs_are_those_of_the_run():

@@ -18,6 +18,7 @@ PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
 def test_every_shipped_config_has_its_plan():
   assert {(p["config"], p["topology"]) for p in PLANS} == {
     ("configs/qwen3_0_6b.py", "v5e:2x2"),
+    ("configs/qwen3_0_6b.py:v5e_1x1", "v5e:1x1"),
     *(
       (f"configs/qwen3_8b.py:{name}", name.replace("_", ":", 1))
       for name in qwen3_8b.SLICES
@@ -40,6 +41,7 @@ def test_the_page_is_what_the_plans_say():
   "config, size",
   [
     (qwen3_0_6b.get_config(), "0.6B"),
+    (qwen3_0_6b.get_config("v5e_1x1"), "0.6B"),
     *((qwen3_8b.get_config(name), "8B") for name in qwen3_8b.SLICES),
   ],
 )

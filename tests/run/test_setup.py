@@ -5,11 +5,13 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from opera_jax.configs import tiny
 from opera_jax.data import storyworld
-from opera_jax.models import decoder, hf_checkpoint
+from opera_jax.models import decoder, hf_checkpoint, lora
 from opera_jax.run import setup, workdir
 from opera_jax.stages import supervised
 from opera_jax.train import checkpoint
@@ -250,3 +252,36 @@ def test_how_often_a_stage_saves_does_not_matter(make):
   run.stage("sft", sft={"epochs": 1, "checkpoint_every": 5})
   run.stage("sft", sft={"epochs": 1, "checkpoint_every": 6})
   assert "sft.epochs" in workdir.settings(run.workdir, "sft")
+
+
+def test_with_lora_a_model_is_loaded_frozen_beside_an_adapter_that_is_off(make):
+  run = make()
+  assert run.with_lora(None) is run
+  run.stage("sft").finish({"model": run.save("sft", run.initial())})
+  low = run.with_lora(lora.Settings(rank=2, targets=("q", "down")))
+  adapter, base = lora.split(low.load("sft"))
+  plain = run.load("sft")
+  for ours, theirs in zip(jax.tree.leaves(base), jax.tree.leaves(plain)):
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16))
+  assert not any(x.any() for x in jax.tree.leaves(adapter))
+  # Sampling and saving see the merged model, in its own dtypes.
+  used = jax.tree.map(lambda x: x + 0.1, low.new_adapter(0))
+  params = lora.combine(used, base)
+  merged = lora.merge(params, low.model.lora, "float32")
+  shape = jax.tree.structure(plain)
+  assert jax.tree.structure(low.for_rollout(params)) == shape
+  low.stage("rl").finish({"model": low.save("rl", params)})
+  for got in (low.for_rollout(params), run.load("rl")):
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(merged)):
+      np.testing.assert_array_equal(ours, theirs)
+  for ours, theirs in zip(
+    jax.tree.leaves(low.load_adapter("rl")), jax.tree.leaves(used)
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+    assert ours.sharding == theirs.sharding
+  with pytest.raises(FileNotFoundError, match="config.sft.lora.rank above 0"):
+    low.load_adapter("sft")
+  other = run.with_lora(lora.Settings(rank=3, targets=("q", "down")))
+  with pytest.raises(checkpoint.MismatchError, match="q_lora_a"):
+    other.load_adapter("rl")
