@@ -7,10 +7,14 @@ with are hidden while the template runs (see `sealed`).
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opera_jax.text import sealed as sealed_lib
+
+# At its import transformers advises to install PyTorch, which is not needed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 ROLES = ("system", "user", "assistant")
 CHATML = """\
@@ -123,8 +127,9 @@ class ChatTemplate:
     from transformers.utils import chat_template_utils
 
     try:
-      rendered, _ = chat_template_utils.render_jinja_template(
-        conversations=[list(messages)],
+      # It returns the texts and something else, whatever its annotation says.
+      rendered: Any = chat_template_utils.render_jinja_template(
+        conversations=[[dict(message) for message in messages]],
         chat_template=self.text,
         add_generation_prompt=head,
         **self.variables,
@@ -141,7 +146,7 @@ class ChatTemplate:
         " Leave out a system turn that the model does not know (put it into"
         f" the user's), and let user and assistant alternate. {_REMEDY}"
       ) from error
-    return rendered[0]
+    return rendered[0][0]
 
 
 def _checked(message: Message) -> dict[str, str]:

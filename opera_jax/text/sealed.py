@@ -9,7 +9,7 @@ text can, after `Sealed.trusted` put the secret names into it.
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import tokenizers
@@ -47,7 +47,9 @@ class Sealed:
       json.dumps(_renamed(spec, controls, self._secret_of))
     )
 
-  def hide(self, texts: Iterable[str], around: Set[str]) -> tuple[dict, dict]:
+  def hide(
+    self, texts: Iterable[str], around: frozenset[str]
+  ) -> tuple[dict, dict]:
     """Translations that take from texts what control tokens begin and end with.
 
     A text that went through the first can neither spell a control token nor

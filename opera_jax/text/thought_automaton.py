@@ -117,8 +117,9 @@ def _check_ids(
 
 def _check_tag(tag: int | str) -> None:
   """Refuses tags of which two occurrences could overlap, or that are text."""
-  fine = isinstance(tag, str) and tag and tag.count(tag[0]) == 1
-  fine = fine and tag[0].isascii() and not tag[0].isalnum() and tag[0] != "_"
+  fine = isinstance(tag, str) and tag != "" and tag.count(tag[0]) == 1
+  first = str(tag)[:1]
+  fine = fine and first.isascii() and not first.isalnum() and first != "_"
   if not fine or byte_machine.SPACE.intersection(str(tag).encode()):
     raise ValueError(
       f"The think tag {tag!r} is matched as a string: it must begin with an"
@@ -173,7 +174,7 @@ def _tables(
   index[ids[0]], index[ids[1]] = opens, closes
   end_event = np.concatenate([[0, 0], pending])
   if opened:
-    order = np.arange(states)
+    order = np.arange(states, dtype=np.int32)
     order[[0, 2]] = 2, 0
     next_state, code = order[next_state[order]], code[order]
     end_event = end_event[order]

@@ -175,10 +175,11 @@ class Tokenizer:
         " tokenizer; both must be tokens, or neither. Change"
         " config.tokenizer.think."
       )
-    pair = (self.think_open_id, self.think_close_id)
-    self.think_open, self.think_close = (
-      self.think if self.think_open_id is None else pair
-    )
+    self.think_open: int | str = think[0]
+    self.think_close: int | str = think[1]
+    if self.think_open_id is not None and self.think_close_id is not None:
+      self.think_open = self.think_open_id
+      self.think_close = self.think_close_id
 
   def _controls(
     self, spec: Mapping[str, Any], added: Mapping[int, Any]
@@ -202,9 +203,11 @@ class Tokenizer:
       )  # fmt: skip
       if not is_text:
         out[name] = index
-    unknown = spec["model"].get("unk_token") or self.config.get("unk_token")
-    if unknown in listed:
-      out[unknown] = self.backend.token_to_id(unknown)
+    unknown = spec["model"].get("unk_token") or _name(
+      self.config.get("unk_token")
+    )
+    if unknown and unknown in listed:
+      out[unknown] = self.backend.get_vocab()[unknown]
     return out
 
   def _vocab_bytes(
@@ -369,7 +372,7 @@ class Tokenizer:
 
   def _changed(self, **changes: Any) -> "Tokenizer":
     """A copy with other arguments of `Tokenizer`."""
-    arguments = {
+    arguments: dict[str, Any] = {
       "backend": self.backend,
       "config": self.config,
       "end_ids": self._more_end_ids,
@@ -522,7 +525,7 @@ class Tokenizer:
         " config.tokenizer.chat_template: the path of a Jinja file, or"
         ' "chatml".'
       )
-    variables = {
+    variables: dict[str, Any] = {
       name: _name(value)
       for name, value in self.config.items()
       if name.endswith("_token") and _name(value)
@@ -612,7 +615,7 @@ class Tokenizer:
     """What the chat template writes of a thought, and whether it closes it."""
     head = self.chat.head if self.config.get("chat_template") else ""
     _, opens, thought = head.rpartition(self.think[0])
-    return opens and opens + thought, self.think[1] in thought
+    return opens + thought if opens else "", self.think[1] in thought
 
   @property
   def opens_thought(self) -> bool:
@@ -849,7 +852,7 @@ def _download(hub_id: str) -> pathlib.Path:
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        hub_id, revision=revision, allow_patterns=_FILES
+        hub_id, revision=revision, allow_patterns=list(_FILES)
       )
     )
   except errors.HFValidationError as error:

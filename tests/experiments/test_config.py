@@ -175,7 +175,7 @@ DRIVERS = sorted(
 @pytest.mark.parametrize("name", DRIVERS)
 def test_a_command_imports_jax_when_it_needs_it(name):
   """--help and a mistyped flag answer at once, torch beside it or not."""
-  heavy = "{'jax', 'torch', 'flax', 'orbax', 'scipy'}"
+  heavy = "{'jax', 'torch', 'flax', 'orbax', 'scipy', 'transformers'}"
   done = subprocess.run(
     [
       *(sys.executable, "-c"),

@@ -119,13 +119,19 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
       steps = thought.define(
         tokens,
         words.vocab_bytes,
-        words.think_open_id,
-        words.think_close_id,
+        words.think_open,
+        words.think_close,
         match=match,
       )
-      opened = np.flatnonzero(tokens == words.think_open_id)
       count = 0
-      before = opened[0] + 1 if len(opened) else 0
+      before = next(
+        (
+          n
+          for n in range(len(tokens) + 1)
+          if words.think[0] in words.decode(tokens[:n])
+        ),
+        0,
+      )
       for step in steps:
         logprobs = [
           mean_logprob(
@@ -146,14 +152,23 @@ def _definition(world, prompt_ids, groups, references, bridge, match):
   return np.array(count_BN), np.array(self_BN), np.array(rank_BN)
 
 
+@pytest.mark.parametrize("tag", ["think", "reason"])
 @pytest.mark.parametrize(
   "bridge, match", [("", "word"), ("\n</think>\n\n", "substring")]
 )
-def test_reward_equals_the_slow_definition(world, bridge, match):
-  words, _, params, logprob_scorer = world
+def test_reward_equals_the_slow_definition(world, bridge, match, tag):
+  """The tags are tokens, or strings over several tokens."""
+  words, graphdef, params, logprob_scorer = world
+  words = words.configured(think=(f"<{tag}>", f"</{tag}>"))
+  assert (words.think_open_id is None) == (tag == "reason")
+  world = words, graphdef, params, logprob_scorer
+  bridge = bridge.replace("think", tag)
   tasks = storyworld.prompts(len(GROUPS), 3)
   prompt_ids = [words.chat_prompt(t.prompt) for t in tasks]
-  groups = [[_tokens(words, text) for text in group] for group in GROUPS]
+  groups = [
+    [_tokens(words, text.replace("think>", f"{tag}>")) for text in group]
+    for group in GROUPS
+  ]
   samples = [
     [
       structs.Sample(t, np.zeros(len(t), np.float32), t[-1] == words.end_id)
@@ -185,6 +200,56 @@ def test_reward_equals_the_slow_definition(world, bridge, match):
   assert count[0, 3] == 0
   assert (
     got.terms["reflections"][0, 2] == (2 if match == "substring" else 0) / 2
+  )
+
+
+def test_a_thought_that_the_prompt_opened_is_rewarded_alike(world, tmp_path):
+  """The same tokens; only where the prompt ends is another place."""
+  words, _, params, logprob_scorer = world
+  file = tmp_path / "opens.jinja"
+  file.write_text(
+    tokenizer_lib.CHAT_TEMPLATE.replace(
+      "assistant\\n'", "assistant\\n<think>\\n'"
+    )
+  )
+  opens = words.configured(chat_template=str(file))
+  assert opens.opens_thought and not words.opens_thought
+  head = len(words.thought_head)
+  tasks = storyworld.prompts(2, 3)
+  groups = [[_tokens(words, text) for text in group] for group in GROUPS[:2]]
+  scored = []
+  for made, cut in ((words, 0), (opens, head)):
+    prompt_ids = [made.chat_prompt(t.prompt) for t in tasks]
+    samples = [
+      [
+        structs.Sample(
+          t[cut:], np.zeros(len(t) - cut, np.float32), t[-1] == words.end_id
+        )
+        for t in group
+      ]
+      for group in groups
+    ]
+    scorer = score.RewardScorer(
+      logprob_scorer, made, terms="opera + verifiable + 0.5*format"
+    )
+    scored.append(scorer.score(params, tasks, prompt_ids, samples))
+  usual, opened = scored
+  assert usual.rollouts.texts == opened.rollouts.texts
+  assert (
+    usual.terms.keys() == opened.terms.keys() and usual.terms["count"].any()
+  )
+  for name, value in usual.terms.items():
+    if name == "thought_tokens":  # the newline behind the tag is not sampled
+      value = value - (head - 1) * usual.terms["closed"]
+    np.testing.assert_allclose(
+      opened.terms[name], value, atol=1e-6, err_msg=name
+    )
+  for one, two in zip(usual.prefixes, opened.prefixes):
+    np.testing.assert_array_equal(one, two)
+  np.testing.assert_array_equal(
+    usual.thoughts.step_end[usual.thoughts.closed]
+    - head * (usual.thoughts.step_end > 0)[usual.thoughts.closed],
+    opened.thoughts.step_end[usual.thoughts.closed],
   )
 
 

@@ -73,6 +73,58 @@ def test_without_stops_the_text_is_every_token(parts):
       assert one.text == words.decode(one.sample.tokens, skip_special=True)
 
 
+def test_a_thought_that_the_template_opens_is_shown(parts, tmp_path):
+  sampler, words, params = parts
+  file = tmp_path / "opens.jinja"
+  file.write_text(
+    tokenizer_lib.CHAT_TEMPLATE.replace(
+      "assistant\\n'", "assistant\\n<think>\\n'"
+    )
+  )
+  opens = words.configured(chat_template=str(file))
+  for stop in ((), ("e",)):
+    pieces = []
+    out = text.complete(
+      *(sampler, opens, params, PROMPTS[:1], SETTINGS, jax.random.key(0)),
+      stop=stop,
+      on_text=lambda prompt, sample, more, pieces=pieces: pieces.append(more),
+    )
+    assert out[0][0].text.startswith("<think>\n")
+    assert "".join(pieces) == out[0][0].text
+
+
+def test_tags_of_other_names_are_shown_as_think_tags(parts):
+  sampler, words, params = parts
+  # Strings that this model is likely to sample.
+  made = words.configured(think=("s", "e"))
+  pieces = []
+  out = text.complete(
+    *(sampler, made, params, PROMPTS[:1], SETTINGS, jax.random.key(0)),
+    on_text=lambda prompt, sample, more: pieces.append(more),
+  )
+  plain = words.decode(out[0][0].sample.tokens, skip_special=True)
+  shown = plain.replace("s", "<think>").replace("e", "</think>")
+  assert "".join(pieces) == out[0][0].text and "think>" in shown
+
+
+def test_a_list_of_messages_is_a_prompt(parts):
+  turns = [
+    {"role": "system", "content": "Be terse."},
+    {"role": "user", "content": PROMPTS[0]},
+  ]
+  sampler, words, params = parts
+  one, two = (
+    text.complete(
+      sampler, words, params, [prompt], SETTINGS, jax.random.key(0), **more
+    )
+    for prompt, more in (
+      (turns, {}),
+      (PROMPTS[0], {"system": "Be terse."}),
+    )
+  )
+  assert one[0][0].text == two[0][0].text
+
+
 def test_a_stop_that_cannot_come_is_refused(parts):
   with pytest.raises(ValueError, match="stop string|Stop strings"):
     _complete(parts, stop=[""])

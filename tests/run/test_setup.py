@@ -285,3 +285,33 @@ def test_with_lora_a_model_is_loaded_frozen_beside_an_adapter_that_is_off(make):
   other = run.with_lora(lora.Settings(rank=3, targets=("q", "down")))
   with pytest.raises(checkpoint.MismatchError, match="q_lora_a"):
     other.load_adapter("rl")
+
+
+def test_the_tokenizer_is_configured_once_and_kept(make, tmp_path):
+  def using(**changes):
+    config = tiny.get_config("smoke")
+    config.unlock()
+    config.data.documents = 40
+    config.tokenizer.update(changes)
+    return setup.setup(
+      tmp_path / "run",
+      temperature=1.0,
+      **{name: config[name] for name in setup.SECTIONS},
+    ).tokenizer
+
+  file = tmp_path / "template.jinja"
+  file.write_text(
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}A: <reason>{% endif %}"
+  )
+  options = {"think": ("<reason>", "</reason>"), "chat_template": str(file)}
+  for _ in range(2):
+    made = using(**options, enable_thinking="on")
+    assert made.think == ("<reason>", "</reason>") and made.opens_thought
+    assert made.decode(made.chat_prompt("Hi")) == "HiA: <reason>"
+    assert made.enable_thinking is True
+  with pytest.raises(ValueError, match="enable_thinking: 'on' then"):
+    using(**options)
+  file.write_text(file.read_text() + " ")
+  with pytest.raises(ValueError, match=r"tokenizer\.chat_template \(.*sha256"):
+    using(**options, enable_thinking="on")

@@ -21,7 +21,7 @@ from opera_jax.run import setup, workdir
 from opera_jax.stages import cold_start
 from opera_jax.stages import dataset_card as dataset_card_lib
 from opera_jax.synthesis import filters
-from opera_jax.train import checkpoint
+from opera_jax.train import checkpoint, metrics
 
 ABOUT = dataset_card_lib.Card(name="Made up", license="cc0-1.0")
 
@@ -49,6 +49,7 @@ class _Searcher:
       completion=np.arange(5, dtype=np.int32),
       rounds=(traces.Round("Wait", 0, (traces.Candidate("Wait", 1.5, 4),)),),
       status="complete",
+      forced=p.id.endswith(("1", "4")),
     )
 
 
@@ -118,6 +119,14 @@ def test_sets_and_their_cards(make):
     "| data.kind | storyworld |",
   ):
     assert row in text, row
+  (line,) = metrics.read(workdir / "synthesize" / "metrics.jsonl")
+  forced = sum(trace.forced for trace in every)
+  assert 0 < forced < 24
+  assert line == {
+    "step": 24,
+    "synthesis/complete": 1.0,
+    "synthesis/forced_close": forced / 24,
+  }
 
 
 @pytest.mark.parametrize("name", ["traces.jsonl", "*array_record*"])

@@ -226,6 +226,10 @@ TOGETHER = [
     "config.data.math_share",
   ),
   ({"checkpoint": "x", "data.documents": 0}, "config.tokenizer.path is empty"),
+  ({"tokenizer.think": ("<a>",)}, "config.tokenizer.think is"),
+  ({"tokenizer.think": ("<a>", "<a>")}, "two different strings"),
+  ({"tokenizer.enable_thinking": "yes"}, "one of '', 'on', 'off'"),
+  ({"synthesis.close_thought": 1}, "it must be True or False"),
   (
     {"synthesis.method": "rewrite", "synthesis.score": "candidate"},
     "config.synthesis.score",

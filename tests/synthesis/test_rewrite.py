@@ -45,7 +45,7 @@ class ScriptedEngine:
     for prompt in prompts:
       context = self.tokenizer.decode(prompt)
       self.calls.append((context, samples))
-      if context.endswith("</think>"):
+      if context.endswith(self.tokenizer.think[1]):
         texts = [self.answer]
       elif samples == 1:
         texts = [self.draft]
@@ -203,3 +203,36 @@ def test_bad_settings(tokenizer, machine):
     _run(tokenizer, machine, ScriptedEngine(tokenizer), candidates=0)
   with pytest.raises(ValueError, match="config.synthesis.guide"):
     _run(tokenizer, machine, ScriptedEngine(tokenizer), guide="{reference}")
+
+
+@pytest.mark.parametrize(
+  "draft, kept",
+  [("It goes on.\n\nAnd on~", "And on"), ("It.\n\nEnds.<|im_end|>", "Ends.")],
+)
+def test_drafts_are_closed_by_force(tokenizer, machine, draft, kept):
+  engine = ScriptedEngine(tokenizer, draft=draft, rewrites=["and~"] * 4)
+  trace = _run(tokenizer, machine, engine, rounds=1, close_thought=True)
+  assert (trace.status, trace.forced) == ("complete", True)
+  thought = draft.partition("\n")[0] + "\n\n" + kept
+  assert trace.thought == thought
+  whole = tokenizer.decode(trace.completion)
+  assert whole == f"<think>\n{thought}</think>{ANSWER}"
+  usual = _run(tokenizer, machine, ScriptedEngine(tokenizer, draft=draft))
+  assert usual.status != "complete" and not usual.forced
+
+
+def test_tags_over_several_tokens(tokenizer, machine):
+  strings = tokenizer.configured(think=("<reason>", "</reason>"))
+  engine = ScriptedEngine(
+    strings,
+    draft=DRAFT.replace("think", "reason"),
+    rewrites=[t.replace("think", "reason") for t in REWRITES],
+  )
+  trace = _run(strings, machine, engine, rounds=2)
+  assert trace.status == "complete"
+  assert "reason>" not in trace.thought + trace.answer
+  whole = strings.decode(trace.completion)
+  assert whole == f"<reason>\n{trace.thought}</reason>{ANSWER}"
+  for made in trace.rounds:
+    for candidate in made.candidates:
+      assert "reason>" not in candidate.text

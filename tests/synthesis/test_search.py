@@ -18,6 +18,7 @@ from opera_jax.rollout import slots, workers
 from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.synthesis import search
 from opera_jax.text import automaton
+from opera_jax.text import tokenizer as tokenizer_lib
 
 PROMPT = structs.Prompt("p", "open_ended", "Tell a story.", "A story.")
 OPENING = "The scene is the old mill.\n\nWait,"
@@ -98,7 +99,7 @@ class ScriptedEngine:
     context = self.tokenizer.decode(self.context)
     self.calls.append((context, len(self.forks)))
     texts = self.script[min(len(self.calls), len(self.script)) - 1]
-    if context.endswith("</think>"):
+    if context.rstrip().endswith(self.tokenizer.think[1]):
       texts = self.answer
     texts = texts[: len(self.forks)]
     self.drawn = [
@@ -254,6 +255,96 @@ def test_finished_candidates_are_preferred(tokenizer, machine):
   )
   assert trace.rounds[0].kept == 2
   assert trace.status == "complete"
+
+
+@pytest.mark.parametrize(
+  "changes, limit, thought",
+  [
+    ({"opening": "It goes on and on~"}, 99, "It goes on and on"),
+    ({"opening": "It goes on and on~"}, 4, None),
+    ({"opening": "It stops.<|im_end|>"}, 99, "It stops."),
+    ({"opening": "<|im_end|>"}, 99, ""),
+    ({"rounds": [[" and on~"] * 4]}, 99, f"{OPENING[:-1]} and on"),
+    ({"opening": "It goes to its own end.\n</think>"}, 5, None),
+  ],
+)  # fmt: skip
+def test_thoughts_are_closed_by_force(
+  tokenizer, machine, changes, limit, thought
+):
+  engine = ScriptedEngine(tokenizer, machine, **changes)
+  trace = _run(
+    tokenizer, machine, engine, close_thought=True, max_thought_tokens=limit
+  )
+  assert (trace.status, trace.forced) == ("complete", True)
+  if thought is None:  # the first tokens of what was sampled
+    text = changes["opening"].removesuffix("~")
+    thought = tokenizer.decode(tokenizer.encode_template(text)[:limit])
+  whole = tokenizer.decode(trace.completion)
+  assert whole == f"<think>\n{thought}\n</think>\n\n{ANSWER}"
+  assert trace.thought == thought + "\n"
+  assert trace.answer == "The end."
+  # The answer's context was computed anew, from the original prompt.
+  assert engine.prefills[1].endswith(f"<think>\n{thought}\n</think>\n\n")
+
+
+def test_a_thought_that_closes_itself_is_left_alone(tokenizer, machine):
+  usual = _run(tokenizer, machine, ScriptedEngine(tokenizer, machine))
+  engine = ScriptedEngine(tokenizer, machine)
+  trace = _run(tokenizer, machine, engine, close_thought=True)
+  assert trace == usual and not trace.forced
+  assert len(engine.prefills) == 1
+
+
+@pytest.mark.parametrize("stop_words", [search.STOP_WORDS, ("\n\n",)])
+def test_tags_over_several_tokens(tokenizer, machine, stop_words):
+  """Every text ends where it did, by the same words and a tag as a string."""
+  strings = tokenizer.configured(think=("<reason>", "</reason>"))
+  assert strings.vocab_size == tokenizer.vocab_size
+  opening, rounds = OPENING, ROUNDS
+  if stop_words == ("\n\n",):
+    opening = "The mill.\n\n"
+    rounds = [["It rains.\n\n", "But.\n\n", " end.\n</think>", "A\n.\n\n"]]
+    rounds += [[" end.\n</think>"] * 4]
+  rounds = [[t.replace("think>", "reason>") for t in texts] for texts in rounds]
+  engine = ScriptedEngine(strings, machine, opening=opening, rounds=rounds)
+  trace = _run(strings, machine, engine, stop_words=stop_words)
+  assert trace.status == "complete" and not trace.forced
+  whole = strings.decode(trace.completion)
+  assert whole == f"<reason>\n{trace.thought}</reason>{ANSWER}"
+  assert "reason>" not in trace.thought + trace.answer
+  for made in trace.rounds:
+    assert made.kept == int(np.argmin([c.perplexity for c in made.candidates]))
+
+
+def test_a_prompt_that_opens_the_thought(tokenizer, machine, tmp_path):
+  opened = _with_head(tokenizer, tmp_path, "<think>\n")
+  engine = ScriptedEngine(opened, machine)
+  trace = _run(opened, machine, engine)
+  usual = _run(tokenizer, machine, ScriptedEngine(tokenizer, machine))
+  # The same contexts and so the same search; only the completion is shorter.
+  assert engine.prefills[0].count("<think>") == 1
+  assert (trace.rounds, trace.thought) == (usual.rounds, usual.thought)
+  head = len(tokenizer.thought_head)
+  assert trace.completion.tolist() == usual.completion[head:].tolist()
+
+
+def test_a_prompt_that_closes_the_thought_is_refused(
+  tokenizer, machine, tmp_path
+):
+  closed = _with_head(tokenizer, tmp_path, "<think>\n\n</think>\n\n")
+  with pytest.raises(ValueError, match="enable_thinking"):
+    _run(closed, machine, ScriptedEngine(closed, machine))
+
+
+def _with_head(tokenizer, folder, head):
+  """The tokenizer with a chat template that begins the completion."""
+  text = tokenizer_lib.CHAT_TEMPLATE.replace(
+    "'<|im_start|>assistant\\n'",
+    repr("<|im_start|>assistant\n" + head).replace("\n", "\\n"),
+  )
+  file = folder / "template.jinja"
+  file.write_text(text)
+  return tokenizer.configured(chat_template=str(file))
 
 
 @pytest.mark.parametrize(
