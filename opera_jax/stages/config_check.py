@@ -844,6 +844,7 @@ def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
 
 
 _LOSS = "config.rl.loss is not 'dpo'"
+_STORY_WORDS = 80  # no text of storyworld has so many
 READ: dict[str, Read] = {
   "rl.beta": Read(
     0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
@@ -938,8 +939,18 @@ READ: dict[str, Read] = {
       "config.data.kind is 'jsonl'",
     )
     for name, default in (
-      ("prompt_words", 0), ("excerpt_words", 0), ("near_duplicate", 0.0),
+      ("near_duplicate", 0.0),
     )
+  },
+  # Storyworld's texts are shorter than these limits, and so within them.
+  **{
+    f"data.{name}": Read(
+      0,
+      lambda config, stages, name=name: config["data"]["kind"] == "jsonl"
+      or config["data"][name] >= _STORY_WORDS,
+      "config.data.kind is 'jsonl'",
+    )
+    for name in ("prompt_words", "excerpt_words")
   },
   "data.default_task": Read("", _file("path"), "config.data.path names a file"),
   **{
