@@ -100,8 +100,8 @@ def get_config(arg: str = ""):
   config.baseline = "opera"  # row that the others are compared with
   config.seeds = (0, 1, 2)
   # start: stages that make the shared model; shared: its folders that every
-  # cell links to; stages: stages of a cell; first, last: models before and
-  # after a cell; each: flags of every cell.
+  # cell links to; stages: stages of a cell; first: models before a cell, comma
+  # between them; last: the one after it; each: flags of every cell.
   config.start, config.shared = START, ("tokenizer", "base", "sft")
   config.stages, config.first, config.last = "rl", "sft", "rl"
   config.each = EACH.format(seed="{seed}", tokens=60_000)

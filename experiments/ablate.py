@@ -72,11 +72,14 @@ def grid(config, root: pathlib.Path, preemption) -> None:
       temperature=task.rollout.temperature,
       **{name: task[name] for name in setup.SECTIONS},
     )
-  # 2. Measure that model; then train and measure every row and seed.
+  # 2. Measure that model, and any before it; then train and measure every row and seed.
   measure = functools.partial(
     measure_once, run, config=config, task=task, preemption=preemption
   )
-  values = {config.first: {0: measure(config.first, start / "measured.json")}}
+  values = {
+    name: {0: measure(name, start / f"measured_{name}.json")}
+    for name in config.first.split(",")
+  }
   cost: dict[str, Any] = {}
   for seed in config.seeds:
     for name, path, changes in config.rows:
@@ -302,7 +305,7 @@ def write(root, config, values, cost, probed) -> None:
       ablation.results(values, shown, baseline=config.baseline, **size),
       ablation.answers(values, config.questions, **size),
       ablation.costs(cost),
-      ablation.efficiency(values, config.first),
+      ablation.efficiency(values, config.first.split(",")[-1]),
       *([ablation.probes(probed)] if probed else []),
     ]
   )
