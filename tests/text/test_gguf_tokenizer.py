@@ -312,12 +312,11 @@ def slow_sentencepiece(text, tokens, types, scores):
 
 
 @settings(max_examples=300, deadline=None, database=None)
-@example("the  that\n\n\n   a there   <s> <t> é中😀\x00▁ bab")
+@example("the  that\n\n\n   a there   <s <t> é中😀\x00▁ bab")
 @example(" " * 9 + "\n" * 7 + "abababab")
 @given(st.text(alphabet="abehinrtx <>s\n😀é", max_size=30))
 def test_sentencepiece_ids_are_those_of_slow_merges(sentencepiece, text):
-  if "<s>" in text:
-    text = text.replace("<s>", "<s")
+  text = re.sub("<s>+", "<s", text)  # spells a control token
   ids = sentencepiece.backend.encode(text, add_special_tokens=False).ids
   assert ids == slow_sentencepiece(text, TOKENS, TYPES, SCORES)
   assert sentencepiece.backend.decode(ids) == text.replace("▁", " ")
