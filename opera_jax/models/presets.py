@@ -94,7 +94,9 @@ def _llama(*sizes: int) -> decoder.Config:
     rope_theta=5e5,
     rms_norm_eps=1e-5,
     max_position_embeddings=131_072,
-    rope_scaling=rope.Scaling("llama3", factor=32.0),
+    rope_scaling=rope.Scaling(
+      "llama3", factor=32.0, original_max_position_embeddings=8_192
+    ),
   )
 
 

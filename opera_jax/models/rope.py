@@ -34,7 +34,7 @@ class Scaling:
   factor: float = 0.0  # longrope: 0 is maximum / original positions
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
-  original_max_position_embeddings: int = 8192
+  original_max_position_embeddings: int = 0  # of llama3 and longrope
   short_factor: tuple[float, ...] = ()
   long_factor: tuple[float, ...] = ()
   attention_factor: float = 0.0  # longrope: 0 is the formula of its paper
@@ -43,6 +43,13 @@ class Scaling:
     if self.kind not in KINDS:
       raise ValueError(
         f"Rope scaling {self.kind!r} is in use; {', '.join(KINDS)} are read."
+      )
+    if self.kind != "linear" and self.original_max_position_embeddings < 1:
+      raise ValueError(
+        f"Rope scaling {self.kind!r} knows the positions of before, got "
+        "original_max_position_embeddings="
+        f"{self.original_max_position_embeddings}. Mend the checkpoint's "
+        "config.json."
       )
     if self.kind != "longrope" and self.factor <= 0:
       raise ValueError(

@@ -52,7 +52,7 @@ def _write(config: Any) -> dict[str, Any]:
     "layer_types": _kinds(
       config.num_hidden_layers, config.sliding_window_pattern
     ),
-    "query_pre_attn_scalar": round(config.query_scale**-2, 6),
+    "query_pre_attn_scalar": round(config.query_scale**-2),  # a whole number
     "rope_local_base_freq": config.rope_local_theta,
     "sliding_window": config.sliding_window,
     "sliding_window_pattern": config.sliding_window_pattern,
