@@ -2,9 +2,11 @@
 
 Nothing is imported or run: the file is parsed, so that the docs need none of
 the packages of a run. A field is an assignment `config.name = value`, or an
-entry of a dictionary that is written one entry a line. Its description is the
-comment behind it or the comment lines right above it. `[P]` in a comment says
-that the default is the paper's, `[C]` that it is the released code's.
+entry of a dictionary that is written one entry a line. A placeholder of
+ml_collections is a field without a value, of a type that is known. The
+description is the comment behind a field or the comment lines right above it.
+`[P]` in a comment says that the default is the paper's, `[C]` that it is the
+released code's.
 """
 
 import ast
@@ -26,6 +28,7 @@ _TAG = re.compile(r"\[([PC])\](?! \d)[;,.]?\s*")
 _TAG_OF_NUMBER = re.compile(r"\[([PC])\] (?=\d)")
 # Characters of a comment that Markdown would take for something else.
 _LITERAL = str.maketrans({"|": "\\|", "<": "&lt;", "*": "\\*"})
+_PLACEHOLDER = "config_dict.placeholder"
 _TYPES = {
   bool: "true or false",
   int: "integer",
@@ -34,6 +37,7 @@ _TYPES = {
   tuple: "list",
   dict: "mapping",
 }
+_KIND_OF_NAME = {of.__name__: kind for of, kind in _TYPES.items()}
 
 
 class UndocumentedError(ValueError):
@@ -46,20 +50,17 @@ class Field:
 
   Attributes:
     name: dotted, without "config.".
-    default: its value.
+    default: its value; None for a placeholder.
+    kind: its type in words.
     text: what the comment says, without tags; "" where there is none.
     source: PAPER, RELEASE or OURS.
   """
 
   name: str
   default: Any
+  kind: str
   text: str
   source: str
-
-  @property
-  def kind(self) -> str:
-    """The type in words."""
-    return _TYPES[type(self.default)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +164,13 @@ class _Reader:
       for node in self._tree.body
       if isinstance(node, ast.FunctionDef)
     }
+    # Names for the placeholder, such as `unset` after `unset = ...`.
+    self._placeholders = {_PLACEHOLDER} | {
+      ast.unparse(node.targets[0])
+      for node in ast.walk(self._tree)
+      if isinstance(node, ast.Assign)
+      and ast.unparse(node.value) == _PLACEHOLDER
+    }
     self._constants = {
       node.targets[0].id: ast.literal_eval(node.value)
       for node in self._tree.body
@@ -194,6 +202,8 @@ class _Reader:
     """The sections that a statement opens or adds to."""
     if isinstance(node, (ast.Expr, ast.Return)):
       return
+    if isinstance(node, ast.Assign) and ast.unparse(node.value) == _PLACEHOLDER:
+      return  # a short name for it
     name = _target(node) if isinstance(node, ast.Assign) else None
     if name is None:
       raise UndocumentedError(
@@ -204,7 +214,7 @@ class _Reader:
     if name == "":  # config = ml_collections.ConfigDict()
       return
     value = node.value
-    if isinstance(value, ast.Call):
+    if isinstance(value, ast.Call) and not self._is_placeholder(value):
       made = self._functions[value.func.id]
       text = self._text(node.lineno, node.lineno)
       returned = made.body[-1].value
@@ -215,7 +225,7 @@ class _Reader:
     else:
       section = name.rpartition(".")[0]
       comment = self._text(node.lineno, node.end_lineno, tags=True)
-      yield section, "", [_field(name, self._value(value), comment)]
+      yield section, "", [self._field(name, value, comment)]
 
   def _dictionary(
     self, name: str, text: str, node: ast.Dict
@@ -229,14 +239,35 @@ class _Reader:
         inside += self._dictionary(inner, comment, value)
       else:
         comment = self._text(key.lineno, value.end_lineno, tags=True)
-        fields.append(_field(inner, self._value(value), comment))
+        fields.append(self._field(inner, value, comment))
     yield name, text, fields
     yield from inside
 
-  def _value(self, node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):
-      return self._constants[node.id]
-    return ast.literal_eval(node)
+  def _is_placeholder(self, node: ast.expr) -> bool:
+    """A call such as `unset(int)`."""
+    return (
+      isinstance(node, ast.Call)
+      and ast.unparse(node.func) in self._placeholders
+    )
+
+  def _field(self, name: str, node: ast.expr, comment: str) -> Field:
+    """A field, from the expression of its value."""
+    default: Any = None
+    if isinstance(node, ast.Call) and self._is_placeholder(node):
+      kind = _KIND_OF_NAME[ast.unparse(node.args[0])]
+    else:
+      default = (
+        self._constants[node.id]
+        if isinstance(node, ast.Name)
+        else ast.literal_eval(node)
+      )
+      kind = _TYPES[type(default)]
+    tags = _TAG.findall(comment)
+    source = _TAGS[tags[0]] if tags else OURS
+    text = _TAG_OF_NUMBER.sub(
+      lambda found: f"the {_TAGS[found[1]]} has ", _TAG.sub("", comment)
+    )
+    return Field(name, default, kind, _sentence(text), source)
 
   def _text(self, first: int, last: int, *, tags: bool = False) -> str:
     """The comment lines above line `first`, then the comment on line `last`."""
@@ -267,15 +298,6 @@ def _is_section(node: ast.expr) -> bool:
     and bool(node.keys)
     and node.keys[0].lineno > node.lineno
   )
-
-
-def _field(name: str, default: Any, comment: str) -> Field:
-  tags = _TAG.findall(comment)
-  source = _TAGS[tags[0]] if tags else OURS
-  text = _TAG_OF_NUMBER.sub(
-    lambda found: f"the {_TAGS[found[1]]} has ", _TAG.sub("", comment)
-  )
-  return Field(name, default, _sentence(text), source)
 
 
 def _sentence(text: str) -> str:

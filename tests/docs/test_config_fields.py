@@ -68,6 +68,18 @@ def test_values_comments_and_sources_of_an_example():
   assert texts["second"] == "Of the second. and last."
 
 
+def test_a_placeholder_has_a_type_and_no_value():
+  source = (
+    "def get_config():\n  unset = config_dict.placeholder\n"
+    '  config.model = {\n    "size": unset(int),  # of it\n  }\n'
+  )
+  (field,) = _fields(source).values()
+  assert (field.name, field.default) == ("model.size", None)
+  assert "| `None` | integer |" in config_fields.markdown(
+    config_fields.read(source)
+  )
+
+
 def test_a_field_without_a_description_stops_the_build():
   sections = config_fields.read(EXAMPLE)
   missing = ["second.flag", "second.inner.text"]  # a tag says nothing of it
