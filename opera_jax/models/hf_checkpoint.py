@@ -312,8 +312,8 @@ def _untied(
     if not np.array_equal(head.rows(start, stop), embedding.rows(start, stop)):
       return [
         f"tied: {_HEAD} differs from {_EMBEDDING} in rows {start} to {stop}, "
-        "so the model is not tied; set config.model.tie_word_embeddings=False "
-        "and tie_word_embeddings in config.json"
+        "so the model is not tied; set tie_word_embeddings to false in its "
+        "config.json"
       ]
   return []
 

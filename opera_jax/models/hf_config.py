@@ -24,14 +24,8 @@ _SIZES = (
   "intermediate_size",
   "rms_norm_eps",
 )
-# What config.json leaves out where it equals transformers' default.
-_DEFAULTS = {
-  "tie_word_embeddings": {
-    **dict.fromkeys(("qwen3", "qwen2", "llama", "phi3"), False),
-    "gemma3_text": True,
-  },
-  "max_position_embeddings": {"gemma3_text": 131_072},
-}
+# What a config.json may leave out, see `Family.defaults`.
+_MAY_LACK = ("tie_word_embeddings", "max_position_embeddings")
 
 
 def contents(config: decoder.Config, dtype: str) -> dict[str, Any]:
@@ -171,8 +165,7 @@ def from_contents(raw: Mapping[str, Any], where: str) -> decoder.Config:
   ropes = {**ropes, **(raw.get("rope_scaling") or {})}
   theta = ropes.get("rope_theta", raw.get("rope_theta"))
   defaults = {
-    name: raw.get(name, by_family.get(family.model_type))
-    for name, by_family in _DEFAULTS.items()
+    name: raw.get(name, family.defaults.get(name)) for name in _MAY_LACK
   }
   wrong = [f"{name} is missing" for name in _SIZES if raw.get(name) is None]
   wrong += [f"{n} is missing" for n, value in defaults.items() if value is None]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
 
 from opera_jax.models import (
@@ -235,6 +236,17 @@ def test_a_gemma_of_an_irregular_pattern_is_refused(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(raw))
   with pytest.raises(ValueError, match="no regular pattern"):
     hf_config.read(tmp_path)
+
+
+def test_what_a_config_of_gemma_leaves_out_is_transformers_default(tmp_path):
+  raw = hf_config.contents(make("gemma3_text")[0], "float32")
+  for name in ("hidden_act", "hidden_activation", "sliding_window"):
+    del raw[name]
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  ours = hf_config.read(tmp_path)
+  assert ours.hidden_act == theirs.hidden_activation
+  assert ours.sliding_window == theirs.sliding_window
 
 
 def test_factors_of_another_head_are_refused():

@@ -31,6 +31,7 @@ class Family:
     fields: fields of `decoder.Config` that every model of the family has.
     layer: tensors of a layer by their name behind "model.layers.N.". A tensor
       that holds several arrays lists them in the order of its rows.
+    defaults: of transformers, for what a config.json may leave out.
     read: config.json -> further fields of `decoder.Config`.
     write: `decoder.Config` -> further contents of config.json.
     unsupported: config.json -> settings in it that the decoder does not have.
@@ -40,6 +41,9 @@ class Family:
   architecture: str
   fields: Mapping[str, Any]
   layer: Tensors
+  defaults: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: {"tie_word_embeddings": False}
+  )
   read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda raw: {}
   write: Callable[[Any], dict[str, Any]] = lambda config: {}
   unsupported: Callable[[Mapping[str, Any]], list[str]] = lambda raw: []

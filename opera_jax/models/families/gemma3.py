@@ -35,9 +35,11 @@ def _read(raw: Mapping[str, Any]) -> dict[str, Any]:
   ropes = raw.get("rope_parameters") or {}
   local = ropes.get(_SLIDING, {}).get("rope_theta")
   return {
-    "hidden_act": raw.get("hidden_activation") or raw.get("hidden_act"),
+    "hidden_act": raw.get("hidden_activation")
+    or raw.get("hidden_act", "gelu_pytorch_tanh"),
     "query_scale": float(raw.get("query_pre_attn_scalar", 256)) ** -0.5,
-    "sliding_window": raw.get("sliding_window") or 0,
+    # None is no window; transformers reads a missing key as 4,096.
+    "sliding_window": raw.get("sliding_window", 4_096) or 0,
     "sliding_window_pattern": _pattern(raw),
     "rope_local_theta": float(local or raw.get("rope_local_base_freq", 1e4)),
   }
@@ -94,6 +96,10 @@ GEMMA3 = family.Family(
     **family.INPUTS,
     **family.OUTPUTS,
     **family.QK_NORM,
+  },
+  defaults={
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131_072,
   },
   read=_read,
   write=_write,
