@@ -1,7 +1,10 @@
 """CONTRIBUTING's worked examples are files that work as they stand."""
 
+import dataclasses
+import json
 import re
 import sqlite3
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import opera_jax.rewards
 from opera_jax import structs
 from opera_jax.configs import tiny
 from opera_jax.data import rows
+from opera_jax.models import hf_config
+from opera_jax.models.families import table
 from opera_jax.rewards import compose
 from opera_jax.rl import advantages, score
 
@@ -38,6 +43,7 @@ def test_the_examples_are_there():
     "opera_jax/advantages/first_half.py",
     "configs/short_stories.py",
     "configs/methods/half_grpo.py",
+    "opera_jax/models/families/mistral.py",
     "opera_jax/data/sqlite.py",
   ]
   assert set(FLAGS) == {"reward.terms", "rl.advantage"}
@@ -77,6 +83,73 @@ def test_a_source_is_one_function_and_one_entry(tmp_path, monkeypatch):
     (1, {"prompt": "a", "reference": "b"}),
     (2, {"prompt": "c", "reference": "d"}),
   ]
+
+
+@pytest.fixture
+def mistral(monkeypatch):
+  """The family of the example, registered by its line."""
+  loaded = _load("opera_jax/models/families/mistral.py")
+  (line,) = re.findall(r"^(mistral\.\w+),$", TEXT, re.MULTILINE)
+  family = eval(line, {"mistral": types.SimpleNamespace(**loaded)})
+  monkeypatch.setitem(table.FAMILIES, family.model_type, family)
+
+
+@pytest.mark.parametrize("window", [7, None, "left out"])
+def test_a_familys_config_is_transformers_there_and_back(
+  mistral, tmp_path, window
+):
+  import transformers
+
+  stated = {} if window == "left out" else {"sliding_window": window}
+  raw = transformers.MistralConfig(**stated, head_dim=96).to_dict()
+  if window == "left out":
+    del raw["sliding_window"]
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  ours = hf_config.read(tmp_path)
+  assert (ours.sliding_window or None) == theirs.sliding_window
+  assert (ours.head_dim, ours.qk_norm) == (theirs.head_dim, False)
+  written = hf_config.contents(ours, "float32")
+  assert written["architectures"] == ["MistralForCausalLM"]
+  (tmp_path / "config.json").write_text(json.dumps(written))
+  again = transformers.AutoConfig.from_pretrained(tmp_path)
+  assert again.sliding_window == theirs.sliding_window
+  assert hf_config.read(tmp_path) == ours
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_a_familys_logits_are_transformers(
+  mistral, one_device, tmp_path, window
+):
+  import jax
+  import jax.numpy as jnp
+  import torch
+  from flax import nnx
+  from models import conftest as pairs
+
+  from opera_jax.models import attention, decoder
+
+  pair = pairs.read(
+    pairs.torch_model("mistral", sliding_window=window), tmp_path, one_device
+  )
+  token_BT = np.random.default_rng(0).integers(0, 301, (2, 24))
+  with torch.no_grad():
+    theirs_BTV = pair.torch(torch.from_numpy(token_BT)).logits.numpy()
+
+  def logits(config):
+    model = nnx.merge(decoder.abstract(config)[0], pair.params)
+    hidden_BTD, _ = model(
+      jnp.asarray(token_BT),
+      jnp.broadcast_to(jnp.arange(24), (2, 24)),
+      attention.causal(jnp.ones((2, 24), jnp.int32)),
+    )
+    return np.asarray(hidden_BTD @ model.head_matrix()[0])
+
+  with jax.set_mesh(one_device):
+    ours_BTV = logits(pair.config)
+    other_BTV = logits(dataclasses.replace(pair.config, sliding_window=9))
+  np.testing.assert_allclose(ours_BTV, theirs_BTV, rtol=0, atol=1e-4)
+  assert np.abs(other_BTV - theirs_BTV).max() > 0.1  # windows matter here
 
 
 def test_one_file_and_one_line_are_enough(added):
