@@ -29,7 +29,7 @@ from opera_jax.text import vocab_bytes as vocab_bytes_lib
 
 PAD = "<|endoftext|>"
 TURN_OPEN, TURN_CLOSE = chat_template_lib.CHATML_TOKENS
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+THINK_TAGS = THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What a tokenizer that is trained here gets.
 TRAINED = (PAD, TURN_OPEN, TURN_CLOSE, THINK_OPEN, THINK_CLOSE)
 CHAT_TEMPLATE = chat_template_lib.CHATML
@@ -91,7 +91,7 @@ class Tokenizer:
     config: Mapping[str, Any] | None = None,
     end_ids: Iterable[int] = (),
     *,
-    think: Sequence[str] = (THINK_OPEN, THINK_CLOSE),
+    think: Sequence[str] = THINK_TAGS,
     enable_thinking: bool | None = None,
   ):
     """Wraps a tokenizer of Hugging Face `tokenizers`.
@@ -684,7 +684,7 @@ class Tokenizer:
     """`completion_text` of a completion that is decoded already."""
     if self.opens_thought:
       text = self._prompt_thought[0] + text
-    for tag, plain in zip(self.think, (THINK_OPEN, THINK_CLOSE)):
+    for tag, plain in zip(self.think, THINK_TAGS):
       text = text.replace(tag, plain)
     return text
 
