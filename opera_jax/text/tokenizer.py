@@ -12,6 +12,7 @@ about thoughts hide these differences from the rest of the code.
 """
 
 import base64
+import datetime
 import functools
 import json
 import pathlib
@@ -93,6 +94,7 @@ class Tokenizer:
     *,
     think: Sequence[str] = THINK_TAGS,
     enable_thinking: bool | None = None,
+    date: str = "",
   ):
     """Wraps a tokenizer of Hugging Face `tokenizers`.
 
@@ -107,6 +109,9 @@ class Tokenizer:
       think: the strings that open and close a thought. They are matched as
         tokens if the tokenizer has both as added tokens, else as bytes.
       enable_thinking: passed to the chat template; None passes nothing.
+      date: the day (YYYY-MM-DD) for a chat template that writes one; "" is
+        today. A saved tokenizer keeps its day, so that a run's prompts do not
+        change at midnight.
 
     Raises:
       ValueError: the vocabulary is of another kind, one think tag alone is a
@@ -124,6 +129,7 @@ class Tokenizer:
     self.config = dict(config) if config is not None else _default_config()
     self.vocab_size = 1 + highest
     self.enable_thinking = enable_thinking
+    self.date = date or datetime.date.today().isoformat()
     added = backend.get_added_tokens_decoder()
     self._find_think_tags(
       think, {token.content: index for index, token in added.items()}
@@ -352,7 +358,12 @@ class Tokenizer:
       }
       for index, token in self.backend.get_added_tokens_decoder().items()
     }
-    ours = {"think": list(self.think), "enable_thinking": self.enable_thinking}
+    ours: dict[str, Any] = {
+      "think": list(self.think),
+      "enable_thinking": self.enable_thinking,
+    }
+    if _DATE in (self.config.get("chat_template") or ""):
+      ours["date"] = self.date
     config = self.config | {"added_tokens_decoder": added, _OURS: ours}
     (directory / _CONFIG).write_text(
       json.dumps(config, indent=2, ensure_ascii=False), "utf-8"
@@ -378,6 +389,7 @@ class Tokenizer:
       "end_ids": self._more_end_ids,
       "think": self.think,
       "enable_thinking": self.enable_thinking,
+      "date": self.date,
     }
     return Tokenizer(**arguments | changes)
 
@@ -532,6 +544,8 @@ class Tokenizer:
     }
     if self.enable_thinking is not None:
       variables["enable_thinking"] = self.enable_thinking
+    if _DATE in text:
+      variables[_DATE] = datetime.datetime.fromisoformat(self.date).strftime
     return chat_template_lib.ChatTemplate(text, variables, self._whole)
 
   def chat_prompt(
@@ -735,6 +749,7 @@ class Tokenizer:
     return first, last + 1, before.decode("utf-8", errors="replace")
 
 
+_DATE = "strftime_now"  # the function of templates that write the day
 _OURS = "opera_jax"  # key in tokenizer_config.json of what only we read
 _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
