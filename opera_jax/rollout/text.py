@@ -133,6 +133,5 @@ def _spell(
   # Not a special token (None): the stop string starts in it.
   piece = tokenizer.vocab_bytes[int(tokens[first])] or b""
   before += piece[: found.skip].decode("utf-8", errors="replace")
-  return tokenizer.plain_tags(
-    before + (stop[found.string] if keep_stop else "")
-  )
+  shown = before + (stop[found.string] if keep_stop else "")
+  return tokenizer.plain_tags(tokenizer.opened_text + shown)

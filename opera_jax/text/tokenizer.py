@@ -643,6 +643,11 @@ class Tokenizer:
     return self._prompt_thought[1]
 
   @property
+  def opened_text(self) -> str:
+    """The begin of the thought that a chat prompt ends with, or ""."""
+    return self._prompt_thought[0] if self.opens_thought else ""
+
+  @property
   def thought_head(self) -> np.ndarray:
     """Ids that a completion begins with: the opening tag and a newline.
 
@@ -692,12 +697,11 @@ class Tokenizer:
     Its tags read "<think>" and "</think>" whatever they are in the model, an
     opening tag that the chat prompt wrote is there, and special tokens are not.
     """
-    return self.plain_tags(self.decode(ids, skip_special=True))
+    text = self.decode(ids, skip_special=True)
+    return self.plain_tags(self.opened_text + text)
 
   def plain_tags(self, text: str) -> str:
-    """`completion_text` of a completion that is decoded already."""
-    if self.opens_thought:
-      text = self._prompt_thought[0] + text
+    """Text with think tags that read "<think>" and "</think>"."""
     for tag, plain in zip(self.think, THINK_TAGS):
       text = text.replace(tag, plain)
     return text
