@@ -187,14 +187,14 @@ def _backward_rule(
   d_q_BKSQH: Any = 0.0
   d_keys = []
   for *operands, first in _operands(q_BKSQH, R, keys):
+    shape = operands[0].shape[:4] + (-1,)
     d_q, d_k, d_v = limited_attention.backward(
       scale,
       *operands,
-      *(
-        x.reshape(operands[0].shape[:4] + (-1,))
-        for x in (d_out_BKSQH, lse_BKSQ1, delta_BKSQ1)
-      ),
-      first_BSQ=first,
+      d_out_BKSQH.reshape(shape),
+      lse_BKSQ1.reshape(shape),
+      delta_BKSQ1.reshape(shape),
+      first,
     )
     d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)
     d_keys += [jnp.swapaxes(x, 2, 3) for x in (d_k, d_v)]

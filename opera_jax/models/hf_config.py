@@ -25,7 +25,7 @@ _SIZES = (
   "rms_norm_eps",
 )
 # What config.json leaves out where it equals transformers' default.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
   "tie_word_embeddings": {
     **dict.fromkeys(("qwen3", "qwen2", "llama", "phi3"), False),
     "gemma3_text": True,
@@ -176,7 +176,9 @@ def from_contents(raw: Mapping[str, Any], where: str) -> decoder.Config:
   }
   wrong = [f"{name} is missing" for name in _SIZES if raw.get(name) is None]
   wrong += [f"{n} is missing" for n, value in defaults.items() if value is None]
-  wrong += ["rope_theta is missing"] if theta is None else []
+  if theta is None:
+    wrong.append("rope_theta is missing")
+    theta = 0.0
   wrong += _unsupported(raw, ropes) + family.unsupported(raw)
   scaling: rope.Scaling | None = None
   if not wrong:
