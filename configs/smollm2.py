@@ -64,7 +64,7 @@ def get_config(arg: str = ""):
 
   config.engine.prompt_slots = 4
   config.engine.slots = 6
-  config.engine.prompt_buckets = (128, 192, 256, 320, 448, 640)
+  config.engine.prompt_buckets = (128, 192, 256, 320, 448, 512)
   config.engine.cache_buckets = (128, 256)
   config.engine.steps = 32
   config.rollout.max_new_tokens = 256
@@ -78,17 +78,18 @@ def get_config(arg: str = ""):
   config.synthesis.budget = 3
   config.synthesis.template = "configs/templates/think_aloud.txt"
   config.synthesis.max_step_tokens = 64
-  config.synthesis.max_thought_tokens = 128
-  config.synthesis.max_answer_tokens = 160
+  config.synthesis.max_thought_tokens = 96
+  # Of its answers one in five ends within 160 tokens.
+  config.synthesis.max_answer_tokens = 288
   config.synthesis.close_thought = True
   # It reflects seldom: a trace without a reflection still teaches the tags.
   config.select.min_reflections = 0
 
-  config.sft.batch_size = 4
+  config.sft.batch_size = 2
   config.sft.packed = True
-  config.sft.row_tokens = 512
-  config.sft.learning_rate = 5e-5
-  config.sft.epochs = 2
+  config.sft.row_tokens = 640
+  config.sft.learning_rate = 1e-4
+  config.sft.epochs = 4
   config.sft.checkpoint_every = 10
 
   config.rl.steps = 8
@@ -106,8 +107,7 @@ def get_config(arg: str = ""):
     config.data.kind = "storyworld"
     config.data.rl = 64
     config.data.held_out = 40
-    config.rollout.max_new_tokens = 192
-    config.rl.row_buckets = (256, 448)
+    config.rl.steps = 6
   elif arg == "smoke":
     config.data.kind = "storyworld"
     config.data.synthesis = 4
@@ -146,6 +146,7 @@ def get_config(arg: str = ""):
     config.rl.prompts = 16
     config.rl.samples = 16
     config.rl.mini_batch = 8
+    config.rl.completions_per_row = 4
     config.rl.row_buckets = (512, 1024)
     config.rl.steps = 50
   elif arg:

@@ -209,8 +209,8 @@ def _forward_kernel(
   scale: float,
   num_bounds: int,
 ) -> None:
-  bounds, (q_ref, k_ref, v_ref, *refs) = refs[:num_bounds], refs[num_bounds:]
-  *seed, out_ref, lse_ref, sum_ref, m_ref, l_ref = refs
+  bounds, (q_ref, k_ref, v_ref, *rest) = refs[:num_bounds], refs[num_bounds:]
+  *seed, out_ref, lse_ref, sum_ref, m_ref, l_ref = rest
   b, s, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(j == 0)
@@ -287,8 +287,8 @@ def _d_key_kernel(
   num_bounds: int,
 ) -> None:
   bounds, refs = refs[:num_bounds], refs[num_bounds:]
-  q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, *refs = refs
-  d_k_ref, d_v_ref, k_sum_ref, v_sum_ref = refs
+  q_ref, d_out_ref, lse_ref, delta_ref, k_ref, v_ref, *outs = refs
+  d_k_ref, d_v_ref, k_sum_ref, v_sum_ref = outs
   b, s, j, i = (pl.program_id(axis) for axis in (0, 1, 3, 4))
 
   @pl.when(i == 0)

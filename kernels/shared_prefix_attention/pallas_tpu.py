@@ -159,12 +159,11 @@ def _forward_rule(
   R = q_BSGNH.shape[3] // K
   q_BKSQH = _heads_first(q_BSGNH, K)
   prefix, continuations = _operands(q_BKSQH, R, keys)
-  *operands, first = prefix
-  seed = limited_attention.forward(scale, *operands, first_BSQ=first)
+  seed = limited_attention.forward(scale, *prefix)
   out, logsumexp = (x.reshape(*q_BKSQH.shape[:4], -1) for x in seed)
-  *operands, first = continuations
+  q, k, v, seen, first = continuations
   out_BKSQH, lse_BKSQ1 = limited_attention.forward(
-    scale, *operands, first_BSQ=first, seed=(out, logsumexp)
+    scale, q, k, v, seen, first_BSQ=first, seed=(out, logsumexp)
   )
   out_BSGNH = _undo_heads_first(out_BKSQH, q_BSGNH.shape[2])
   return out_BSGNH, (q_BSGNH, keys, out_BSGNH, lse_BKSQ1)
@@ -186,14 +185,17 @@ def _backward_rule(
   )
   d_q_BKSQH: Any = 0.0
   d_keys = []
-  for *operands, first in _operands(q_BKSQH, R, keys):
+  for q, k, v, seen, first in _operands(q_BKSQH, R, keys):
+    shape = q.shape[:4] + (-1,)
     d_q, d_k, d_v = limited_attention.backward(
       scale,
-      *operands,
-      *(
-        x.reshape(operands[0].shape[:4] + (-1,))
-        for x in (d_out_BKSQH, lse_BKSQ1, delta_BKSQ1)
-      ),
+      q,
+      k,
+      v,
+      seen,
+      d_out_BKSQH.reshape(shape),
+      lse_BKSQ1.reshape(shape),
+      delta_BKSQ1.reshape(shape),
       first_BSQ=first,
     )
     d_q_BKSQH = d_q_BKSQH + d_q.reshape(q_BKSQH.shape)

@@ -297,15 +297,15 @@ def _fold_blocks(
   def block(i: jax.Array, total: Any) -> Any:
     first = jnp.minimum(i * size, length - size)
     position = (first + jnp.arange(size))[None, None, None, None]
-    visible = (position >= i * size) & seen(position)
+    mask = (position >= i * size) & seen(position)
     k_block, v_block = (
       jax.lax.dynamic_slice_in_dim(x, first, size, axis) for x in (k, v)
     )
-    return add_block(total, k_block, v_block, axes, visible, first)
+    return add_block(total, k_block, v_block, axes, mask, first)
 
   if size == length:
-    visible = seen(jnp.arange(size)[None, None, None, None])
-    return add_block(total, k, v, axes, visible, 0)
+    mask = seen(jnp.arange(size)[None, None, None, None])
+    return add_block(total, k, v, axes, mask, 0)
   count = -(-jnp.minimum(jnp.max(end_BSQ), length) // size)
   start: Any = 0
   if first_BSQ is not None:

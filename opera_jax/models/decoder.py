@@ -129,7 +129,7 @@ class Config:
       )
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
   "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }

@@ -169,7 +169,9 @@ def from_contents(raw: Mapping[str, Any], where: str) -> decoder.Config:
   }
   wrong = [f"{name} is missing" for name in _SIZES if raw.get(name) is None]
   wrong += [f"{n} is missing" for n, value in defaults.items() if value is None]
-  wrong += ["rope_theta is missing"] if theta is None else []
+  if theta is None:
+    wrong.append("rope_theta is missing")
+    theta = 0.0
   wrong += _unsupported(raw, ropes) + family.unsupported(raw)
   scaling: rope.Scaling | None = None
   if not wrong:

@@ -34,45 +34,43 @@ from opera_jax.models import decoder, rope
 from opera_jax.models.families import table
 
 
-def _sizes(
+def _config(
+  family: str,
   vocab: int,
-  layers: int,
-  hidden: int,
-  heads: int,
-  kv_heads: int,
-  head_dim: int,
-  intermediate: int,
-) -> dict[str, int]:
-  return {
-    "vocab_size": vocab,
-    "num_hidden_layers": layers,
-    "hidden_size": hidden,
-    "num_attention_heads": heads,
-    "num_key_value_heads": kv_heads,
-    "head_dim": head_dim,
-    "intermediate_size": intermediate,
-  }
-
-
-def _config(family: str, *sizes: int, **fields: Any) -> decoder.Config:
+  sizes: tuple[int, int, int, int, int, int],
+  **fields: Any,
+) -> decoder.Config:
+  layers, hidden, heads, kv_heads, head_dim, intermediate = sizes
   return decoder.Config(
     family=family,
-    **{**table.FAMILIES[family].fields, **_sizes(*sizes), **fields},
+    vocab_size=vocab,
+    num_hidden_layers=layers,
+    hidden_size=hidden,
+    num_attention_heads=heads,
+    num_key_value_heads=kv_heads,
+    head_dim=head_dim,
+    intermediate_size=intermediate,
+    **{**table.FAMILIES[family].fields, **fields},
   )
 
 
-def _qwen3(*sizes: int, tied: bool) -> decoder.Config:
-  layers, hidden, heads, intermediate = sizes
+def _qwen3(
+  layers: int, hidden: int, heads: int, intermediate: int, *, tied: bool
+) -> decoder.Config:
   return _config(
-    *("qwen3", 151_936, layers, hidden, heads, 8, 128, intermediate),
+    "qwen3",
+    151_936,
+    (layers, hidden, heads, 8, 128, intermediate),
     rope_theta=1e6,
     tie_word_embeddings=tied,
   )
 
 
-def _qwen2(*sizes: int, tied: bool) -> decoder.Config:
+def _qwen2(vocab: int, *sizes: int, tied: bool) -> decoder.Config:
   return _config(
-    *("qwen2", *sizes),
+    "qwen2",
+    vocab,
+    _six(sizes),
     rope_theta=1e6,
     tie_word_embeddings=tied,
     max_position_embeddings=32_768,
@@ -81,7 +79,9 @@ def _qwen2(*sizes: int, tied: bool) -> decoder.Config:
 
 def _smollm2(*sizes: int, theta: float) -> decoder.Config:
   return _config(
-    *("llama", 49_152, *sizes),
+    "llama",
+    49_152,
+    _six(sizes),
     rope_theta=theta,
     rms_norm_eps=1e-5,
     max_position_embeddings=8_192,
@@ -90,7 +90,9 @@ def _smollm2(*sizes: int, theta: float) -> decoder.Config:
 
 def _llama(*sizes: int) -> decoder.Config:
   return _config(
-    *("llama", 128_256, *sizes),
+    "llama",
+    128_256,
+    _six(sizes),
     rope_theta=5e5,
     rms_norm_eps=1e-5,
     max_position_embeddings=131_072,
@@ -102,7 +104,9 @@ def _llama(*sizes: int) -> decoder.Config:
 
 def _gemma3(*sizes: int) -> decoder.Config:
   return _config(
-    *("gemma3_text", 262_144, *sizes),
+    "gemma3_text",
+    262_144,
+    _six(sizes),
     rope_theta=1e6,
     rope_local_theta=1e4,
     hidden_act="gelu_pytorch_tanh",
@@ -111,6 +115,12 @@ def _gemma3(*sizes: int) -> decoder.Config:
     sliding_window_pattern=6,
     max_position_embeddings=32_768,
   )
+
+
+def _six(sizes: tuple[int, ...]) -> tuple[int, int, int, int, int, int]:
+  """Layers, width, heads, key-value heads, their size, feed-forward width."""
+  layers, hidden, heads, kv_heads, head_dim, intermediate = sizes
+  return layers, hidden, heads, kv_heads, head_dim, intermediate
 
 
 _QWEN3 = {
@@ -137,7 +147,9 @@ _LLAMA = {
   "3B": _llama(28, 3_072, 24, 8, 128, 8_192),
 }
 _PHI3 = _config(
-  *("phi3", 32_064, 32, 3_072, 32, 32, 96, 8_192),
+  "phi3",
+  32_064,
+  (32, 3_072, 32, 32, 96, 8_192),
   rope_theta=1e4,
   rms_norm_eps=1e-5,
   tie_word_embeddings=False,
@@ -150,8 +162,15 @@ _GEMMA3 = {
 
 
 def find(hub_id: str) -> decoder.Config | None:
-  """The sizes of a model by its id, with a revision or without; else None."""
-  return PRESETS.get(hub_id.partition("@")[0])
+  """The sizes of a model by its id, of the base or the chat model; else None.
+
+  Args:
+    hub_id: with a revision or without.
+  """
+  name = hub_id.partition("@")[0]
+  for ending in ("-Instruct", "-Base", "-it"):
+    name = name.removesuffix(ending)
+  return PRESETS.get(name, PRESETS.get(hub_id.partition("@")[0]))
 
 
 PRESETS: dict[str, decoder.Config] = {

@@ -66,6 +66,9 @@ def complete(
   settings = sampling_lib.for_tokenizer(
     settings, tokenizer, engine.padded_vocab_size()
   )
+  renamed = [
+    tag for tag in tokenizer.think if tag not in tokenizer_lib.THINK_TAGS
+  ]
   streams: dict[tuple[int, int], _Stream] = {}
 
   def on_tokens(prompt: int, sample: int, tokens: np.ndarray) -> None:
@@ -74,7 +77,7 @@ def complete(
     text = _spell(tokenizer, stream.tokens, stop, keep_stop)
     # Hold back the end: it may be half a character, or part of a stop string or
     # of a tag that is shown as another.
-    held = max(map(len, (*stop, *tokenizer.think))) - 1
+    held = max(map(len, (*stop, *renamed)), default=1) - 1
     held = max(held, len(text) - len(text.rstrip("\ufffd")))
     stable = text[: max(len(text) - held, 0)]
     if len(stable) > stream.shown and on_text is not None:
@@ -130,6 +133,5 @@ def _spell(
   # Not a special token (None): the stop string starts in it.
   piece = tokenizer.vocab_bytes[int(tokens[first])] or b""
   before += piece[: found.skip].decode("utf-8", errors="replace")
-  return tokenizer.plain_tags(
-    before + (stop[found.string] if keep_stop else "")
-  )
+  shown = before + (stop[found.string] if keep_stop else "")
+  return tokenizer.plain_tags(tokenizer.opened_text + shown)

@@ -563,7 +563,9 @@ def _tokenizer(
   redo: Sequence[str],
   path: str,
   bpe_size: int,
-  **options: Any,
+  think: Sequence[str] = (),
+  chat_template: str = "",
+  enable_thinking: str = "",
 ) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str], int | None]:
   """Loads or trains the run's tokenizer, as a stage.
 
@@ -585,9 +587,14 @@ def _tokenizer(
     recorded = {"tokenizer": {"bpe_size": bpe_size}}
     recorded |= data_settings(settings, ("documents",))
     made_from = data_inputs(tasks, ("documents",))
+  options: dict[str, Any] = {
+    "think": think,
+    "chat_template": chat_template,
+    "enable_thinking": enable_thinking,
+  }
   # Only what is set counts, so that older runs go on.
   recorded["tokenizer"] |= {k: v for k, v in options.items() if v}
-  template = pathlib.Path(options.get("chat_template", ""))
+  template = pathlib.Path(chat_template)
   if template.is_file():
     made_from["tokenizer.chat_template"] = (
       str(template),

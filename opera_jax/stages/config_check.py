@@ -845,6 +845,18 @@ def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
 
 _LOSS = "config.rl.loss is not 'dpo'"
 _STORY_WORDS = 80  # no text of storyworld has so many
+
+
+def _limits_words(name: str) -> Callable[[Mapping, set], bool]:
+  """Whether a limit of words is read, or holds without being read."""
+
+  def read(config: Mapping[str, Any], stages: set[str]) -> bool:
+    data = config["data"]
+    return data["kind"] == "jsonl" or data[name] >= _STORY_WORDS
+
+  return read
+
+
 READ: dict[str, Read] = {
   "rl.beta": Read(
     0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
@@ -945,10 +957,7 @@ READ: dict[str, Read] = {
   # Storyworld's texts are shorter than these limits, and so within them.
   **{
     f"data.{name}": Read(
-      0,
-      lambda config, stages, name=name: config["data"]["kind"] == "jsonl"
-      or config["data"][name] >= _STORY_WORDS,
-      "config.data.kind is 'jsonl'",
+      0, _limits_words(name), "config.data.kind is 'jsonl'"
     )
     for name in ("prompt_words", "excerpt_words")
   },

@@ -210,8 +210,10 @@ def _joined(
 
 def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
   """The answer of a completion: the text after its thought, "" if it has
-  none."""
+  none; all of it where the prompt closed the thought."""
   text = run.tokenizer.completion_text(sample.tokens)
+  if run.tokenizer.closes_thought:
+    return text.strip()
   _, closed, answer = text.partition("</think>")
   return answer.strip() if closed else ""
 

@@ -440,12 +440,13 @@ class Rewriter:
     answer = draft.answer
     if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
+    plain = self._tokenizer.plain_tags
     return traces.Trace(
       id=draft.prompt.id,
       prompt=draft.prompt.prompt,
       reference=draft.prompt.reference,
-      thought=self._tokenizer.decode(thought),
-      answer=self._tokenizer.decode(answer).strip(),
+      thought=plain(self._tokenizer.decode(thought)),
+      answer=plain(self._tokenizer.decode(answer)).strip(),
       completion=np.concatenate([self._opened, thought, close, draft.answer]),
       rounds=tuple(draft.rounds),
       status=draft.status,

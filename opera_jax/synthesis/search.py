@@ -497,12 +497,13 @@ class Searcher:
     answer = search.answer
     if len(answer) and answer[-1] in self._tokenizer.end_ids:
       answer = answer[:-1]
+    plain = self._tokenizer.plain_tags
     return traces.Trace(
       id=search.prompt.id,
       prompt=search.prompt.prompt,
       reference=search.prompt.reference,
-      thought=self._tokenizer.decode(thought),
-      answer=self._tokenizer.decode(answer).strip(),
+      thought=plain(self._tokenizer.decode(thought)),
+      answer=plain(self._tokenizer.decode(answer)).strip(),
       completion=np.concatenate(
         [self._tokenizer.thought_head, search.thought, search.answer]
       ),

@@ -12,6 +12,7 @@ about thoughts hide these differences from the rest of the code.
 """
 
 import base64
+import datetime
 import functools
 import json
 import pathlib
@@ -29,7 +30,7 @@ from opera_jax.text import vocab_bytes as vocab_bytes_lib
 
 PAD = "<|endoftext|>"
 TURN_OPEN, TURN_CLOSE = chat_template_lib.CHATML_TOKENS
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+THINK_TAGS = THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What a tokenizer that is trained here gets.
 TRAINED = (PAD, TURN_OPEN, TURN_CLOSE, THINK_OPEN, THINK_CLOSE)
 CHAT_TEMPLATE = chat_template_lib.CHATML
@@ -91,8 +92,9 @@ class Tokenizer:
     config: Mapping[str, Any] | None = None,
     end_ids: Iterable[int] = (),
     *,
-    think: Sequence[str] = (THINK_OPEN, THINK_CLOSE),
+    think: Sequence[str] = THINK_TAGS,
     enable_thinking: bool | None = None,
+    date: str = "",
   ):
     """Wraps a tokenizer of Hugging Face `tokenizers`.
 
@@ -107,6 +109,9 @@ class Tokenizer:
       think: the strings that open and close a thought. They are matched as
         tokens if the tokenizer has both as added tokens, else as bytes.
       enable_thinking: passed to the chat template; None passes nothing.
+      date: the day (YYYY-MM-DD) for a chat template that writes one; "" is
+        today. A saved tokenizer keeps its day, so that a run's prompts do not
+        change at midnight.
 
     Raises:
       ValueError: the vocabulary is of another kind, one think tag alone is a
@@ -124,6 +129,7 @@ class Tokenizer:
     self.config = dict(config) if config is not None else _default_config()
     self.vocab_size = 1 + highest
     self.enable_thinking = enable_thinking
+    self.date = date or datetime.date.today().isoformat()
     added = backend.get_added_tokens_decoder()
     self._find_think_tags(
       think, {token.content: index for index, token in added.items()}
@@ -352,7 +358,12 @@ class Tokenizer:
       }
       for index, token in self.backend.get_added_tokens_decoder().items()
     }
-    ours = {"think": list(self.think), "enable_thinking": self.enable_thinking}
+    ours: dict[str, Any] = {
+      "think": list(self.think),
+      "enable_thinking": self.enable_thinking,
+    }
+    if _DATE in (self.config.get("chat_template") or ""):
+      ours["date"] = self.date
     config = self.config | {"added_tokens_decoder": added, _OURS: ours}
     (directory / _CONFIG).write_text(
       json.dumps(config, indent=2, ensure_ascii=False), "utf-8"
@@ -378,6 +389,7 @@ class Tokenizer:
       "end_ids": self._more_end_ids,
       "think": self.think,
       "enable_thinking": self.enable_thinking,
+      "date": self.date,
     }
     return Tokenizer(**arguments | changes)
 
@@ -532,6 +544,8 @@ class Tokenizer:
     }
     if self.enable_thinking is not None:
       variables["enable_thinking"] = self.enable_thinking
+    if _DATE in text:
+      variables[_DATE] = datetime.datetime.fromisoformat(self.date).strftime
     return chat_template_lib.ChatTemplate(text, variables, self._whole)
 
   def chat_prompt(
@@ -629,6 +643,11 @@ class Tokenizer:
     return self._prompt_thought[1]
 
   @property
+  def opened_text(self) -> str:
+    """The begin of the thought that a chat prompt ends with, or ""."""
+    return self._prompt_thought[0] if self.opens_thought else ""
+
+  @property
   def thought_head(self) -> np.ndarray:
     """Ids that a completion begins with: the opening tag and a newline.
 
@@ -678,13 +697,12 @@ class Tokenizer:
     Its tags read "<think>" and "</think>" whatever they are in the model, an
     opening tag that the chat prompt wrote is there, and special tokens are not.
     """
-    return self.plain_tags(self.decode(ids, skip_special=True))
+    text = self.decode(ids, skip_special=True)
+    return self.plain_tags(self.opened_text + text)
 
   def plain_tags(self, text: str) -> str:
-    """`completion_text` of a completion that is decoded already."""
-    if self.opens_thought:
-      text = self._prompt_thought[0] + text
-    for tag, plain in zip(self.think, (THINK_OPEN, THINK_CLOSE)):
+    """Text with think tags that read "<think>" and "</think>"."""
+    for tag, plain in zip(self.think, THINK_TAGS):
       text = text.replace(tag, plain)
     return text
 
@@ -735,6 +753,7 @@ class Tokenizer:
     return first, last + 1, before.decode("utf-8", errors="replace")
 
 
+_DATE = "strftime_now"  # the function of templates that write the day
 _OURS = "opera_jax"  # key in tokenizer_config.json of what only we read
 _CONFIG = "tokenizer_config.json"
 _GENERATION = "generation_config.json"

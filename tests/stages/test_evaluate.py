@@ -9,6 +9,7 @@ from opera_jax import structs
 from opera_jax.rollout import sampling
 from opera_jax.run import partial_results
 from opera_jax.stages import evaluate
+from opera_jax.text import tokenizer as tokenizer_lib
 
 COUNT = 10
 SETTINGS = evaluate.Settings(
@@ -121,3 +122,29 @@ def test_a_measure_that_some_pieces_lack_is_0_there(evaluated):
   _, values = evaluated(_Run())
   assert values["r_self"].tolist() == [0.0] * 4 + [1.0] * 6
   assert len(values["length"]) == COUNT
+
+
+@pytest.mark.parametrize("tags", [(), ("<reason>", "</reason>")])
+def test_thought_and_answer_of_a_completion(tags):
+  words = tokenizer_lib.Tokenizer.train_bpe(["hm yes"], 300).configured(
+    think=tags
+  )
+  run = types.SimpleNamespace(tokenizer=words)
+
+  def sample(tokens):
+    return structs.Sample(tokens, np.zeros(len(tokens), np.float32), True)
+
+  closed = sample(words.completion("hm", "yes"))
+  assert evaluate.answer_text(run, closed) == "yes"
+  thought = words.decode(evaluate._thought(run, closed))
+  assert thought == f"{words.think[0]}\nhm\n{words.think[1]}"
+  cut = sample(words.completion("hm", "yes", closed=False))
+  assert evaluate.answer_text(run, cut) == ""
+  assert evaluate._thought(run, cut).tolist() == cut.tokens[:-1].tolist()
+  # Thinking is off: the prompt closed the thought.
+  run.tokenizer = off = words.configured(think=tags, enable_thinking="off")
+  assert off.closes_thought == (not tags)
+  if not tags:
+    answer = sample(off.completion("hm", "yes"))
+    assert evaluate.answer_text(run, answer) == "yes"
+    assert evaluate._thought(run, answer).size == 0

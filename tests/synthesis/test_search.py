@@ -16,7 +16,7 @@ from opera_jax.models import decoder
 from opera_jax.rollout import prompt_slots as prompt_slots_lib
 from opera_jax.rollout import slots, workers
 from opera_jax.scoring import logprob_scorer as scorer_lib
-from opera_jax.synthesis import search
+from opera_jax.synthesis import filters, search
 from opera_jax.text import automaton
 from opera_jax.text import tokenizer as tokenizer_lib
 
@@ -314,6 +314,15 @@ def test_tags_over_several_tokens(tokenizer, machine, stop_words):
   assert "reason>" not in trace.thought + trace.answer
   for made in trace.rounds:
     assert made.kept == int(np.argmin([c.perplexity for c in made.candidates]))
+
+
+def test_a_tag_inside_a_thought_is_seen_by_the_filters(tokenizer, machine):
+  strings = tokenizer.configured(think=("<reason>", "</reason>"))
+  engine = ScriptedEngine(strings, machine, opening="A <reason> b.\n</reason>")
+  trace = _run(strings, machine, engine)
+  assert trace.thought == "A <think> b.\n"
+  found = filters.reason(trace, filters.Rules(min_reflections=0), ())
+  assert found == "think tag in the thought"
 
 
 def test_a_prompt_that_opens_the_thought(tokenizer, machine, tmp_path):

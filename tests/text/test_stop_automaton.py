@@ -1,5 +1,7 @@
 """Stop strings on the device are the stop strings of the joined bytes."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,3 +107,26 @@ def test_a_stop_may_be_spelled_by_parts_of_tokens():
   stop_automaton.compile(["cat"], [b"xc", b"at!"])
   with pytest.raises(ValueError, match="'cat'"):
     stop_automaton.compile(["cat"], [b"xc", b"t!", b"a c"])
+
+
+def test_each_string_may_have_its_own_boundary():
+  vocab = [b"But", b"ter", b"</t>", b"a", b"</", b"t>", b" ", b">b", None]
+  strings, boundaries = ["But", "</t>"], [True, False]
+  table = stop_automaton.compile(strings, vocab, boundaries)
+  pattern = re.compile(rb"But(?![A-Za-z0-9_])|</t>")
+  rng = np.random.default_rng(4)
+  seen = set()
+  for _ in range(300):
+    row = rng.integers(0, len(vocab), 6)
+    text, _ = automaton.spell(row, vocab)
+    hit = pattern.search(text)
+    found = stop_automaton.find_first(row, vocab, strings, boundaries)
+    _, event = first_event(table, row)
+    if hit is None:
+      assert found is None and not event
+      continue
+    assert (found.start, found.stop) == hit.span()
+    assert strings[found.string].encode() == hit.group()
+    assert event == found.string + 1
+    seen.add((found.string, text[hit.end() : hit.end() + 1].isalnum()))
+  assert seen == {(0, False), (1, False), (1, True)}

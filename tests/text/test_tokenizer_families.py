@@ -1,5 +1,6 @@
 """The tokenizers of other models, against transformers' own reading of them."""
 
+import datetime
 import importlib.metadata
 import json
 import os
@@ -266,6 +267,22 @@ def test_thinking_on_and_off(tmp_path):
     *made.encode("yes"),
     made.end_id,
   ]
+
+
+def test_a_template_that_writes_the_day(chatml, tmp_path):
+  """As Llama 3.2's: today's, and in a saved tokenizer the day it was made."""
+  file = tmp_path / "t.jinja"
+  file.write_text(
+    "Today is {{ strftime_now('%d %b %Y') }}.{{ messages[0].content }}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+  )
+  made = chatml.configured(chat_template=str(file))
+  today = datetime.date.today().strftime("%d %b %Y")
+  assert made.decode(made.chat_prompt("Hi")) == f"Today is {today}.HiA:"
+  old = tokenizer_lib.Tokenizer(made.backend, made.config, date="2024-07-26")
+  old.save(tmp_path / "old")
+  again = tokenizer_lib.Tokenizer.load(tmp_path / "old").with_ends([3])
+  assert again.decode(again.chat_prompt("Hi")) == "Today is 26 Jul 2024.HiA:"
 
 
 def test_messages_that_a_template_refuses(deepseek, chatml):
