@@ -315,6 +315,25 @@ def test_templates_that_do_not_work(chatml, tmp_path, template, message):
     made.configured(chat_template=str(tmp_path / "none.jinja"))
 
 
+@pytest.mark.parametrize(
+  "reach",
+  [
+    "{{ messages.__class__.__mro__ }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ messages.append(1) }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+  ],
+)
+def test_a_template_reaches_nothing_outside_its_sandbox(chatml, reach):
+  template = chatml.config["chat_template"] + reach
+  made = tokenizer_lib.Tokenizer(
+    chatml.backend, chatml.config | {"chat_template": template}
+  )
+  with pytest.raises(ValueError, match="template refuses messages"):
+    made.chat_prompt("Hi")
+
+
 def test_chatml_for_a_tokenizer_without_a_template(tmp_path):
   families.gemma(tmp_path)
   made = tokenizer_lib.Tokenizer.load(tmp_path)
