@@ -45,9 +45,9 @@ ALLOWED = {
         "rewards", "advantages", "losses", "train",
     },
     "run": {
-        "structs", "atomic_file", "file_lock", "hub", "shipped", "sharding",
-        "models", "text", "data", "rollout", "scoring", "rewards",
-        "advantages", "losses", "synthesis", "train", "rl",
+        "structs", "atomic_file", "file_lock", "gguf_header", "hub",
+        "shipped", "sharding", "models", "text", "data", "rollout",
+        "scoring", "rewards", "advantages", "losses", "synthesis", "train", "rl",
     },
     "stages": {
         "structs", "atomic_file", "config_fields", "file_lock", "hub",
