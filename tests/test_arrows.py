@@ -47,7 +47,8 @@ ALLOWED = {
     "run": {
         "structs", "atomic_file", "file_lock", "gguf_header", "hub",
         "shipped", "sharding", "models", "text", "data", "rollout",
-        "scoring", "rewards", "advantages", "losses", "synthesis", "train", "rl",
+        "scoring", "rewards", "advantages", "losses", "synthesis", "train",
+        "rl",
     },
     "stages": {
         "structs", "atomic_file", "config_fields", "file_lock", "hub",
