@@ -86,6 +86,7 @@ def export_adapter(run: "setup.Run", config) -> None:
     _OUTPUT.value,
     run.with_lora(settings).load_adapter(stage),
     settings,
+    family=run.model.family,
     base_model=_BASE_MODEL.value,
   )
   print(f"export: wrote the {stage} adapter to {_OUTPUT.value}")

@@ -36,7 +36,7 @@ with epy.lazy_imports():
     score,
     step_metrics,
   )
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import model_config, setup, workdir
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
     cold_start,
@@ -98,6 +98,9 @@ def run_stages(config, folder: str, preemption) -> None:
       **{name: config[name] for name in setup.SECTIONS},
     )
   check_batches_divide(config, mesh.num_data_shards(run.mesh))
+  model_config.check_context(
+    run.model, config.max_prompt_tokens + config.rollout.max_new_tokens
+  )
   memory_floor.check(
     memory_floor.floor(
       run.model,

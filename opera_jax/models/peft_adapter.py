@@ -18,6 +18,7 @@ from flax import nnx
 from safetensors import numpy as safetensors_numpy
 
 from opera_jax.models import lora
+from opera_jax.models.families import table
 from opera_jax.sharding import layout
 
 # Our target -> the module's name in a Hugging Face decoder layer.
@@ -33,6 +34,7 @@ def save(
   adapter: Any,
   settings: lora.Settings,
   *,
+  family: str,
   base_model: str = "",
 ) -> None:
   """Writes adapter_model.safetensors and adapter_config.json.
@@ -43,12 +45,22 @@ def save(
     path: directory without an adapter; created if it does not exist.
     adapter: of `lora.split`, on any mesh.
     settings: of the adapter.
+    family: of the model, see `families`.
     base_model: hub id or directory of the model that it goes with, for peft's
       config; "" leaves that open.
 
   Raises:
     FileExistsError: the directory holds an adapter already.
+    ValueError: the family's checkpoint fuses a target with other projections.
   """
+  layer = table.FAMILIES[family].layer
+  fused = [t for t in settings.targets if f"{MODULES[t]}.weight" not in layer]
+  if fused:
+    raise ValueError(
+      f"A checkpoint of {family} fuses {', '.join(fused)} with other "
+      "projections, so peft has no module for an adapter of one alone. Export "
+      "the merged model instead."
+    )
   host = layout.to_host(adapter)
   stacks = {path[-1]: x[...] for path, x in nnx.to_flat_state(host)}
   if jax.process_index():

@@ -168,8 +168,11 @@ def find(hub_id: str) -> decoder.Config | None:
     hub_id: with a revision or without.
   """
   name = hub_id.partition("@")[0]
-  for ending in ("-Instruct", "-Base", "-it"):
+  for ending in ("-Instruct", "-Base"):
     name = name.removesuffix(ending)
+  if name.endswith("1b-it"):  # Gemma's base model has an ending too
+    name = name.removesuffix("-it") + "-pt"
+  name = name.removesuffix("-it")
   return PRESETS.get(name, PRESETS.get(hub_id.partition("@")[0]))
 
 

@@ -86,3 +86,44 @@ def resolve(
     )
   free = {k: v for k, v in fields.items() if k in hf_config.FREE}
   return dataclasses.replace(published, vocab_size=rows, **free)
+
+
+def two_factor_sets(config: decoder.Config) -> bool:
+  """Whether LongRoPE has other factors for short texts than for long ones."""
+  scaling = config.rope_scaling
+  if scaling is None or scaling.kind != "longrope":
+    return False
+  return scaling.short_factor != scaling.long_factor
+
+
+def check_context(config: decoder.Config, tokens: int) -> None:
+  """Refuses sequences that the model was not made for.
+
+  Args:
+    config: of the model.
+    tokens: of the longest prompt with its completion.
+
+  Raises:
+    ValueError: they are more than the model's context, or than LongRoPE's short
+      factors are for.
+  """
+  lengths = (
+    f"config.max_prompt_tokens and config.rollout.max_new_tokens are {tokens} "
+    "together"
+  )
+  if tokens > config.max_position_embeddings:
+    raise ValueError(
+      f"{lengths}, and the model's context is "
+      f"{config.max_position_embeddings} tokens (max_position_embeddings). "
+      "Lower one of them."
+    )
+  if not two_factor_sets(config) or config.rope_factors == "long":
+    return
+  assert config.rope_scaling is not None
+  original = config.rope_scaling.original_max_position_embeddings
+  if tokens > original:
+    raise ValueError(
+      f"{lengths}, and LongRoPE's short factors are for up to {original}. Set "
+      "config.model.rope_factors='long', which then holds for every length, or "
+      "lower one of them."
+    )

@@ -395,6 +395,12 @@ def setup(
     vocab_size=loaded_tokenizer.vocab_size,
     added_tokens=trained_ids is not None,
   )
+  if model_config.two_factor_sets(config):
+    print(
+      f"model: LongRoPE with its {config.rope_factors} factors for the whole "
+      "run (config.model.rope_factors)",
+      flush=True,
+    )
   settings["model"] = dataclasses.asdict(config)
   graphdef, shapes = decoder.abstract(config)
   axes = decoder.logical_axes(shapes)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from opera_jax.configs import common
-from opera_jax.models import decoder, hf_checkpoint, presets
+from opera_jax.models import decoder, hf_checkpoint, presets, rope
 from opera_jax.run import model_config
 
 UNSET = common.get_config().model.to_dict()
@@ -93,3 +93,25 @@ def test_a_published_model_needs_no_network_in_a_plan():
     == presets.PRESETS["Qwen/Qwen2.5-7B"]
   )
   assert presets.find("someone/else") is None
+
+
+def test_sequences_beyond_the_context_are_refused():
+  config = decoder.Config(**SIZES, max_position_embeddings=100)
+  model_config.check_context(config, 100)
+  with pytest.raises(ValueError, match="101 together.*context is 100 tokens"):
+    model_config.check_context(config, 101)
+
+
+def test_short_factors_of_longrope_are_for_short_sequences():
+  scaling = rope.Scaling(
+    "longrope",
+    original_max_position_embeddings=64,
+    short_factor=(1.0,) * 4,
+    long_factor=(2.0,) * 4,
+  )
+  config = decoder.Config(**SIZES, rope_scaling=scaling)
+  model_config.check_context(config, 64)
+  with pytest.raises(ValueError, match="up to 64.*rope_factors='long'"):
+    model_config.check_context(config, 65)
+  long = dataclasses.replace(config, rope_factors="long")
+  model_config.check_context(long, 65)
