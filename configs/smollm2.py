@@ -107,7 +107,7 @@ def get_config(arg: str = ""):
     config.data.kind = "storyworld"
     config.data.rl = 64
     config.data.held_out = 40
-    config.rl.steps = 6
+    config.rl.steps = 4
   elif arg == "smoke":
     config.data.kind = "storyworld"
     config.data.synthesis = 4

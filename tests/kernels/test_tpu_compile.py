@@ -113,6 +113,26 @@ def test_shared_prefix_attention_compiles(
   assert kernels == 6
 
 
+def test_a_sliding_window_compiles():
+  """Gemma 3 1B's heads; the window is known at run time only."""
+  B, S, G, N, K, H, T = 2, 3, 96, 4, 1, 256, 640
+  shapes = [(B, S, G, N, H), *[(B, T, K, H)] * 2, *[(B, S, G, K, H)] * 2]
+  arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shapes]
+  bounds = [jax.ShapeDtypeStruct((B, S), jnp.int32)] * 2
+  window = jax.ShapeDtypeStruct((), jnp.int32)
+
+  def attend(*arrays):
+    *arrays, window = arrays
+    return shared_prefix_attention.shared_prefix_attention(
+      *arrays, scale=0.1, window=window, implementation="pallas_tpu"
+    )
+
+  kernels, _ = _compile(
+    "v5e:2x2", _gradients(attend, range(5)), *arrays, *bounds, window
+  )
+  assert kernels == 6
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_decoding_copies_no_cache(topology):
   """Neither the prefix nor a layer of it, nor the samples' own tokens."""
