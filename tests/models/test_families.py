@@ -22,6 +22,7 @@ from opera_jax.models import (
   rope,
 )
 from opera_jax.models.families import table
+from opera_jax.rollout import engine, sampling
 from opera_jax.sharding import layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 
@@ -227,6 +228,30 @@ def test_one_device_equals_eight(family):
     for x, y in zip(jax.tree.leaves(grad), jax.tree.leaves(want_grad)):
       y = np.asarray(y)
       np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
+def test_greedy_tokens_over_a_mesh(family, one_device):
+  """Stacked layers, as accelerators decode, against a CPU's unstacked ones."""
+  config, graphdef, params = make(family)
+  draw = np.random.default_rng(3)
+  prompts = [draw.integers(0, 128, n).astype(np.int32) for n in (5, 13, 9, 21)]
+  settings = sampling.Sampling(max_new_tokens=24, temperature=0)
+
+  def sample(mesh):
+    sampler = engine.Engine(
+      graphdef, config, mesh=mesh, prompt_slots=4, slots=1, prompt_buckets=(32,)
+    )
+    placed = layout.move(
+      params, decoder.logical_axes(params), mesh, rules.ROLLOUT
+    )
+    groups = sampler.sample(placed, prompts, settings, jax.random.key(0))
+    return [group[0].tokens.tolist() for group in groups]
+
+  want = sample(one_device)
+  assert max(len(set(tokens)) for tokens in want) > 2
+  assert sample(mesh_lib.create({"fsdp": 4, "tensor": 2})) == want
 
 
 def test_a_gemma_of_an_irregular_pattern_is_refused(tmp_path):
