@@ -657,12 +657,6 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       "config.data.documents is 0 and config.checkpoint is empty, so there is "
       "no base model and nothing to train one on; set one of them"
     )
-  elif not (loaded or config["tokenizer"]["path"] or data["documents"]):
-    yield (
-      "config.tokenizer.path is empty and config.data.documents is 0, so that "
-      "there is no text to train a tokenizer on; name the checkpoint's "
-      "directory in config.tokenizer.path"
-    )
   for stage, name in (
     ("synthesize", "synthesis"),
     ("rl", "rl"),

@@ -31,7 +31,8 @@ from opera_jax.synthesis import filters, rl_filter
 CONFIGS = sorted(
   path.stem
   for path in (ROOT / "configs").glob("*.py")
-  if path.stem not in ("__init__", "common", "ablations", "cold_start")
+  if path.stem
+  not in ("__init__", "common", "ablations", "cold_start", "evidence")
 )
 
 
@@ -53,7 +54,9 @@ WHOLE = {
   "runtime": _keywords(runtime.start) - {"folder"},
   "mesh": set(rules.MESH_AXES),
   "tokenizer": _tokenizer_keywords(),
-  "model": _fields(decoder.Config) - {"lora"},  # a stage's, see below
+  "model": _fields(decoder.Config)
+  - {"lora"}  # a stage's, see below
+  - {"rope_scaling"},  # a checkpoint's
   "data": _keywords(tasks.load) - {"seed"},
   "pool": _fields(pool.Settings),
   "base": _fields(supervised.Recipe) - {"lora"},

@@ -8,6 +8,7 @@ import pytest
 
 from opera_jax.configs import qwen3_8b, tiny
 from opera_jax.plan import analyse, hardware, programs, whole
+from opera_jax.run import model_config
 from opera_jax.sharding import mesh as mesh_lib
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -42,10 +43,14 @@ def _config(**changes):
   return config
 
 
+def _sections(config, names=whole.SECTIONS):
+  model = model_config.resolve(config.model, config.checkpoint, offline=True)
+  return {name: config[name] for name in names} | {"model": vars(model)}
+
+
 def _programs(config, names=programs.NAMES):
   mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
-  sections = {name: config[name] for name in whole.SECTIONS}
-  return mesh, programs.build(mesh, **sections, names=names)
+  return mesh, programs.build(mesh, **_sections(config), names=names)
 
 
 # A layer's weights: q and o, k and v, three of the feed-forward.
@@ -143,7 +148,7 @@ def test_programs_are_those_of_the_run():
 def test_a_run_compiles_a_program_for_each_combination_of_buckets():
   config = _config()
   mesh = mesh_lib.create(dict(config.mesh), hardware.devices(TOPOLOGY))
-  sections = {n: config[n] for n in ("model", "engine", "scoring", "rl")}
+  sections = _sections(config, ("engine", "scoring", "rl"))
   # One prompt length and one cache length, to empty and to assign; one prefix
   # length, two numbers and two lengths of continuations.
   assert programs.most(mesh, **sections) == {
@@ -201,7 +206,7 @@ def test_an_unknown_program_lists_the_known():
 @pytest.mark.slow
 def test_the_8b_update_compiles_and_fits():
   config = qwen3_8b.get_config("v5p_4x4x4")
-  sections = {name: config[name] for name in whole.SECTIONS}
+  sections = _sections(config)
   cached = jax.config.jax_enable_compilation_cache
   with jax.default_matmul_precision("default"):
     plan = whole.make(

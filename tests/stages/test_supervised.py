@@ -40,14 +40,22 @@ def test_a_checkpoint_becomes_the_base_model(tmp_path):
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_all_ends_of_a_checkpoint_stop_and_are_exported(tmp_path, file):
   config = tiny.get_config("smoke").copy_and_resolve_references()
-  (tmp_path / "model").mkdir()
-  (tmp_path / "model" / file).write_text('{"eos_token_id": [260, 41, 7]}')
-  config.checkpoint = str(tmp_path / "model")
-  run = setup.setup(
-    tmp_path / "run",
-    temperature=1.0,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  folder = tmp_path / "model"
+  for name, checkpoint_path in (("first", ""), ("run", str(folder))):
+    config.checkpoint = checkpoint_path
+    run = setup.setup(
+      tmp_path / name,
+      temperature=1.0,
+      **{name: config[name] for name in setup.SECTIONS},
+    )
+    if checkpoint_path:
+      break
+    params = decoder.create(run.model, seed=9)[1]
+    hf_checkpoint.save(folder, params, run.model, run.tokenizer)
+    (folder / "generation_config.json").unlink()
+    named = folder / file
+    said = json.loads(named.read_text()) if named.exists() else {}
+    named.write_text(json.dumps(said | {"eos_token_id": [260, 41, 7]}))
   ends = run.tokenizer.end_ids
   assert ends[0] == run.tokenizer.end_id and set(ends) == {
     *ends[:1],

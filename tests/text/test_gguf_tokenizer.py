@@ -181,7 +181,7 @@ def test_added_tokens_and_what_the_config_says(trained, tmp_path):
   added = built.backend.get_added_tokens_decoder()
   assert {index: (t.content, t.special) for index, t in added.items()} == {
     tokens.index(name): (name, "think" not in name)
-    for name in tokenizer.REQUIRED
+    for name in tokenizer.TRAINED
   }
   assert built.config == {
     "tokenizer_class": "PreTrainedTokenizerFast",

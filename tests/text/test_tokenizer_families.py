@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 import transformers
 
+from opera_jax.text import gguf_tokenizer, vocab_bytes
 from opera_jax.text import tokenizer as tokenizer_lib
-from opera_jax.text import vocab_bytes
 
 TEXTS = (
   "Hi", "  Hé \n", "1 < 2\n\n\nx  y|>", "<h1>T</h1> ▁ b", "日本 😀\x00\t",
@@ -400,11 +400,7 @@ def test_gguf_files_go_to_their_reader(chatml, tmp_path, monkeypatch):
       backend=chatml.backend, config=chatml.config, end_ids=(5,)
     )
 
-  monkeypatch.setitem(
-    __import__("sys").modules,
-    "opera_jax.text.gguf_tokenizer",
-    types.SimpleNamespace(build=build),
-  )
+  monkeypatch.setattr(gguf_tokenizer, "build", build)
   for path in (tmp_path, tmp_path / "m.gguf"):
     made = tokenizer_lib.Tokenizer.load(path)
     assert made.chat_prompt("Hi").tolist() == chatml.chat_prompt("Hi").tolist()
