@@ -117,6 +117,7 @@ def test_a_familys_config_is_transformers_there_and_back(
   assert hf_config.read(tmp_path) == ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [5, None])
 def test_a_familys_logits_are_transformers(
   mistral, one_device, tmp_path, window

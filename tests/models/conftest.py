@@ -131,7 +131,7 @@ def read(model, folder, mesh, **fields) -> Pair:
   return Pair(model, config, graphdef, params, folder)
 
 
-FAST = ("grouped", "gemma3")  # the others run with the slow tests
+FAST = ("grouped",)  # the others run with the slow tests
 
 
 @pytest.fixture(

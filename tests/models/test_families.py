@@ -56,6 +56,14 @@ OWN = {
 }
 
 
+# The others run with the slow tests; these differ most.
+FAST = ("llama", "gemma3_text")
+FAMILIES = [
+  pytest.param(family, marks=[] if family in FAST else [pytest.mark.slow])
+  for family in OWN
+]
+
+
 def make(family):
   """A small model of a family: config, graphdef, params whose norms differ."""
   config = decoder.Config(
@@ -101,7 +109,7 @@ def test_the_table_of_families_says_what_they_change():
     assert bool(rows["fused in a checkpoint"][name]) == fused
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_with_continuations_is_separate_rows(family):
   config, graphdef, params = make(family)
   T, G, forks = 11, 7, (11, 3, 6)
@@ -137,7 +145,7 @@ def test_a_prefix_with_continuations_is_separate_rows(family):
     np.testing.assert_allclose(together[s], alone, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unstacked_layers_are_the_model(family):
   config, graphdef, params = make(family)
   token_BT = jnp.asarray(np.random.default_rng(1).integers(0, 128, (2, 9)))

@@ -125,7 +125,13 @@ def whole(tensor):
   return tensor.rows(0, tensor.shape[0])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(case, marks=[] if case == "gemma3" else [pytest.mark.slow])
+    for case in CASES
+  ],
+)
 def test_the_model_that_comes_back_gives_the_same_logits(case, tmp_path):
   """Config and tensors, put into transformers, are the stored model."""
   import torch

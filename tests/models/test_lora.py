@@ -135,6 +135,7 @@ def _batch(seed=0, rows=8):
   )
 
 
+@pytest.mark.slow
 def test_a_step_with_the_identity_for_a_is_a_step_of_full_training():
   """W + I B, with B = 0 at the start: what SGD does to B it does to W."""
   config = decoder.Config(
@@ -225,6 +226,7 @@ def test_only_targets_have_adapters_and_only_adapters_have_moments(tiny_model):
     np.testing.assert_array_equal(ours, old)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(tiny_model):
   _, graphdef, params = _with_adapter(tiny_model)
   sgd = optax.sgd(0.1)
@@ -354,6 +356,7 @@ SHARDED = decoder.Config(
     pytest.param({"fsdp": 1, "tensor": 8}, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does(one_device, shape):
   alone = _trained(one_device)
   together = _trained(mesh_lib.create(shape))

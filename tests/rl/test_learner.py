@@ -48,7 +48,9 @@ def _build(graphdef, **changes):
   )
 
 
-@pytest.mark.parametrize("value_coef", [0.0, 0.5])
+@pytest.mark.parametrize(
+  "value_coef", [pytest.param(0.0, marks=pytest.mark.slow), 0.5]
+)
 def test_an_adapter_and_a_critic_are_trained_on_a_frozen_base(
   tiny_model, value_coef
 ):
