@@ -334,7 +334,8 @@ def folder(
     errors.RevisionNotFoundError,
   ) as error:
     raise FileNotFoundError(
-      f"{str(path_or_hub_id)!r} is neither a directory nor a model that the "
-      "Hugging Face hub gives out. Give a directory of safetensors, or an id "
-      "such as 'Qwen/Qwen3-0.6B' (and a network, and a token if it is gated)."
+      f"{str(path_or_hub_id)!r} is no directory, no GGUF file and no model "
+      "that the Hugging Face hub gives out. Give a directory of safetensors, a "
+      "GGUF file, or an id such as 'Qwen/Qwen3-0.6B' (and a network, and a "
+      "token if it is gated)."
     ) from error

@@ -385,7 +385,9 @@ def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_no_model_is_explained():
-  with pytest.raises(FileNotFoundError, match="neither a directory nor"):
+  with pytest.raises(
+    FileNotFoundError, match="no directory, no GGUF file and no"
+  ):
     hf_checkpoint.config_from_hf("runs/no/such/folder")
 
 
