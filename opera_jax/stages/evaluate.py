@@ -209,10 +209,14 @@ def _joined(
 
 
 def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
-  """The answer of a completion: the text after its thought, "" if it has
-  none; all of it where the prompt closed the thought."""
+  """The answer of a completion: the text after its thought.
+
+  It is "" where a thought does not end, and all of the text where there is no
+  thought: where the prompt closed it, or the model opened none.
+  """
   text = run.tokenizer.completion_text(sample.tokens)
-  if run.tokenizer.closes_thought:
+  thinks = run.tokenizer.opens_thought or "think>" in text
+  if run.tokenizer.closes_thought or not thinks:
     return text.strip()
   _, closed, answer = text.partition("</think>")
   return answer.strip() if closed else ""

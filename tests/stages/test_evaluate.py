@@ -141,6 +141,9 @@ def test_thought_and_answer_of_a_completion(tags):
   cut = sample(words.completion("hm", "yes", closed=False))
   assert evaluate.answer_text(run, cut) == ""
   assert evaluate._thought(run, cut).tolist() == cut.tokens[:-1].tolist()
+  # A model that has never seen the tags opens no thought: all is its answer.
+  plain = sample(words.encode("hm yes"))
+  assert evaluate.answer_text(run, plain) == "hm yes"
   # Thinking is off: the prompt closed the thought.
   run.tokenizer = off = words.configured(think=tags, enable_thinking="off")
   assert off.closes_thought == (not tags)
