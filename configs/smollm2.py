@@ -110,12 +110,12 @@ def get_config(arg: str = ""):
     config.rl.steps = 4
   elif arg == "smoke":
     config.data.kind = "storyworld"
-    config.data.synthesis = 16  # a third of its answers end in time
+    config.data.synthesis = 32  # few of its answers end in time
     config.data.rl = 8
     config.data.held_out = 4
     config.engine.cache_buckets = (96, 160)
     config.rollout.max_new_tokens = 64
-    config.synthesis.batch = 16
+    config.synthesis.batch = 32
     config.synthesis.candidates = 2
     config.synthesis.budget = 1
     config.synthesis.max_step_tokens = 24
