@@ -85,7 +85,8 @@ def test_every_stage_leaves_what_it_should(straight):
   assert "facts kept" in page
   assert len(_lines(workdir / "rl" / "metrics.jsonl")) == 3
   assert list((workdir / "rl" / "tensorboard").rglob("events*"))
-  for word in ("tokens/s", "s left", "facts kept"):
+  # On a fast machine no stage lasts long enough to say how much is left.
+  for word in ("tokens/s", "facts kept"):
     assert word in output
   for whose in ("synthesize: first sample of the base", "rl: first sample"):
     assert output.count(whose) == 1
