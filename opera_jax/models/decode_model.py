@@ -130,10 +130,11 @@ def hidden_states(
   norm = functools.partial(
     rms_norm, epsilon=config.rms_norm_eps, offset=config.norm_offset
   )
-  pattern = config.sliding_window_pattern
   for index, layer in enumerate(layers):
     rotation, window = everything, None
-    if config.sliding_window and (pattern == 0 or (index + 1) % pattern):
+    if config.sliding_window and sliding_window.slides(
+      index, config.sliding_window_pattern
+    ):
       rotation = local
       window = sliding_window.SlidingWindow(config.sliding_window)
     normed_BSD = norm(x_BSD, layer.input_norm)

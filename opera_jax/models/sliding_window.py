@@ -10,10 +10,10 @@ may be known at run time only.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import typing as jax_typing
 
 _UNLIMITED = 2**30  # more positions than a sequence has
 
@@ -35,13 +35,14 @@ def positions(window: SlidingWindow | None) -> jax.Array | None:
   return None if window is None else window.positions()
 
 
-def slides(layer: jax_typing.ArrayLike, pattern: int) -> jax.Array:
+def slides(layer: Any, pattern: int) -> Any:
   """Whether a layer has a window: all but every `pattern`-th.
 
   Args:
-    layer: index of the layer, from 0.
+    layer: index of the layer, from 0; an int, or traced.
     pattern: 0 if every layer has one.
+
+  Returns:
+    A bool, or a traced one where the answer depends on a traced index.
   """
-  if pattern == 0:
-    return jnp.ones_like(jnp.asarray(layer), bool)
-  return (jnp.asarray(layer) + 1) % pattern != 0
+  return pattern == 0 or (layer + 1) % pattern != 0

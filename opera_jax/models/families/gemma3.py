@@ -7,6 +7,7 @@ stand before and behind attention and MLP, and multiply by 1 + weight.
 from collections.abc import Mapping
 from typing import Any
 
+from opera_jax.models import sliding_window
 from opera_jax.models.families import family
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -27,7 +28,7 @@ def _pattern(raw: Mapping[str, Any]) -> int | None:
 
 
 def _kinds(layers: int, pattern: int) -> list[str]:
-  slides = [pattern == 0 or (i + 1) % pattern for i in range(layers)]
+  slides = [sliding_window.slides(i, pattern) for i in range(layers)]
   return [_SLIDING if slide else _FULL for slide in slides]
 
 
