@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, trainers
 
-from opera_jax import hub
+from opera_jax import gguf_header, hub
 from opera_jax.text import byte_level, sealed
 from opera_jax.text import chat_template as chat_template_lib
 from opera_jax.text import vocab_bytes as vocab_bytes_lib
@@ -753,6 +753,15 @@ class Tokenizer:
     return first, last + 1, before.decode("utf-8", errors="replace")
 
 
+# What transformers raises over files that it cannot make a tokenizer of.
+_UNREADABLE = (
+  AttributeError,
+  ImportError,
+  KeyError,
+  OSError,
+  TypeError,
+  ValueError,
+)
 _DATE = "strftime_now"  # the function of templates that write the day
 _OURS = "opera_jax"  # key in tokenizer_config.json of what only we read
 _CONFIG = "tokenizer_config.json"
@@ -794,12 +803,11 @@ def _names(config: Mapping[str, Any]) -> list[str]:
 
 
 def _gguf_file(path: pathlib.Path) -> pathlib.Path | None:
-  """The path if it is a GGUF file, or a directory with such files alone."""
-  if path.is_file():
-    with open(path, "rb") as file:
-      return path if file.read(4) == b"GGUF" else None
-  alone = path.is_dir() and not (path / "tokenizer.json").exists()
-  return path if alone and any(path.glob("*.gguf")) else None
+  """The path if it is a GGUF checkpoint; a tokenizer.json beside it is read
+  instead."""
+  if (path / "tokenizer.json").exists():
+    return None
+  return path if gguf_header.is_gguf(path) else None
 
 
 def _by_transformers(
@@ -812,7 +820,11 @@ def _by_transformers(
     read = tokenization_auto.AutoTokenizer.from_pretrained(
       path, use_fast=True, trust_remote_code=False, local_files_only=True
     )
-  except Exception as error:  # tokenizers raises plain ones
+  except Exception as error:
+    # tokenizers raises plain exceptions; of other classes only those pass for
+    # faults of the files.
+    if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+      raise
     raise ValueError(
       f"transformers cannot read the tokenizer in {path}: {error}. Fetch it"
       " again; a tokenizer that runs its own code is not read."
