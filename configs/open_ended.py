@@ -24,6 +24,16 @@ most 50 words. The run prints both counts, and the report contains them.
 
 from opera_jax.configs import common
 
+# HelloBench's names of open-ended tasks (arXiv 2409.16191), and ours.
+TASK_MAP = {
+  "open_ended": "open_ended",
+  "math": "math",
+  "chat": "open_ended",
+  "heuristic_text_generation": "open_ended",
+  "open_ended_qa": "open_ended",
+  "text_completion": "open_ended",
+}
+
 
 def get_config(arg: str = ""):
   """Returns the config; `arg` is "" or "smoke"."""
@@ -42,15 +52,7 @@ def get_config(arg: str = ""):
   config.data.rl = 400
   config.data.held_out = 100
   config.data.documents = 8_000
-  # HelloBench's names of open-ended tasks (arXiv 2409.16191), and ours.
-  config.data.task_map = {
-    "open_ended": "open_ended",
-    "math": "math",
-    "chat": "open_ended",
-    "heuristic_text_generation": "open_ended",
-    "open_ended_qa": "open_ended",
-    "text_completion": "open_ended",
-  }
+  config.data.task_map = TASK_MAP
   config.data.prompt_words = 110
   config.data.excerpt_words = 50
   config.data.math_limit = 150

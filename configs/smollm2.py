@@ -23,7 +23,7 @@ closes it by force at its cap, and SFT teaches the tags.
 import importlib.util
 import pathlib
 
-from opera_jax.configs import common
+from opera_jax.configs import common, open_ended
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -49,14 +49,7 @@ def get_config(arg: str = ""):
   config.data.synthesis = 48
   config.data.rl = 256
   config.data.held_out = 48
-  config.data.task_map = {
-    "open_ended": "open_ended",
-    "math": "math",
-    "chat": "open_ended",
-    "heuristic_text_generation": "open_ended",
-    "open_ended_qa": "open_ended",
-    "text_completion": "open_ended",
-  }
+  config.data.task_map = open_ended.TASK_MAP
   config.data.prompt_words = 110
   config.data.excerpt_words = 90
   config.max_prompt_tokens = 256

@@ -939,15 +939,10 @@ READ: dict[str, Read] = {
     0.0, lambda config, stages: config["data"]["kind"] == "storyworld",
     "config.data.kind is 'storyworld'",
   ),
-  **{
-    f"data.{name}": Read(
-      default, lambda config, stages: config["data"]["kind"] == "jsonl",
-      "config.data.kind is 'jsonl'",
-    )
-    for name, default in (
-      ("near_duplicate", 0.0),
-    )
-  },
+  "data.near_duplicate": Read(
+    0.0, lambda config, stages: config["data"]["kind"] == "jsonl",
+    "config.data.kind is 'jsonl'",
+  ),
   # Storyworld's texts are shorter than these limits, and so within them.
   **{
     f"data.{name}": Read(

@@ -18,6 +18,7 @@ from opera_jax.rl import score as score_lib
 from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
+from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, metrics
 
 MODELS = ("base", "sft", "rl")
@@ -215,8 +216,8 @@ def answer_text(run: setup_lib.Run, sample: structs.Sample) -> str:
   thought: where the prompt closed it, or the model opened none.
   """
   text = run.tokenizer.completion_text(sample.tokens)
-  thinks = run.tokenizer.opens_thought or "think>" in text
-  if run.tokenizer.closes_thought or not thinks:
+  has_tag = any(tag in text for tag in tokenizer_lib.THINK_TAGS)
+  if run.tokenizer.closes_thought or not has_tag:
     return text.strip()
   _, closed, answer = text.partition("</think>")
   return answer.strip() if closed else ""
