@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,6 @@ from opera_jax.run import setup
 from opera_jax.stages import held_out
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "docs" / "evidence"
-_GRID = flags.DEFINE_string("grid", None, "Folder of the grid.", required=True)
-_PATH = flags.DEFINE_string("path", "", "Open-ended tasks, JSONL.")
-_MATH = flags.DEFINE_string("math_path", "", "GSM8K's rows, JSONL.")
-_TASKS = flags.DEFINE_integer("tasks", 24, "Held-out prompts of the files.")
 
 # Measures for which more is better, or fewer.
 BETTER = ("facts", "correct", "r_self", "score", "finished", "logp_thought")
@@ -74,15 +71,20 @@ def results(values: ablation.Values) -> str:
 
 
 def real_tasks(
-  grid: pathlib.Path, models: Mapping[str, str]
+  grid: pathlib.Path,
+  models: Mapping[str, str],
+  *,
+  path: str,
+  math_path: str,
+  tasks: int,
 ) -> dict[str, dict[int, dict[str, list[float]]]]:
   """Measures the models once on held-out prompts of the files."""
   config = smollm2.get_config().copy_and_resolve_references().unlock()
-  config.data.path, config.data.math_path = _PATH.value, _MATH.value
+  config.data.path, config.data.math_path = path, math_path
   config.data.default_task = "open_ended"
   config.data.synthesis = config.data.rl = 1
-  config.data.held_out = _TASKS.value
-  config.data.math_limit = max(2 * _TASKS.value, 40)
+  config.data.held_out = tasks
+  config.data.math_limit = max(2 * tasks, 40)
   run = setup.setup(
     grid / "real_tasks",
     temperature=1.0,
@@ -135,14 +137,9 @@ def _quoted(text: str) -> str:
   return "\n".join(f"    {line}" for line in lines)
 
 
-def seconds(grid: pathlib.Path) -> float:
-  """Wall seconds of the grid's runs, without the measurements between them."""
-  files = [grid / "start" / "timing.json", *grid.glob("cells/*/timing.json")]
-  return sum(
-    stage["seconds"]
-    for file in files
-    for stage in json.loads(file.read_text())["stages"]
-  )
+def by_seed(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
+  """Rows whose seeds, which JSON writes as text, are numbers again."""
+  return {row: {int(k): v for k, v in by.items()} for row, by in rows.items()}
 
 
 def hardware() -> str:
@@ -160,8 +157,8 @@ def page(
     "",
     "Written by `python -m scripts.docs.evidence` from a run of "
     "`configs/evidence.py`: SmolLM2-135M-Instruct (Q4_1 weights, trained in "
-    f"float32) on {parts['hardware']}, {parts['minutes']:.0f} minutes of "
-    "stages beside other work. One SFT model, "
+    f"float32) on {parts['hardware']}, beside other work; the steps of RL took "
+    f"{parts['minutes']:.0f} minutes a seed. One SFT model, "
     f"{len(story['rl'])} seeds of RL from it. Intervals are 95% over prompts "
     "(and seeds), Δ the paired difference from the SFT model. Sizes are those "
     "of `configs/smollm2.py:story`; this says nothing of a model that reasons.",
@@ -171,7 +168,8 @@ def page(
     f"{len(story['base'][0]['facts'])} held-out prompts, 2 samples each. Facts "
     "kept are the outside measure: no reward sees them. Samples are drawn at "
     "temperature 1, as the method trains; at that temperature this model "
-    "writes little that holds together.",
+    "writes little that holds together. The own thought of a completion that "
+    "closes none is all of it.",
     "",
     results(story),
   ]
@@ -192,24 +190,28 @@ def page(
 
 def main(_) -> None:
   grid = pathlib.Path(_GRID.value).resolve()
-  story = {
-    row: {int(seed): numbers for seed, numbers in by_seed.items()}
-    for row, by_seed in json.loads((grid / "ablation.json").read_text())[
-      "values"
-    ].items()
-  }
+  made = json.loads((grid / "ablation.json").read_text())
+  story, cost = by_seed(made["values"]), made["cost"]
   first = evidence.get_config().seeds[0]
   models = {
     "base": str(grid / "start" / "base"),
     "sft": str(grid / "start" / "sft"),
     "rl": str(grid / "cells" / f"rl-{first}" / "rl"),
   }
-  real = real_tasks(grid, models) if _PATH.value or _MATH.value else None
+  real = None
+  if _PATH.value or _MATH.value:
+    real = real_tasks(
+      grid,
+      models,
+      path=_PATH.value,
+      math_path=_MATH.value,
+      tasks=_TASKS.value,
+    )
   text = page(
     story,
     real,
     hardware=hardware(),
-    minutes=seconds(grid) / 60,
+    minutes=statistics.mean(c["seconds"] for c in cost["rl"].values()) / 60,
     read=to_read(grid, models),
   )
   FOLDER.mkdir(parents=True, exist_ok=True)
@@ -220,4 +222,10 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+  _GRID = flags.DEFINE_string(
+    "grid", None, "Folder of the grid.", required=True
+  )
+  _PATH = flags.DEFINE_string("path", "", "Open-ended tasks, JSONL.")
+  _MATH = flags.DEFINE_string("math_path", "", "GSM8K's rows, JSONL.")
+  _TASKS = flags.DEFINE_integer("tasks", 24, "Held-out prompts of the files.")
   app.run(main)
