@@ -84,7 +84,7 @@ def _summary(
 ) -> str:
   count = decoder.parameter_count(decoder.abstract(run.model)[1])
   words = [
-    f"A Qwen3 of {count:,} parameters, vocabulary "
+    f"A model of family {run.model.family}, {count:,} parameters, vocabulary "
     f"{run.tokenizer.vocab_size:,}, {len(run.tasks.synthesis):,} prompts for "
     f"the cold start, {len(run.tasks.rl):,} for RL.",
     *run.tasks.notes,

@@ -82,6 +82,7 @@ def test_every_stage_leaves_what_it_should(straight):
     assert (workdir / stage / "DONE.json").exists(), stage
   page = (workdir / "report.html").read_text()
   assert "<script" not in page
+  assert "A model of family qwen3, " in page
   assert "facts kept" in page
   assert len(_lines(workdir / "rl" / "metrics.jsonl")) == 3
   assert list((workdir / "rl" / "tensorboard").rglob("events*"))

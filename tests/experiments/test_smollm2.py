@@ -106,3 +106,5 @@ def test_the_smoke_runs_the_whole_method(tmp_path):
   for stage in ("base", "synthesize", "select", "sft", "rl", "evaluate"):
     assert json.loads((folder / stage / "DONE.json").read_text())
   assert (folder / "report.html").stat().st_size > 10_000
+  page = (folder / "report.html").read_text()
+  assert "A model of family llama, 134,515,008 parameters" in page
