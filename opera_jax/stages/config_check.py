@@ -511,6 +511,8 @@ def _built(
   checkpoint = config["checkpoint"]
 
   def model() -> None:
+    if not isinstance(checkpoint, str):
+      return  # its rule has said so
     # What another id on the hub says is read when the run is set up.
     known = presets.find(checkpoint) is not None
     if not checkpoint or os.path.exists(checkpoint) or known:
