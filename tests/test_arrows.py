@@ -41,7 +41,7 @@ ALLOWED = {
     },
     "report": {"structs", "atomic_file", "clock_metrics", "evals"},
     "rl": {
-        "structs", "sharding", "text", "data", "rollout", "scoring",
+        "structs", "atomic_file", "sharding", "text", "data", "rollout", "scoring",
         "rewards", "advantages", "losses", "train",
     },
     "run": {

@@ -36,6 +36,7 @@ class Collected:
   sampled_tokens: int  # in all batches, including dropped groups
   rollout_seconds: float
   reward_seconds: float
+  unused: list[score_lib.Scored]  # the groups that were dropped
 
   def metrics(self) -> dict[str, float]:
     """Metrics of sampling, by name."""
@@ -121,6 +122,13 @@ def collect(
     kept.append((scored, filled))
     found += len(filled)
   joined = score_lib.join(kept)
+  used: dict[int, set[int]] = {}
+  for scored, chosen in kept:
+    used.setdefault(id(scored), set()).update(chosen)
+  every = {id(scored): scored for scored, _ in kept}.values()
+  dropped = [
+    (scored, sorted(set(range(wanted)) - used[id(scored)])) for scored in every
+  ]
   flat = joined.rollouts.completions
   return Collected(
     samples=[list(flat[i : i + samples]) for i in range(0, len(flat), samples)],
@@ -129,6 +137,7 @@ def collect(
     sampled_tokens=tokens,
     rollout_seconds=seconds[0],
     reward_seconds=seconds[1],
+    unused=[score_lib.join([pair]) for pair in dropped if pair[1]],
   )
 
 

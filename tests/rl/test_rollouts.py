@@ -89,6 +89,7 @@ def test_one_draw_is_taken_as_it_is():
   got = _collect("a s1 b")
   assert _names(got) == ["a", "s1", "b"]
   assert got.batches == 1 and got.sampled_tokens == 18
+  assert got.unused == []
 
 
 def test_groups_without_spread_are_drawn_anew():
@@ -107,6 +108,8 @@ def test_groups_without_spread_are_drawn_anew():
 def test_no_more_than_asked_for_is_kept():
   got = _collect("s1 b c", "s2 s3 s4")
   assert _names(got) == ["s1", "s2", "s3"]
+  left = [[p.id for p in one.rollouts.prompts] for one in got.unused]
+  assert left == [["b", "c"], ["s4"]]
 
 
 def test_past_the_bound_the_rest_is_filled():
@@ -114,6 +117,8 @@ def test_past_the_bound_the_rest_is_filled():
   assert _names(got) == ["s1", "a", "b"]
   assert got.batches == 2
   assert len(got.samples) == 3
+  left = [[p.id for p in one.rollouts.prompts] for one in got.unused]
+  assert left == [["c", "d", "e"]]
 
 
 @pytest.mark.parametrize("batches", [["s1 s2"], ["s1 s2", "a b"]])
