@@ -366,6 +366,9 @@ def get_config() -> ml_collections.ConfigDict:
     # RL stops after this many sampled tokens; 0 means unlimited
     "token_budget": 0,
     "checkpoint_every": 1,  # steps between two checkpoints
+    # megabytes of compressed rollouts in rl/rollouts, beyond which the oldest
+    # steps are deleted; 0 keeps none
+    "keep_rollouts": 1_000,
   }
   config.rl.lora = lora()  # a LoRA adapter instead of all parameters
   config.evaluate = {

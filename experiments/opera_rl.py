@@ -11,6 +11,8 @@ Shape key: B prompts per step, N samples per prompt.
 """
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from absl import app, flags, logging
 from etils import epy
@@ -21,6 +23,7 @@ from opera_jax.sharding import clock  # starts the run's clock
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   import jax
+  import numpy as np
 
   from opera_jax import structs
   from opera_jax.data import batching
@@ -31,6 +34,7 @@ with epy.lazy_imports():
   from opera_jax.rl import (
     advantages,
     learner,
+    rollout_files,
     rollouts,
     sampler_trainer,
     score,
@@ -53,6 +57,7 @@ with epy.lazy_imports():
   )
   from opera_jax.synthesis import filters, rl_filter
   from opera_jax.train import checkpoint, metrics, optimizer
+  from opera_jax.train import progress as progress_lib
   from opera_jax.train import state as train_state
   from opera_jax.train import step as train_step
 
@@ -311,6 +316,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   update_programs = learner.programs(
     rl.row_buckets, rl.completions_per_row, run.engine.prompt_lengths()
   )
+  kept = rollout_files.RolloutLog(
+    stage.path / "rollouts", megabytes=rl.keep_rollouts, last_step=step
+  )
   print(
     f"rl: compiles at most {run.engine.programs()} programs to sample, "
     f"{run.logprob_scorer.programs()} to score, {update_programs} to update",
@@ -319,7 +327,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
 
   with (
     jax.set_mesh(run.mesh),
-    metrics.Progress(rl.steps, "rl", done=step) as progress,
+    progress_lib.Progress(rl.steps, "rl", done=step) as progress,
   ):
     while step < rl.steps and not 0 < rl.token_budget <= total_tokens:
       seconds = {"time/start": time.monotonic()}
@@ -345,6 +353,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
           samples=rl.samples,
           filter_reward=rl.filter_reward,
           advance=lambda _: preemption.exit_if_requested(),
+          phase=progress.phase,
         )
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
@@ -367,6 +376,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + sampled.reward_seconds
 
+      progress.phase("scoring the reference policy")
       # Log-probabilities under the policy before the updates, and under the
       # reference policy of KL.
       old = ref = scored.logprobs
@@ -378,7 +388,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/reference"] = time.monotonic()
 
       # Advantages: one per token, packed with the tokens into rows.
-      rows, advantage_metrics = packed_rows(
+      rows, advantages_R, advantage_metrics = packed_rows(
         run,
         rl,
         scored,
@@ -396,6 +406,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/advantages"] = time.monotonic()
 
       # Update: one epoch over the completions, in mini-batches of prompts.
+      progress.phase("updating")
       updates = []
       for mini_batch in rl_data.mini_batches(rows, updates_per_step):
         state, values = learn.update(
@@ -425,7 +436,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         | {"time/programs": runtime.compiled()}
       )
       log.write(step, line)
+      kept.write(step, rollout_records(run, sampled, step, advantages_R))
       watch.check(line["sampler_trainer/logprob_diff"], step)
+      progress.show(step_metrics.shown(line))
       progress.update(tokens=sampled.sampled_tokens)
       stop = preemption.requested()
       if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
@@ -434,6 +447,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
+  if kept.summary():
+    print(f"rl: {kept.summary()}", flush=True)
   model = run.save("rl", learn.policy(state.params, frozen))
   return {"steps": step, "dropped": run.dropped, "model": model}
 
@@ -449,7 +464,7 @@ def packed_rows(
   ref: "structs.Logprobs",
   params,
   models,
-) -> "tuple[structs.Batch, dict[str, float]]":
+) -> "tuple[structs.Batch, list[np.ndarray], dict[str, float]]":
   """Packs a step's completions into rows, with their advantages.
 
   Args:
@@ -465,7 +480,8 @@ def packed_rows(
     models: parameters of "policy", "teacher" and "ema".
 
   Returns:
-    The packed rows, and metrics of the advantages.
+    The packed rows, the advantage of each token of each completion, and metrics
+    of the advantages.
   """
   completions = scored.rollouts.completions
   mini_batches = rl.prompts // rl.mini_batch
@@ -517,7 +533,23 @@ def packed_rows(
   rows = rl_data.with_advantages(rows, placement, weighted, extra)
   if learn.pairs:
     rows = rl_data.pairs(rows, scored.rollouts.samples, mini_batches)
-  return rows, {k: float(v) for k, v in estimate.metrics.items()}
+  metrics_ = {k: float(v) for k, v in estimate.metrics.items()}
+  return rows, estimate.advantage, metrics_
+
+
+def rollout_records(
+  run: "setup.Run",
+  sampled: "rollouts.Collected",
+  step: int,
+  advantages_R: "list[np.ndarray]",
+) -> "Iterator[dict[str, Any]]":
+  """Records of a step's completions, those of dropped groups at the end."""
+  decode = run.tokenizer.decode
+  yield from rollout_files.records(
+    sampled.scored, decode, step=step, advantages=advantages_R
+  )
+  for scored in sampled.unused:
+    yield from rollout_files.records(scored, decode, step=step)
 
 
 def host_state(ema: float | None, sampled: int) -> dict:

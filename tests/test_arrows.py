@@ -41,8 +41,8 @@ ALLOWED = {
     },
     "report": {"structs", "atomic_file", "clock_metrics", "evals"},
     "rl": {
-        "structs", "atomic_file", "sharding", "text", "data", "rollout", "scoring",
-        "rewards", "advantages", "losses", "train",
+        "structs", "atomic_file", "sharding", "text", "data", "rollout",
+        "scoring", "rewards", "advantages", "losses", "train",
     },
     "run": {
         "structs", "atomic_file", "file_lock", "gguf_header", "hub",

@@ -1,8 +1,9 @@
 """Converts metrics files to charts.
 
 Known metrics go to named charts; every other metric gets a chart of its own,
-collapsed, so that the page shows everything that was logged. Metrics that
-depend on the clock are left out.
+collapsed, so that the page shows everything that was logged. A metric that
+never changed has no chart, see `constants`. Metrics that depend on the clock
+are left out.
 """
 
 import fnmatch
@@ -13,23 +14,81 @@ from typing import Any
 from opera_jax import clock_metrics
 from opera_jax.report import views
 
-# (title, unit, patterns of metric names); a metric joins the first that fits.
+# (title, unit, patterns of metric names, what is drawn); a metric joins the
+# first that fits.
 CHARTS = (
-  ("Loss", "nats/token", ("loss", "*/loss", "*/eval_loss")),
-  ("Reward, mean over samples", "", ("reward/mean", "reward/total")),
   (
-    "Parts of the reward",
+    "Reward",
     "",
-    ("reward/r_ppl*", "reward/r_self*", "reward/correct*"),
+    ("reward/mean", "reward/total", "validation/reward*"),
+    "Mean over a step's samples.",
   ),
-  ("Improving reflections a thought", "", ("reward/count*",)),
-  ("log P(reference | x, z, y)", "nats/token", ("reward/score*",)),
-  ("KL to the SFT model", "nats/token", ("kl",)),
-  ("Entropy", "nats/token", ("entropy", "*/entropy")),
-  ("Length", "tokens", ("completions/*_length",)),
-  ("Share of tokens clipped", "", ("clip_ratio/*",)),
-  ("Held-out", "", ("held_out/*", "eval/*")),
+  (
+    "Terms of the reward",
+    "",
+    ("reward/r_self*", "reward/correct*"),
+    "R_self = tanh(reflections that count / tau); right maths answers.",
+  ),
+  (
+    "Reflections that count, a thought",
+    "",
+    ("reward/count*",),
+    "Reflective steps that raise log P(reference).",
+  ),
+  (
+    "log P(reference | prompt, completion)",
+    "nats/token",
+    ("reward/score*",),
+    "The policy's own; raw, averaged over steps, and smoothed by it.",
+  ),
+  (
+    "Spread of the reward in a group",
+    "",
+    ("reward/std", "frac_reward_zero_std"),
+    "Standard deviation over a prompt's samples, and the share of prompts "
+    "without any: those teach nothing.",
+  ),
+  (
+    "Length of a completion",
+    "tokens",
+    ("completions/*_length", "completions/*/length*"),
+    "With its stop token.",
+  ),
+  (
+    "Cut off by the length limit",
+    "share of completions",
+    ("completions/clipped_ratio",),
+    "",
+  ),
+  (
+    "Loss",
+    "nats/token",
+    ("loss", "*/loss", "*/eval_loss", "*validation_loss"),
+    "",
+  ),
+  (
+    "KL to the initial model",
+    "nats/token",
+    ("kl",),
+    "How far the policy has moved.",
+  ),
+  ("Entropy", "nats/token", ("entropy", "*/entropy"), "Of the next token."),
+  (
+    "Share of tokens clipped",
+    "",
+    ("clip_ratio/*",),
+    "Whose probability moved beyond the clip range in an update.",
+  ),
+  (
+    "Sampler against trainer",
+    "nats",
+    ("sampler_trainer/*diff",),
+    "|difference| of a token's log-probability; 0.01 is good in bfloat16.",
+  ),
+  ("Held-out", "", ("held_out/*", "eval/*"), ""),
 )
+# The mean rank within a group is the same in every step, whatever is learnt.
+CONSTANT = ("reward/r_ppl",)
 _MAX_POINTS = 300
 
 
@@ -43,26 +102,51 @@ def charts(lines: Sequence[Mapping[str, Any]]) -> list[views.Chart]:
   Returns:
     Charts with at least one point, in the order of `CHARTS`, then by name.
   """
-  names = sorted({name for line in lines for name in line} - {"step"})
-  names = [name for name in names if not clock_metrics.depends_on_clock(name)]
   groups: dict[tuple[str, str], list[str]] = {
-    (title, unit): [] for title, unit, _ in CHARTS
+    (title, unit): [] for title, unit, _, _ in CHARTS
   }
-  for name in names:
+  changing = set(_names(lines)) - set(constants(lines))
+  for name in sorted(changing):
     groups.setdefault(_chart_of(name), []).append(name)
-  named = {title for title, _, _ in CHARTS}
+  notes = {title: note for title, _, _, note in CHARTS}
   drawn = []
   for (title, unit), members in groups.items():
     series = [_series(name, lines) for name in members]
     series = [line for line in series if any(y is not None for y in line.y)]
     if series:
-      folded = title not in named
-      drawn.append(views.Chart(title, series, unit=unit, folded=folded))
+      drawn.append(
+        views.Chart(
+          title,
+          series,
+          unit=unit,
+          folded=title not in notes,
+          note=notes.get(title, ""),
+        )
+      )
   return drawn
 
 
+def constants(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Metrics of at least two steps that had one value in all of them."""
+  found = {}
+  for name in _names(lines):
+    values = [line[name] for line in lines if name in line]
+    if len(values) > 1 and len(set(values)) == 1 and _finite(values[0]):
+      found[name] = values[0]
+  return found
+
+
+def _names(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+  names = sorted({name for line in lines for name in line} - {"step"})
+  return [
+    name
+    for name in names
+    if name not in CONSTANT and not clock_metrics.depends_on_clock(name)
+  ]
+
+
 def _chart_of(name: str) -> tuple[str, str]:
-  for title, unit, patterns in CHARTS:
+  for title, unit, patterns, _ in CHARTS:
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
       return title, unit
   # Metrics of different sizes flatten each other: one chart each.

@@ -16,7 +16,7 @@ import numpy as np
 
 from opera_jax import atomic_file
 from opera_jax.evals import table
-from opera_jax.report import plots, views
+from opera_jax.report import names, plots, views
 
 _POLICY = (
   "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -41,16 +41,24 @@ def save(path: str | os.PathLike, document: str) -> None:
 
 def render(page: views.Page) -> str:
   """Renders the page as HTML."""
+  sections = {
+    "Before and after": _results(page.rows),
+    "Curves": _charts(page.charts, page.constants),
+    "Distributions": _histograms(page.histograms),
+    "Prompts": _cards(page.cards),
+    "Config": _config(page.config),
+  }
+  shown = {title: text for title, text in sections.items() if text}
   body = [
     f"<header><h1>{_text(page.title)}</h1>",
     f"<p>{_text(page.summary)}</p>" if page.summary else "",
-    plots.chain(page.captions),
+    _contents(list(shown)),
+    f'<div class="wide">{plots.chain(page.captions)}</div>',
     "</header>",
-    _results(page.rows),
-    _thoughts(page.thoughts),
-    _samples(page.samples),
-    _charts(page.charts),
-    _config(page.config),
+    *(
+      f'<section id="{_anchor(title)}"><h2>{title}</h2>{text}</section>'
+      for title, text in shown.items()
+    ),
   ]
   return document(page.title, "".join(body))
 
@@ -83,7 +91,7 @@ def document(title: str, body: str) -> str:
   )
 
 
-def colour_scale(thoughts: Sequence[views.ThoughtView]) -> float:
+def colour_scale(cards: Sequence[views.PromptCard]) -> float:
   """The |delta| with full colour: the 95th percentile.
 
   A maximum would let one outlier make everything else pale. In nats per token;
@@ -91,11 +99,25 @@ def colour_scale(thoughts: Sequence[views.ThoughtView]) -> float:
   """
   deltas = [
     abs(step.delta)
-    for thought in thoughts
-    for step in thought.steps
+    for card in cards
+    for completion in card.completions
+    for step in completion.steps
     if _scored(step.delta)
   ]
   return max(float(np.quantile(deltas, 0.95)), 0.01) if deltas else 0.01
+
+
+def _anchor(title: str) -> str:
+  return title.lower().replace(" ", "-")
+
+
+def _contents(titles: Sequence[str]) -> str:
+  if not titles:
+    return ""
+  links = "".join(
+    f'<a href="#{_anchor(title)}">{title}</a>' for title in titles
+  )
+  return f'<nav aria-label="Contents">{links}</nav>'
 
 
 def _results(rows: Sequence[table.Row]) -> str:
@@ -110,14 +132,12 @@ def _results(rows: Sequence[table.Row]) -> str:
   )
   body = "".join(_result_row(row) for row in rows)
   return (
-    "<section><h2>Before and after</h2>"
     f"<p>Means over {_text(value.count)} held-out prompts with "
     f"{value.level:.0%} bootstrap intervals; a change is paired by prompt, "
     "against the stage to its left. A verdict names a direction only where the "
     "interval of the change excludes 0.</p>"
     '<div class="wide"><table class="results"><thead><tr><th>measure</th>'
     f"{heads}<th></th></tr></thead><tbody>{body}</tbody></table></div>"
-    "</section>"
   )
 
 
@@ -135,20 +155,38 @@ def _result_row(row: table.Row) -> str:
       )
     value = table.format_interval(cell.value)
     mean, _, interval = value.partition(" ")
-    cells.append(f"<td><b>{mean}</b> <span>{interval}</span>{change}</td>")
+    cells.append(
+      f'<td data-stage="{_text(cell.stage)}"><b>{mean}</b> '
+      f"<span>{interval}</span>{change}</td>"
+    )
   return (
     f'<tr><th scope="row">{_text(row.measure.label)} {unit}</th>'
     f"{''.join(cells)}<td>{plots.interval_strip(row.cells)}</td></tr>"
   )
 
 
-def _thoughts(thoughts: Sequence[views.ThoughtView]) -> str:
-  if not thoughts:
+def _cards(cards: Sequence[views.PromptCard]) -> str:
+  if not cards:
     return ""
-  scale = colour_scale(thoughts)
-  shown = "".join(_thought(thought, scale) for thought in thoughts)
+  scale = colour_scale(cards)
+  found = {
+    name: None
+    for card in cards
+    for one in card.completions
+    for name in one.terms
+  }
+  legend = "".join(
+    f"<dt>{_text(names.label(name))}</dt><dd>{_text(names.meaning(name))}</dd>"
+    for name in found
+    if names.meaning(name)
+  )
+  if legend:
+    legend = (
+      "<details><summary>What the numbers mean</summary>"
+      f"<dl>{legend}</dl></details>"
+    )
+  shown = "".join(_card(card, scale) for card in cards)
   return (
-    "<section><h2>Thoughts, scored step by step</h2>"
     "<p>The number beside a step says by how much the step changed the mean "
     "log-probability of the reference answer. A "
     '<span class="badge">reflective</span> step with a rise counts for the '
@@ -157,22 +195,32 @@ def _thoughts(thoughts: Sequence[views.ThoughtView]) -> str:
     f"<span>&minus;{scale:.2f}</span>"
     '<i class="ramp"></i>'
     f"<span>+{scale:.2f} nats/token</span><span>&#9650; more likely</span>"
-    f"</div>{shown}</section>"
+    f"</div>{legend}{shown}"
   )
 
 
-def _thought(thought: views.ThoughtView, scale: float) -> str:
-  steps = "".join(_step(step, scale) for step in thought.steps)
-  if not thought.steps:
-    steps = '<p class="none">No closed thought, so no steps.</p>'
-  note = f' <span class="note">{_text(thought.note)}</span>'
+def _card(card: views.PromptCard, scale: float) -> str:
+  columns = "".join(
+    _completion(completion, scale) for completion in card.completions
+  )
   return (
-    f"<article><h3>{_text(thought.stage)}{note if thought.note else ''}</h3>"
-    f"{_terms(thought.terms)}"
-    f"{_block('prompt', thought.prompt)}"
-    f'<ol class="steps">{steps}</ol>'
-    f"{_block('answer', thought.answer)}"
-    f"{_block('reference', thought.reference)}</article>"
+    f'<article class="card">{_block("prompt", card.prompt)}'
+    f"{_block('reference', card.reference)}"
+    f'<div class="columns">{columns}</div></article>'
+  )
+
+
+def _completion(completion: views.CompletionView, scale: float) -> str:
+  steps = "".join(_step(step, scale) for step in completion.steps)
+  if completion.steps:
+    steps = f'<ol class="steps">{steps}</ol>'
+  else:
+    steps = '<p class="none">No closed thought, so no steps.</p>'
+  note = f' <span class="note">{_text(completion.note)}</span>'
+  return (
+    f'<div class="completion"><h3>{_text(completion.stage)}'
+    f"{note if completion.note else ''}</h3>{_terms(completion.terms)}"
+    f"{steps}{_block('answer', completion.answer)}</div>"
   )
 
 
@@ -196,26 +244,10 @@ def _step(step: views.StepView, scale: float) -> str:
   )
 
 
-def _samples(samples: Sequence[views.SampleView]) -> str:
-  if not samples:
-    return ""
-  shown = []
-  for sample in samples:
-    answers = "".join(
-      f"<div><h4>{_text(answer.stage)}</h4>{_terms(answer.terms)}"
-      f"{_block('thought', answer.thought)}{_block('answer', answer.answer)}"
-      "</div>"
-      for answer in sample.answers
-    )
-    shown.append(
-      f"<article>{_block('prompt', sample.prompt)}"
-      f'<div class="answers">{answers}</div>'
-      f"{_block('reference', sample.reference)}</article>"
-    )
-  return f"<section><h2>Samples</h2>{''.join(shown)}</section>"
-
-
-def _charts(sections: Mapping[str, Sequence[views.Chart]]) -> str:
+def _charts(
+  sections: Mapping[str, Sequence[views.Chart]],
+  constants: Mapping[str, Mapping[str, float]],
+) -> str:
   drawn = []
   for section, charts in sections.items():
     shown = _figures([chart for chart in charts if not chart.folded])
@@ -227,14 +259,32 @@ def _charts(sections: Mapping[str, Sequence[views.Chart]]) -> str:
         f"<details><summary>{len(folded)} more</summary>"
         f"{_figures(folded)}</details>"
       )
-  if not drawn:
-    return ""
-  return f"<section><h2>Curves</h2>{''.join(drawn)}</section>"
+    same = constants.get(section, {})
+    if same:
+      listed = ", ".join(
+        f"{name} = {value:.4g}" for name, value in same.items()
+      )
+      drawn.append(
+        f"<details><summary>{len(same)} that never changed</summary>"
+        f'<p class="said">{_text(listed)}</p></details>'
+      )
+  return "".join(drawn)
 
 
 def _figures(charts: Sequence[views.Chart]) -> str:
   figures = "".join(plots.line_chart(chart) for chart in charts)
   return f'<div class="charts">{figures}</div>' if figures else ""
+
+
+def _histograms(sections: Mapping[str, Sequence[views.Histogram]]) -> str:
+  drawn = []
+  for section, histograms in sections.items():
+    figures = "".join(plots.histogram(one) for one in histograms)
+    if figures:
+      drawn.append(
+        f'<h3>{_text(section)}</h3><div class="charts">{figures}</div>'
+      )
+  return "".join(drawn)
 
 
 def _config(config: Mapping[str, object]) -> str:
@@ -245,8 +295,8 @@ def _config(config: Mapping[str, object]) -> str:
     for name, value in config.items()
   )
   return (
-    "<section><h2>Config</h2><details><summary>"
-    f"{len(config)} values</summary><table>{rows}</table></details></section>"
+    f"<details><summary>{len(config)} values</summary>"
+    f'<div class="wide"><table>{rows}</table></div></details>'
   )
 
 
@@ -254,7 +304,8 @@ def _terms(terms: Mapping[str, float]) -> str:
   if not terms:
     return ""
   shown = "".join(
-    f"<span>{_text(name)} <b>{value:.3g}</b></span>"
+    f'<span title="{_text(names.meaning(name))}">'
+    f"{_text(names.label(name))} <b>{value:.3g}</b></span>"
     for name, value in terms.items()
   )
   return f'<div class="terms">{shown}</div>'

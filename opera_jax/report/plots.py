@@ -8,6 +8,8 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from opera_jax.evals import table
 from opera_jax.report import views
 
@@ -67,15 +69,104 @@ def line_chart(chart: views.Chart) -> str:
   for index, series in enumerate(chart.series):
     parts.append(_line(series, index % COLOURS, to_x, to_y))
   parts.append("</svg>")
-  unit = f" <small>{html.escape(chart.unit)}</small>" if chart.unit else ""
+  labels = [series.label for series in chart.series]
+  return _figure(chart.title, chart.unit, chart.note, "".join(parts), labels)
+
+
+def histogram(chart: views.Histogram, bins: int = 20) -> str:
+  """Draws distributions as steps over common bins; the height is a share.
+
+  Values that are not finite are left out. Whole numbers of a small range get a
+  bin each.
+  """
+  kept = {
+    label: np.asarray([v for v in values if math.isfinite(v)], float)
+    for label, values in chart.values.items()
+  }
+  kept = {label: values for label, values in kept.items() if values.size}
+  if not kept:
+    return ""
+  edges = bin_edges(np.concatenate(list(kept.values())), bins)
+  shares = {
+    label: np.histogram(values, edges)[0] / values.size
+    for label, values in kept.items()
+  }
+  x_ticks = ticks(edges[0], edges[-1], 5)
+  y_ticks = ticks(0.0, max(float(share.max()) for share in shares.values()), 4)
+
+  def to_x(x: float) -> float:
+    return _place(x, edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
+
+  def to_y(y: float) -> float:
+    return _place(y, y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
+
+  parts = [
+    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+    f'aria-label="{html.escape(chart.title)}">'
+  ]
+  for tick in y_ticks:
+    y = to_y(tick)
+    parts.append(
+      f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
+      f'y2="{y:.1f}"/><text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" '
+      f'text-anchor="end">{tick:.0%}</text>'
+    )
+  for tick in x_ticks:
+    if edges[0] <= tick <= edges[-1]:
+      parts.append(
+        f'<text class="tick" x="{to_x(tick):.1f}" '
+        f'y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
+        f"{_number(tick, x_ticks)}</text>"
+      )
+  for index, share in enumerate(shares.values()):
+    colour = index % COLOURS
+    points = [(to_x(edges[0]), to_y(0.0))]
+    for low, high, height in zip(edges, edges[1:], share):
+      points += [(to_x(low), to_y(height)), (to_x(high), to_y(height))]
+    points.append((to_x(edges[-1]), to_y(0.0)))
+    outline = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    parts.append(
+      f'<polygon class="area f{colour}" points="{outline}"/>'
+      f'<polyline class="line c{colour}" points="{outline}"/>'
+    )
+  parts.append("</svg>")
+  labels = [
+    f"{label}, {values.size:,} completions, mean {values.mean():.3g}"
+    for label, values in kept.items()
+  ]
+  return _figure(chart.title, chart.unit, chart.note, "".join(parts), labels)
+
+
+def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:
+  """Edges of about `bins` bins that hold all values, ascending.
+
+  Args:
+    values: finite, at least one.
+    bins: most bins.
+  """
+  low, high = float(values.min()), float(values.max())
+  if (values == np.round(values)).all() and high - low < bins:
+    return np.arange(low - 0.5, high + 1.0)
+  if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
+    pad = abs(low) * 0.1 or 0.5
+    return np.linspace(low - pad, high + pad, 4)
+  return np.linspace(low, high, bins + 1)
+
+
+def _figure(
+  title: str, unit: str, note: str, drawing: str, labels: Sequence[str]
+) -> str:
+  """A drawing with its title, unit, explanation and legend."""
+  small = f" <small>{html.escape(unit)}</small>" if unit else ""
   legend = "".join(
-    f'<span><i class="swatch b{index % COLOURS}"></i>'
-    f"{html.escape(series.label)}</span>"
-    for index, series in enumerate(chart.series)
+    f'<span><i class="swatch b{index % COLOURS}"></i>{html.escape(label)}'
+    "</span>"
+    for index, label in enumerate(labels)
   )
+  said = f'<p class="about">{html.escape(note)}</p>' if note else ""
   return (
-    f'<figure class="chart"><figcaption>{html.escape(chart.title)}{unit}'
-    f"</figcaption>{''.join(parts)}"
+    f'<figure class="chart"><figcaption>{html.escape(title)}{small}'
+    f"</figcaption>{said}{drawing}"
     f'<div class="legend">{legend}</div></figure>'
   )
 

@@ -18,12 +18,10 @@ class StepView:
 
 
 @dataclasses.dataclass(frozen=True)
-class ThoughtView:
-  """One completion whose thought is shown step by step."""
+class CompletionView:
+  """One model's completion of a prompt, its thought step by step."""
 
   stage: str  # the model that generated it: "base", "sft", "rl"
-  prompt: str
-  reference: str
   steps: Sequence[StepView]
   answer: str
   terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -31,22 +29,12 @@ class ThoughtView:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerView:
-  """One stage's completion of a prompt."""
-
-  stage: str
-  thought: str
-  answer: str
-  terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleView:
-  """One prompt with the completions of several stages, side by side."""
+class PromptCard:
+  """One prompt with the completions of several models, side by side."""
 
   prompt: str
   reference: str
-  answers: Sequence[AnswerView]
+  completions: Sequence[CompletionView]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +55,17 @@ class Chart:
   x_label: str = "step"
   unit: str = ""
   folded: bool = False  # collapsed at first
+  note: str = ""  # one sentence that says what is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+  """Distributions of one quantity, drawn over each other."""
+
+  title: str
+  values: Mapping[str, Sequence[float]]  # by label
+  unit: str = ""
+  note: str = ""  # one sentence that says what is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +79,11 @@ class Page:
   charts: Mapping[str, Sequence[Chart]] = dataclasses.field(
     default_factory=dict
   )  # section -> its charts
+  constants: Mapping[str, Mapping[str, float]] = dataclasses.field(
+    default_factory=dict
+  )  # section -> metrics that never changed, which have no chart
+  histograms: Mapping[str, Sequence[Histogram]] = dataclasses.field(
+    default_factory=dict
+  )  # section -> its histograms
   rows: Sequence[table.Row] = ()
-  samples: Sequence[SampleView] = ()
-  thoughts: Sequence[ThoughtView] = ()
+  cards: Sequence[PromptCard] = ()

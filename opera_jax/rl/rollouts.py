@@ -58,6 +58,7 @@ def collect(
   samples: int,
   filter_reward: str = "",
   advance: Callable[[int], None] | None = None,
+  phase: Callable[[str], None] = lambda name: None,
 ) -> Collected:
   """Samples and scores a batch of prompts, and further batches if needed.
 
@@ -76,6 +77,7 @@ def collect(
     advance: progress callback, called with the number of tokens sampled or
       scored; an exception from it aborts the step, which has not changed any
       state yet.
+    phase: called with "sampling" and "scoring" as they start.
 
   Raises:
     ValueError: `filter_reward` is not a reward term.
@@ -87,6 +89,7 @@ def collect(
   tokens, seconds, wanted, found = 0, [0.0, 0.0], 0, 0
   for at, (batch, ids) in enumerate(batches):
     begin = time.monotonic()
+    phase("sampling")
     groups = engine.sample(
       rollout_params,
       ids,
@@ -97,6 +100,7 @@ def collect(
       advance=advance,
     )
     sampled = time.monotonic()
+    phase("scoring")
     scored = reward_scorer.score(params, batch, ids, groups, advance=advance)
     seconds[0] += sampled - begin
     seconds[1] += time.monotonic() - sampled

@@ -13,6 +13,7 @@ from opera_jax.rl import score as score_lib
 # Reward terms of open-ended prompts only, and of maths prompts only.
 OPEN_ENDED = ("opera", "r_ppl", "r_self", "count", "score")
 MATHS = ("verifiable", "correct", "cannot_tell", "check_failed", "undecided")
+BY_TASK = {"open_ended": OPEN_ENDED, "math": MATHS}
 NAMES = {
   "thought_tokens": "completions/mean_thought_length",
   "steps": "thought/steps",
@@ -96,3 +97,17 @@ def rl_step(
   out["time/reward_fraction"] = out["time/reward"] / out["step_time"]
   out["tokens_per_second"] = length_R.sum() / out["step_time"]
   return {name: float(value) for name, value in out.items()}
+
+
+def shown(line: Mapping[str, float]) -> dict[str, str]:
+  """The numbers of a step that the progress bar shows, by name."""
+  forms = {
+    "reward/mean": ("reward", ".3g"),
+    "kl": ("KL", ".2g"),
+    "completions/mean_length": ("length", ".0f"),
+  }
+  return {
+    label: format(line[name], form)
+    for name, (label, form) in forms.items()
+    if name in line
+  }

@@ -51,6 +51,8 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.gguf", "*.model")
 _READ = ("path", "math_path", "responses_path")
 # Fields of config.data that affect only these tasks.
 _SAVED_TOKENIZER = ("tokenizer*.json", "generation_config.json")
+# Settings of a stage that may change while it runs.
+_WITHOUT_EFFECT = ("checkpoint_every", "keep_rollouts")
 _COUNTS = {
   "documents": ("documents",),
   "synthesis": ("synthesis",),
@@ -112,8 +114,8 @@ class Run:
       inputs: returns further inputs; called on process 0.
       computes: whether it runs the model; then its result depends on seed,
         model sizes and tokenizer.
-      **settings: of this stage. `checkpoint_every` is not recorded, since
-        results do not depend on it.
+      **settings: of this stage. Those that results do not depend on are not
+        recorded, see `_WITHOUT_EFFECT`.
     """
 
     def stage_inputs() -> dict[str, list[str] | None]:
@@ -138,7 +140,7 @@ class Run:
     return workdir_lib.Stage(
       self.workdir,
       name,
-      common | {k: _without_save_interval(v) for k, v in settings.items()},
+      common | {k: _with_effect(v) for k, v in settings.items()},
       made_from,
       redo=self.redo,
     )
@@ -554,11 +556,11 @@ def directory_inputs(
   return {name: None} if finished else {}
 
 
-def _without_save_interval(values: Any) -> Any:
-  """Drops `checkpoint_every` from the settings of a stage."""
+def _with_effect(values: Any) -> Any:
+  """Drops the settings of a stage that its result does not depend on."""
   if not isinstance(values, dict):
     return values
-  return {k: v for k, v in values.items() if k != "checkpoint_every"}
+  return {k: v for k, v in values.items() if k not in _WITHOUT_EFFECT}
 
 
 def _tokenizer(

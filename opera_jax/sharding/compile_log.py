@@ -52,6 +52,20 @@ def spans() -> list[Span]:
   return found
 
 
+def compiling() -> str:
+  """The program that is being compiled now; "" if none is.
+
+  That is the one that was lowered last, as long as no program has been compiled
+  since.
+  """
+  for span in reversed(spans()):
+    if span.phase == "compile":
+      return ""
+    if span.phase == "lower":
+      return span.program
+  return ""
+
+
 def programs(logged: Iterable[Span]) -> int:
   """Number of programs that were compiled, or read from the persistent
   cache."""

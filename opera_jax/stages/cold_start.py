@@ -25,6 +25,7 @@ from opera_jax.stages import dataset_card as dataset_card_lib
 from opera_jax.stages import first_sample
 from opera_jax.synthesis import filters, rewrite, search, templates
 from opera_jax.train import checkpoint, metrics
+from opera_jax.train import progress as progress_lib
 
 METHODS = ("search", "rewrite")
 
@@ -258,7 +259,7 @@ def _make(
   seed = run.seed if settings.seed < 0 else settings.seed
   key = jax.random.key(seed + 1)
   shown: list[str] = []
-  with metrics.Progress(
+  with progress_lib.Progress(
     len(prompts), "synthesize", unit="trace", done=done
   ) as progress:
 

@@ -444,6 +444,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "seed": _ANY_SEED,
     "token_budget": count(0),
     "checkpoint_every": count(),
+    "keep_rollouts": count(0),
   }),
   "evaluate": (_EVALUATE, {
     "samples": count(2),

@@ -1,11 +1,15 @@
 """Evaluates the base, SFT and RL models on held-out prompts.
 
+Every sample is kept in `evaluate/samples/MODEL.jsonl.gz`, in the records of
+`rl.rollout_files`, with "model" and, on storyworld, "facts": which facts the
+answer keeps.
+
 Shape key: B prompts, N samples a prompt, M models.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +18,15 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
+from opera_jax.rl import rollout_files
 from opera_jax.rl import score as score_lib
 from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
+from opera_jax.sharding import runtime
 from opera_jax.text import tokenizer as tokenizer_lib
-from opera_jax.train import checkpoint, metrics
+from opera_jax.train import checkpoint
+from opera_jax.train import progress as progress_lib
 
 MODELS = ("base", "sft", "rl")
 
@@ -45,6 +52,12 @@ GENERAL = (
 )
 FACTS = table.Measure("facts", "facts kept, of 5 (no reward sees it)")
 CORRECT = table.Measure("correct", "maths answers right")
+# What the page says of a completion, by task.
+SHOWN = {
+  "open_ended": ("count", "r_self", "r_ppl", "score"),
+  "math": ("correct",),
+}
+SAMPLES = "samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +120,20 @@ def _evaluate(
   ids = run.prompt_ids(prompts)
   partial = partial_lib.PartialResults(stage.path / "pieces")
   samples, values = {}, {}
-  with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
+  with progress_lib.Progress(len(MODELS), "evaluate", unit="model") as progress:
 
     def advance(tokens: int) -> None:
       progress.update(0, tokens=tokens)
       preemption.exit_if_requested()
 
     for model in MODELS:
-      samples[model], values[model] = _one_model(
+      progress.phase(f"the {model} model")
+      samples[model], values[model], records = _one_model(
         run, model, prompts, ids, settings, partial, advance
       )
+      if runtime.is_main_process():
+        place = stage.path / SAMPLES / f"{model}.jsonl.gz"
+        rollout_files.write(place, records)
       progress.update()
     open_ended = np.asarray([p.task == "open_ended" for p in prompts])
     if open_ended.any():
@@ -149,12 +166,17 @@ def _one_model(
   settings: Settings,
   partial: partial_lib.PartialResults,
   advance: Advance,
-) -> tuple[list[list[structs.Sample]], dict[str, np.ndarray]]:
-  """Samples [B][N] of one model, and its measures, [B] each."""
+) -> tuple[
+  list[list[structs.Sample]], dict[str, np.ndarray], list[dict[str, Any]]
+]:
+  """Samples [B][N] of one model, its measures, [B] each, and a record of each
+  sample."""
   load = functools.cache(lambda: run.load(model))
   to_sample = functools.cache(lambda: run.for_rollout(load()))
   has_facts = all("facts" in p.columns for p in prompts)
-  every, measured = [], []
+  every: list[list[structs.Sample]] = []
+  measured: list[dict[str, list[float]]] = []
+  records: list[dict[str, Any]] = []
   for block in partial_lib.blocks(len(prompts)):
     mine = partial_lib.take(prompts, block), partial_lib.take(ids, block)
 
@@ -177,20 +199,53 @@ def _one_model(
     name = f"{model}-{block.start:08d}"
     groups = partial_lib.samples_from_json(partial.get(f"{name}-samples", draw))
 
-    def measure(
-      mine: Any = mine, groups: Any = groups
-    ) -> dict[str, list[float]]:
+    def measure(mine: Any = mine, groups: Any = groups) -> dict[str, Any]:
       scored = run.eval_scorer.score(
         load(), mine[0], mine[1], groups, advance=advance
       )
+      facts = _facts(run, mine[0], groups) if has_facts else None
       found = _measures(
-        run, load(), mine[0], mine[1], groups, scored, has_facts, advance
+        run, load(), mine[0], mine[1], groups, scored, facts, advance
       )
-      return {key: value.tolist() for key, value in found.items()}
+      return {
+        "values": {key: value.tolist() for key, value in found.items()},
+        "records": _records(run, model, scored, facts),
+      }
 
     every += groups
-    measured.append(partial.get(f"{name}-values", measure))
-  return every, _joined(measured, list(partial_lib.blocks(len(prompts))))
+    piece = partial.get(f"{name}-scored", measure)
+    measured.append(piece["values"])
+    records += piece["records"]
+  values = _joined(measured, list(partial_lib.blocks(len(prompts))))
+  return every, values, records
+
+
+def _facts(
+  run: setup_lib.Run,
+  prompts: Sequence[structs.Prompt],
+  groups: Sequence[Sequence[structs.Sample]],
+) -> list[dict[str, bool]]:
+  """Which facts each completion's answer keeps, [B * N]."""
+  return [
+    storyworld.facts_kept(answer_text(run, sample), prompt.columns["facts"])
+    for prompt, group in zip(prompts, groups)
+    for sample in group
+  ]
+
+
+def _records(
+  run: setup_lib.Run,
+  model: str,
+  scored: score_lib.Scored,
+  facts: Sequence[Mapping[str, bool]] | None,
+) -> list[dict[str, Any]]:
+  """Records of completions, with their model and the facts that they keep."""
+  found = rollout_files.records(scored, run.tokenizer.decode, step=0)
+  return [
+    {"model": model, **record}
+    | ({} if facts is None else {"facts": dict(facts[r])})
+    for r, record in enumerate(found)
+  ]
 
 
 def _joined(
@@ -230,10 +285,10 @@ def _measures(
   ids: Sequence[np.ndarray],
   groups: Sequence[Sequence[structs.Sample]],
   scored: score_lib.Scored,
-  has_facts: bool,
+  facts: Sequence[Mapping[str, bool]] | None,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """Means over each prompt's samples, [B] each; facts only if `has_facts`."""
+  """Means over each prompt's samples, [B] each."""
   parts = {
     name: part_BN.mean(axis=1)
     for name, part_BN in scored.terms.items()
@@ -242,22 +297,9 @@ def _measures(
   parts["finished"] = np.asarray(
     [np.mean([s.finished for s in group]) for group in groups]
   )
-  if has_facts:
-    parts["facts"] = np.asarray(
-      [
-        np.mean(
-          [
-            sum(
-              storyworld.facts_kept(
-                answer_text(run, s), p.columns["facts"]
-              ).values()
-            )
-            for s in group
-          ]
-        )
-        for p, group in zip(prompts, groups)
-      ]
-    )
+  if facts is not None:
+    kept_R = np.asarray([sum(kept.values()) for kept in facts])
+    parts["facts"] = kept_R.reshape(len(prompts), -1).mean(axis=1)
   parts |= thought_logprobs(run, params, prompts, ids, groups, advance)
   return {name: np.asarray(v, np.float64) for name, v in parts.items()}
 
@@ -403,56 +445,43 @@ def _shown(
   settings: Settings,
   advance: Advance,
 ) -> list[dict[str, Any]]:
-  """A few completions of every model, with the effect of each step on y_ref."""
-  chosen = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
-  chosen = chosen[: settings.thoughts]
+  """A completion of a few prompts by every model, its steps scored."""
+  # Open-ended prompts first, in the order of the tasks.
+  chosen = sorted(
+    range(len(prompts)), key=lambda b: prompts[b].task != "open_ended"
+  )[: settings.thoughts]
+  mine = [prompts[b] for b in chosen]
   out = []
   for model in MODELS if chosen else ():
     groups = [samples[model][b] for b in chosen]
     scored = run.eval_scorer.score(
       run.load(model),
-      [prompts[b] for b in chosen],
+      mine,
       [ids[b] for b in chosen],
       groups,
       all_steps=True,
       advance=advance,
     )
-    for place, b in enumerate(chosen):
-      completion = place * settings.samples
+    has_facts = all("facts" in p.columns for p in mine)
+    facts = _facts(run, mine, groups) if has_facts else None
+    for record in _records(run, model, scored, facts):
+      if record["sample"]:
+        continue
+      terms = {"facts": sum(record["facts"].values())} if has_facts else {}
+      terms |= {name: record["terms"][name] for name in SHOWN[record["task"]]}
+      place = len(out) % len(chosen)
       out.append(
         {
           "model": model,
-          "prompt": prompts[b].prompt,
-          "reference": prompts[b].reference,
-          "text": run.tokenizer.completion_text(groups[place][0].tokens),
+          "prompt": record["prompt"],
+          "reference": record["reference"],
+          "text": record["completion"],
           "answer": answer_text(run, groups[place][0]),
-          "steps": _steps(run, scored, completion, groups[place][0]),
-          "terms": {
-            k: float(scored.terms[k][place, 0])
-            for k in ("r_self", "r_ppl", "count", "score")
-          },
+          "steps": [
+            {name: step[name] for name in ("text", "delta", "reflective")}
+            for step in record["steps"]
+          ],
+          "terms": terms | {"completion_tokens": record["completion_tokens"]},
         }
       )
-  return out
-
-
-def _steps(
-  run: setup_lib.Run,
-  scored: score_lib.Scored,
-  completion: int,
-  sample: structs.Sample,
-) -> list[dict[str, Any]]:
-  thoughts, out = scored.thoughts, []
-  begin = int(thoughts.start[completion])
-  for j in range(int(thoughts.count[completion])):
-    end = int(thoughts.step_end[completion, j])
-    delta = float(scored.deltas_RJ[completion, j])
-    out.append(
-      {
-        "text": run.tokenizer.decode(sample.tokens[begin:end]).strip(),
-        "delta": delta,
-        "reflective": bool(thoughts.reflective[completion, j]),
-      }
-    )
-    begin = end
   return out

@@ -18,7 +18,8 @@ from opera_jax.report import clusters as page
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import runtime
 from opera_jax.synthesis import cluster, embedding, screening
-from opera_jax.train import checkpoint, metrics
+from opera_jax.train import checkpoint
+from opera_jax.train import progress as progress_lib
 
 _NEAREST = 4  # prompts of a cluster that the page shows
 _POINTS = 2_000  # prompts of the picture
@@ -184,7 +185,7 @@ def _embedded(
   """Embeds the prompts; a killed run resumes with the next batch."""
   parts, embed = [], None
   folder.mkdir(exist_ok=True)
-  with metrics.Progress(len(prompts), "embed", unit="prompt") as progress:
+  with progress_lib.Progress(len(prompts), "embed", unit="prompt") as progress:
     for start in range(0, len(prompts), batch):
       preemption.exit_if_requested()
       path = folder / f"{start:08d}.npy"

@@ -1,16 +1,21 @@
 """Writes the report page: settings, measures, curves and samples."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opera_jax.evals import bootstrap, table
 from opera_jax.models import decoder
-from opera_jax.report import curves, page, views
+from opera_jax.report import curves, names, page, views
+from opera_jax.rl import rollout_files, step_metrics
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange
+from opera_jax.stages import evaluate
 from opera_jax.train import checkpoint, metrics
 
+# Terms whose distribution never changes, or says nothing.
+_NOT_DRAWN = ("r_ppl", "closed", "steps_beyond_max")
 SECTIONS = {"base": "Base model", "sft": "SFT", "rl": "RL"}
 
 
@@ -36,6 +41,10 @@ def write(
 def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
   result = workdir_lib.result(run.workdir, "evaluate")
   rows = [_row(row) for row in result.get("table", ())]
+  lines = {
+    title: metrics.read(run.workdir / stage / "metrics.jsonl")
+    for stage, title in SECTIONS.items()
+  }
   path = run.workdir / "report.html"
   page.write(
     path,
@@ -44,15 +53,13 @@ def _write(run: setup_lib.Run, config: Mapping[str, Any]) -> None:
       summary=_summary(run, result, rows),
       config=config,
       captions=_captions(run, result),
-      charts={
-        title: curves.charts(
-          metrics.read(run.workdir / stage / "metrics.jsonl")
-        )
-        for stage, title in SECTIONS.items()
+      charts={title: curves.charts(read) for title, read in lines.items()},
+      constants={
+        title: curves.constants(read) for title, read in lines.items()
       },
+      histograms=_histograms(run.workdir),
       rows=rows,
-      samples=_samples(result.get("shown", ())),
-      thoughts=[_thought(shown) for shown in result.get("shown", ())],
+      cards=_cards(result.get("shown", ())),
     ),
   )
   print(f"report: {path}", flush=True)
@@ -133,36 +140,92 @@ def _captions(run: setup_lib.Run, result: Mapping[str, Any]) -> dict[str, str]:
   return out
 
 
-def _thought(shown: Mapping[str, Any]) -> views.ThoughtView:
-  return views.ThoughtView(
-    stage=shown["model"],
-    prompt=shown["prompt"],
-    reference=shown["reference"],
-    steps=[views.StepView(**step) for step in shown["steps"]],
-    answer=shown["answer"],
-    terms=shown["terms"],
-    note="" if shown["steps"] else "no closed thought: " + shown["text"],
-  )
-
-
-def _samples(every: Sequence[Mapping[str, Any]]) -> list[views.SampleView]:
+def _cards(every: Sequence[Mapping[str, Any]]) -> list[views.PromptCard]:
+  """One card a prompt, with the completions of all models."""
   by_prompt: dict[str, list[Mapping[str, Any]]] = {}
   for shown in every:
     by_prompt.setdefault(shown["prompt"], []).append(shown)
   return [
-    views.SampleView(
+    views.PromptCard(
       prompt=prompt,
       reference=group[0]["reference"],
-      answers=[
-        views.AnswerView(
+      completions=[
+        views.CompletionView(
           stage=shown["model"],
-          thought="\n\n".join(s["text"] for s in shown["steps"])
-          or shown["text"],
+          steps=[views.StepView(**step) for step in shown["steps"]],
           answer=shown["answer"],
           terms=shown["terms"],
+          note="" if shown["steps"] else "no closed thought: " + shown["text"],
         )
         for shown in group
       ],
     )
     for prompt, group in by_prompt.items()
   ]
+
+
+def _histograms(
+  workdir: pathlib.Path,
+) -> dict[str, list[views.Histogram]]:
+  """Distributions over held-out samples by model, and over RL's first and last
+  rollouts.
+
+  R_ppl is left out: ranks in a group have one distribution, whatever is learnt.
+  """
+  held_out = {
+    path.name.partition(".")[0]: list(rollout_files.read(path))
+    for path in (workdir / "evaluate" / evaluate.SAMPLES).glob("*.jsonl.gz")
+  }
+  files = rollout_files.steps(workdir / "rl" / "rollouts")
+  steps = list(files)
+  # A tenth of the steps each, where they do not overlap.
+  few = max(len(steps) // 10, 1)
+  rollouts = {
+    _span(some): [r for step in some for r in rollout_files.read(files[step])]
+    for some in (steps[:few], steps[-few:])
+    if len(steps) > 1
+  }
+  return {
+    "Held-out prompts, by model": _distributions(
+      {m: held_out[m] for m in evaluate.MODELS if m in held_out}
+    ),
+    "RL's rollouts, at the start and at the end": _distributions(rollouts),
+  }
+
+
+def _span(steps: Sequence[int]) -> str:
+  if len(steps) == 1:
+    return f"step {steps[0]}"
+  return f"steps {steps[0]} to {steps[-1]}"
+
+
+def _distributions(
+  records: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[views.Histogram]:
+  """A histogram of each number that the records hold and that varies."""
+  by_name: dict[str, dict[str, list[float]]] = {}
+  for label, group in records.items():
+    for record in group:
+      for name, value in _numbers(record).items():
+        if value is not None:
+          values = by_name.setdefault(name, {}).setdefault(label, [])
+          values.append(value)
+  return [
+    views.Histogram(names.label(name), values, note=names.meaning(name))
+    for name, values in by_name.items()
+    if len({v for group in values.values() for v in group}) > 1
+  ]
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
+  """The numbers of a completion whose distribution says something."""
+  numbers: dict[str, float | None] = {}
+  if "facts" in record:
+    numbers["facts"] = sum(record["facts"].values())
+  if record["step"]:
+    numbers["reward"] = record["reward"]
+    numbers["advantage"] = record["advantage"]
+  other_task = "math" if record["task"] == "open_ended" else "open_ended"
+  skipped = {*_NOT_DRAWN, *step_metrics.BY_TASK[other_task]}
+  numbers |= {k: v for k, v in record["terms"].items() if k not in skipped}
+  return numbers | {"completion_tokens": record["completion_tokens"]}

@@ -10,6 +10,7 @@ from opera_jax import structs
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import layout
 from opera_jax.train import checkpoint, metrics
+from opera_jax.train import progress as progress_lib
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
 
@@ -87,7 +88,7 @@ def fit(
   pending = None
   with (
     jax.set_mesh(mesh),
-    metrics.Progress(steps, stage.name, done=start) as progress,
+    progress_lib.Progress(steps, stage.name, done=start) as progress,
   ):
     for i in range(start, steps):
       batch = batches(i, mine)

@@ -1,4 +1,4 @@
-"""Logs metrics to JSONL and TensorBoard, and shows a progress bar.
+"""Logs metrics to JSONL and TensorBoard.
 
 Metric names look like "reward/mean"; docs/metrics.md lists all of them with
 their names in TRL and verl. `opera_jax.clock_metrics` lists those that depend
@@ -9,12 +9,8 @@ import json
 import math
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
-
-import tqdm
+from typing import Any
 
 from opera_jax import atomic_file
 from opera_jax.sharding import runtime
@@ -84,94 +80,6 @@ class Metrics:
       return
     self._file.close()
     self._board.close()
-
-
-class Progress:
-  """Shows speed and remaining time: a bar on a terminal, lines elsewhere."""
-
-  def __init__(
-    self,
-    total: int,
-    description: str,
-    *,
-    unit: str = "step",
-    done: int = 0,
-    seconds_between_lines: float = 10.0,
-    file: TextIO | None = None,
-  ):
-    """Starts the clock.
-
-    Args:
-      total: number of units.
-      description: label of the work.
-      unit: name of a unit.
-      done: units that earlier runs have finished.
-      seconds_between_lines: interval of the lines without a terminal.
-      file: to write to; default standard error.
-    """
-    self._file = file or sys.stderr
-    self._bar = tqdm.tqdm(
-      total=total,
-      initial=done,
-      desc=description,
-      unit=unit,
-      file=self._file,
-      disable=not (runtime.is_main_process() and self._file.isatty()),
-      dynamic_ncols=True,
-    )
-    self._description, self._unit = description, unit
-    self._total, self._first, self._done = total, done, done
-    self._tokens = 0
-    self._start = self._printed = time.monotonic()
-    self._every = seconds_between_lines
-
-  def __enter__(self) -> "Progress":
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    self.close()
-
-  @property
-  def done(self) -> int:
-    """Units finished."""
-    return self._done
-
-  def update(self, count: int = 1, *, tokens: int = 0) -> None:
-    """Adds `count` finished units with `tokens` processed tokens."""
-    self._done += count
-    self._tokens += tokens
-    if not self._bar.disable:
-      if self._tokens:
-        self._bar.set_postfix_str(f"{self._speed():,.0f} tokens/s", False)
-      self._bar.update(count)
-    elif time.monotonic() - self._printed >= self._every:
-      self._print()
-
-  def close(self) -> None:
-    """Ends the bar, or prints the last line."""
-    self._bar.close()
-    if self._bar.disable:
-      self._print()
-
-  def _speed(self) -> float:
-    return self._tokens / max(time.monotonic() - self._start, 1e-9)
-
-  def _print(self) -> None:
-    if not runtime.is_main_process():
-      return
-    self._printed = time.monotonic()
-    spent = self._printed - self._start
-    fresh = self._done - self._first
-    words = [f"{self._description}: {self._done}/{self._total} {self._unit}s"]
-    if self._tokens:
-      words.append(f"{self._speed():,.0f} tokens/s")
-    if fresh > 0:
-      words.append(f"{fresh / max(spent, 1e-9):.3g} {self._unit}s/s")
-    words.append(f"{spent:.0f} s")
-    if fresh > 0 and self._done < self._total:
-      left = spent / fresh * (self._total - self._done)
-      words.append(f"{left:.0f} s left")
-    print(", ".join(words), file=self._file, flush=True)
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -29,12 +29,16 @@ def excerpt(report: str, stage: str = "rl") -> str:
   """
   style = "".join(re.findall(r"<style.*?</style>", report, re.DOTALL))
   scale = re.search(r'<div class="scale">.*?</i>.*?</div>', report, re.DOTALL)
-  thoughts = [
-    article
-    for article in re.findall(r"<article>.*?</article>", report, re.DOTALL)
-    if article.startswith(f"<article><h3>{stage}</h3>")
-    and 'class="steps"' in article
-  ]
+  thoughts = []
+  for card in re.findall(r'<article class="card">.*?</article>', report, re.S):
+    asked, *columns = card.split('<div class="completion">')
+    column = next((c for c in columns if c.startswith(f"<h3>{stage}")), "")
+    if 'class="steps"' in column:
+      # The last column ends with the tags of the grid and the card.
+      column = column.removesuffix("</div></article>")
+      thoughts.append(
+        f'{asked}<div class="completion">{column}</div></article>'
+      )
   if not thoughts or scale is None:
     raise ValueError(
       f"The report shows no closed thought of the {stage} model. Take the "

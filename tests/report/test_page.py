@@ -55,20 +55,29 @@ def _page(text="words"):
     views.StepView(text, float("nan"), True),
     views.StepView(text, 0.0, True),
   ]
-  thought = views.ThoughtView(
-    text, text, text, steps, text, {text: 0.5}, note=text
+  card = views.PromptCard(
+    text,
+    text,
+    [
+      views.CompletionView(text, steps, text, {text: 0.5}, note=text),
+      views.CompletionView("rl", [], text),
+    ],
   )
-  answer = views.AnswerView(text, text, text, {text: 1.0})
   series = views.Series(text, [1, 2, 3], [0.1, None, 0.3])
   return views.Page(
     title=text,
     summary=text,
     config={text: text},
     captions={"prompts": text},
-    charts={text: [views.Chart(text, [series], x_label=text, unit=text)]},
+    charts={
+      text: [views.Chart(text, [series], x_label=text, unit=text, note=text)]
+    },
+    constants={text: {text: 1.0}},
+    histograms={
+      text: [views.Histogram(text, {text: [1.0, 2.0]}, unit=text, note=text)]
+    },
     rows=rows,
-    samples=[views.SampleView(text, text, [answer])],
-    thoughts=[thought],
+    cards=[card],
   )
 
 
@@ -89,7 +98,11 @@ def test_every_element_is_closed():
 
 def test_the_page_is_self_contained():
   text = page.render(_page())
-  assert not re.search(r"https?://|//|@import|<link|<script|src=|href=", text)
+  assert not re.search(r"https?://|//|@import|<link|<script|src=", text)
+  linked = re.findall(r'href="(.*?)"', text)
+  assert len(linked) == 5
+  assert set(linked) == {f"#{id_}" for id_ in re.findall(r' id="([^"]+)"', text)
+                         if id_ != "tip"}  # fmt: skip
   assert set(re.findall(r"url\((.*?)\)", text)) == {"#tip"}
   assert "default-src 'none'" in text
 
@@ -120,9 +133,32 @@ def test_steps_carry_sign_strength_number_and_mark():
 def test_one_outlier_does_not_pale_the_rest():
   steps = [views.StepView("s", 0.1 * (-1) ** i, False) for i in range(99)]
   steps.append(views.StepView("s", 50.0, False))
-  thought = views.ThoughtView("rl", "p", "r", steps, "a")
-  assert page.colour_scale([thought]) == pytest.approx(0.1)
+  card = views.PromptCard("p", "r", [views.CompletionView("rl", steps, "a")])
+  assert page.colour_scale([card]) == pytest.approx(0.1)
   assert page.colour_scale([]) == 0.01
+
+
+def test_curves_come_before_the_prompts_and_models_stand_side_by_side():
+  text = page.render(_page())
+  titles = re.findall(r"<h2>(.*?)</h2>", text)
+  assert titles == [
+    "Before and after",
+    "Curves",
+    "Distributions",
+    "Prompts",
+    "Config",
+  ]
+  (card,) = re.findall(r'<article class="card">.*?</article>', text)
+  assert card.count('<div class="completion">') == 2
+
+
+def test_known_terms_are_explained_and_a_users_own_is_shown_by_name():
+  terms = {"r_self": 0.5, "my<term>": 2.0}
+  completion = views.CompletionView("rl", [], "a", terms)
+  card = views.PromptCard("p", "r", [completion])
+  reader = _Reader(page.render(views.Page(title="t", cards=[card])))
+  assert "tanh(reflections that count / tau)" in reader.text
+  assert "R_self 0.5" in reader.text and "my<term> 2" in reader.text
 
 
 def test_verdicts_and_intervals_are_on_the_page():
@@ -140,8 +176,8 @@ def test_an_empty_page_is_a_page():
 
 
 def test_truncated_thoughts_say_so():
-  thought = views.ThoughtView("rl", "p", "r", [], "cut")
-  text = page.render(views.Page(title="t", thoughts=[thought]))
+  card = views.PromptCard("p", "r", [views.CompletionView("rl", [], "cut")])
+  text = page.render(views.Page(title="t", cards=[card]))
   assert "No closed thought, so no steps." in text
 
 

@@ -69,20 +69,61 @@ LINES = [
   {"step": 1, "reward/mean": 0.1, "reward/r_ppl": 0.5, "step_time": 2.0},
   {"step": 2, "reward/mean": None, "reward/r_ppl": 0.6, "optim/x": 3.0},
   {"step": 3, "reward/mean": 0.3, "reward/r_self": 0.2, "empty": None},
+  {"step": 4, "lr": 0.1, "kl": 0.0},
+  {"step": 5, "lr": 0.1, "kl": 0.5},
 ]
 
 
 def test_metrics_join_their_charts_and_none_is_lost():
   charts = curves.charts(LINES)
   shown = {chart.title: chart for chart in charts}
-  reward = shown["Reward, mean over samples"].series[0]
+  reward = shown["Reward"].series[0]
   assert (reward.x, reward.y) == ([1, 2, 3], [0.1, None, 0.3])
-  labels = [line.label for line in shown["Parts of the reward"].series]
-  assert labels == ["reward/r_ppl", "reward/r_self"]
-  assert shown["optim/x"].folded
-  assert not shown["Parts of the reward"].folded
+  labels = [line.label for line in shown["Terms of the reward"].series]
+  assert labels == ["reward/r_self"]
+  assert shown["optim/x"].folded and not shown["optim/x"].note
+  assert not shown["Terms of the reward"].folded and shown["Reward"].note
   every = {line.label for chart in charts for line in chart.series}
-  assert every == {"reward/mean", "reward/r_ppl", "reward/r_self", "optim/x"}
+  assert every == {"reward/mean", "reward/r_self", "optim/x", "kl"}
+
+
+def test_what_never_changed_has_no_chart_and_is_listed():
+  """Ranks in a group have one mean by construction: neither."""
+  assert curves.constants(LINES) == {"lr": 0.1}
+
+
+def _shares(svg):
+  """Heights of each histogram's bins, as fractions of its highest."""
+  outlines = re.findall(r'<polyline class="line c\d" points="([^"]*)"', svg)
+  found = []
+  for outline in outlines:
+    y = [float(point.split(",")[1]) for point in outline.split()]
+    height = y[0] - np.asarray(y[1:-1:2])
+    found.append(height / height.max())
+  return found
+
+
+def test_a_histogram_shows_shares_over_common_bins():
+  values = {"base": [0, 0, 0, 1], "rl": [1, 2, float("nan")]}
+  svg = plots.histogram(views.Histogram("count", values))
+  base, rl = _shares(svg)
+  np.testing.assert_allclose(base, [1, 1 / 3, 0], atol=0.01)
+  np.testing.assert_allclose(rl, [0, 1, 1], atol=0.01)
+  assert "base, 4 completions, mean 0.25" in svg
+  assert "rl, 2 completions, mean 1.5" in svg
+
+
+@pytest.mark.parametrize(
+  "values", [[0.5], [3, 3], [0, 500], [-1.5, 2.25, 7.0], [1e-12, 1.0], [1e9]]
+)
+def test_bins_hold_every_value(values):
+  edges = plots.bin_edges(np.asarray(values, float), 20)
+  assert (np.diff(edges) > 0).all() and len(edges) <= 21
+  assert np.histogram(values, edges)[0].sum() == len(values)
+
+
+def test_a_histogram_of_nothing_draws_nothing():
+  assert plots.histogram(views.Histogram("x", {"base": [float("nan")]})) == ""
 
 
 def test_long_metrics_are_averaged():

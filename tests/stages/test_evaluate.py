@@ -76,7 +76,11 @@ def evaluated(tmp_path, monkeypatch):
       found["r_self"] = np.ones(len(prompts))
     return found
 
+  def records(run, model, scored, facts):
+    return [{"model": model}]
+
   monkeypatch.setattr(evaluate, "_measures", measures)
+  monkeypatch.setattr(evaluate, "_records", records)
 
   def one(run, stop=None, folder="pieces"):
     calls = []
@@ -102,12 +106,13 @@ def evaluated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [1, 8, 9, 12, 17, 18, 23])
 def test_ended_anywhere_it_repeats_nothing_that_was_done(evaluated, stop):
   straight = _Run()
-  want_groups, want = evaluated(straight, folder="straight")
+  want_groups, want, want_records = evaluated(straight, folder="straight")
   assert len(straight.asked) == 6  # three pieces, sampled and scored
   first, second = _Run(), _Run()
   with pytest.raises(SystemExit):
     evaluated(first, stop)
-  groups, values = evaluated(second)
+  groups, values, records = evaluated(second)
+  assert records == want_records and len(records) == 3
   # The call that was ended is all that is done a second time.
   assert first.asked[:-1] + second.asked == straight.asked
   assert [[s.tokens.tobytes() for s in g] for g in groups] == [
@@ -119,7 +124,7 @@ def test_ended_anywhere_it_repeats_nothing_that_was_done(evaluated, stop):
 
 
 def test_a_measure_that_some_pieces_lack_is_0_there(evaluated):
-  _, values = evaluated(_Run())
+  _, values, _ = evaluated(_Run())
   assert values["r_self"].tolist() == [0.0] * 4 + [1.0] * 6
   assert len(values["length"]) == COUNT
 

@@ -1,6 +1,5 @@
 """A killed and resumed run writes the lines of a straight one."""
 
-import io
 import json
 
 import jax.numpy as jnp
@@ -70,28 +69,3 @@ def test_an_array_is_no_metric(tmp_path):
   metrics = run_metrics.Metrics(tmp_path, "rl")
   with pytest.raises(ValueError, match="'x' has shape"):
     metrics.write(1, {"x": np.zeros(2)})
-
-
-def test_progress_without_a_terminal_prints_lines():
-  file = io.StringIO()
-  with run_metrics.Progress(
-    4, "RL", done=1, seconds_between_lines=0.0, file=file
-  ) as progress:
-    progress.update(tokens=100)
-    progress.update(2, tokens=100)
-  lines = file.getvalue().splitlines()
-  assert lines[0].startswith("RL: 2/4 steps, ")
-  for word in ("tokens/s", "steps/s", "s left"):
-    assert word in lines[0]
-  assert lines[-1].startswith("RL: 4/4 steps") and "left" not in lines[-1]
-
-
-def test_progress_on_a_terminal_is_a_bar():
-  class Terminal(io.StringIO):
-    def isatty(self):
-      return True
-
-  file = Terminal()
-  with run_metrics.Progress(2, "SFT", file=file) as progress:
-    progress.update(2, tokens=10)
-  assert "SFT: 100%" in file.getvalue() and "tokens/s" in file.getvalue()
