@@ -57,7 +57,7 @@ def test_on_a_terminal_there_is_a_bar():
   text = file.getvalue()
   assert "SFT: 100%" in text and "tokens/s" in text
   assert "loss 1.5; updating" in text
-  assert text.endswith("loss 1.5]\n")
+  assert text.rstrip().endswith("loss 1.5]")
 
 
 @pytest.mark.parametrize(
