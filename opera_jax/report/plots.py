@@ -330,7 +330,7 @@ def _number(value: float, all_ticks: Sequence[float]) -> str:
   """Formats a tick with enough decimals to distinguish neighbours."""
   step = all_ticks[1] - all_ticks[0]
   largest = max(abs(all_ticks[0]), abs(all_ticks[-1]))
-  if largest >= 1e5 or largest < 1e-3:
+  if largest >= 1e5 or largest < 1e-2:
     return f"{value:.1e}" if value else "0"
   decimals = 0
   while decimals < 6 and abs(round(step, decimals) - step) > 1e-9 * step:

@@ -54,7 +54,7 @@ FACTS = table.Measure("facts", "facts kept, of 5 (no reward sees it)")
 CORRECT = table.Measure("correct", "maths answers right")
 # What the page says of a completion, by task.
 SHOWN = {
-  "open_ended": ("count", "r_self", "r_ppl", "score"),
+  "open_ended": ("count", "r_self", "score"),
   "math": ("correct",),
 }
 SAMPLES = "samples"
