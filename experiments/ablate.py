@@ -10,7 +10,7 @@ model.
 Every cell is a run of `experiments.opera_rl` in its own process and folder; a
 finished cell is skipped, and a killed one resumes. Writes `ablation.md`
 (results, costs, and for RL also reward probes), `ablation.json` and
-`curves.png`.
+`curves.png`, again after every cell.
 """
 
 import ast
@@ -72,8 +72,7 @@ def grid(config, root: pathlib.Path, preemption) -> None:
       temperature=task.rollout.temperature,
       **{name: task[name] for name in setup.SECTIONS},
     )
-  # 2. Measure that model, and any before it; then train and measure every row
-  # and seed.
+  # 2. Measure that model, and any before it.
   measure = functools.partial(
     measure_once, run, config=config, task=task, preemption=preemption
   )
@@ -81,7 +80,13 @@ def grid(config, root: pathlib.Path, preemption) -> None:
     name: {0: measure(name, start / f"measured_{name}.json")}
     for name in config.first.split(",")
   }
+  # 3. Compute each reward on completions that are built to exploit it.
+  preemption.exit_if_requested()
+  probed = probe(run, config, task, common_flags) if config.probes else {}
+  # 4. Train and measure every row and seed; the tables and curves so far are
+  # written after each.
   cost: dict[str, Any] = {}
+  text = ""
   for seed in config.seeds:
     for name, path, changes in config.rows:
       cell = root / "cells" / f"{slug(name)}-{seed}"
@@ -101,12 +106,9 @@ def grid(config, root: pathlib.Path, preemption) -> None:
       )
       cost.setdefault(name, {})[seed] = cost_of(cell)
       print(f"ablate: {name}, seed {seed}: {cost[name][seed]}", flush=True)
-  # 3. Compute each reward on completions that are built to exploit it.
-  preemption.exit_if_requested()
-  probed = probe(run, config, task, common_flags) if config.probes else {}
-  # 4. Write tables and curves.
-  with preemption.exit_at_once():
-    write(root, config, values, cost, probed)
+      with preemption.exit_at_once():
+        text = write(root, config, values, cost, probed)
+  print(text, flush=True)
 
 
 def check(config, common_flags) -> None:
@@ -296,10 +298,28 @@ def probe(run, config, task, common_flags):
   )
 
 
-def write(root, config, values, cost, probed) -> None:
+def write(root, config, values, cost, probed) -> str:
   """Writes the tables as Markdown, all numbers as JSON, and the curves as
-  PNG."""
+  PNG.
+
+  Args:
+    root: folder of the grid.
+    config: of the grid.
+    values: numbers of every measured model, by row and seed.
+    cost: of every cell, by row and seed.
+    probed: rewards of probes.
+
+  Returns:
+    The Markdown. While the grid runs, it shows the seeds that all rows so far
+    have.
+  """
   size = {"resamples": config.resamples}
+  rows = [name for name, _, _ in config.rows if name in cost]
+  seeds = sorted(set.intersection(*(set(cost[name]) for name in rows)))
+  values = values | {
+    name: {seed: values[name][seed] for seed in seeds} for name in rows
+  }
+  cost = {name: {seed: cost[name][seed] for seed in seeds} for name in rows}
   shown = {name: held_out.MEASURES[name] for name in config.measures}
   text = "\n\n".join(
     [
@@ -327,9 +347,9 @@ def write(root, config, values, cost, probed) -> None:
       metrics.read(
         root / "cells" / f"{slug(name)}-{s}" / config.last / "metrics.jsonl"
       )
-      for s in config.seeds
+      for s in seeds
     ]
-    for name, _, _ in config.rows
+    for name in rows
   }
   learning_curves.write(
     curves,
@@ -337,7 +357,7 @@ def write(root, config, values, cost, probed) -> None:
     root / "curves.png",
     config.over,
   )
-  print(text, flush=True)
+  return text
 
 
 def config_of(path: str, config) -> str:

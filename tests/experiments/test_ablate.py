@@ -125,3 +125,35 @@ def test_a_row_that_is_named_twice_is_refused():
     ValueError, match="(?s)Row 'bad': .*config.rl.loss is 'clip'"
   ):
     ablate.check(config, [])
+
+
+def test_tables_are_written_while_the_grid_runs(tmp_path):
+  """Every row of a table has the same seeds, those that all rows have."""
+  config = ablations.get_config("smoke").copy_and_resolve_references()
+  config.unlock()
+  config.rows = (("a", "", ""), ("b", "", ""), ("c", "", ""))
+  config.baseline, config.questions = "a", ()
+  config.measures, config.seeds = ("facts",), (0, 1, 2)
+  numbers = {"facts": [1.0, 2.0]}
+  for name in "abc":
+    for seed in config.seeds:
+      folder = tmp_path / "cells" / f"{name}-{seed}" / "rl"
+      folder.mkdir(parents=True)
+      (folder / "metrics.jsonl").write_text("")
+  values, cost = {"sft": {0: numbers}}, {}
+  shown = []
+  for seed in config.seeds:
+    for name in "abc":
+      values.setdefault(name, {})[seed] = numbers
+      cost.setdefault(name, {})[seed] = {"steps": 1, "sampled_tokens": 9}
+      text = ablate.write(tmp_path, config, values, cost, {})
+      assert (tmp_path / "ablation.md").read_text() == text + "\n"
+      table = text.split("\n\n")[0].splitlines()[2:]
+      shown.append([tuple(row.split(" | ")[:2]) for row in table])
+  assert shown[0] == [("| sft", "1"), ("| a", "1")]
+  assert shown[3] == [("| sft", "1"), ("| a", "1"), ("| b", "1"), ("| c", "1")]
+  assert shown[4] == shown[3]
+  assert shown[5][1:] == [("| a", "2"), ("| b", "2"), ("| c", "2")]
+  assert shown[-1][1:] == [("| a", "3"), ("| b", "3"), ("| c", "3")]
+  kept = json.loads((tmp_path / "ablation.json").read_text())
+  assert kept["values"]["a"]["2"] == numbers
