@@ -129,8 +129,11 @@ def decode_attention(
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     layer = scalars[: len(stack)]
     B, S = num_generated.shape
-    b, s = jnp.arange(B)[:, None], jnp.arange(S)[None]
-    where = (*layer, b, s, slice(None), num_generated)
+    # A slice over the heads would make XLA lay them out beside the features,
+    # while the attention kernel reads rows of tokens: it would copy the whole
+    # cache in every layer of every step.
+    b, s, head = jnp.ogrid[:B, :S, : k.shape[2]]
+    where = (*layer, b, s, head, num_generated[..., None])
     cache_k = cache_k.at[where].set(k, mode="drop")
     cache_v = cache_v.at[where].set(v, mode="drop")
     live = num_generated < cache_k.shape[-2]

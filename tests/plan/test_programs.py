@@ -1,7 +1,9 @@
 """The plan of a tiny run on absent chips, against sums made by hand."""
 
 import dataclasses
+import math
 import os
+import re
 
 import jax
 import pytest
@@ -96,6 +98,33 @@ def test_decoding_holds_its_caches_once(nothing_cached):
   )
   # The state and the reference; three counters and a key.
   assert cost.beside_bytes == 4 * 4 * (WEIGHTS // 4 + NORMS) + 3 * 4 + 8
+
+
+def test_a_decode_step_copies_no_cache(nothing_cached):
+  """With several key-value heads a device, which XLA may lay out otherwise."""
+  config = _config(
+    **{
+      "model.num_key_value_heads": 4,
+      "engine.prompt_slots": 64,
+      "rollout.max_new_tokens": 1024,
+    }
+  )
+  mesh, [decode] = _programs(config, ("decode",))
+  with jax.set_mesh(mesh):
+    lowered = decode.jitted.lower(*decode.arguments, **decode.static)
+  compiled = lowered.compile()
+  # Of one layer and kind, over 4 devices: 32 prompts, 4 samples, 2 heads.
+  layer = 32 * 4 * 2 * 1024 * 128
+  caches = 2 * 8 * layer * 2
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.05 * caches
+  moved = [
+    line.strip()[:120]
+    for line in compiled.as_text().splitlines()
+    if (found := re.search(r"= \(?bf16\[([\d,]+)\]\S* (\S+?)\(", line))
+    and math.prod(map(int, found[1].split(","))) >= layer
+    and found[2].partition("-")[0] in ("copy", "transpose", "slice", "dynamic")
+  ]
+  assert not moved, moved
 
 
 @pytest.mark.slow
