@@ -10,10 +10,10 @@ no multi-turn conversation: every prompt is independent, as in training.
 import sys
 from collections.abc import Iterator
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -88,4 +88,4 @@ def _show(prompt: int, sample: int, more: str) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main, resumes=False)

@@ -12,10 +12,10 @@ Shape key: B prompts per step, N samples per prompt.
 
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 from opera_jax.sharding import clock  # starts the run's clock
 
 # Imported on first use, so that --help and flag errors are fast.
@@ -431,7 +431,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
         saves.save(step, state, host_state(ema, total_tokens))
       if stop:
-        raise SystemExit(preemption.EXIT_CODE)
+        raise SystemExit(preemption.exit_code())
   log.close()
   saves.close()
   model = run.save("rl", learn.policy(state.params, frozen))
@@ -526,4 +526,4 @@ def host_state(ema: float | None, sampled: int) -> dict:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

@@ -5,10 +5,10 @@
 Reads `select/traces`, writes `sft/model`.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -41,4 +41,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

@@ -11,10 +11,10 @@ the folder, and they split the work. On the hosts of one TPU slice add
 and fsdp the devices per host, each host works independently.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -66,4 +66,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

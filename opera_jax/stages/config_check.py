@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from opera_jax import config_fields
+from opera_jax import config_fields, user_errors
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
@@ -106,9 +106,8 @@ def one_of(*names: str) -> Rule:
   def rule(value: Any) -> str:
     if value in names:
       return ""
-    return (
-      f"use one of {', '.join(map(repr, names))}{compose.nearest(value, names)}"
-    )
+    near = user_errors.nearest(value, names)
+    return f"use one of {', '.join(map(repr, names))}{near}"
 
   return rule
 
@@ -587,7 +586,7 @@ def _terms(
       yield (
         f"config.rl.filter_reward is {decides!r}; name one of the terms of "
         f'config.reward.terms, {names}, or "" for their weighted sum'
-        f"{compose.nearest(decides, names)}"
+        f"{user_errors.nearest(decides, names)}"
       )
 
 

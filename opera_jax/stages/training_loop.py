@@ -105,7 +105,7 @@ def fit(
         pending = None
         saves.save(i + 1, state, {})
       if stop:
-        raise SystemExit(preemption.EXIT_CODE)
+        raise SystemExit(preemption.exit_code())
   log.close()
   saves.close()
   return state.params
