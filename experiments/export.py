@@ -21,7 +21,7 @@ from opera_jax import commands, config_flag
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.models import hf_checkpoint, lora, peft_adapter
-  from opera_jax.run import setup
+  from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime
 
 _CONFIG = config_flag.define("configs/tiny.py")
@@ -48,12 +48,9 @@ _BASE_MODEL = flags.DEFINE_string(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
+  workdir.existing(_WORKDIR.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  run = setup.from_config(_WORKDIR.value, config)
   if _ADAPTER.value:
     export_adapter(run, config)
     return

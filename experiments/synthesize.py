@@ -18,7 +18,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import record, setup, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
     cold_start,
@@ -47,11 +47,8 @@ def main(_) -> None:
   rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.setup(
-        _WORKDIR.value,
-        temperature=config.rollout.temperature,
-        **{name: config[name] for name in setup.SECTIONS},
-      )
+      run = setup.from_config(_WORKDIR.value, config)
+      record.write(run.workdir, config, run.tasks.digests)
     preflight.synthesis(run, search)
     supervised.base(
       run,

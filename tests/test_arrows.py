@@ -67,7 +67,8 @@ ALLOWED = {
         "structs", "atomic_file", "commands", "config_fields", "config_file",
         "config_flag", "file_lock", "hub", "shipped", "sharding", "models",
         "text", "data", "rollout", "scoring", "rewards", "advantages",
-        "losses", "synthesis", "train", "rl", "evals", "report", "run", "stages", "plan",
+        "losses", "synthesis", "train", "rl", "evals", "report", "run",
+        "stages", "plan",
     },
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def synthesize(
   shards = shards_lib.Shards(
     stage.path / "shards", [p.id for p in prompts], settings.batch
   )
-  _make(run, prompts, shards, settings, preemption)
+  _make(run, stage, prompts, shards, settings, preemption)
 
   def write() -> dict[str, int]:
     forced = 0
@@ -133,6 +133,7 @@ def synthesize(
 
   with stage.locked(preemption):
     if not _whole(stage):
+      stage.begin()
       stage.finish(exchange.on_main_process(write))
 
 
@@ -198,6 +199,7 @@ def select(
 
   with stage.locked(preemption):
     if not _whole(stage):
+      stage.begin()
       stage.finish(exchange.on_main_process(write_interruptibly))
 
 
@@ -228,6 +230,7 @@ def _whole(stage: workdir_lib.Stage) -> bool:
 
 def _make(
   run: setup_lib.Run,
+  stage: workdir_lib.Stage,
   prompts: list[structs.Prompt],
   shards: shards_lib.Shards,
   settings: Search,
@@ -269,6 +272,8 @@ def _make(
 
       def ended(trace: traces.Trace, index: int = index) -> None:
         if own is not None or runtime.is_main_process():
+          if not shown:
+            stage.begin_here()
           shards.add(index, trace)
         if not shown:
           shown.append(trace.id)

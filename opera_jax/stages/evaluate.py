@@ -1,11 +1,11 @@
-"""Evaluates the base, SFT and RL models on held-out prompts.
+"""Evaluates the models of a run on held-out prompts.
 
 Shape key: B prompts, N samples a prompt, M models.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,17 +15,19 @@ from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
 from opera_jax.rl import score as score_lib
+from opera_jax.run import initial_model
 from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint, metrics
 
-MODELS = ("base", "sft", "rl")
-
+# What the measures call the models.
+TITLES = {"base": "base", "init": "init", "sft": "SFT", "rl": "RL"}
+POOLED = "R_ppl among all models' samples, scored by"
 OPEN_ENDED = (
   table.Measure("r_self", "R_self"),
-  table.Measure("r_ppl", "R_ppl among all models' samples, scored by SFT"),
+  table.Measure("r_ppl", POOLED),  # with the name of the model that scores
   table.Measure("count", "productive reflections a thought"),
   table.Measure(
     "logp_direct", "log P(y_ref | x), empty thought", unit="nats/token"
@@ -64,7 +66,11 @@ Advance = Callable[[int], None]
 
 
 def evaluate(
-  run: setup_lib.Run, settings: Settings, preemption: checkpoint.Preemption
+  run: setup_lib.Run,
+  settings: Settings,
+  preemption: checkpoint.Preemption,
+  *,
+  lineage: Sequence[str] = ("base", "sft", "rl"),
 ) -> None:
   """Writes `evaluate/DONE.json`: measures, their table, and a few samples.
 
@@ -72,29 +78,36 @@ def evaluate(
   model each.
 
   Args:
-    run: the run, with three finished models.
+    run: the run, with at least one finished model.
     settings: of sampling and scoring.
     preemption: checked after every call.
+    lineage: the run's models in training order, see `initial_model.lineage`;
+      those that there are are compared.
 
   Raises:
-    FileNotFoundError: a model is missing.
+    FileNotFoundError: there is none.
   """
-  for model in MODELS:
-    if not workdir_lib.result(run.workdir, model):
-      raise FileNotFoundError(
-        f"Stage {model!r} has not finished in {run.workdir}, and evaluation "
-        f"compares {', '.join(MODELS)}. Add it to config.stages."
-      )
+  models = {
+    initial_model.label(model): model
+    for model in lineage
+    if model not in initial_model.STAGES
+    or workdir_lib.result(run.workdir, model)
+  }
+  if not models:
+    raise FileNotFoundError(
+      f"No stage has left a model in {run.workdir}, and evaluation compares "
+      f"{', '.join(lineage)}. Add one of them to config.stages."
+    )
   stage = run.stage(
     "evaluate",
     tasks=("held_out",),
-    models=MODELS,
+    models=list(models.values()),
     evaluate=dataclasses.asdict(settings),
     reward=run.reward,
   )
   with stage.locked(preemption):
     if not stage.finished():
-      stage.finish(_evaluate(run, stage, settings, preemption))
+      stage.finish(_evaluate(run, stage, settings, preemption, models))
 
 
 def _evaluate(
@@ -102,31 +115,35 @@ def _evaluate(
   stage: workdir_lib.Stage,
   settings: Settings,
   preemption: checkpoint.Preemption,
+  models: Mapping[str, str],
 ) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  partial = partial_lib.PartialResults(stage.path / "pieces")
+  partial = partial_lib.PartialResults(stage.path / "pieces", stage.begin)
   samples, values = {}, {}
-  with metrics.Progress(len(MODELS), "evaluate", unit="model") as progress:
+  with metrics.Progress(len(models), "evaluate", unit="model") as progress:
 
     def advance(tokens: int) -> None:
       progress.update(0, tokens=tokens)
       preemption.exit_if_requested()
 
-    for model in MODELS:
-      samples[model], values[model] = _one_model(
-        run, model, prompts, ids, settings, partial, advance
+    for name, model in models.items():
+      samples[name], values[name] = _one_model(
+        run, name, model, prompts, ids, settings, partial, advance
       )
       progress.update()
     open_ended = np.asarray([p.task == "open_ended" for p in prompts])
+    # The reference of KL: the model before RL, or the first of all.
+    judge = "sft" if "sft" in models else next(iter(models))
     if open_ended.any():
+      load_judge = functools.cache(lambda: run.load(models[judge]))
       pooled = _pooled_rank(
-        run, prompts, ids, samples, open_ended, partial, advance
+        run, load_judge, prompts, ids, samples, open_ended, partial, advance
       )
-      for model in MODELS:
-        values[model]["r_ppl"] = pooled[model]
-    shown = _shown(run, prompts, ids, samples, settings, advance)
-  rows = _table(values, open_ended, prompts, settings)
+      for name in models:
+        values[name]["r_ppl"] = pooled[name]
+    shown = _shown(run, models, prompts, ids, samples, settings, advance)
+  rows = _table(values, judge, open_ended, prompts, settings)
   print(table.as_markdown(rows), flush=True)
   return {
     "prompts": len(prompts),
@@ -143,6 +160,7 @@ def _evaluate(
 
 def _one_model(
   run: setup_lib.Run,
+  label: str,
   model: str,
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
@@ -174,7 +192,7 @@ def _one_model(
       )
       return partial_lib.samples_to_json(drawn)
 
-    name = f"{model}-{block.start:08d}"
+    name = f"{label}-{block.start:08d}"
     groups = partial_lib.samples_from_json(partial.get(f"{name}-samples", draw))
 
     def measure(
@@ -333,6 +351,7 @@ def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:
 
 def _pooled_rank(
   run: setup_lib.Run,
+  load: Callable[[], Any],
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   samples: dict[str, list[list[structs.Sample]]],
@@ -340,16 +359,16 @@ def _pooled_rank(
   partial: partial_lib.PartialResults,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """R_ppl in groups that pool the samples of all models, scored by the SFT
-  model."""
-  load = functools.cache(lambda: run.load("sft"))
+  """R_ppl in groups that pool the samples of all models, scored by one."""
   chosen = [b for b in range(len(prompts)) if open_ended[b]]
-  out = {model: np.zeros(len(prompts)) for model in MODELS}
+  out = {model: np.zeros(len(prompts)) for model in samples}
   for block in partial_lib.blocks(len(chosen)):
     mine = partial_lib.take(chosen, block)
 
     def rank(mine: Any = mine) -> list[list[float]]:
-      pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
+      pooled = [
+        [s for group in samples.values() for s in group[b]] for b in mine
+      ]
       scored = run.eval_scorer.score(
         load(),
         [prompts[b] for b in mine],
@@ -357,24 +376,25 @@ def _pooled_rank(
         pooled,
         advance=advance,
       )
-      rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(MODELS), -1)
+      rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(samples), -1)
       return rank_BX.mean(axis=2).tolist()
 
     for b, ranks in zip(mine, partial.get(f"pooled-{block.start:08d}", rank)):
-      for model, value in zip(MODELS, ranks, strict=True):
+      for model, value in zip(samples, ranks, strict=True):
         out[model][b] = value
   return out
 
 
 def _table(
   values: dict[str, dict[str, np.ndarray]],
+  judge: str,
   open_ended: np.ndarray,
   prompts: Sequence[structs.Prompt],
   settings: Settings,
 ) -> list[table.Row]:
   """The table: open-ended measures over open-ended prompts, the rest over
   all."""
-  if "facts" in values[MODELS[0]]:
+  if all("facts" in measured for measured in values.values()):
     general: tuple[table.Measure, ...] = (FACTS, *GENERAL)
   else:
     general = GENERAL
@@ -389,7 +409,12 @@ def _table(
 
   out = []
   if open_ended.any():
-    out += rows(OPEN_ENDED, open_ended)
+    scored = {"r_ppl": f"{POOLED} {TITLES[judge]}"}
+    measures = [
+      dataclasses.replace(m, label=scored.get(m.key, m.label))
+      for m in OPEN_ENDED
+    ]
+    out += rows(measures, open_ended)
   if not open_ended.all():
     out += rows((CORRECT,), ~open_ended)
   return out + rows(general, np.ones(len(prompts), bool))
@@ -397,6 +422,7 @@ def _table(
 
 def _shown(
   run: setup_lib.Run,
+  models: Mapping[str, str],
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   samples: dict[str, Any],
@@ -407,8 +433,8 @@ def _shown(
   chosen = [b for b, p in enumerate(prompts) if p.task == "open_ended"]
   chosen = chosen[: settings.thoughts]
   out = []
-  for model in MODELS if chosen else ():
-    groups = [samples[model][b] for b in chosen]
+  for name, model in models.items() if chosen else ():
+    groups = [samples[name][b] for b in chosen]
     scored = run.eval_scorer.score(
       run.load(model),
       [prompts[b] for b in chosen],
@@ -421,7 +447,7 @@ def _shown(
       completion = place * settings.samples
       out.append(
         {
-          "model": model,
+          "model": name,
           "prompt": prompts[b].prompt,
           "reference": prompts[b].reference,
           "text": run.tokenizer.completion_text(groups[place][0].tokens),

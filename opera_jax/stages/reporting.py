@@ -9,6 +9,7 @@ from opera_jax.report import curves, page, views
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange
+from opera_jax.stages import evaluate
 from opera_jax.train import checkpoint, metrics
 
 SECTIONS = {"base": "Base model", "sft": "SFT", "rl": "RL"}
@@ -104,8 +105,9 @@ def _summary(
     last = row.cells[-1]
     if last.change is None:
       continue
+    before, after = (evaluate.TITLES[c.stage] for c in row.cells[-2:])
     words.append(
-      f"Outside measure, which no reward sees: from SFT to RL, "
+      f"Outside measure, which no reward sees: from {before} to {after}, "
       f"{last.verdict} ({table.format_interval(last.change, sign=True)})."
     )
   return " ".join(words)

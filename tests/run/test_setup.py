@@ -58,7 +58,7 @@ STAGES = {
 
 def _begin(run):
   for name, reads in STAGES.items():
-    run.stage(name, **reads)
+    run.stage(name, **reads).begin()
 
 
 def _refused(run):
