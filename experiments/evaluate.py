@@ -13,7 +13,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import initial_model, record, setup, workdir
+  from opera_jax.run import initial_model, record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, evaluate, reporting
   from opera_jax.train import checkpoint
@@ -32,8 +32,7 @@ def main(_) -> None:
   config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.from_config(_WORKDIR.value, config)
-      record.write(run.workdir, config, run.tasks.digests)
+      run = record.begin(_WORKDIR.value, config)
     evaluate.evaluate(
       run,
       evaluate.Settings(
@@ -44,6 +43,8 @@ def main(_) -> None:
     )
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":

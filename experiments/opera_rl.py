@@ -95,8 +95,7 @@ def run_stages(config, folder: str, preemption) -> None:
   rl_rules = rl_filter.Rules(**select.pop("rl"))
   rules = filters.Rules(**select)
   with preemption.exit_at_once():
-    run = setup.from_config(folder, config)
-    record.write(run.workdir, config, run.tasks.digests)
+    run = record.begin(folder, config)
   lines = stage_lines.StageLines(
     run.workdir, [name for name in STAGES if name in stages]
   )
@@ -205,6 +204,8 @@ def run_stages(config, folder: str, preemption) -> None:
     enter("report")
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(folder)
+  if runtime.is_main_process():
+    record.end(folder, config)
   times.finish(folder)
 
 

@@ -12,7 +12,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import record, setup, workdir
+  from opera_jax.run import record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, supervised
   from opera_jax.train import checkpoint
@@ -31,11 +31,12 @@ def main(_) -> None:
   config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.from_config(_WORKDIR.value, config)
-      record.write(run.workdir, config, run.tasks.digests)
+      run = record.begin(_WORKDIR.value, config)
     recipe = supervised.Recipe(**config.sft.to_dict())
     supervised.sft(run, recipe, preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import record, setup, workdir
+  from opera_jax.run import record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
     cold_start,
@@ -47,8 +47,7 @@ def main(_) -> None:
   rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.from_config(_WORKDIR.value, config)
-      record.write(run.workdir, config, run.tasks.digests)
+      run = record.begin(_WORKDIR.value, config)
     preflight.synthesis(run, search)
     supervised.base(
       run,
@@ -60,6 +59,8 @@ def main(_) -> None:
     cold_start.synthesize(run, search, card, preemption)
     cold_start.select(run, rules, config.reward.keywords, card, preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":

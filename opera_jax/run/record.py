@@ -1,6 +1,6 @@
 """What a workdir says of its run: its config, and every start.
 
-    config.json   the config of the last start; `--config` reads it back
+    config.json   the config of its stages; `--config` reads it back
     run.json      of each start: command, code, versions, devices, data
 
 Neither names an environment variable, since those hold keys; the user and
@@ -23,6 +23,7 @@ import jax
 import ml_collections
 
 from opera_jax import atomic_file, config_file, file_lock
+from opera_jax.run import setup
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import exchange
 
@@ -40,34 +41,44 @@ _USER = re.compile(r"(?<=://)[^/\s@]+@")
 _GIT_SECONDS = 10
 
 
-def write(
-  workdir: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  data: Mapping[str, tuple[str, str]],
-) -> None:
-  """Writes the config, and adds this start; on process 0.
+def begin(
+  workdir: str | os.PathLike, config: ml_collections.ConfigDict
+) -> setup.Run:
+  """Sets up a run, and adds this start to its record.
+
+  The config is written once a stage has recorded its settings: what a start
+  that failed before was given says nothing of what the folder holds.
 
   Args:
-    workdir: folder of the run, which exists.
+    workdir: folder of the run.
     config: of this start.
-    data: place and SHA-256 of each data source, see `tasks.Tasks.digests`.
+
+  Raises:
+    ValueError: see `setup.setup`.
   """
-  exchange.on_main_process(lambda: _write(workdir, config, data))
+
+  def recorded() -> None:
+    end(workdir, config)
+
+  run = setup.from_config(workdir, config, recorded)
+  exchange.on_main_process(lambda: _add(run.workdir, _start(run.tasks.digests)))
+  return run
 
 
-def _write(
-  workdir: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  data: Mapping[str, tuple[str, str]],
-) -> None:
+def end(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+  """Writes the config of a run whose stages have accepted it."""
+  path = pathlib.Path(workdir) / config_file.NAME
+  atomic_file.write(path, config_file.text(config))
+
+
+def _add(workdir: pathlib.Path, start: Mapping[str, Any]) -> None:
   path = workdir / FILE
   with file_lock.claim(workdir / "run.lock", wait=lambda: None):
-    atomic_file.write(workdir / config_file.NAME, config_file.text(config))
     starts = []
     if os.path.lexists(path):
       found = workdir_lib.read(path, "delete it: the starts are listed anew")
       starts = found.get("starts", [])
-    workdir_lib.write(path, {"starts": [*starts, _start(data)]})
+    workdir_lib.write(path, {"starts": [*starts, start]})
 
 
 def _start(data: Mapping[str, tuple[str, str]]) -> dict[str, Any]:

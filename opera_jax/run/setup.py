@@ -89,6 +89,8 @@ class Run:
   build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
+  # Called when a stage has recorded its settings, see `workdir.Stage`.
+  recorded: Callable[[], None]
   # Builds the scorers' fields above for a model's graphdef.
   build_scorers: Callable[[nnx.GraphDef], dict[str, Any]]
 
@@ -145,6 +147,7 @@ class Run:
       common | {k: _without_save_interval(v) for k, v in settings.items()},
       made_from,
       redo=self.redo,
+      recorded=self.recorded,
     )
 
   def _model_input(self, model: str) -> workdir_lib.Inputs:
@@ -360,12 +363,17 @@ class Run:
     return restored[1]
 
 
-def from_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> Run:
+def from_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  recorded: Callable[[], None] = lambda: None,
+) -> Run:
   """`setup` with the values of a config.
 
   Args:
     workdir: folder of the run.
     config: nested values, as in configs/common.py.
+    recorded: called when a stage has recorded its settings.
 
   Raises:
     ValueError: see `setup`.
@@ -374,6 +382,7 @@ def from_config(workdir: str | os.PathLike, config: Mapping[str, Any]) -> Run:
     workdir,
     temperature=config["rollout"]["temperature"],
     init=initial_model.others(config),
+    recorded=recorded,
     **{name: config[name] for name in SECTIONS},
   )
 
@@ -395,6 +404,7 @@ def setup(
   checkpoint: str = "",
   redo: str = "",
   init: Sequence[str] = (),
+  recorded: Callable[[], None] = lambda: None,
 ) -> Run:
   """Loads or builds everything that the stages share; trains only the BPE.
 
@@ -419,6 +429,7 @@ def setup(
     redo: stages to drop first, see `workdir.redo`.
     init: models of other runs, and checkpoints, that stages start from; see
       `initial_model`.
+    recorded: called when a stage has recorded its settings.
 
   Raises:
     ValueError: settings that contradict one another, or a model of `init` that
@@ -558,6 +569,7 @@ def setup(
     settings=settings,
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
+    recorded=recorded,
     reward=reward,
     **build_scorers(graphdef),
   )

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from opera_jax import atomic_file, config_file, file_lock, user_errors
@@ -92,11 +92,11 @@ def existing(folder: str | os.PathLike) -> pathlib.Path:
   near = user_errors.nearest(folder.name, runs)
   if around == folder:
     what = "holds no run"
-    near = near or (f"; it has the runs {', '.join(runs[:8])}" if runs else "")
+    near = near or (f"; it has the runs {', '.join(runs[:8])}." * bool(runs))
   else:
     what = "does not exist"
   raise FileNotFoundError(
-    f"--workdir={folder} {what}{near}; name the folder of a run that has "
+    f"--workdir={folder} {what}{near or '.'} Name the folder of a run that has "
     "begun. Nothing was created."
   )
 
@@ -163,6 +163,7 @@ class Stage:
     inputs: Inputs | None = None,
     *,
     redo: Sequence[str] = (),
+    recorded: Callable[[], None] = lambda: None,
   ):
     """Opens the folder, and creates it if it does not exist.
 
@@ -175,6 +176,7 @@ class Stage:
       inputs: (place, SHA-256) of each input by name; None for a missing one,
         which is allowed if the stage has finished.
       redo: stages that may be dropped if they do not match, see `redo`.
+      recorded: called when `begin` has recorded the settings.
 
     Raises:
       ValueError: the stage was started with other settings or inputs, or its
@@ -184,7 +186,7 @@ class Stage:
     self.name = name
     self.path = pathlib.Path(workdir) / name
     self._settings = _flat(json.loads(json.dumps(settings)))
-    self._inputs = inputs or {}
+    self._inputs, self._recorded = inputs or {}, recorded
     exchange.on_main_process(lambda: self._open(name in redo))
 
   def begin(self) -> None:
@@ -204,6 +206,7 @@ class Stage:
       self._refuse_changes()
       if not os.path.lexists(self.path / _BEGUN):
         self._record()
+        self._recorded()
 
   def finished(self) -> bool:
     """Whether `finish` was called, in this run or an earlier one.
