@@ -128,36 +128,11 @@ def test_ctrl_c_is_one_line(tmp_path):
   )
 
 
-def test_ctrl_c_where_work_is_saved_is_a_flag_first(tmp_path):
-  line = (
-    "import signal\n"
-    "from opera_jax.train import checkpoint\n"
-    "def work():\n"
-    "  with checkpoint.Preemption() as preemption:\n"
-    "    signal.raise_signal(2)\n"
-    "    print('saves', flush=True)\n"
-    "    if '--debug' in sys.argv:\n"
-    "      signal.raise_signal(2)\n"
-    "    preemption.exit_if_requested()\n"
-    "    print('goes on', flush=True)\n"
-  )
-  done = _ended(tmp_path, "work()", line=line)
-  assert (done.returncode, done.stdout) == (130, "saves\n")
-  (said,) = done.stderr.split("\n")[1:-1]
-  assert said.startswith("Ctrl-C: what is finished is saved when")
-  assert said.endswith("and the same command goes on from there.")
-  # The second one ends the process at once.
-  done = _ended(tmp_path, "work()", "--debug", line=line)
-  assert (done.returncode, done.stdout) == (-2, "saves\n")
-
-
 @pytest.mark.parametrize(
   "function, said",
   [
-    (
-      "opera_rl",
-      ("pipeline, top to bottom", "--config:", "--workdir:", "debug:"),
-    ),
+    ("opera_rl", ("pipeline, top to bottom", "--config:", "--workdir:")),
+    ("opera_rl", ("--[no]debug:", "Show the traceback")),
     ("plan", ("Checks whether a run fits", "--topology:", "--config:")),
     ("chat", ("Chat with a checkpoint", "--prompt:", "--config:")),
   ],

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 
 from opera_jax import atomic_file, config_file, file_lock
 from opera_jax.run import setup
@@ -41,9 +40,7 @@ _USER = re.compile(r"(?<=://)[^/\s@]+@")
 _GIT_SECONDS = 10
 
 
-def begin(
-  workdir: str | os.PathLike, config: ml_collections.ConfigDict
-) -> setup.Run:
+def begin(workdir: str | os.PathLike, config: Any) -> setup.Run:
   """Sets up a run, and adds this start to its record.
 
   The config is written once a stage has recorded its settings: what a start
@@ -51,7 +48,7 @@ def begin(
 
   Args:
     workdir: folder of the run.
-    config: of this start.
+    config: of this start, a ConfigDict.
 
   Raises:
     ValueError: see `setup.setup`.
@@ -65,7 +62,7 @@ def begin(
   return run
 
 
-def end(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+def end(workdir: str | os.PathLike, config: Any) -> None:
   """Writes the config of a run whose stages have accepted it."""
   path = pathlib.Path(workdir) / config_file.NAME
   atomic_file.write(path, config_file.text(config))

@@ -143,10 +143,9 @@ def test_the_workdir_alone_is_enough(straight, tmp_path):
   assert f"--workdir={workdir}" in first["command"]
   done = _command("evaluate", f"--workdir={workdir}")
   assert done.returncode == 0, done.stderr
-  done = _command(
-    "export", f"--workdir={workdir}", f"--output={tmp_path / 'e'}"
-  )
-  assert done.returncode == 0 and (tmp_path / "e" / "config.json").exists()
+  made = tmp_path / "export"
+  done = _command("export", f"--workdir={workdir}", f"--output={made}")
+  assert done.returncode == 0 and (made / "config.json").exists()
   # A mistyped one is named with the nearest, and is not created.
   wrong = workdir.with_name(workdir.name + "x")
   for name, *flags in (
