@@ -62,7 +62,8 @@ def reads_base(config: Mapping[str, Any], stages: set[str]) -> bool:
     return True
   if "sft" in stages and config["sft"]["init"] in ("", "base"):
     return True
-  return lineage(config)[0] == "base"
+  compared = bool(stages & {"sft", "rl", "evaluate"})
+  return compared and lineage(config)[0] == "base"
 
 
 def label(name: str) -> str:

@@ -657,7 +657,8 @@ def _stages(
       "--workdir that has them"
     )
   teacher = config["rl"]["teacher"]
-  known = teacher in ("", "base", "sft") or (
+  known = teacher in ("", "base") or (teacher == "sft" and "sft" in stages)
+  known = known or (
     workdir and os.path.exists(os.path.join(workdir, teacher, "model"))
   )
   if "rl" in stages and not known:

@@ -271,7 +271,9 @@ class Preemption:
 
   def __enter__(self) -> "Preemption":
     for number in (signal.SIGTERM, signal.SIGINT):
-      self._before[number] = signal.signal(number, self._on_signal)
+      # A shell that starts a job in the background tells it to ignore Ctrl-C.
+      if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._on_signal)
     return self
 
   def __exit__(

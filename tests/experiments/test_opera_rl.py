@@ -197,7 +197,10 @@ def test_ctrl_c_saves_first_and_the_run_goes_on(straight, tmp_path):
     f"--config.rl.init={workdir}/sft",
   )
   log = tmp_path / "rl" / "metrics.jsonl"
+  # As in a shell's foreground, wherever the tests are run.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = _start(tmp_path, *flags)
+  signal.signal(signal.SIGINT, before)
   deadline = time.monotonic() + 600
   while not metrics.read(log):
     assert process.poll() is None and time.monotonic() < deadline

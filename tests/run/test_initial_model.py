@@ -112,6 +112,7 @@ def test_a_model_that_does_not_fit_is_refused(first, tmp_path):
     ("runs/a/sft", "sft", ("runs/a/sft", "sft", "rl"), "synthesize", True),
     ("", "runs/a/sft", ("runs/a/sft", "rl"), "sft,rl", True),
     ("", "runs/a/sft", ("runs/a/sft", "rl"), "base,rl", True),
+    ("", "", ("base", "sft", "rl"), "report", False),
   ],
 )
 def test_the_lineage_of_a_run(sft, rl, models, stages, base):

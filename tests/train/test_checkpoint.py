@@ -167,7 +167,22 @@ def test_sigterm_is_a_flag_and_then_itself_again():
   assert preemption.exit_code() == 143
 
 
-def test_ctrl_c_is_a_flag_and_one_line_and_then_the_end(capfd):
+@pytest.fixture
+def foreground():
+  """Ctrl-C as in a shell's foreground, wherever the tests are run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_job_in_the_background_ignores_ctrl_c(foreground):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with checkpoint.Preemption() as preemption:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not preemption.requested()
+
+
+def test_ctrl_c_is_a_flag_and_one_line_and_then_the_end(foreground, capfd):
   before = signal.getsignal(signal.SIGINT)
   with checkpoint.Preemption() as preemption:
     os.kill(os.getpid(), signal.SIGINT)
