@@ -311,8 +311,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.card = {"name": "OPERA cold-start traces", "license": "unknown"}
   config.sft = supervised()
   config.sft.epochs = 5  # [P]
+  # model to start from: "" or "base" for the base model, the folder of another
+  # run's stage (runs/other/sft), or a checkpoint
+  config.sft.init = ""
   config.sft.lora = lora()  # a LoRA adapter instead of all parameters
   config.rl = {
+    # model to start from, and reference of KL: "" or "sft" for the SFT model,
+    # "base", the folder of another run's stage (runs/other/sft), or a
+    # checkpoint
+    "init": "",
     "steps": 26,  # [P] steps of rollout, reward and update
     "prompts": 64,  # [C] prompts per step
     "samples": 16,  # [C] completions per prompt
@@ -331,7 +338,8 @@ def get_config() -> ml_collections.ConfigDict:
     "clip_high": 0.2,  # [C] and at 1 + this
     # [C] dual-clip bound at negative advantages; 0 turns it off
     "dual_clip": 3.0,
-    "kl_coef": 0.001,  # [C] weight of KL to the SFT model; 0 turns it off
+    # [C] weight of KL to the model that RL starts from; 0 turns it off
+    "kl_coef": 0.001,
     "kl_estimator": "k3",  # [C] k3, k2, or k1 (only in the reward)
     # [C] sequence_mean, token_mean or constant; see losses/reduce.py
     "reduction": "sequence_mean",
@@ -360,7 +368,8 @@ def get_config() -> ml_collections.ConfigDict:
     # weight of the divergence from a teacher on its top tokens
     "divergence_coef": 0.0,
     "teacher_top_k": 100,  # number of those top tokens
-    "teacher": "",  # stage whose model is the teacher; "" means the SFT model
+    # stage whose model is the teacher; "" means the model that RL starts from
+    "teacher": "",
     "tasks": ("open_ended", "math"),  # task kinds that RL uses
     "seed": -1,  # seed of this stage; -1 uses config.seed
     # RL stops after this many sampled tokens; 0 means unlimited

@@ -20,7 +20,6 @@ import hashlib
 import os
 import pathlib
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -28,10 +27,10 @@ import time
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag, shipped
+from opera_jax import commands, config_file, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -138,7 +137,7 @@ def run_driver(path: str, folder, settings, common_flags, preemption) -> None:
   """Runs the `opera_rl` driver in a subprocess.
 
   Raises:
-    SystemExit: the subprocess or this process received SIGTERM; both have
+    SystemExit: the subprocess or this process was told to stop; both have
       stopped.
     CalledProcessError: the subprocess failed.
   """
@@ -155,8 +154,10 @@ def run_driver(path: str, folder, settings, common_flags, preemption) -> None:
         stopping = True
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(0.5)
-  if stopping or process.returncode == preemption.EXIT_CODE:
-    raise SystemExit(preemption.EXIT_CODE)
+  if stopping:
+    raise SystemExit(preemption.exit_code())
+  if process.returncode in (preemption.EXIT_CODE, preemption.INTERRUPTED):
+    raise SystemExit(process.returncode)
   if process.returncode:
     raise subprocess.CalledProcessError(process.returncode, command)
 
@@ -194,8 +195,7 @@ def train(
 
 def load(path: str, changes):
   """Loads a config file, and applies flags of the form --config.NAME=VALUE."""
-  name, _, arg = path.partition(":")
-  config = runpy.run_path(str(shipped.path(name)))["get_config"](arg)
+  config = config_file.load(path).unlock()
   for change in changes:
     field, _, text = change.removeprefix("--config.").partition("=")
     try:
@@ -389,4 +389,4 @@ if __name__ == "__main__":
     "workdir", None, "Folder of the grid.", required=True
   )
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
-  app.run(main)
+  commands.run(main)

@@ -10,17 +10,17 @@ no multi-turn conversation: every prompt is independent, as in training.
 import sys
 from collections.abc import Iterator
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   import jax
 
   from opera_jax.rollout import text
-  from opera_jax.run import setup
+  from opera_jax.run import setup, workdir
   from opera_jax.text import terminal
 
 _CONFIG = config_flag.define("configs/tiny.py")
@@ -39,11 +39,8 @@ _STOP = flags.DEFINE_multi_string("stop", [], "Strings that end an answer.")
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  workdir.existing(_WORKDIR.value)
+  run = setup.from_config(_WORKDIR.value, config)
   params = run.for_rollout(run.load(_STAGE.value))
   settings = run.sampling(**config.rollout.to_dict())
   for turn, prompt in enumerate(_prompts()):
@@ -88,4 +85,4 @@ def _show(prompt: int, sample: int, more: str) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main, resumes=False)

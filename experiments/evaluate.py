@@ -1,20 +1,19 @@
-"""Evaluates the three models of a run on held-out prompts, and writes the
-report.
+"""Evaluates the models of a run on held-out prompts, and writes the report.
 
   python -m experiments.evaluate --config=configs/tiny.py --workdir=runs/tiny
 
-Reads `base/model`, `sft/model` and `rl/model`; writes `evaluate/` and
-`report.html`.
+Reads `base/model`, `sft/model` and `rl/model`, those that there are; writes
+`evaluate/` and `report.html`.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import initial_model, record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, evaluate, reporting
   from opera_jax.train import checkpoint
@@ -28,25 +27,25 @@ _WORKDIR = flags.DEFINE_string(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
+  workdir.existing(_WORKDIR.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.setup(
-        _WORKDIR.value,
-        temperature=config.rollout.temperature,
-        **{name: config[name] for name in setup.SECTIONS},
-      )
+      run = record.begin(_WORKDIR.value, config)
     evaluate.evaluate(
       run,
       evaluate.Settings(
         max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
       ),
       preemption,
+      lineage=initial_model.lineage(config),
     )
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

@@ -13,15 +13,15 @@ adapter alone, in peft's format; it goes with the model of the stage before,
 whose export `--base_model` names.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.models import hf_checkpoint, lora, peft_adapter
-  from opera_jax.run import setup
+  from opera_jax.run import setup, workdir
   from opera_jax.sharding import runtime
 
 _CONFIG = config_flag.define("configs/tiny.py")
@@ -48,12 +48,9 @@ _BASE_MODEL = flags.DEFINE_string(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
+  workdir.existing(_WORKDIR.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
-  run = setup.setup(
-    _WORKDIR.value,
-    temperature=config.rollout.temperature,
-    **{name: config[name] for name in setup.SECTIONS},
-  )
+  run = setup.from_config(_WORKDIR.value, config)
   if _ADAPTER.value:
     export_adapter(run, config)
     return
@@ -71,14 +68,14 @@ def export_adapter(run: "setup.Run", config) -> None:
   """Writes the adapter of the stage that the flags name.
 
   Raises:
-    UsageError: the stage trains no adapter.
+    ValueError: the stage trains no adapter.
   """
   stage = _STAGE.value
   settings = None
   if stage != "base":
     settings = lora.settings(**config[stage].lora)
   if settings is None:
-    raise app.UsageError(
+    raise ValueError(
       f"Stage {stage} trains no LoRA adapter with this config. Give the config "
       "of the run, with lora.rank above 0, or leave --adapter out."
     )
@@ -93,4 +90,4 @@ def export_adapter(run: "setup.Run", config) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main, resumes=False)

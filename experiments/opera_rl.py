@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 from opera_jax.sharding import clock  # starts the run's clock
 
 # Imported on first use, so that --help and flag errors are fast.
@@ -40,7 +40,13 @@ with epy.lazy_imports():
     score,
     step_metrics,
   )
-  from opera_jax.run import model_config, setup, workdir
+  from opera_jax.run import (
+    initial_model,
+    model_config,
+    record,
+    setup,
+    workdir,
+  )
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
     cold_start,
@@ -51,6 +57,7 @@ with epy.lazy_imports():
     preflight,
     reporting,
     rl_select,
+    stage_lines,
     stage_times,
     supervised,
     training_loop,
@@ -72,17 +79,11 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
-  if runtime.is_main_process():
-    print(
-      f"opera_rl: base,{config.stages} in {_WORKDIR.value}, on "
-      f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-      flush=True,
-    )
   opera(config, _WORKDIR.value)
 
 
 def opera(config, folder: str) -> None:
-  """Runs the whole method in the run's folder; SIGTERM saves and exits."""
+  """Runs the method in the run's folder; SIGTERM and Ctrl-C save and exit."""
   with checkpoint.Preemption() as preemption:
     run_stages(config, folder, preemption)
 
@@ -92,16 +93,28 @@ def run_stages(config, folder: str, preemption) -> None:
   times = stage_times.StageTimes(clock.began())
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
+  if initial_model.reads_base(config, stages):
+    stages.add("base")
   search = cold_start.Search(**config.synthesis)
   select = config.select.to_dict()
   rl_rules = rl_filter.Rules(**select.pop("rl"))
   rules = filters.Rules(**select)
   with preemption.exit_at_once():
-    run = setup.setup(
-      folder,
-      temperature=config.rollout.temperature,
-      **{name: config[name] for name in setup.SECTIONS},
-    )
+    run = record.begin(folder, config)
+  lines = stage_lines.StageLines(
+    run.workdir, [name for name in STAGES if name in stages]
+  )
+  lines.begin(
+    STAGES,
+    devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    dtype=config.model.dtype,
+    page="report" in stages,
+  )
+
+  def enter(name: str) -> None:
+    times.enter(name)
+    lines.enter(name)
+
   check_batches_divide(config, mesh.num_data_shards(run.mesh))
   model_config.check_context(
     run.model, config.max_prompt_tokens + config.rollout.max_new_tokens
@@ -135,17 +148,18 @@ def run_stages(config, folder: str, preemption) -> None:
   if "synthesize" in stages:
     preflight.synthesis(run, search)
   # 1. Base model: load a checkpoint, or pretrain a small model.
-  times.enter("base")
-  supervised.base(
-    run,
-    supervised.Recipe(**config.base),
-    preemption,
-    path=config.checkpoint,
-  )
+  if "base" in stages:
+    enter("base")
+    supervised.base(
+      run,
+      supervised.Recipe(**config.base),
+      preemption,
+      path=config.checkpoint,
+    )
   # 2. Cold start: fork the thought at reflection words and keep the
   # continuation of lowest perplexity; then filter the traces.
   if "synthesize" in stages:
-    times.enter("synthesize")
+    enter("synthesize")
     cold_start.synthesize(
       run,
       search,
@@ -153,7 +167,7 @@ def run_stages(config, folder: str, preemption) -> None:
       preemption,
     )
   if "select" in stages:
-    times.enter("select")
+    enter("select")
     cold_start.select(
       run,
       rules,
@@ -163,35 +177,40 @@ def run_stages(config, folder: str, preemption) -> None:
     )
   # 3. SFT on the selected traces.
   if "sft" in stages:
-    times.enter("sft")
+    enter("sft")
     supervised.sft(run, supervised.Recipe(**config.sft.to_dict()), preemption)
   # 4. RL: reward reflections that raise the log-probability of the reference,
-  # on prompts that the SFT model neither always solves nor always fails.
+  # on prompts that the model it starts from neither always solves nor always
+  # fails.
   if "rl" in stages:
-    times.enter("rl")
+    enter("rl")
     selected = rl_select.select(
       run,
       rl_rules,
       run.sampling(**config.rollout.to_dict()),
       preemption,
+      init=config.rl.init or "sft",
     )
     check_enough_prompts(config, len(selected.tasks.rl))
     reinforce(selected, config.rl, config.rollout, preemption)
-  # 5. Evaluation: all three models on held-out prompts, also by a measure that
-  # no reward uses.
+  # 5. Evaluation: all models on held-out prompts, also by a measure that no
+  # reward uses.
   if "evaluate" in stages:
-    times.enter("evaluate")
+    enter("evaluate")
     evaluate.evaluate(
       run,
       evaluate.Settings(
         max_new_tokens=config.rollout.max_new_tokens, **config.evaluate
       ),
       preemption,
+      lineage=initial_model.lineage(config),
     )
   if "report" in stages:
-    times.enter("report")
+    enter("report")
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(folder)
+  if runtime.is_main_process():
+    record.end(folder, config)
   times.finish(folder)
 
 
@@ -237,11 +256,13 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
 
   OPERA uses GRPO on R = alpha R_ppl + (1 - alpha) R_self (0/1 for maths).
   """
+  settings = rl.to_dict()
+  init = settings.pop("init") or "sft"  # an input: its digest counts
   stage = run.stage(
     "rl",
     tasks=("rl",),
-    models=("sft", *filter(None, [rl.teacher])),
-    rl=rl.to_dict(),
+    models=(init, *filter(None, [rl.teacher])),
+    rl=settings,
     rollout=rollout.to_dict(),
     reward=run.reward,
   )
@@ -252,11 +273,11 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
 
 def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   """Runs the RL steps; returns the stage's result."""
-  # The SFT model initialises the policy and is the reference of KL. With LoRA,
+  # One model initialises the policy and is the reference of KL. With LoRA,
   # policy and reference share its frozen weights; an adapter that is switched
   # off makes the reference.
   run = run.with_lora(lora.settings(**rl.lora))
-  reference = run.load("sft")
+  reference = run.load(rl.init or "sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
@@ -286,7 +307,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   if run.model.lora:
     initial, (_, frozen) = run.new_adapter(seed), lora.split(reference)
   else:
-    initial, frozen = run.load("sft"), None
+    initial, frozen = run.load(rl.init or "sft"), None
   estimators = advantages.WeightedEstimators(
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
@@ -357,6 +378,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         )
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
+          stage.begin()
           saves.save(step, state, host_state(ema, total_tokens))
         raise
       scored = sampled.scored
@@ -442,9 +464,10 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       progress.update(tokens=sampled.sampled_tokens)
       stop = preemption.requested()
       if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
+        stage.begin()
         saves.save(step, state, host_state(ema, total_tokens))
       if stop:
-        raise SystemExit(preemption.EXIT_CODE)
+        raise SystemExit(preemption.exit_code())
   log.close()
   saves.close()
   if kept.summary():
@@ -558,4 +581,4 @@ def host_state(ema: float | None, sampled: int) -> dict:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

@@ -28,7 +28,7 @@ from absl import app, flags
 from etils import epy
 from ml_collections import config_flags
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -79,4 +79,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main, resumes=False)

@@ -19,10 +19,10 @@ has none. "" means BGE-M3 if sentence-transformers is installed, otherwise
 
 import importlib.util
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
@@ -103,4 +103,4 @@ def policy(
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

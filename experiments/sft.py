@@ -5,14 +5,14 @@
 Reads `select/traces`, writes `sft/model`.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, supervised
   from opera_jax.train import checkpoint
@@ -26,19 +26,18 @@ _WORKDIR = flags.DEFINE_string(
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
+  workdir.existing(_WORKDIR.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.setup(
-        _WORKDIR.value,
-        temperature=config.rollout.temperature,
-        **{name: config[name] for name in setup.SECTIONS},
-      )
+      run = record.begin(_WORKDIR.value, config)
     recipe = supervised.Recipe(**config.sft.to_dict())
     supervised.sft(run, recipe, preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

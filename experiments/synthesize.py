@@ -11,14 +11,14 @@ the folder, and they split the work. On the hosts of one TPU slice add
 and fsdp the devices per host, each host works independently.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epy
 
-from opera_jax import config_flag
+from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import record, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
     cold_start,
@@ -47,11 +47,7 @@ def main(_) -> None:
   rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = setup.setup(
-        _WORKDIR.value,
-        temperature=config.rollout.temperature,
-        **{name: config[name] for name in setup.SECTIONS},
-      )
+      run = record.begin(_WORKDIR.value, config)
     preflight.synthesis(run, search)
     supervised.base(
       run,
@@ -63,7 +59,9 @@ def main(_) -> None:
     cold_start.synthesize(run, search, card, preemption)
     cold_start.select(run, rules, config.reward.keywords, card, preemption)
   workdir.redone(_WORKDIR.value)
+  if runtime.is_main_process():
+    record.end(_WORKDIR.value, config)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  commands.run(main)

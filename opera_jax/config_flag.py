@@ -1,7 +1,8 @@
-"""The flag `--config` of every driver: a file of values, `PATH` or `PATH:ARG`.
+"""The flag `--config` of every driver: a file of values, see `config_file`.
 
-A relative path means the working directory; the configs that ship with the
-package are found from any other folder too, see `shipped.path`.
+Without the flag, a workdir that holds a config says what it is. A relative path
+means the working directory; the configs that ship with the package are found
+from any other folder too, see `shipped.path`.
 """
 
 import re
@@ -12,14 +13,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from opera_jax import config_fields, shipped
+from opera_jax import config_fields, config_file, user_errors
 
 # `--help` lists the flag as the driver's own.
 flags.disclaim_key_flags()
 
 
 class _Parser(flags.ArgumentParser):
-  """The parser of ml_collections, given the file that is meant."""
+  """Reads config files in place of the parser of ml_collections."""
 
   def __init__(self, parser: flags.ArgumentParser) -> None:
     self._parser = parser
@@ -27,8 +28,7 @@ class _Parser(flags.ArgumentParser):
 
   def parse(self, argument: str) -> Any:
     """The config of "PATH" or "PATH:ARG"."""
-    name, colon, arg = argument.partition(":")
-    config: Any = self._parser.parse(f"{shipped.path(name)}{colon}{arg}")
+    config = config_file.load(argument).lock()
     known = set(_paths(config))
     faults = [
       config_fields.fault(path, known)
@@ -67,12 +67,20 @@ def define(default: str) -> flags.FlagHolder:
   """Defines `--config`, whose fields are flags too: `--config.NAME=VALUE`.
 
   Args:
-    default: the config where none is named, such as "configs/tiny.py".
+    default: the config where the command line names none and its workdir has
+      none, such as "configs/tiny.py".
   """
   holder = config_flags.DEFINE_config_file(
     "config", None, "PATH or PATH:ARG of a config."
   )
   flag = flags.FLAGS["config"]
   flag.parser = _Parser(flag.parser)
-  flags.set_default(holder, default)
+  try:
+    # This parses the default, before there is anybody to catch an error.
+    flags.set_default(holder, config_file.of_workdir(sys.argv) or default)
+  except (flags.Error, ValueError, OSError) as error:
+    message = isinstance(error, flags.Error) or user_errors.is_message(error)
+    if "--debug" in sys.argv or not message:
+      raise
+    sys.exit(str(error))
   return holder

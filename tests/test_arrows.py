@@ -17,14 +17,16 @@ ALLOWED = {
     "gguf_header": set(),
     "hub": set(),
     "shipped": set(),
-    "config_flag": {"config_fields", "shipped"},
-    "commands": set(),
+    "user_errors": set(),
+    "config_file": {"config_fields", "shipped", "user_errors"},
+    "config_flag": {"config_fields", "config_file", "user_errors"},
+    "commands": {"user_errors"},
     "sharding": {"structs"},
     "losses": {"structs"},
     "advantages": {"structs"},
     "models": {"gguf_header", "hub", "sharding", KERNEL_APIS},
     "text": {"structs", "atomic_file", "gguf_header", "hub", KERNEL_APIS},
-    "rewards": {"structs", "text", KERNEL_APIS},
+    "rewards": {"structs", "user_errors", "text", KERNEL_APIS},
     "data": {"structs", "atomic_file", "hub", "text"},
     "scoring": {"structs", "sharding", "models", "text", KERNEL_APIS},
     "rollout": {
@@ -41,18 +43,20 @@ ALLOWED = {
     },
     "report": {"structs", "atomic_file", "clock_metrics", "evals"},
     "rl": {
-        "structs", "atomic_file", "sharding", "text", "data", "rollout",
+        "structs", "atomic_file", "user_errors", "sharding", "text", "data",
+        "rollout",
         "scoring", "rewards", "advantages", "losses", "train",
     },
     "run": {
-        "structs", "atomic_file", "file_lock", "gguf_header", "hub",
-        "shipped", "sharding", "models", "text", "data", "rollout",
-        "scoring", "rewards", "advantages", "losses", "synthesis", "train",
-        "rl",
+        "structs", "atomic_file", "config_file", "file_lock", "gguf_header",
+        "hub", "shipped", "user_errors", "sharding", "models", "text", "data",
+        "rollout", "scoring", "rewards", "advantages", "losses", "synthesis",
+        "train", "rl",
     },
     "stages": {
         "structs", "atomic_file", "config_fields", "file_lock", "hub",
-        "shipped", "sharding", "models", "text", "data", "rollout", "scoring",
+        "shipped", "user_errors", "sharding", "models", "text", "data",
+        "rollout", "scoring",
         "rewards", "advantages", "losses", "synthesis", "train", "rl",
         "evals", "report", "run",
     },
@@ -61,10 +65,11 @@ ALLOWED = {
         "run",
     },
     "experiments": {
-        "structs", "atomic_file", "config_fields", "config_flag", "file_lock",
-        "hub", "shipped", "sharding", "models", "text", "data", "rollout",
-        "scoring", "rewards", "advantages", "losses", "synthesis", "train",
-        "rl", "evals", "report", "run", "stages", "plan",
+        "structs", "atomic_file", "commands", "config_fields", "config_file",
+        "config_flag", "file_lock", "hub", "shipped", "sharding", "models",
+        "text", "data", "rollout", "scoring", "rewards", "advantages",
+        "losses", "synthesis", "train", "rl", "evals", "report", "run",
+        "stages", "plan",
     },
 }  # fmt: skip
 
@@ -136,7 +141,10 @@ def test_every_module_has_one_name(top):
 @pytest.mark.parametrize("name", ["ml_collections", "absl"])
 def test_configs_stop_at_the_driver(name):
   for path, relative, own in _files():
-    if own in ("configs", "experiments", "config_flag"):
+    if own in (
+      *("configs", "experiments", "config_flag"),
+      *("config_file", "commands"),
+    ):
       continue
     for line, module in _imports(path):
       assert module.split(".")[0] != name, f"{relative}:{line}: {module}"

@@ -16,14 +16,15 @@ function, see `rewards.function`.
 Shape key: B prompts, N samples of a prompt.
 """
 
-import difflib
 import importlib
 import pathlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from opera_jax import user_errors
 
 _TERM = re.compile(
   r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?"
@@ -54,12 +55,6 @@ def weights(text: str) -> dict[str, float]:
       )
     out[match[2]] = weight
   return out
-
-
-def nearest(value: Any, names: Collection[str]) -> str:
-  """A hint `; did you mean 'NAME'?`, or "" if no name is similar."""
-  found = difflib.get_close_matches(str(value), list(names), n=1, cutoff=0.5)
-  return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def files(package: str, record: str) -> list[str]:
@@ -102,8 +97,8 @@ def build(
   except (ModuleNotFoundError, AttributeError) as error:
     known = files("opera_jax.rewards", "Reward")
     raise ValueError(
-      f"There is no reward {name!r}{nearest(name, known)}. Name a file of "
-      "opera_jax/rewards that has a Reward, or a function as "
+      f"There is no reward {name!r}{user_errors.nearest(name, known)}. Name a "
+      "file of opera_jax/rewards that has a Reward, or a function as "
       '"package.module:function".'
     ) from error
   try:

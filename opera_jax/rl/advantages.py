@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opera_jax import structs
+from opera_jax import structs, user_errors
 from opera_jax.advantages import inputs as inputs_lib
 from opera_jax.losses import kl
 from opera_jax.losses import policy as policy_loss
@@ -197,7 +197,7 @@ def _build(name: str, settings: dict[str, Any]) -> Any:
   except (ModuleNotFoundError, AttributeError) as error:
     raise ValueError(
       f"There is no advantage estimator {name!r}"
-      f"{compose.nearest(name, compose.files(_PACKAGE, _CLASS))}. "
+      f"{user_errors.nearest(name, compose.files(_PACKAGE, _CLASS))}. "
       "Name a file of opera_jax/advantages that has an AdvantageEstimator."
     ) from error
   try:

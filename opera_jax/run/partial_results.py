@@ -33,9 +33,17 @@ def take(items: Sequence[Any], indices: range) -> list[Any]:
 class PartialResults:
   """The partial results of one stage."""
 
-  def __init__(self, folder: pathlib.Path):
-    """Opens the folder, and creates it if it does not exist."""
-    self._folder = folder
+  def __init__(
+    self, folder: pathlib.Path, begin: Callable[[], None] = lambda: None
+  ):
+    """Opens the folder, and creates it if it does not exist.
+
+    Args:
+      folder: of the results.
+      begin: called by all processes before a result is written, such as
+        `workdir.Stage.begin`.
+    """
+    self._folder, self._begin = folder, begin
     if runtime.is_main_process():
       folder.mkdir(parents=True, exist_ok=True)
 
@@ -52,6 +60,7 @@ class PartialResults:
     if found is not None:
       return found["piece"]
     value = compute()
+    self._begin()
     if runtime.is_main_process():
       workdir_lib.write(path, {"piece": value})
     return value

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ from flax import nnx
 from opera_jax import gguf_header, structs
 from opera_jax.data import digest, traces
 from opera_jax.data import prompts as prompts_lib
-from opera_jax.models import decoder, hf_config, lora
+from opera_jax.models import decoder, hf_checkpoint, hf_config, lora
 from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.run import model_config
+from opera_jax.run import initial_model, model_config
 from opera_jax.run import tasks as tasks_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
@@ -90,6 +91,8 @@ class Run:
   build_engine: Callable[
     [jax.sharding.Mesh], tuple[engine_lib.Engine, scorer_lib.LogprobScorer]
   ]
+  # Called when a stage has recorded its settings, see `workdir.Stage`.
+  recorded: Callable[[], None]
   # Builds the scorers' fields above for a model's graphdef.
   build_scorers: Callable[[nnx.GraphDef], dict[str, Any]]
 
@@ -109,7 +112,7 @@ class Run:
     Args:
       name: of the stage.
       tasks: fields of `tasks.Tasks` that the stage reads.
-      models: stages whose models it reads.
+      models: whose models it reads, as `load` takes them.
       sets: stages whose traces it reads.
       inputs: returns further inputs; called on process 0.
       computes: whether it runs the model; then its result depends on seed,
@@ -120,8 +123,8 @@ class Run:
 
     def stage_inputs() -> dict[str, list[str] | None]:
       found: dict[str, Any] = dict(inputs()) if inputs is not None else {}
-      for stage in models:
-        found[f"{stage}/model"] = workdir_lib.model(self.workdir, stage)
+      for model in models:
+        found |= self._model_input(model)
       for stage in sets:
         place = self.workdir / stage / "traces"
         value = traces.digest_of(place)
@@ -130,6 +133,9 @@ class Run:
 
     common: dict[str, Any] = {}
     made_from: dict[str, Any] = {}
+    hub_ids = [m for m in models if _is_hub_id(m)]
+    if hub_ids:
+      common[initial_model.OTHER] = hub_ids  # of settings, not of files
     if computes:
       made_from["tokenizer"] = self.tokenizer_digest
       common = {name: self.settings[name] for name in ("seed", "model")}
@@ -143,7 +149,20 @@ class Run:
       common | {k: _with_effect(v) for k, v in settings.items()},
       made_from,
       redo=self.redo,
+      recorded=self.recorded,
     )
+
+  def _model_input(self, model: str) -> workdir_lib.Inputs:
+    """The input of a stage that reads a model, see `load`."""
+    name = f"{initial_model.label(model)}/model"
+    if model in initial_model.STAGES:
+      return {name: workdir_lib.model(self.workdir, model)}
+    other = initial_model.other_run(model)
+    if other:
+      return {name: workdir_lib.model(*other)}
+    if _is_hub_id(model):
+      return {}
+    return directory_inputs(name, model, MODEL_FILES, finished=True)
 
   def prompt_ids(self, prompts: Sequence[structs.Prompt]) -> list[np.ndarray]:
     """Tokenizes the chat prompt of each task; each process does its share."""
@@ -253,10 +272,14 @@ class Run:
     return found and found[1]
 
   def load(self, stage: str) -> Any:
-    """Loads a stage's final parameters in the TRAIN layout.
+    """Loads a model's parameters in the TRAIN layout.
 
     With LoRA they come in the dtype of frozen weights, and beside them lies an
     adapter that is switched off.
+
+    Args:
+      stage: of this run, or what `config.rl.init` may name: the folder of
+        another run's stage, or a checkpoint.
 
     Raises:
       FileNotFoundError: the stage has not finished.
@@ -264,7 +287,18 @@ class Run:
     """
     settings = self.model.lora
     plain = dataclasses.replace(self.model, lora=None)
-    params = self._load_model(stage, self._like(decoder.abstract(plain)[1]))
+    if initial_model.is_checkpoint(stage):
+      rows = hf_config.read(stage).vocab_size
+      params = hf_checkpoint.load(
+        stage,
+        plain,
+        self.mesh,
+        rules.TRAIN,
+        # Rows that the checkpoint has may be trained: they stay as they are.
+        trained_ids=self.trained_ids if rows < plain.vocab_size else None,
+      )
+    else:
+      params = self._load_model(stage, self._like(decoder.abstract(plain)[1]))
     if settings is None:
       return params
     return lora.combine(
@@ -301,7 +335,8 @@ class Run:
     )
 
   def _load_model(self, stage: str, like: Any) -> Any:
-    folder = self.workdir / stage / "model"
+    workdir, stage = initial_model.other_run(stage) or (self.workdir, stage)
+    folder = workdir / stage / "model"
     saves = checkpoint.Checkpoints(folder, write=False)
     restored = saves.restore(like)
     faults = saves.faults() if restored is None else []
@@ -310,16 +345,16 @@ class Run:
       raise ValueError(
         f"The model in {folder} is damaged: {'; '.join(faults)}. Restore the "
         f"folder from a copy; or delete it and "
-        f"{self.workdir / stage / 'DONE.json'} and run the stage: it writes "
+        f"{workdir / stage / 'DONE.json'} and run the stage: it writes "
         "the model again from its last checkpoint, or loads it again from its "
         "source; everything else is kept."
       )
     if restored is None:
       raise FileNotFoundError(
-        f"Stage {stage!r} has saved no model in {self.workdir / stage}. Run "
+        f"Stage {stage!r} has saved no model in {workdir / stage}. Run "
         f"it first: add {stage} to config.stages."
       )
-    reported = workdir_lib.result(self.workdir, stage).get("model")
+    reported = workdir_lib.result(workdir, stage).get("model")
     found = fingerprint_lib.fingerprint(restored[1])
     if reported is not None and reported != found:
       raise ValueError(
@@ -328,6 +363,30 @@ class Run:
         f"a new --workdir, {workdir_lib.remedy(stage)}."
       )
     return restored[1]
+
+
+def from_config(
+  workdir: str | os.PathLike,
+  config: Mapping[str, Any],
+  recorded: Callable[[], None] = lambda: None,
+) -> Run:
+  """`setup` with the values of a config.
+
+  Args:
+    workdir: folder of the run.
+    config: nested values, as in configs/common.py.
+    recorded: called when a stage has recorded its settings.
+
+  Raises:
+    ValueError: see `setup`.
+  """
+  return setup(
+    workdir,
+    temperature=config["rollout"]["temperature"],
+    init=initial_model.others(config),
+    recorded=recorded,
+    **{name: config[name] for name in SECTIONS},
+  )
 
 
 def setup(
@@ -346,6 +405,8 @@ def setup(
   temperature: float,
   checkpoint: str = "",
   redo: str = "",
+  init: Sequence[str] = (),
+  recorded: Callable[[], None] = lambda: None,
 ) -> Run:
   """Loads or builds everything that the stages share; trains only the BPE.
 
@@ -368,9 +429,13 @@ def setup(
       has its sizes, its tokenizer and its stop ids; "" if the base model is
       trained.
     redo: stages to drop first, see `workdir.redo`.
+    init: models of other runs, and checkpoints, that stages start from; see
+      `initial_model`.
+    recorded: called when a stage has recorded its settings.
 
   Raises:
-    ValueError: settings that contradict one another.
+    ValueError: settings that contradict one another, or a model of `init` that
+      does not fit.
   """
   workdir = workdir_lib.make(workdir)
   device_mesh = mesh_lib.create(dict(mesh))
@@ -388,8 +453,20 @@ def setup(
     "max_reference_tokens": max_reference_tokens,
   }
   dropped_stages = workdir_lib.redo(workdir, redo)
+  # Without a checkpoint, another run's model brings its tokenizer.
+  runs = [
+    pathlib.Path(name).resolve().parent
+    for name in init
+    if not checkpoint and not initial_model.is_checkpoint(name)
+  ]
   loaded_tokenizer, tokenizer_digest, trained_ids = _tokenizer(
-    workdir, tasks, checkpoint, settings, dropped_stages, **tokenizer
+    workdir,
+    tasks,
+    checkpoint,
+    settings,
+    dropped_stages,
+    next(iter(runs), None),
+    **tokenizer,
   )
   config = model_config.resolve(
     model,
@@ -397,6 +474,12 @@ def setup(
     vocab_size=loaded_tokenizer.vocab_size,
     added_tokens=trained_ids is not None,
   )
+  for name in init:
+    # A model that is gone is missed by the stage that has not read it yet.
+    if _is_hub_id(name) or os.path.exists(name):
+      initial_model.check(
+        name, config, tokenizer_digest[1], added_tokens=trained_ids is not None
+      )
   if model_config.two_factor_sets(config):
     print(
       f"model: LongRoPE with its {config.rope_factors} factors for the whole "
@@ -488,6 +571,7 @@ def setup(
     settings=settings,
     tokenizer_digest=tokenizer_digest,
     redo=dropped_stages,
+    recorded=recorded,
     reward=reward,
     **build_scorers(graphdef),
   )
@@ -569,13 +653,27 @@ def _tokenizer(
   checkpoint: str,
   settings: Mapping[str, Any],
   redo: Sequence[str],
+  other: pathlib.Path | None,
   path: str,
   bpe_size: int,
   think: Sequence[str] = (),
   chat_template: str = "",
   enable_thinking: str = "",
 ) -> tuple[tokenizer_lib.Tokenizer, tuple[str, str], int | None]:
-  """Loads or trains the run's tokenizer, as a stage.
+  """Loads, copies or trains the run's tokenizer, as a stage.
+
+  Args:
+    workdir: folder of the run.
+    tasks: whose documents a tokenizer is trained on.
+    checkpoint: of the run, with the stop ids.
+    settings: of the run.
+    redo: stages that may be dropped.
+    other: folder of the run whose tokenizer is taken, unless `path` names one.
+    path: directory, GGUF file or hub id of a tokenizer, or "".
+    bpe_size: ids of a tokenizer that is trained.
+    think: of `Tokenizer.configured`, as the two below.
+    chat_template: see there.
+    enable_thinking: see there.
 
   Returns:
     The tokenizer; its path and digest; how many ids it had before tokens were
@@ -591,6 +689,16 @@ def _tokenizer(
         finished=(workdir / "tokenizer" / "DONE.json").exists(),
       )
     )
+  elif other:
+    recorded = {"tokenizer": {"of": "another run"}}
+    source = other / "tokenizer"
+    made_from = exchange.on_main_process(
+      lambda: {
+        "tokenizer": (str(source), digest.folder(source, _SAVED_TOKENIZER))
+        if source.is_dir()
+        else None
+      }
+    )
   else:
     recorded = {"tokenizer": {"bpe_size": bpe_size}}
     recorded |= data_settings(settings, ("documents",))
@@ -602,6 +710,8 @@ def _tokenizer(
   }
   # Only what is set counts, so that older runs go on.
   recorded["tokenizer"] |= {k: v for k, v in options.items() if v}
+  if other and not path and (other / "tokenizer").is_dir():
+    _check_options(other, recorded["tokenizer"])
   template = pathlib.Path(chat_template)
   if template.is_file():
     made_from["tokenizer.chat_template"] = (
@@ -610,14 +720,25 @@ def _tokenizer(
     )
   stop_ids = _checkpoint_stop_ids(checkpoint)
   recorded["ends"] = list(stop_ids)
+  later = workdir_lib.ORDER[1:]
+  if not any(workdir_lib.begun(workdir, name) for name in later):
+    redo = ("tokenizer",)  # nothing has been made with it
   stage = workdir_lib.Stage(
     workdir, "tokenizer", recorded, made_from, redo=redo
   )
 
   def make() -> str:
-    if not stage.finished():
+    if not stage.finished() and other and not path:
+      stage.begin_here()
+      for name in _SAVED_TOKENIZER:
+        for file in (other / "tokenizer").glob(name):
+          shutil.copyfile(file, stage.path / file.name)
+      done = workdir_lib.result(other, "tokenizer")
+      workdir_lib.write(stage.path / "DONE.json", done)
+    elif not stage.finished():
       original = _new_tokenizer(tasks, path, bpe_size)
       tokenizer = original.configured(**options)
+      stage.begin_here()
       tokenizer.with_ends(stop_ids).save(stage.path)
       found = digest.folder(stage.path, _SAVED_TOKENIZER)
       added = tokenizer.vocab_size - original.vocab_size
@@ -641,6 +762,30 @@ def _tokenizer(
   tokenizer = tokenizer_lib.Tokenizer.load(stage.path)
   trained_ids = done["ids"] if done["added_ids"] and checkpoint else None
   return tokenizer, (str(stage.path), found), trained_ids
+
+
+def _is_hub_id(name: str) -> bool:
+  return initial_model.is_checkpoint(name) and not os.path.exists(name)
+
+
+def _check_options(other: pathlib.Path, options: Mapping[str, Any]) -> None:
+  """Refuses options that the tokenizer of another run was not made with."""
+  theirs = workdir_lib.settings(other, "tokenizer")
+  theirs = workdir_lib.nested(theirs).get("tokenizer", {})
+  wrong = [
+    f"config.tokenizer.{name} is {value!r} and {theirs.get(name)!r} there"
+    for name, value in options.items()
+    if name != "of" and theirs.get(name) != _as_json(value)
+  ]
+  if wrong:
+    raise ValueError(
+      f"The tokenizer is that of the model in {other}, and {'; '.join(wrong)}. "
+      "Leave these fields unset, or give the values of that run."
+    )
+
+
+def _as_json(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _checkpoint_stop_ids(checkpoint: str) -> tuple[int, ...]:

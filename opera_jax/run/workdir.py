@@ -6,6 +6,9 @@ A stage is a folder of the workdir:
                     inputs: data, tokenizer, earlier stages
     DONE.json       its result; marks the stage as finished
     stage.lock      held by the process that writes here; names that process
+
+The settings are recorded just before the first result is written. A start that
+fails earlier leaves nothing that a corrected one would contradict.
 """
 
 import contextlib
@@ -13,10 +16,10 @@ import json
 import os
 import pathlib
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from opera_jax import atomic_file, file_lock
+from opera_jax import atomic_file, config_file, file_lock, user_errors
 from opera_jax.sharding import exchange, runtime
 from opera_jax.train import checkpoint
 
@@ -41,6 +44,15 @@ _LOCK, _BEGUN, _DONE, _REDO = (
 )
 _BEGINNING = "SETTINGS.lock"
 _STAYS = (_LOCK, _BEGINNING)  # stays when a stage's result is dropped
+# Files that only a stage with recorded settings leaves.
+_RESULTS = (
+  _DONE,
+  "checkpoints/*/FILES.json",
+  "model/*/FILES.json",
+  "shards/*.jsonl",
+  "pieces/*.json",
+  "embeddings/*",
+)
 
 Inputs = Mapping[str, tuple[str, str] | None]
 
@@ -63,6 +75,41 @@ def make(folder: str | os.PathLike) -> pathlib.Path:
       "files there. Name another folder, or fix the permissions of this one."
     ) from error
   return folder
+
+
+def existing(folder: str | os.PathLike) -> pathlib.Path:
+  """The folder of a run that has begun; for commands that read one.
+
+  Raises:
+    FileNotFoundError: there is no such folder, or no run in it. The message
+      names the nearest, and nothing is created.
+  """
+  folder = pathlib.Path(folder)
+  if _is_run(folder):
+    return folder
+  around = folder if folder.is_dir() else folder.parent
+  runs = [f.name for f in sorted(around.glob("*")) if _is_run(f)]
+  near = user_errors.nearest(folder.name, runs)
+  if around == folder:
+    what = "holds no run"
+    near = near or (f"; it has the runs {', '.join(runs[:8])}." * bool(runs))
+  else:
+    what = "does not exist"
+  raise FileNotFoundError(
+    f"--workdir={folder} {what}{near or '.'} Name the folder of a run that has "
+    "begun. Nothing was created."
+  )
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+  return (folder / config_file.NAME).is_file() or any(
+    (folder / name / _BEGUN).is_file() for name in ORDER
+  )
+
+
+def begun(workdir: str | os.PathLike, name: str) -> bool:
+  """Whether a stage has recorded its settings, and so has results."""
+  return os.path.lexists(pathlib.Path(workdir) / name / _BEGUN)
 
 
 @contextlib.contextmanager
@@ -116,8 +163,11 @@ class Stage:
     inputs: Inputs | None = None,
     *,
     redo: Sequence[str] = (),
+    recorded: Callable[[], None] = lambda: None,
   ):
     """Opens the folder, and creates it if it does not exist.
+
+    Records nothing yet, see `begin`.
 
     Args:
       workdir: folder of the run.
@@ -126,6 +176,7 @@ class Stage:
       inputs: (place, SHA-256) of each input by name; None for a missing one,
         which is allowed if the stage has finished.
       redo: stages that may be dropped if they do not match, see `redo`.
+      recorded: called when `begin` has recorded the settings.
 
     Raises:
       ValueError: the stage was started with other settings or inputs, or its
@@ -135,19 +186,38 @@ class Stage:
     self.name = name
     self.path = pathlib.Path(workdir) / name
     self._settings = _flat(json.loads(json.dumps(settings)))
-    self._inputs = inputs or {}
+    self._inputs, self._recorded = inputs or {}, recorded
     exchange.on_main_process(lambda: self._open(name in redo))
+
+  def begin(self) -> None:
+    """Records the settings; call it before the stage writes its first result.
+
+    All processes must call this together. Further calls have no effect.
+
+    Raises:
+      ValueError: another run has recorded other settings meanwhile.
+    """
+    exchange.on_main_process(self.begin_here)
+
+  def begin_here(self) -> None:
+    """`begin` for work that processes do independently of one another."""
+    # Two runs that start together must not both find an empty folder.
+    with file_lock.claim(self.path / _BEGINNING, wait=lambda: None):
+      self._refuse_changes()
+      if not os.path.lexists(self.path / _BEGUN):
+        self._record()
+        self._recorded()
 
   def finished(self) -> bool:
     """Whether `finish` was called, in this run or an earlier one.
 
     Raises:
-      ValueError: the marker file is damaged.
+      ValueError: the marker file is damaged, or another run with other settings
+        has finished the stage meanwhile.
     """
-    mark = self.path / _DONE
-    if not os.path.lexists(mark):
+    if not self._marked():
       return False
-    read(mark, _unmarked(self.name))
+    self._refuse_changes()
     return True
 
   @contextlib.contextmanager
@@ -161,6 +231,8 @@ class Stage:
     meanwhile. See `hold_lock`.
     """
     with hold_lock(self.path / _LOCK, self.name, preemption):
+      # The run that held the lock may have been given other settings.
+      exchange.on_main_process(self._refuse_changes)
       yield
 
   def result(self) -> dict[str, Any]:
@@ -170,34 +242,47 @@ class Stage:
   def finish(self, result: Mapping[str, Any]) -> None:
     """Saves the result, which marks the stage finished; waits for all
     processes."""
+    self.begin()
     if runtime.is_main_process():
       write(self.path / _DONE, dict(result))
     runtime.barrier(f"{self.name} finished")
 
   def _open(self, may_drop: bool) -> None:
     self.path.mkdir(parents=True, exist_ok=True)
-    # Two runs that start together must not both find an empty folder.
     with file_lock.claim(self.path / _BEGINNING, wait=lambda: None):
-      changed = self._changed()
+      changed = self._changed() or self._unrecorded()
       if changed and may_drop:
         print(f"redo: {self.name} {changed}.", flush=True)
         _drop(self.path.parent, self.name)
       elif changed:
-        raise ValueError(
-          f"Stage {self.name} in {self.path} {changed}. Use its old settings "
-          f"and inputs, use a new --workdir, {remedy(self.name)}."
-        )
-      if not os.path.lexists(self.path / _BEGUN):
-        self._begin()
-
-  def _begin(self) -> None:
+        raise self._refusal(changed)
     missing = [name for name, one in self._inputs.items() if one is None]
-    if missing:
+    if missing and not os.path.lexists(self.path / _BEGUN):
       raise FileNotFoundError(
         f"Stage {self.name} in {self.path} needs {', '.join(missing)}, which "
         "does not exist yet. Run the stage that creates it first: "
         f"add {missing[0].partition('/')[0]} to config.stages."
       )
+
+  def _marked(self) -> bool:
+    mark = self.path / _DONE
+    if not os.path.lexists(mark):
+      return False
+    read(mark, _unmarked(self.name))
+    return True
+
+  def _refuse_changes(self) -> None:
+    changed = self._changed()
+    if changed:
+      raise self._refusal(changed)
+
+  def _refusal(self, changed: str) -> ValueError:
+    return ValueError(
+      f"Stage {self.name} in {self.path} {changed}. Use its old settings and "
+      f"inputs, use a new --workdir, {remedy(self.name)}."
+    )
+
+  def _record(self) -> None:
     inputs = {k: v for k, v in self._inputs.items() if v is not None}
     record = {
       "format": _FORMAT,
@@ -208,6 +293,19 @@ class Stage:
       },
     }
     write(self.path / _BEGUN, record)
+
+  def _unrecorded(self) -> str:
+    """Describes a result of which no record says what it was made from."""
+    if os.path.lexists(self.path / _BEGUN):
+      return ""
+    for pattern in _RESULTS:
+      for file in self.path.glob(pattern):
+        if file.stat().st_size:  # a claimed shard is empty at first
+          return (
+            f"holds {file.relative_to(self.path)} without {_BEGUN}, which says "
+            "what it was made from"
+          )
+    return ""
 
   def _changed(self) -> str:
     """Describes settings and inputs that changed since the stage began; "" if
@@ -223,7 +321,7 @@ class Stage:
     ]
     then, inputs = record["made_from"], []
     for name in sorted(then.keys() | self._inputs.keys()):
-      if self._inputs.get(name, ()) is None and self.finished():
+      if self._inputs.get(name, ()) is None and self._marked():
         continue  # a finished stage does not need its inputs
       place, digest = self._inputs.get(name) or ("not there", "none")
       before_digest = then.get(name, {}).get("sha256", "none")
@@ -367,6 +465,28 @@ def settings(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
   return _record(begun, name)["settings"]
 
 
+def made_from(workdir: str | os.PathLike, name: str) -> dict[str, str]:
+  """Reads the recorded digests of a stage's inputs; {} if it has not
+  started."""
+  begun = pathlib.Path(workdir) / name / _BEGUN
+  if not os.path.lexists(begun):
+    return {}
+  record = _record(begun, name)["made_from"]
+  return {place: one["sha256"] for place, one in record.items()}
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns recorded settings, by dotted name, into nested values."""
+  out: dict[str, Any] = {}
+  for path, value in settings.items():
+    *sections, name = path.split(".")
+    place = out
+    for section in sections:
+      place = place.setdefault(section, {})
+    place[name] = value
+  return out
+
+
 def model(workdir: str | os.PathLike, stage: str) -> tuple[str, str] | None:
   """(place, digest) of a finished stage's model; None if there is none."""
   digest = result(workdir, stage).get("model")
@@ -420,8 +540,9 @@ def _names(field: str, text: str, known: tuple[str, ...]) -> set[str]:
   chosen = {name.strip() for name in text.split(",") if name.strip()}
   unknown = sorted(chosen - set(known))
   if unknown or not chosen:
+    near = user_errors.nearest(unknown[0], known) if unknown else ""
     raise ValueError(
-      f"{field}={text!r} names {unknown or 'no stage'}; use stages of "
+      f"{field}={text!r} names {unknown or 'no stage'}{near}; use stages of "
       f"{','.join(known)}."
     )
   return chosen

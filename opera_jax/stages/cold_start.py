@@ -110,7 +110,7 @@ def synthesize(
   shards = shards_lib.Shards(
     stage.path / "shards", [p.id for p in prompts], settings.batch
   )
-  _make(run, prompts, shards, settings, preemption)
+  _make(run, stage, prompts, shards, settings, preemption)
 
   def write() -> dict[str, int]:
     forced = 0
@@ -134,6 +134,7 @@ def synthesize(
 
   with stage.locked(preemption):
     if not _whole(stage):
+      stage.begin()
       stage.finish(exchange.on_main_process(write))
 
 
@@ -199,6 +200,7 @@ def select(
 
   with stage.locked(preemption):
     if not _whole(stage):
+      stage.begin()
       stage.finish(exchange.on_main_process(write_interruptibly))
 
 
@@ -229,6 +231,7 @@ def _whole(stage: workdir_lib.Stage) -> bool:
 
 def _make(
   run: setup_lib.Run,
+  stage: workdir_lib.Stage,
   prompts: list[structs.Prompt],
   shards: shards_lib.Shards,
   settings: Search,
@@ -270,6 +273,8 @@ def _make(
 
       def ended(trace: traces.Trace, index: int = index) -> None:
         if own is not None or runtime.is_main_process():
+          if not shown:
+            stage.begin_here()
           shards.add(index, trace)
         if not shown:
           shown.append(trace.id)

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from opera_jax import config_fields
+from opera_jax import config_fields, user_errors
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
 from opera_jax.losses import kl, reduce
@@ -25,7 +25,7 @@ from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
-from opera_jax.run import model_config
+from opera_jax.run import initial_model, model_config
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
@@ -36,13 +36,8 @@ from opera_jax.train import optimizer
 Rule = Callable[[Any], str]
 
 DTYPES = ("float32", "bfloat16")
-# The stages whose results a stage reads.
-NEEDS = {
-  "select": ("synthesize",),
-  "sft": ("select",),
-  "rl": ("sft",),
-  "evaluate": ("sft", "rl"),
-}
+# The stages whose results a stage reads, besides the model it starts from.
+NEEDS = {"select": ("synthesize",), "sft": ("select",)}
 # Our advantage estimators that need no model besides the policy.
 ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
 OURS = (*ALONE, "oppo", "sdpo", "distillation")
@@ -106,9 +101,8 @@ def one_of(*names: str) -> Rule:
   def rule(value: Any) -> str:
     if value in names:
       return ""
-    return (
-      f"use one of {', '.join(map(repr, names))}{compose.nearest(value, names)}"
-    )
+    near = user_errors.nearest(value, names)
+    return f"use one of {', '.join(map(repr, names))}{near}"
 
   return rule
 
@@ -389,7 +383,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "judge": text(),
     "band": each(number(), least=2),
   }),
-  "sft": (("sft",), _SUPERVISED),
+  "sft": (("sft",), _SUPERVISED | {"init": text()}),
   "sft.lora": (("sft",), _LORA),
   "rl.lora": (_RL, _LORA),
   "rollout": ((), {
@@ -405,6 +399,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "loop_tokens": count(0),
   }),
   "rl": (_RL, {
+    "init": text(),
     "steps": count(),
     "prompts": count(),
     "samples": count(2),
@@ -486,7 +481,7 @@ def _by_rules(
   Yields:
     The section and the fault.
   """
-  running = stages | ({"base"} if not config["checkpoint"] else set())
+  running = stages | ({"base"} if _pretrains(config, stages) else set())
   for section, (readers, rules) in RULES.items():
     if readers and not running & set(readers):
       continue
@@ -503,6 +498,13 @@ def _by_rules(
       "mesh",
       f"config.mesh is {dict(config['mesh'])}; one axis at most may be -1",
     )
+
+
+def _pretrains(config: Mapping[str, Any], stages: set[str]) -> bool:
+  """Whether a base model is trained from nothing."""
+  if config["checkpoint"]:
+    return False
+  return initial_model.reads_base(config, stages)
 
 
 def _built(
@@ -588,7 +590,7 @@ def _terms(
       yield (
         f"config.rl.filter_reward is {decides!r}; name one of the terms of "
         f'config.reward.terms, {names}, or "" for their weighted sum'
-        f"{compose.nearest(decides, names)}"
+        f"{user_errors.nearest(decides, names)}"
       )
 
 
@@ -603,17 +605,16 @@ def _stages(
   except ValueError as error:
     yield f"{error}"
     return
+
+  def made(name: str) -> bool:
+    """Whether an earlier run has finished the stage."""
+    finished = workdir and workdir_lib.result(workdir, name)
+    return bool(finished) and name not in dropped
+
   for stage, inputs in NEEDS.items():
     if stage not in stages:
       continue
-    lacking = [
-      name
-      for name in inputs
-      if name not in stages
-      and (
-        name in dropped or not (workdir and workdir_lib.result(workdir, name))
-      )
-    ]
+    lacking = [name for name in inputs if name not in stages and not made(name)]
     if lacking:
       yield (
         f"config.stages holds {stage}, which reads what "
@@ -621,19 +622,55 @@ def _stages(
         f"{','.join(lacking)} to config.stages, or name the --workdir that "
         "has it"
       )
+  for stage, allowed in (("sft", ("base",)), ("rl", ("base", "sft"))):
+    init = config[stage]["init"]
+    if stage not in stages or made(stage):
+      continue
+    if init:
+      fault = initial_model.fault(f"config.{stage}.init", init, allowed)
+      if fault:
+        yield fault
+      elif initial_model.is_checkpoint(init) and not config["checkpoint"]:
+        yield (
+          f"config.{stage}.init is the checkpoint {init!r}, and "
+          "config.checkpoint, which says the model's sizes and its tokenizer, "
+          f"is empty; use --config.checkpoint={init} --config.{stage}.init=base"
+        )
+    from_sft = stage == "rl" and init in ("", "sft")
+    if from_sft and "sft" not in stages and not made("sft"):
+      yield (
+        "config.stages holds rl, which starts from the SFT model, and there is "
+        "none; start from the base model with --config.rl.init=base (or from "
+        "another run's, --config.rl.init=runs/other/sft), add sft to "
+        "config.stages, or name the --workdir that has it"
+      )
+  models = initial_model.lineage(config)
+  if "evaluate" in stages and not any(
+    name not in initial_model.STAGES
+    or name == "base"
+    or name in stages
+    or made(name)
+    for name in models
+  ):
+    yield (
+      f"config.stages holds evaluate, which compares {', '.join(models)}, and "
+      "none of them is there; add one of them to config.stages, or name the "
+      "--workdir that has them"
+    )
   teacher = config["rl"]["teacher"]
-  made = teacher in ("", "base", "sft") or (
+  known = teacher in ("", "base") or (teacher == "sft" and "sft" in stages)
+  known = known or (
     workdir and os.path.exists(os.path.join(workdir, teacher, "model"))
   )
-  if "rl" in stages and not made:
+  if "rl" in stages and not known:
     yield (
       f"config.rl.teacher is {teacher!r}, and the workdir has no model of that "
-      'name; use "base" or "sft", or "" for the SFT model'
+      'name; use "base" or "sft", or "" for the model that RL starts from'
     )
 
 
 def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
-  data, loaded = config["data"], config["checkpoint"]
+  data = config["data"]
   files = ("path", "math_path", "responses_path")
   if data["kind"] == "storyworld":
     for name in files:
@@ -655,7 +692,7 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       f"config.data.task_map leads to {sorted(wrong)}; its values are among "
       f"{prompts.TASKS}"
     )
-  if not loaded and not data["documents"]:
+  if _pretrains(config, stages) and not data["documents"]:
     yield (
       "config.data.documents is 0 and config.checkpoint is empty, so there is "
       "no base model and nothing to train one on; set one of them"
@@ -683,7 +720,7 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
     )
   for stage in ("base", "sft"):
     section = config[stage]
-    reads = stage in stages or (stage == "base" and not config["checkpoint"])
+    reads = stage in stages or (stage == "base" and _pretrains(config, stages))
     if reads and section["batch_size"] % section["micro_batches"]:
       yield (
         f"config.{stage}.batch_size is {section['batch_size']}, which does not "

@@ -1,4 +1,4 @@
-"""Evaluates the base, SFT and RL models on held-out prompts.
+"""Evaluates the models of a run on held-out prompts.
 
 Every sample is kept in `evaluate/samples/MODEL.jsonl.gz`, in the records of
 `rl.rollout_files`, with "model" and, on storyworld, "facts": which facts the
@@ -20,6 +20,7 @@ from opera_jax.data import storyworld
 from opera_jax.evals import table
 from opera_jax.rl import rollout_files
 from opera_jax.rl import score as score_lib
+from opera_jax.run import initial_model
 from opera_jax.run import partial_results as partial_lib
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
@@ -28,11 +29,12 @@ from opera_jax.text import tokenizer as tokenizer_lib
 from opera_jax.train import checkpoint
 from opera_jax.train import progress as progress_lib
 
-MODELS = ("base", "sft", "rl")
-
+# What the measures call the models.
+TITLES = {"base": "base", "init": "init", "sft": "SFT", "rl": "RL"}
+POOLED = "R_ppl among all models' samples, scored by"
 OPEN_ENDED = (
   table.Measure("r_self", "R_self"),
-  table.Measure("r_ppl", "R_ppl among all models' samples, scored by SFT"),
+  table.Measure("r_ppl", POOLED),  # with the name of the model that scores
   table.Measure("count", "productive reflections a thought"),
   table.Measure(
     "logp_direct", "log P(y_ref | x), empty thought", unit="nats/token"
@@ -77,7 +79,11 @@ Advance = Callable[[int], None]
 
 
 def evaluate(
-  run: setup_lib.Run, settings: Settings, preemption: checkpoint.Preemption
+  run: setup_lib.Run,
+  settings: Settings,
+  preemption: checkpoint.Preemption,
+  *,
+  lineage: Sequence[str] = ("base", "sft", "rl"),
 ) -> None:
   """Writes `evaluate/DONE.json`: measures, their table, and a few samples.
 
@@ -85,29 +91,36 @@ def evaluate(
   model each.
 
   Args:
-    run: the run, with three finished models.
+    run: the run, with at least one finished model.
     settings: of sampling and scoring.
     preemption: checked after every call.
+    lineage: the run's models in training order, see `initial_model.lineage`;
+      those that there are are compared.
 
   Raises:
-    FileNotFoundError: a model is missing.
+    FileNotFoundError: there is none.
   """
-  for model in MODELS:
-    if not workdir_lib.result(run.workdir, model):
-      raise FileNotFoundError(
-        f"Stage {model!r} has not finished in {run.workdir}, and evaluation "
-        f"compares {', '.join(MODELS)}. Add it to config.stages."
-      )
+  models = {
+    initial_model.label(model): model
+    for model in lineage
+    if model not in initial_model.STAGES
+    or workdir_lib.result(run.workdir, model)
+  }
+  if not models:
+    raise FileNotFoundError(
+      f"No stage has left a model in {run.workdir}, and evaluation compares "
+      f"{', '.join(lineage)}. Add one of them to config.stages."
+    )
   stage = run.stage(
     "evaluate",
     tasks=("held_out",),
-    models=MODELS,
+    models=list(models.values()),
     evaluate=dataclasses.asdict(settings),
     reward=run.reward,
   )
   with stage.locked(preemption):
     if not stage.finished():
-      stage.finish(_evaluate(run, stage, settings, preemption))
+      stage.finish(_evaluate(run, stage, settings, preemption, models))
 
 
 def _evaluate(
@@ -115,35 +128,39 @@ def _evaluate(
   stage: workdir_lib.Stage,
   settings: Settings,
   preemption: checkpoint.Preemption,
+  models: Mapping[str, str],
 ) -> dict[str, Any]:
   prompts = run.tasks.held_out
   ids = run.prompt_ids(prompts)
-  partial = partial_lib.PartialResults(stage.path / "pieces")
+  partial = partial_lib.PartialResults(stage.path / "pieces", stage.begin)
   samples, values = {}, {}
-  with progress_lib.Progress(len(MODELS), "evaluate", unit="model") as progress:
+  with progress_lib.Progress(len(models), "evaluate", unit="model") as progress:
 
     def advance(tokens: int) -> None:
       progress.update(0, tokens=tokens)
       preemption.exit_if_requested()
 
-    for model in MODELS:
-      progress.phase(f"the {model} model")
-      samples[model], values[model], records = _one_model(
-        run, model, prompts, ids, settings, partial, advance
+    for name, model in models.items():
+      progress.phase(f"the {name} model")
+      samples[name], values[name], records = _one_model(
+        run, name, model, prompts, ids, settings, partial, advance
       )
       if runtime.is_main_process():
-        place = stage.path / SAMPLES / f"{model}.jsonl.gz"
+        place = stage.path / SAMPLES / f"{name}.jsonl.gz"
         rollout_files.write(place, records)
       progress.update()
     open_ended = np.asarray([p.task == "open_ended" for p in prompts])
+    # The reference of KL: the model before RL, or the first of all.
+    judge = "sft" if "sft" in models else next(iter(models))
     if open_ended.any():
+      load_judge = functools.cache(lambda: run.load(models[judge]))
       pooled = _pooled_rank(
-        run, prompts, ids, samples, open_ended, partial, advance
+        run, load_judge, prompts, ids, samples, open_ended, partial, advance
       )
-      for model in MODELS:
-        values[model]["r_ppl"] = pooled[model]
-    shown = _shown(run, prompts, ids, samples, settings, advance)
-  rows = _table(values, open_ended, prompts, settings)
+      for name in models:
+        values[name]["r_ppl"] = pooled[name]
+    shown = _shown(run, models, prompts, ids, samples, settings, advance)
+  rows = _table(values, judge, open_ended, prompts, settings)
   print(table.as_markdown(rows), flush=True)
   return {
     "prompts": len(prompts),
@@ -160,6 +177,7 @@ def _evaluate(
 
 def _one_model(
   run: setup_lib.Run,
+  label: str,
   model: str,
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
@@ -196,7 +214,7 @@ def _one_model(
       )
       return partial_lib.samples_to_json(drawn)
 
-    name = f"{model}-{block.start:08d}"
+    name = f"{label}-{block.start:08d}"
     groups = partial_lib.samples_from_json(partial.get(f"{name}-samples", draw))
 
     def measure(mine: Any = mine, groups: Any = groups) -> dict[str, Any]:
@@ -209,7 +227,7 @@ def _one_model(
       )
       return {
         "values": {key: value.tolist() for key, value in found.items()},
-        "records": _records(run, model, scored, facts),
+        "records": _records(run, label, scored, facts),
       }
 
     every += groups
@@ -375,6 +393,7 @@ def _thought(run: setup_lib.Run, sample: structs.Sample) -> np.ndarray:
 
 def _pooled_rank(
   run: setup_lib.Run,
+  load: Callable[[], Any],
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   samples: dict[str, list[list[structs.Sample]]],
@@ -382,16 +401,16 @@ def _pooled_rank(
   partial: partial_lib.PartialResults,
   advance: Advance,
 ) -> dict[str, np.ndarray]:
-  """R_ppl in groups that pool the samples of all models, scored by the SFT
-  model."""
-  load = functools.cache(lambda: run.load("sft"))
+  """R_ppl in groups that pool the samples of all models, scored by one."""
   chosen = [b for b in range(len(prompts)) if open_ended[b]]
-  out = {model: np.zeros(len(prompts)) for model in MODELS}
+  out = {model: np.zeros(len(prompts)) for model in samples}
   for block in partial_lib.blocks(len(chosen)):
     mine = partial_lib.take(chosen, block)
 
     def rank(mine: Any = mine) -> list[list[float]]:
-      pooled = [[s for m in MODELS for s in samples[m][b]] for b in mine]
+      pooled = [
+        [s for group in samples.values() for s in group[b]] for b in mine
+      ]
       scored = run.eval_scorer.score(
         load(),
         [prompts[b] for b in mine],
@@ -399,24 +418,25 @@ def _pooled_rank(
         pooled,
         advance=advance,
       )
-      rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(MODELS), -1)
+      rank_BX = scored.terms["r_ppl"].reshape(len(mine), len(samples), -1)
       return rank_BX.mean(axis=2).tolist()
 
     for b, ranks in zip(mine, partial.get(f"pooled-{block.start:08d}", rank)):
-      for model, value in zip(MODELS, ranks, strict=True):
+      for model, value in zip(samples, ranks, strict=True):
         out[model][b] = value
   return out
 
 
 def _table(
   values: dict[str, dict[str, np.ndarray]],
+  judge: str,
   open_ended: np.ndarray,
   prompts: Sequence[structs.Prompt],
   settings: Settings,
 ) -> list[table.Row]:
   """The table: open-ended measures over open-ended prompts, the rest over
   all."""
-  if "facts" in values[MODELS[0]]:
+  if all("facts" in measured for measured in values.values()):
     general: tuple[table.Measure, ...] = (FACTS, *GENERAL)
   else:
     general = GENERAL
@@ -431,7 +451,12 @@ def _table(
 
   out = []
   if open_ended.any():
-    out += rows(OPEN_ENDED, open_ended)
+    scored = {"r_ppl": f"{POOLED} {TITLES[judge]}"}
+    measures = [
+      dataclasses.replace(m, label=scored.get(m.key, m.label))
+      for m in OPEN_ENDED
+    ]
+    out += rows(measures, open_ended)
   if not open_ended.all():
     out += rows((CORRECT,), ~open_ended)
   return out + rows(general, np.ones(len(prompts), bool))
@@ -439,6 +464,7 @@ def _table(
 
 def _shown(
   run: setup_lib.Run,
+  models: Mapping[str, str],
   prompts: Sequence[structs.Prompt],
   ids: Sequence[np.ndarray],
   samples: dict[str, Any],
@@ -452,8 +478,8 @@ def _shown(
   )[: settings.thoughts]
   mine = [prompts[b] for b in chosen]
   out = []
-  for model in MODELS if chosen else ():
-    groups = [samples[model][b] for b in chosen]
+  for name, model in models.items() if chosen else ():
+    groups = [samples[name][b] for b in chosen]
     scored = run.eval_scorer.score(
       run.load(model),
       mine,
@@ -464,21 +490,21 @@ def _shown(
     )
     has_facts = all("facts" in p.columns for p in mine)
     facts = _facts(run, mine, groups) if has_facts else None
-    for record in _records(run, model, scored, facts):
+    for record in _records(run, name, scored, facts):
       if record["sample"]:
         continue
       terms = {"facts": sum(record["facts"].values())} if has_facts else {}
-      terms |= {name: record["terms"][name] for name in SHOWN[record["task"]]}
+      terms |= {term: record["terms"][term] for term in SHOWN[record["task"]]}
       place = len(out) % len(chosen)
       out.append(
         {
-          "model": model,
+          "model": name,
           "prompt": record["prompt"],
           "reference": record["reference"],
           "text": record["completion"],
           "answer": answer_text(run, groups[place][0]),
           "steps": [
-            {name: step[name] for name in ("text", "delta", "reflective")}
+            {key: step[key] for key in ("text", "delta", "reflective")}
             for step in record["steps"]
           ],
           "terms": terms | {"completion_tokens": record["completion_tokens"]},

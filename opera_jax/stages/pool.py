@@ -113,6 +113,7 @@ def _build(
       f"({screening.counts(rejected)}). Lower it (0 keeps all), add prompts to "
       "config.data, or loosen the filters of config.pool."
     )
+  stage.begin()
   vector_ND = embedding.unit(
     _embedded(
       stage.path / "embeddings", kept, settings.batch, embedder, preemption

@@ -111,8 +111,9 @@ def _summary(
     last = row.cells[-1]
     if last.change is None:
       continue
+    before, after = (evaluate.TITLES[c.stage] for c in row.cells[-2:])
     words.append(
-      f"Outside measure, which no reward sees: from SFT to RL, "
+      f"Outside measure, which no reward sees: from {before} to {after}, "
       f"{last.verdict} ({table.format_interval(last.change, sign=True)})."
     )
   return " ".join(words)
@@ -187,7 +188,7 @@ def _histograms(
   }
   return {
     "Held-out prompts, by model": _distributions(
-      {m: held_out[m] for m in evaluate.MODELS if m in held_out}
+      {m: held_out[m] for m in evaluate.TITLES if m in held_out}
     ),
     "RL's rollouts, at the start and at the end": _distributions(rollouts),
   }

@@ -1,4 +1,4 @@
-"""Selects the prompts of RL by how well the SFT model answers them."""
+"""Selects the prompts of RL by how well the model it starts from answers."""
 
 import dataclasses
 import functools
@@ -28,6 +28,8 @@ def select(
   rules: rl_filter.Rules,
   settings: sampling.Sampling,
   preemption: checkpoint.Preemption,
+  *,
+  init: str = "sft",
 ) -> setup_lib.Run:
   """Selects RL prompts; returns the run unchanged if no rule is active.
 
@@ -35,26 +37,27 @@ def select(
   prompt's number of right samples or its score, and counts by reason.
 
   Args:
-    run: the run, with a finished SFT model.
+    run: the run, with the model that RL starts from.
     rules: which prompts to keep.
     settings: sampling settings.
     preemption: checked after every call; partial results are saved in
       `select_rl/pieces`, a block of prompts each.
+    init: the model that RL starts from, see `Run.load`.
   """
   if not rules.active():
     return run
   stage = run.stage(
     "select_rl",
     tasks=("rl",),
-    models=("sft",),
+    models=(init,),
     select_rl=dataclasses.asdict(rules),
     rollout=dataclasses.asdict(settings),
     reward={"math_check": run.reward["math_check"]},
   )
   with stage.locked(preemption):
     if not stage.finished():
-      partial = partial_lib.PartialResults(stage.path / "pieces")
-      found = _found(run, rules, settings, partial, preemption)
+      partial = partial_lib.PartialResults(stage.path / "pieces", stage.begin)
+      found = _found(run, rules, settings, partial, preemption, init)
       why, counts = rl_filter.verdicts(run.tasks.rl, rules, **found)
       if runtime.is_main_process():
         for name in ("prompts", "rejected"):
@@ -126,6 +129,7 @@ def _found(
   settings: sampling.Sampling,
   partial: partial_lib.PartialResults,
   preemption: checkpoint.Preemption,
+  init: str,
 ) -> dict[str, dict[str, Any]]:
   """Computes the arguments `right` and `score` of `rl_filter.verdicts`."""
   maths = [p for p in run.tasks.rl if p.task == "math" and rules.samples]
@@ -139,7 +143,7 @@ def _found(
     score, judged = {}, open_ended
   if not maths and not judged:
     return {"right": {}, "score": score}
-  params = functools.cache(lambda: run.for_rollout(run.load("sft")))
+  params = functools.cache(lambda: run.for_rollout(run.load(init)))
 
   def texts(prompts: list[structs.Prompt], samples: int) -> list[list[str]]:
     groups = run.engine.sample(

@@ -44,6 +44,13 @@ class Recipe:
   seed: int = -1  # seed of the row order; below 0 uses the run's
   # Arguments of `lora.settings`; None trains all parameters.
   lora: Mapping[str, Any] | None = None
+  # Model to start from, see `initial_model`; "" is the base model, and the base
+  # model itself starts from nothing.
+  init: str = ""
+
+  def recorded(self) -> dict[str, Any]:
+    """What the stage records; the model to start from is one of its inputs."""
+    return {k: v for k, v in dataclasses.asdict(self).items() if k != "init"}
 
 
 def base(
@@ -73,9 +80,7 @@ def base(
       base={"path": path},
     )
   else:
-    stage = run.stage(
-      "base", tasks=("documents",), base=dataclasses.asdict(recipe)
-    )
+    stage = run.stage("base", tasks=("documents",), base=recipe.recorded())
   with stage.locked(preemption):
     if not stage.finished():
       _base(run, stage, recipe, preemption, path)
@@ -104,6 +109,7 @@ def _base(
       advance=preemption.exit_if_requested,
       trained_ids=run.trained_ids,
     )
+    stage.begin()
     stage.finish({"path": path, "model": run.save("base", loaded)})
     return
   pairs = [
@@ -119,15 +125,13 @@ def _base(
 def sft(
   run: setup_lib.Run, recipe: Recipe, preemption: checkpoint.Preemption
 ) -> None:
-  """Fine-tunes the base model on the selected traces.
+  """Fine-tunes the base model, or `recipe.init`, on the selected traces.
 
   With LoRA it trains an adapter and merges it: the result is a plain model.
   """
+  init = recipe.init or "base"
   stage = run.stage(
-    "sft",
-    models=("base",),
-    sets=("select",),
-    sft=dataclasses.asdict(recipe),
+    "sft", models=(init,), sets=("select",), sft=recipe.recorded()
   )
   with stage.locked(preemption):
     if stage.finished():
@@ -137,7 +141,7 @@ def sft(
       for t in traces.read(run.workdir / "select" / "traces")
     ]
     run = run.with_lora(lora.settings(**recipe.lora) if recipe.lora else None)
-    _train(run, stage, run.load("base"), pairs, recipe, preemption)
+    _train(run, stage, run.load(init), pairs, recipe, preemption)
 
 
 def _train(

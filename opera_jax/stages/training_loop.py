@@ -104,9 +104,10 @@ def fit(
       if stop or (i + 1) % checkpoint_every == 0 or i + 1 == steps:
         record(*pending)
         pending = None
+        stage.begin()
         saves.save(i + 1, state, {})
       if stop:
-        raise SystemExit(preemption.EXIT_CODE)
+        raise SystemExit(preemption.exit_code())
   log.close()
   saves.close()
   return state.params

@@ -247,28 +247,33 @@ class Checkpoints:
 
 
 class Preemption:
-  """Turns SIGTERM into a flag, so that a loop can save and exit.
+  """Turns SIGTERM and Ctrl-C into a flag, so that a loop can save and exit.
 
       with Preemption() as preemption:
         for ...:
           ...
           if preemption.requested():
             checkpoints.save(...)
-            sys.exit(preemption.EXIT_CODE)
+            sys.exit(preemption.exit_code())
 
   Where all results are already saved, call `exit_if_requested` between two
   steps. Put host-only work in `exit_at_once`. Enter the context from the main
-  thread. A second SIGTERM has its original effect.
+  thread. A second SIGTERM has its original effect; a second Ctrl-C ends the
+  process at once, which no save minds.
   """
 
   EXIT_CODE = 128 + signal.SIGTERM  # 143, as a shell reports a SIGTERM
+  INTERRUPTED = 128 + signal.SIGINT  # 130, as a shell reports a Ctrl-C
 
   def __init__(self) -> None:
-    self._flag = self._now = False
-    self._before: Any = signal.SIG_DFL
+    self._signal, self._now = 0, False  # the first signal, 0 for none
+    self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "Preemption":
-    self._before = signal.signal(signal.SIGTERM, self._on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      # A shell that starts a job in the background tells it to ignore Ctrl-C.
+      if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._on_signal)
     return self
 
   def __exit__(
@@ -277,49 +282,59 @@ class Preemption:
     error: BaseException | None,
     trace: types.TracebackType | None,
   ) -> None:
-    signal.signal(signal.SIGTERM, self._before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def exit_code(self) -> int:
+    """The exit status of a run that ends because of the signal.
+
+    130 after Ctrl-C; 143 after SIGTERM, also where another process got it.
+    """
+    interrupted = self._signal == signal.SIGINT
+    return self.INTERRUPTED if interrupted else self.EXIT_CODE
 
   def requested_here(self) -> bool:
-    """Whether this process received SIGTERM, without asking the other
+    """Whether this process received the signal, without asking the other
     processes."""
-    return self._flag
+    return bool(self._signal)
 
   def requested(self) -> bool:
-    """Whether any process received SIGTERM; all processes must call this.
+    """Whether any process received the signal; all processes must call this.
 
     With several processes this is one small collective.
     """
+    mine = self.requested_here()
     if jax.process_count() == 1:
-      return self._flag
-    return bool(np.any(multihost_utils.process_allgather(self._flag)))
+      return mine
+    return bool(np.any(multihost_utils.process_allgather(mine)))
 
   def exit_if_requested(self) -> None:
-    """Exits on all processes if any received SIGTERM; all must call this.
+    """Exits on all processes if any received the signal; all must call this.
 
     Raises:
-      SystemExit: with `EXIT_CODE`.
+      SystemExit: with `exit_code`.
     """
     if self.requested():
-      raise SystemExit(self.EXIT_CODE)
+      raise SystemExit(self.exit_code())
 
   def exit_if_requested_here(self) -> None:
-    """Exits if this process received SIGTERM, without asking the others.
+    """Exits if this process received the signal, without asking the others.
 
     Raises:
-      SystemExit: with `EXIT_CODE`.
+      SystemExit: with `exit_code`.
     """
-    if self._flag:
-      raise SystemExit(self.EXIT_CODE)
+    if self.requested_here():
+      raise SystemExit(self.exit_code())
 
   @contextlib.contextmanager
   def exit_at_once(self) -> Iterator[None]:
-    """A block that SIGTERM interrupts at once; skipped if it already came.
+    """A block that the signal interrupts at once; skipped if it already came.
 
     For host-only work that writes files atomically. It must contain no
     collectives, since the other processes would wait in them.
 
     Raises:
-      SystemExit: with `EXIT_CODE`.
+      SystemExit: with `exit_code`.
     """
     self._now = True
     try:
@@ -329,10 +344,26 @@ class Preemption:
       self._now = False
 
   def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-    self._flag = True
-    signal.signal(signal.SIGTERM, self._before)
+    self._signal = self._signal or number
+    interrupted = number == signal.SIGINT
+    # Python's own handler would only raise once the computation is over.
+    again = signal.SIG_DFL if interrupted else self._before[number]
+    signal.signal(number, again)
+    if interrupted:
+      ends = (
+        "ended; what is finished is saved"
+        if self._now
+        else "what is finished is saved when the call in progress ends (again "
+        "ends at once)"
+      )
+      # The interrupted code may itself be writing to sys.stderr.
+      os.write(
+        2,
+        f"\nCtrl-C: {ends}, and the same command goes on from "
+        "there.\n".encode(),
+      )
     if self._now:
-      raise SystemExit(self.EXIT_CODE)
+      raise SystemExit(self.exit_code())
 
 
 def _warn(message: str) -> None:

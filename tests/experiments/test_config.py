@@ -45,7 +45,7 @@ def _fields(record) -> set[str]:
 
 
 def _tokenizer_keywords() -> set[str]:
-  given = {"workdir", "tasks", "checkpoint", "settings", "redo"}
+  given = {"workdir", "tasks", "checkpoint", "settings", "redo", "other"}
   return _keywords(setup._tokenizer) - given
 
 
@@ -59,7 +59,7 @@ WHOLE = {
   - {"rope_scaling"},  # a checkpoint's
   "data": _keywords(tasks.load) - {"seed"},
   "pool": _fields(pool.Settings),
-  "base": _fields(supervised.Recipe) - {"lora"},
+  "base": _fields(supervised.Recipe) - {"lora", "init"},
   "sft": _fields(supervised.Recipe),
   "engine": _keywords(engine.Engine) - {"graphdef", "config", "mesh"},
   "rollout": _fields(sampling.Sampling)

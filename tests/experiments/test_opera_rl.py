@@ -14,7 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import ROOT
 
+from opera_jax import config_file
 from opera_jax.clock_metrics import depends_on_clock
+from opera_jax.configs import tiny
 from opera_jax.experiments import opera_rl
 from opera_jax.stages import stage_times
 from opera_jax.train import metrics
@@ -97,6 +99,10 @@ def test_every_stage_leaves_what_it_should(straight):
     assert times[stage].programs > 0
     assert 0 < times[stage].compiling < times[stage].seconds
   assert "\nin all " in output
+  for number, stage in enumerate(opera_rl.STAGES, 1):
+    assert output.count(f"\nstage {number} of 7: {stage}\n") == 1
+  assert output.count("float32; the page will be") == 1
+  assert "not in this run" not in output
   source = tfds.builder_from_directory(
     workdir / "synthesize" / "traces" / "tfds" / "traces" / "1.0.0"
   ).as_data_source("train")
@@ -112,7 +118,100 @@ def test_a_finished_run_repeats_nothing(straight):
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("DONE.json")}
   output = _finish(_start(workdir))
   assert "base:" not in output
+  for number, stage in enumerate(opera_rl.STAGES[:-1], 1):
+    assert f"\nstage {number} of 7: {stage}, done before\n" in output
   assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("DONE.json")}
+
+
+def _command(name, *flags):
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{name}", *flags],
+    cwd=ROOT,
+    env=dict(os.environ, XLA_FLAGS=""),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def test_the_workdir_alone_is_enough(straight, tmp_path):
+  workdir, _ = straight
+  config = config_file.load(str(workdir / config_file.NAME))
+  assert config.to_dict() == tiny.get_config("smoke").to_dict()
+  first, *_ = json.loads((workdir / "run.json").read_text())["starts"]
+  assert f"--workdir={workdir}" in first["command"]
+  done = _command("evaluate", f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  made = tmp_path / "export"
+  done = _command("export", f"--workdir={workdir}", f"--output={made}")
+  assert done.returncode == 0 and (made / "config.json").exists()
+  # A mistyped one is named with the nearest, and is not created.
+  wrong = workdir.with_name(workdir.name + "x")
+  for name, *flags in (
+    ("chat", "--prompt=Hi"),
+    ("export", f"--output={tmp_path / 'none'}"),
+    ("evaluate",),
+  ):
+    done = _command(name, f"--workdir={wrong}", *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"did you mean '{workdir.name}'" in done.stderr
+  assert not wrong.exists() and not (tmp_path / "none").exists()
+
+
+def test_rl_from_another_runs_model_is_the_rl_of_that_run(straight, tmp_path):
+  """Bit for bit, without a base model, and without copying a folder."""
+  workdir, _ = straight
+  flags = (
+    "--config.stages=rl,evaluate,report",
+    f"--config.rl.init={workdir}/sft",
+  )
+  output = _finish(_start(tmp_path, *flags))
+  assert "not in this run: base, synthesize, select, sft\n" in output
+  assert "\nstage 1 of 3: rl\n" in output and "report:" in output
+  want = _lines(workdir / "rl" / "metrics.jsonl")
+  assert _lines(tmp_path / "rl" / "metrics.jsonl") == want
+  assert not (tmp_path / "base").exists() and not (tmp_path / "sft").exists()
+  ours, theirs = (
+    json.loads((folder / "evaluate" / "DONE.json").read_text())["values"]
+    for folder in (tmp_path, workdir)
+  )
+  assert list(ours) == ["init", "rl"]
+  for name, there in (("init", "sft"), ("rl", "rl")):
+    # Ranks depend on the models that are compared.
+    for values in (ours[name], theirs[there]):
+      del values["r_ppl"]
+    assert ours[name] == theirs[there]
+  # Another model is refused by its digest.
+  process = _start(tmp_path, flags[0], f"--config.rl.init={workdir}/base")
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 1 and "Traceback" not in output
+  assert "given other inputs: init/model" in output
+
+
+def test_ctrl_c_saves_first_and_the_run_goes_on(straight, tmp_path):
+  workdir, _ = straight
+  flags = (
+    "--config.rl.checkpoint_every=99",
+    "--config.stages=rl",
+    f"--config.rl.init={workdir}/sft",
+  )
+  log = tmp_path / "rl" / "metrics.jsonl"
+  # As in a shell's foreground, wherever the tests are run.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  process = _start(tmp_path, *flags)
+  signal.signal(signal.SIGINT, before)
+  deadline = time.monotonic() + 600
+  while not metrics.read(log):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 130, output
+  assert output.count("Ctrl-C") == 1 and "Traceback" not in output
+  assert _checkpoints(tmp_path / "rl" / "checkpoints") in (["1"], ["2"])
+  _finish(_start(tmp_path, *flags))
+  assert _lines(log) == _lines(workdir / "rl" / "metrics.jsonl")
 
 
 def _chat(workdir, *flags, typed="") -> str:

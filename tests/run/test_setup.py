@@ -58,7 +58,7 @@ STAGES = {
 
 def _begin(run):
   for name, reads in STAGES.items():
-    run.stage(name, **reads)
+    run.stage(name, **reads).begin()
 
 
 def _refused(run):
@@ -70,6 +70,16 @@ def _refused(run):
     except ValueError as error:
       out[name] = str(error)
   return out
+
+
+def test_a_tokenizer_that_nothing_was_made_with_is_made_again(make, capsys):
+  """The first start failed after it; the second has other documents."""
+  before = make().tokenizer_digest
+  assert make(documents=50).tokenizer_digest != before
+  assert "redo: drops tokenizer" in capsys.readouterr().out
+  make(documents=50).stage("base", tasks=("documents",)).begin()
+  with pytest.raises(ValueError, match=r"data\.documents: 50 then, 40 now"):
+    make()
 
 
 def test_new_content_of_the_same_path_is_refused(make, tmp_path):
@@ -192,7 +202,7 @@ def test_another_tokenizer_under_the_same_path_is_refused(make, tmp_path):
 
   of(0)
   using()
-  using()
+  using().stage("base").begin()
   of(1)
   with pytest.raises(ValueError, match=r"tokenizer\.path \(.*words\): sha256"):
     using()
@@ -239,7 +249,7 @@ def test_a_model_made_again_under_its_successors_is_refused(make):
       with pytest.raises(ValueError, match=r"base/model \(.*\): sha256"):
         run.stage("sft", models=("base",))
     else:
-      run.stage("sft", models=("base",))
+      run.stage("sft", models=("base",)).begin()
   # Nor is a model that is not the one its stage has reported.
   (base / "model").rename(base / "newest")
   (base / "before-1-False").rename(base / "model")
@@ -249,7 +259,7 @@ def test_a_model_made_again_under_its_successors_is_refused(make):
 
 def test_how_often_a_stage_saves_does_not_matter(make):
   run = make()
-  run.stage("sft", sft={"epochs": 1, "checkpoint_every": 5})
+  run.stage("sft", sft={"epochs": 1, "checkpoint_every": 5}).begin()
   run.stage("sft", sft={"epochs": 1, "checkpoint_every": 6})
   assert "sft.epochs" in workdir.settings(run.workdir, "sft")
 
@@ -310,6 +320,7 @@ def test_the_tokenizer_is_configured_once_and_kept(make, tmp_path):
     assert made.think == ("<reason>", "</reason>") and made.opens_thought
     assert made.decode(made.chat_prompt("Hi")) == "HiA: <reason>"
     assert made.enable_thinking is True
+  workdir.Stage(tmp_path / "run", "base", {}).begin()
   with pytest.raises(ValueError, match="enable_thinking: 'on' then"):
     using(**options)
   file.write_text(file.read_text() + " ")

@@ -36,8 +36,49 @@ def test_the_same_again_goes_on(tmp_path):
   assert workdir.settings(tmp_path, "select") == {"select.ngram": 8}
 
 
-def test_a_changed_setting_or_input_is_named_with_the_ways_on(tmp_path):
+def test_a_start_that_fails_leaves_nothing_to_contradict(tmp_path):
+  """Settings are recorded with the first result, not before."""
+  _stage(tmp_path, digest=ONE)
+  corrected = _stage(tmp_path, settings={"select": {"ngram": 9}}, digest=TWO)
+  assert not workdir.begun(tmp_path, "select")
+  corrected.begin()
+  assert workdir.settings(tmp_path, "select") == {"select.ngram": 9}
+  with pytest.raises(ValueError, match=r"select\.ngram: 9 then, 8 now"):
+    _stage(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "result",
+  ["checkpoints/3/FILES.json", "shards/00000000.jsonl", "pieces/a.json"],
+)
+def test_a_result_that_nothing_records_is_not_gone_on_with(tmp_path, result):
+  path = tmp_path / "select" / result
+  path.parent.mkdir(parents=True)
+  path.write_text("")  # claimed, and nothing in it
   _stage(tmp_path)
+  path.write_text("{}")
+  with pytest.raises(ValueError, match=f"holds {result} without SETTINGS"):
+    _stage(tmp_path)
+  assert not _stage(tmp_path, redo=("select",)).finished()
+  assert not path.exists()
+
+
+def test_a_run_that_waited_does_not_take_a_result_of_other_settings(tmp_path):
+  """Both found an empty folder; the second finds the first one's record."""
+  first, second = _stage(tmp_path), _stage(tmp_path, digest=TWO)
+  with first.locked():
+    first.finish({"kept": 3})
+  with pytest.raises(ValueError, match="given other inputs"):
+    second.finished()
+  with (
+    pytest.raises(ValueError, match="given other inputs"),
+    second.locked(),
+  ):
+    raise AssertionError("the lock was given")
+
+
+def test_a_changed_setting_or_input_is_named_with_the_ways_on(tmp_path):
+  _stage(tmp_path).begin()
   with pytest.raises(ValueError) as caught:
     _stage(tmp_path, settings={"select": {"ngram": 9, "new": 1}}, digest=TWO)
   said = str(caught.value)
@@ -55,7 +96,7 @@ def test_a_changed_setting_or_input_is_named_with_the_ways_on(tmp_path):
 
 
 def test_the_place_of_an_input_does_not_matter(tmp_path):
-  workdir.Stage(tmp_path, "rl", {}, {"data.path": ("a", ONE)})
+  workdir.Stage(tmp_path, "rl", {}, {"data.path": ("a", ONE)}).begin()
   workdir.Stage(tmp_path, "rl", {}, {"data.path": ("b", ONE)})
   with pytest.raises(ValueError, match=r"data.path \(not there\): sha256 1"):
     workdir.Stage(tmp_path, "rl", {}, {})
@@ -70,6 +111,7 @@ def test_an_input_that_is_gone_is_needed_until_the_stage_has_finished(tmp_path):
     workdir.Stage(tmp_path, "rl", {}, {"sft/model": None})
   assert not (tmp_path / "rl" / "SETTINGS.json").exists()
   stage = _stage(tmp_path)
+  stage.begin()
   with pytest.raises(ValueError, match="not there"):
     _stage(tmp_path, digest=None)
   stage.finish({})
@@ -210,7 +252,7 @@ def test_of_two_that_begin_at_once_one_is_refused(tmp_path):
     def begin(rate, folder=tmp_path / str(round_), gate=gate, raised=raised):
       gate.wait()
       try:
-        workdir.Stage(folder, "sft", {"lr": rate})
+        workdir.Stage(folder, "sft", {"lr": rate}).begin()
       except ValueError as error:
         raised.append(str(error))
 

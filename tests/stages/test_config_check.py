@@ -287,8 +287,13 @@ def test_stages_that_lack_their_inputs_are_refused(tmp_path):
   (tmp_path / "sft").mkdir()
   (tmp_path / "sft" / "DONE.json").write_text('{"updates": 1}')
   _check(_config(), {"rl"}, workdir=tmp_path)
-  with pytest.raises(config_check.ConfigError, match="what rl left"):
-    _check(_config(), {"evaluate"}, workdir=tmp_path)
+  # Evaluation compares what there is; without an SFT model RL says what to do.
+  _check(_config(), {"evaluate"}, workdir=tmp_path)
+  with pytest.raises(config_check.ConfigError, match=r"config\.rl\.init=base"):
+    _check(_config(), {"rl"}, workdir=tmp_path / "other")
+  _check(_config(**{"rl.init": "base"}), {"rl"}, workdir=tmp_path / "other")
+  with pytest.raises(config_check.ConfigError, match="nothing is there"):
+    _check(_config(**{"rl.init": "a/b/sft"}), {"rl"}, workdir=tmp_path)
 
 
 _DEMANDING = (

@@ -93,6 +93,7 @@ def evaluated(tmp_path, monkeypatch):
     return evaluate._one_model(
       run,
       "sft",
+      "sft",
       PROMPTS,
       IDS,
       SETTINGS,

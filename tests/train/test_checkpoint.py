@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,46 @@ def test_sigterm_is_a_flag_and_then_itself_again():
     os.kill(os.getpid(), signal.SIGTERM)
     assert preemption.requested()
   assert signal.getsignal(signal.SIGTERM) == before
-  assert preemption.EXIT_CODE == 143
+  assert preemption.exit_code() == 143
+
+
+@pytest.fixture
+def foreground():
+  """Ctrl-C as in a shell's foreground, wherever the tests are run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_job_in_the_background_ignores_ctrl_c(foreground):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with checkpoint.Preemption() as preemption:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not preemption.requested()
+
+
+def test_ctrl_c_is_a_flag_and_one_line_and_then_the_end(foreground, capfd):
+  before = signal.getsignal(signal.SIGINT)
+  with checkpoint.Preemption() as preemption:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.requested() and preemption.exit_code() == 130
+    (said,) = capfd.readouterr().err.strip().split("\n")
+    assert said.startswith("Ctrl-C: what is finished is saved when")
+    assert said.endswith("and the same command goes on from there.")
+    # The second one ends the process, whatever it computes.
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    with pytest.raises(SystemExit) as left:
+      preemption.exit_if_requested()
+    assert left.value.code == 130
+  assert signal.getsignal(signal.SIGINT) == before
+  with (
+    checkpoint.Preemption() as preemption,
+    pytest.raises(SystemExit),
+    preemption.exit_at_once(),
+  ):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+  assert "Ctrl-C: ended; what is finished is saved" in capfd.readouterr().err
 
 
 LOOP = """
@@ -179,7 +219,7 @@ LOOP = """
       checkpoints.save(step, {n: step * w for n, w in big.items()}, {"s": step})
       print(step, flush=True)
       if preemption.requested():
-        sys.exit(preemption.EXIT_CODE)
+        sys.exit(preemption.exit_code())
 """
 
 
