@@ -20,11 +20,15 @@ def supervised() -> dict:
     "packed": False,  # several pairs per row, separated by segment ids
     "learning_rate": 1e-5,  # peak of the schedule
     "warmup": 0.05,  # fraction of the updates with a rising learning rate
-    "decay": "constant",  # schedule after the warm-up: constant or cosine
+    # schedule after the warm-up: constant, linear or cosine; see
+    # train/optimizer.py
+    "decay": "constant",
+    "optimizer": "adamw",  # adamw, adafactor, lion or muon
     "b2": 0.999,  # AdamW's decay rate of the second moment
     "weight_decay": 0.01,  # decoupled, on every parameter
     "max_grad_norm": 1.0,  # gradients are clipped to this global norm
-    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
+    # dtype of the optimizer's moments: float32 or bfloat16
+    "moment_dtype": "float32",
     # how token losses are averaged:
     # token_mean or sequence_mean, see losses/reduce.py
     "reduction": "token_mean",
@@ -322,11 +326,15 @@ def get_config() -> ml_collections.ConfigDict:
     "completions_per_row": 1,
     # allowed padded lengths of a row (or of its completions), tokens
     "row_buckets": (2048, 4096, 8192, 16_384),
-    "learning_rate": 1e-6,  # [P] after the warm-up, constant
+    "learning_rate": 1e-6,  # [P] peak of the schedule
     "warmup": 0.4,  # [C] fraction of the updates with a rising learning rate
+    # [P] schedule after the warm-up: constant, linear or cosine
+    "decay": "constant",
+    "optimizer": "adamw",  # adamw, adafactor, lion or muon
     "weight_decay": 0.01,  # [C] decoupled, on every parameter
     "max_grad_norm": 1.0,  # [C] gradients are clipped to this global norm
-    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
+    # dtype of the optimizer's moments: float32 or bfloat16
+    "moment_dtype": "float32",
     "clip_low": 0.2,  # [C] the ratio is clipped at 1 - this
     "clip_high": 0.2,  # [C] and at 1 + this
     # [C] dual-clip bound at negative advantages; 0 turns it off

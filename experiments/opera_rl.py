@@ -25,7 +25,7 @@ with epy.lazy_imports():
   from opera_jax import structs
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
-  from opera_jax.models import lora
+  from opera_jax.models import decoder, lora
   from opera_jax.plan import memory_floor
   from opera_jax.rewards import smoothing
   from opera_jax.rl import (
@@ -110,6 +110,7 @@ def run_stages(config, folder: str, preemption) -> None:
       prompt_tokens=max(config.engine.prompt_buckets),
       new_tokens=config.rollout.max_new_tokens,
       cache_dtype=config.engine.cache_dtype,
+      optimizer=config.rl.optimizer,
       moment_dtype=config.rl.moment_dtype,
       adapter=lora.settings(**config.rl.lora) if "rl" in stages else None,
     ),
@@ -261,17 +262,21 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
-    rl.learning_rate, rl.steps * updates_per_step, warmup_fraction=rl.warmup
-  )
-  adamw = optimizer.adamw(
-    schedule,
-    weight_decay=rl.weight_decay,
-    max_grad_norm=rl.max_grad_norm,
-    moment_dtype=rl.moment_dtype,
+    rl.learning_rate,
+    rl.steps * updates_per_step,
+    warmup_fraction=rl.warmup,
+    decay=rl.decay,
   )
   learn = learner.build(
     run.graphdef,
-    adamw,
+    optimizer.build(
+      rl.optimizer,
+      schedule,
+      weight_decay=rl.weight_decay,
+      max_grad_norm=rl.max_grad_norm,
+      moment_dtype=rl.moment_dtype,
+      matrices=decoder.matrix_axes,
+    ),
     schedule=schedule,
     temperature=rollout.temperature,
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,

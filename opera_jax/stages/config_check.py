@@ -95,6 +95,7 @@ def _faults(
     yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
+    yield from _optimizers(config, stages)
     if "rl" in stages:
       yield from _update(config)
     yield from _unread(config, stages)
@@ -235,6 +236,7 @@ _SUPERVISED: dict[str, Rule] = {
   "learning_rate": number(above=0),
   "warmup": number(0, 1),
   "decay": one_of(*optimizer.DECAYS),
+  "optimizer": one_of(*optimizer.NAMES),
   "b2": number(above=0, below=1),
   "weight_decay": number(0),
   "max_grad_norm": number(above=0),
@@ -414,6 +416,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "row_buckets": ascending,
     "learning_rate": number(above=0),
     "warmup": number(0, 1),
+    "decay": one_of(*optimizer.DECAYS),
+    "optimizer": one_of(*optimizer.NAMES),
     "weight_decay": number(0),
     "max_grad_norm": number(above=0),
     "moment_dtype": one_of(*optimizer.MOMENT_DTYPES),
@@ -711,6 +715,19 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
     )
 
 
+def _optimizers(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Finds optimizers that cannot keep their moments as asked."""
+  for stage in ("base", "sft", "rl"):
+    section = config[stage]
+    reads = stage in stages or (stage == "base" and not config["checkpoint"])
+    if not reads:
+      continue
+    try:
+      optimizer.check_moments(section["optimizer"], section["moment_dtype"])
+    except ValueError as error:
+      yield f"config.{stage}.moment_dtype: {error}"
+
+
 def _update(config: Mapping[str, Any]) -> Iterator[str]:
   """Checks an RL step: divisibility, and fields that depend on each other."""
   rl = config["rl"]
@@ -854,6 +871,15 @@ def _limits_words(name: str) -> Callable[[Mapping, set], bool]:
 
 
 READ: dict[str, Read] = {
+  **{
+    f"{stage}.b2": Read(
+      default,
+      lambda config, stages, stage=stage: stage not in stages
+      or config[stage]["optimizer"] in ("adamw", "muon"),
+      f"config.{stage}.optimizer is 'adamw' or 'muon'",
+    )
+    for stage, default in (("base", 0.95), ("sft", 0.999))
+  },
   "rl.beta": Read(
     0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
   ),

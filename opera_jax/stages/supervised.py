@@ -33,11 +33,12 @@ class Recipe:
   packed: bool  # several pairs per row, separated by segment ids
   learning_rate: float
   warmup: float  # fraction of the updates
-  decay: str  # "constant" or "cosine"
+  decay: str  # see `optimizer.schedule`
+  optimizer: str  # see `optimizer.build`
   b2: float
   weight_decay: float
   max_grad_norm: float
-  moment_dtype: str  # of Adam's moments
+  moment_dtype: str  # of the optimizer's moments
   reduction: str  # see `losses.reduce`
   micro_batches: int
   checkpoint_every: int  # updates
@@ -169,12 +170,14 @@ def _train(
     warmup_fraction=recipe.warmup,
     decay=recipe.decay,
   )
-  adamw = optimizer.adamw(
+  transformation = optimizer.build(
+    recipe.optimizer,
     rate,
     b2=recipe.b2,
     weight_decay=recipe.weight_decay,
     max_grad_norm=recipe.max_grad_norm,
     moment_dtype=recipe.moment_dtype,
+    matrices=decoder.matrix_axes,
   )
   trained, frozen, join = params, None, None
   if run.model.lora is not None:
@@ -182,7 +185,7 @@ def _train(
     _, frozen = lora.split(params)
   update = step_lib.make_sft_update(
     packed_rows.logprob_fn(run.graphdef),
-    adamw,
+    transformation,
     name=stage.name,
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
@@ -191,7 +194,7 @@ def _train(
   )
   trained = training_loop_lib.fit(
     stage,
-    train_state.create(trained, adamw, jax.random.key(run.seed)),
+    train_state.create(trained, transformation, jax.random.key(run.seed)),
     update,
     data.part,
     mesh=run.mesh,

@@ -17,16 +17,28 @@ from opera_jax.train import step as step_lib
 def place(
   state: train_state.TrainState, mesh: jax.sharding.Mesh
 ) -> train_state.TrainState:
-  """Replicates leaves without a NamedSharding (counters, keys) on every
-  device."""
+  """Lays out a new state on the mesh: moments like their parameters, leaves
+  without a NamedSharding (counters, keys) replicated on every device."""
   whole = layout.replicated(mesh)
-  return jax.tree.map(
+  state = jax.tree.map(
     lambda x: (
       x
       if isinstance(x.sharding, jax.sharding.NamedSharding)
       else layout.to_devices(x, whole)
     ),
     state,
+  )
+  wanted = train_state.shardings(state.opt_state, state.params, whole)
+  return state.replace(
+    opt_state=jax.tree.map(
+      lambda x, place: (
+        x
+        if x.sharding.is_equivalent_to(place, x.ndim)
+        else jax.device_put(x, place)
+      ),
+      state.opt_state,
+      wanted,
+    )
   )
 
 
