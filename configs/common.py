@@ -354,6 +354,15 @@ def get_config() -> ml_collections.ConfigDict:
     "advantage_options": {},
     # cap of the importance weight trainer / sampler; 0 turns it off
     "importance_cap": 0.0,
+    # whose ratio the weight is: of a token, or the sequence's product
+    "importance_level": "token",
+    # weights above the cap: truncate to it, or mask (leave out of the loss)
+    "importance_mode": "truncate",
+    # weights below this are masked too; 0 turns it off
+    "importance_floor": 0.0,
+    # leaves completions without an end out of the loss (DAPO); their rewards
+    # stay in the group's baseline
+    "mask_truncated": False,
     # maximum |logprob| difference of sampler and trainer, nats; 0 is no check
     "max_logprob_diff": 0.1,
     "max_logprob_diff_steps": 3,  # consecutive steps above it that end the run

@@ -501,12 +501,15 @@ def packed_rows(
     ),
     value=value,
   )
-  # Truncated importance weights correct for the sampler's distribution.
-  weighted = advantages.importance_weighted(
+  # Importance weights correct for the sampler's distribution.
+  weighted, weight_metrics = advantages.importance_weighted(
     estimate.advantage,
     old=old_R,
     completions=completions,
     cap=rl.importance_cap,
+    level=rl.importance_level,
+    mode=rl.importance_mode,
+    floor=rl.importance_floor,
   )
   extra = learn.extra_targets(
     placement,
@@ -520,9 +523,18 @@ def packed_rows(
     mini_batches=mini_batches,
   )
   rows = rl_data.with_advantages(rows, placement, weighted, extra)
+  if rl.mask_truncated:
+    # Its reward is in its group's baseline, its tokens are not in the loss.
+    rows = rl_data.without(
+      rows, placement, [not s.finished for s in completions]
+    )
   if learn.pairs:
     rows = rl_data.pairs(rows, scored.rollouts.samples, mini_batches)
-  return rows, {k: float(v) for k, v in estimate.metrics.items()}
+  return rows, {
+    **{k: float(v) for k, v in estimate.metrics.items()},
+    **weight_metrics,
+    **advantages.spread(estimate.advantage),
+  }
 
 
 def host_state(ema: float | None, sampled: int) -> dict:

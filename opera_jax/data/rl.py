@@ -216,6 +216,22 @@ def with_advantages(
   )
 
 
+def without(
+  batch: structs.Batch, placement: Placement, dropped: Sequence[bool]
+) -> structs.Batch:
+  """Takes the tokens of some completions out of the loss.
+
+  Args:
+    batch: from `build_batch`.
+    placement: of the completions.
+    dropped: [R] the completions whose tokens are no targets.
+  """
+  kept = placement.scatter(
+    [np.full(s, not d, np.float32) for s, d in zip(placement.size, dropped)]
+  )
+  return batch.replace(loss_mask=batch.loss_mask * kept)
+
+
 def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
   """Splits a batch into `count` runs of consecutive rows.
 

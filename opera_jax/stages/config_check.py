@@ -19,7 +19,7 @@ from typing import Any
 from opera_jax import config_fields
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
-from opera_jax.losses import kl, reduce
+from opera_jax.losses import kl, policy, reduce
 from opera_jax.models import decoder, lora, presets, rope
 from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
@@ -44,7 +44,7 @@ NEEDS = {
   "evaluate": ("sft", "rl"),
 }
 # Our advantage estimators that need no model besides the policy.
-ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
+ALONE = ("grpo", "dr_grpo", "gdpo", "rloo", "reinforce", "gae", "pairs")
 OURS = (*ALONE, "oppo", "sdpo", "distillation")
 
 
@@ -433,6 +433,10 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "beta": number(above=0),
     "entropy_coef": number(),
     "importance_cap": number(0),
+    "importance_level": one_of(*policy.IMPORTANCE_LEVELS),
+    "importance_mode": one_of(*policy.IMPORTANCE_MODES),
+    "importance_floor": number(0),
+    "mask_truncated": flag,
     "max_logprob_diff": number(0),
     "max_logprob_diff_steps": count(),
     "max_resamples": count(0),
@@ -780,6 +784,17 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
   except (ValueError, TypeError):
     return  # reported above
   ours = set(rules) <= set(OURS)
+  if "gdpo" in rules and rl["kl_coef"] and rl["kl_in"] == "reward":
+    yield (
+      "config.rl.kl_in is 'reward', and gdpo of config.rl.advantage normalises "
+      "every reward term by itself, of which KL is none; set it to 'loss'"
+    )
+  if rl["importance_floor"] > rl["importance_cap"] > 0:
+    yield (
+      f"config.rl.importance_floor is {rl['importance_floor']}, above "
+      f"config.rl.importance_cap = {rl['importance_cap']}, so that every token "
+      "is masked; lower it, 0.5 is usual"
+    )
   if rl["value_coef"] and "gae" not in rules and ours:
     yield (
       "config.rl.value_coef trains a critic, and no advantage estimator gives "
@@ -911,6 +926,20 @@ READ: dict[str, Read] = {
   "rl.teacher_top_k": Read(
     100, _rl(lambda rl: rl["divergence_coef"]),
     "config.rl.divergence_coef is above 0",
+  ),
+  **{
+    f"rl.{name}": Read(
+      default, _rl(lambda rl: rl["importance_cap"]),
+      "config.rl.importance_cap is above 0",
+    )
+    for name, default in (
+      ("importance_level", "token"), ("importance_mode", "truncate"),
+    )
+  },
+  "rl.importance_floor": Read(
+    0.0,
+    _rl(lambda rl: rl["importance_cap"] and rl["importance_mode"] == "mask"),
+    "config.rl.importance_cap is above 0 and config.rl.importance_mode 'mask'",
   ),
   "rl.ema": Read(
     0.0, _rl(lambda rl: _uses(rl, "ema")),

@@ -75,6 +75,10 @@ HOSTILE = [
   ("rl.ema", 1.0, "below 1"),
   ("rl.max_logprob_diff_steps", 0, "at least 1"),
   ("rl.importance_cap", -1.0, "at least 0"),
+  ("rl.importance_level", "step", "'token', 'sequence'"),
+  ("rl.importance_mode", "clip", "'truncate', 'mask'"),
+  ("rl.mask_truncated", 1, "True or False"),
+  ("rl.advantage_options", {"grpo": {"scale": "step"}}, "'group', 'batch'"),
   ("rl.optimizer", "adam", "did you mean 'adamw'"),
   ("rl.decay", "square", "'linear'"),
   ("rl.checkpoint_every", 0, "at least 1"),
@@ -234,6 +238,24 @@ TOGETHER = [
   (
     {"synthesis.method": "rewrite", "synthesis.score": "candidate"},
     "config.synthesis.score",
+  ),
+  ({"rl.importance_mode": "mask"}, "config.rl.importance_cap is above 0"),
+  ({"rl.importance_level": "sequence"}, "config.rl.importance_level is"),
+  (
+    {"rl.importance_cap": 2.0, "rl.importance_floor": 0.5},
+    "config.rl.importance_floor is 0.5",
+  ),
+  (
+    {
+      "rl.importance_cap": 2.0,
+      "rl.importance_floor": 3.0,
+      "rl.importance_mode": "mask",
+    },
+    "every token is masked",
+  ),
+  (
+    {"rl.advantage": "gdpo", "rl.kl_in": "reward"},
+    "gdpo of config.rl.advantage normalises",
   ),
   (
     {"sft.optimizer": "adafactor", "sft.moment_dtype": "bfloat16"},
