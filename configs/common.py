@@ -321,6 +321,9 @@ def get_config() -> ml_collections.ConfigDict:
     "prompts": 64,  # [C] prompts per step
     "samples": 16,  # [C] completions per prompt
     "mini_batch": 8,  # [C] prompts per update
+    "epochs_per_batch": 1,  # passes of updates over a step's completions (PPO)
+    # mini-batches of about equal completion tokens, each of as many prompts
+    "balance_tokens": False,
     "micro_batches": 1,  # gradient accumulation steps per update
     # completions per packed row; they share one copy of their prompt
     "completions_per_row": 1,

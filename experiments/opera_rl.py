@@ -21,6 +21,7 @@ from opera_jax.sharding import clock  # starts the run's clock
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   import jax
+  import numpy as np
 
   from opera_jax import structs
   from opera_jax.data import batching
@@ -263,7 +264,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
     rl.learning_rate,
-    rl.steps * updates_per_step,
+    rl.steps * updates_per_step * rl.epochs_per_batch,
     warmup_fraction=rl.warmup,
     decay=rl.decay,
   )
@@ -400,15 +401,26 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       )
       seconds["time/advantages"] = time.monotonic()
 
-      # Update: one epoch over the completions, in mini-batches of prompts.
+      # Update: passes over the completions, in mini-batches of prompts.
       updates = []
-      for mini_batch in rl_data.mini_batches(rows, updates_per_step):
-        state, values = learn.update(
-          state,
-          layout.to_devices(mini_batch, layout.batch_sharding(run.mesh)),
-          frozen,
-        )
-        updates.append(values)
+      sizes = np.reshape(scored.completion_sizes(), (rl.prompts, rl.samples))
+      for arranged in rl_data.passes(
+        rows,
+        sizes.sum(axis=1).tolist(),
+        updates_per_step,
+        epochs=rl.epochs_per_batch,
+        balance=rl.balance_tokens,
+        seed=(seed, step),
+      ):
+        if learn.pairs:
+          arranged = rl_data.pairs(arranged, rl.samples, updates_per_step)
+        for mini_batch in rl_data.mini_batches(arranged, updates_per_step):
+          state, values = learn.update(
+            state,
+            layout.to_devices(mini_batch, layout.batch_sharding(run.mesh)),
+            frozen,
+          )
+          updates.append(values)
       updates = layout.to_host(updates)
       for values in updates:
         train_step.check_finite(values, step + 1)
@@ -528,8 +540,6 @@ def packed_rows(
     rows = rl_data.without(
       rows, placement, [not s.finished for s in completions]
     )
-  if learn.pairs:
-    rows = rl_data.pairs(rows, scored.rollouts.samples, mini_batches)
   return rows, {
     **{k: float(v) for k, v in estimate.metrics.items()},
     **weight_metrics,

@@ -263,7 +263,7 @@ class _Run:
       static={},
       flops=cost.update(self._policy, B, *sizes),
       streamed=0.0,
-      calls=rl["prompts"] // rl["mini_batch"],
+      calls=self._updates(),
       beside=memory_floor.shard_bytes(self._reference),
       remedies=self._update_remedies(
         "rl", B, rl["micro_batches"], "row_buckets"
@@ -475,5 +475,9 @@ class _Run:
     )
 
   def _rl_optimizer(self) -> Any:
-    updates = self._rl["prompts"] // self._rl["mini_batch"]
-    return _optimizer(self._rl, self._rl["steps"] * updates)
+    return _optimizer(self._rl, self._rl["steps"] * self._updates())
+
+  def _updates(self) -> int:
+    """Updates of one RL step."""
+    mini_batches = self._rl["prompts"] // self._rl["mini_batch"]
+    return mini_batches * self._rl["epochs_per_batch"]

@@ -411,6 +411,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "prompts": count(),
     "samples": count(2),
     "mini_batch": count(),
+    "epochs_per_batch": count(),
+    "balance_tokens": flag,
     "micro_batches": count(),
     "completions_per_row": count(),
     "row_buckets": ascending,
@@ -895,6 +897,10 @@ READ: dict[str, Read] = {
     )
     for stage, default in (("base", 0.95), ("sft", 0.999))
   },
+  "rl.balance_tokens": Read(
+    False, _rl(lambda rl: rl["mini_batch"] < rl["prompts"]),
+    "config.rl.mini_batch is below config.rl.prompts",
+  ),
   "rl.beta": Read(
     0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
   ),

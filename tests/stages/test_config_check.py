@@ -79,6 +79,7 @@ HOSTILE = [
   ("rl.importance_mode", "clip", "'truncate', 'mask'"),
   ("rl.mask_truncated", 1, "True or False"),
   ("rl.advantage_options", {"grpo": {"scale": "step"}}, "'group', 'batch'"),
+  ("rl.epochs_per_batch", 0, "at least 1"),
   ("rl.optimizer", "adam", "did you mean 'adamw'"),
   ("rl.decay", "square", "'linear'"),
   ("rl.checkpoint_every", 0, "at least 1"),
@@ -240,6 +241,7 @@ TOGETHER = [
     "config.synthesis.score",
   ),
   ({"rl.importance_mode": "mask"}, "config.rl.importance_cap is above 0"),
+  ({"rl.balance_tokens": True, "rl.mini_batch": 4}, "config.rl.balance_tok"),
   ({"rl.importance_level": "sequence"}, "config.rl.importance_level is"),
   (
     {"rl.importance_cap": 2.0, "rl.importance_floor": 0.5},
