@@ -33,6 +33,9 @@ def supervised() -> dict:
     # token_mean or sequence_mean, see losses/reduce.py
     "reduction": "token_mean",
     "micro_batches": 1,  # gradient accumulation steps per update
+    # share of the pairs that is held out, and whose loss is logged
+    "validation_share": 0.0,
+    "validation_every": 50,  # updates between two validations
     "checkpoint_every": 100,  # updates between two checkpoints
     "seed": -1,  # seed of this stage; -1 uses config.seed
   }
@@ -386,6 +389,18 @@ def get_config() -> ml_collections.ConfigDict:
     # RL stops after this many sampled tokens; 0 means unlimited
     "token_budget": 0,
     "checkpoint_every": 1,  # steps between two checkpoints
+  }
+  # Validation on prompts from the end of RL's, which RL then does not train on
+  # and the final evaluation does not report on.
+  config.rl.validation = {
+    "every": 0,  # steps between two validations; 0 turns validation off
+    "prompts": 32,  # prompts taken from RL's
+    "samples": 2,  # completions per prompt, at the rollout's temperature
+    # what must rise: reward, or a reward term such as score or correct
+    "metric": "reward",
+    # validations in a row without a new best that end RL; 0 means unlimited
+    "patience": 0,
+    "keep_best": True,  # RL's model is that of the best validation
   }
   config.rl.lora = lora()  # a LoRA adapter instead of all parameters
   config.evaluate = {

@@ -10,6 +10,7 @@ estimators and loss; `configs/methods/` has recipes of related methods.
 Shape key: B prompts per step, N samples per prompt.
 """
 
+import dataclasses
 import time
 
 from absl import app, flags, logging
@@ -36,6 +37,7 @@ with epy.lazy_imports():
     sampler_trainer,
     score,
     step_metrics,
+    validation,
   )
   from opera_jax.run import model_config, setup, workdir
   from opera_jax.sharding import layout, mesh, runtime
@@ -218,13 +220,17 @@ def check_enough_prompts(config, num_prompts: int) -> None:
   """Refuses RL with fewer prompts than one step needs.
 
   Raises:
-    ValueError: `num_prompts` is below config.rl.prompts.
+    ValueError: `num_prompts`, less those of validation, is below
+      config.rl.prompts.
   """
-  if num_prompts < config.rl.prompts:
+  checks = config.rl.validation
+  held = checks.prompts if checks.every else 0
+  if num_prompts - held < config.rl.prompts:
+    less = f" beside {held} of config.rl.validation.prompts" if held else ""
     raise ValueError(
       f"config.rl.prompts is {config.rl.prompts} prompts per step and only "
-      f"{num_prompts} tasks are left for RL. Lower it, or raise "
-      "config.data.rl, add tasks, raise the length limits, or loosen "
+      f"{max(num_prompts - held, 0)} tasks are left for RL{less}. Lower it, or "
+      "raise config.data.rl, add tasks, raise the length limits, or loosen "
       "config.select.rl."
     )
 
@@ -256,7 +262,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   reference = run.load("sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
-  prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
+  checks = validation.Settings(**rl.validation)
+  prompts, held = checks.split([p for p in run.tasks.rl if p.task in rl.tasks])
   prompt_ids = run.prompt_ids(prompts)
   batches = 1 + rl.max_resamples  # maximum prompt batches per step
   epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
@@ -292,6 +299,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
+  best_folder, held_ids = stage.path / "best", run.prompt_ids(held)
   watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
   # One checkpoint holds trained parameters, optimizer, key, step and the reward
@@ -306,10 +314,12 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
   step, ema, total_tokens, shown = 0, None, 0, False
+  found = validation.Progress()
   restored = saves.restore(state)
   if restored is not None:
     step, state, host = restored
     ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
+    found = validation.Progress(**host.get("validation", {}))
     print(f"rl: resuming after step {step}", flush=True)
   log = metrics.Metrics(
     stage.path, "metrics", last_step=None if restored is None else step
@@ -327,7 +337,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     jax.set_mesh(run.mesh),
     metrics.Progress(rl.steps, "rl", done=step) as progress,
   ):
-    while step < rl.steps and not 0 < rl.token_budget <= total_tokens:
+    while (
+      step < rl.steps
+      and not 0 < rl.token_budget <= total_tokens
+      and not 0 < checks.patience <= found.misses
+    ):
       seconds = {"time/start": time.monotonic()}
       policy = learn.policy(state.params, frozen)
 
@@ -354,7 +368,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         )
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
-          saves.save(step, state, host_state(ema, total_tokens))
+          saves.save(step, state, host_state(ema, total_tokens, found))
         raise
       scored = sampled.scored
       total_tokens += sampled.sampled_tokens
@@ -441,18 +455,50 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         | sampled.metrics()
         | {"time/programs": runtime.compiled()}
       )
+
+      # Validation: a new best model is saved before the checkpoint names it.
+      due = checks.every and (step % checks.every == 0 or step == rl.steps)
+      if due:
+        policy = learn.policy(state.params, frozen)
+        value, validated = validation.measure(
+          run.engine,
+          run.reward_scorer,
+          held,
+          held_ids,
+          params=policy,
+          rollout_params=run.for_rollout(policy),
+          settings=settings,
+          key=jax.random.fold_in(jax.random.key(seed), rl.steps),
+          samples=checks.samples,
+          metric=checks.metric,
+          advance=lambda _: preemption.exit_if_requested(),
+        )
+        found = found.after(value, step)
+        if checks.keep_best and found.best_step == step:
+          validation.save_best(best_folder, step, state.params)
+        line |= validated | {
+          "validation/best_step": found.best_step,
+          "time/validation": time.monotonic() - seconds["time/update"],
+        }
       log.write(step, line)
       watch.check(line["sampler_trainer/logprob_diff"], step)
       progress.update(tokens=sampled.sampled_tokens)
       stop = preemption.requested()
-      if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
-        saves.save(step, state, host_state(ema, total_tokens))
+      if stop or due or step % rl.checkpoint_every == 0 or step == rl.steps:
+        saves.save(step, state, host_state(ema, total_tokens, found))
+        validation.clean(best_folder)
       if stop:
         raise SystemExit(preemption.EXIT_CODE)
   log.close()
   saves.close()
-  model = run.save("rl", learn.policy(state.params, frozen))
-  return {"steps": step, "dropped": run.dropped, "model": model}
+  params = state.params
+  if checks.keep_best and found.best is not None:
+    params = validation.load_best(best_folder, found.best_step, params)
+  model = run.save("rl", learn.policy(params, frozen))
+  result = {"steps": step, "dropped": run.dropped, "model": model}
+  if checks.every:
+    result["validation"] = dataclasses.asdict(found)
+  return result
 
 
 def packed_rows(
@@ -547,9 +593,15 @@ def packed_rows(
   }
 
 
-def host_state(ema: float | None, sampled: int) -> dict:
+def host_state(
+  ema: float | None, sampled: int, found: "validation.Progress"
+) -> dict:
   """The host state that an RL checkpoint stores beside the arrays."""
-  return {"reward_ema": ema, "sampled_tokens": sampled}
+  return {
+    "reward_ema": ema,
+    "sampled_tokens": sampled,
+    "validation": dataclasses.asdict(found),
+  }
 
 
 if __name__ == "__main__":

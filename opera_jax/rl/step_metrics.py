@@ -22,6 +22,23 @@ NAMES = {
 }
 
 
+def term_means(scored: score_lib.Scored) -> dict[str, float]:
+  """The mean of every reward term over the prompts that it is of.
+
+  A term without such prompts is left out.
+  """
+  out = {}
+  for name, term_BN in scored.terms.items():
+    mine_B = np.ones_like(scored.open_ended_B)
+    if name in OPEN_ENDED:
+      mine_B = scored.open_ended_B
+    elif name in MATHS:
+      mine_B = ~scored.open_ended_B
+    if mine_B.any():
+      out[name] = float(term_BN[mine_B].mean())
+  return out
+
+
 def rl_step(
   scored: score_lib.Scored,
   samples: Sequence[Sequence[structs.Sample]],
@@ -74,14 +91,8 @@ def rl_step(
     "scoring/separate_tokens": scored.separate_tokens,
   }
   open_ended_B = scored.open_ended_B
-  for name, term_BN in scored.terms.items():
-    mine_B = np.ones_like(open_ended_B)
-    if name in OPEN_ENDED:
-      mine_B = open_ended_B
-    elif name in MATHS:
-      mine_B = ~open_ended_B
-    if mine_B.any():
-      out[NAMES.get(name, f"reward/{name}")] = term_BN[mine_B].mean()
+  for name, mean in term_means(scored).items():
+    out[NAMES.get(name, f"reward/{name}")] = mean
   if ema is not None:
     out["reward/score_ema"] = ema
   if ema is not None and open_ended_B.any() and "score" in scored.terms:

@@ -244,6 +244,8 @@ _SUPERVISED: dict[str, Rule] = {
   # "constant" needs a divisor, which these stages lack.
   "reduction": one_of("token_mean", "sequence_mean"),
   "micro_batches": count(),
+  "validation_share": number(0, below=1),
+  "validation_every": count(),
   "checkpoint_every": count(),
   "seed": _ANY_SEED,
 }
@@ -454,6 +456,14 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "seed": _ANY_SEED,
     "token_budget": count(0),
     "checkpoint_every": count(),
+  }),
+  "rl.validation": (_RL, {
+    "every": count(0),
+    "prompts": count(),
+    "samples": count(2),
+    "metric": text(empty=False),
+    "patience": count(0),
+    "keep_best": flag,
   }),
   "evaluate": (_EVALUATE, {
     "samples": count(2),
@@ -897,6 +907,15 @@ READ: dict[str, Read] = {
     )
     for stage, default in (("base", 0.95), ("sft", 0.999))
   },
+  **{
+    f"{stage}.validation_every": Read(
+      50,
+      lambda config, stages, stage=stage: stage not in stages
+      or config[stage]["validation_share"] > 0,
+      f"config.{stage}.validation_share is above 0",
+    )
+    for stage in ("base", "sft")
+  },
   "rl.balance_tokens": Read(
     False, _rl(lambda rl: rl["mini_batch"] < rl["prompts"]),
     "config.rl.mini_batch is below config.rl.prompts",
@@ -971,6 +990,16 @@ READ: dict[str, Read] = {
     for stage in ("sft", "rl")
     for name, default in (
       ("alpha", 16.0), ("targets", lora.TARGETS), ("base_dtype", "bfloat16"),
+    )
+  },
+  **{
+    f"rl.validation.{name}": Read(
+      default, _rl(lambda rl: rl["validation"]["every"]),
+      "config.rl.validation.every is above 0",
+    )
+    for name, default in (
+      ("prompts", 32), ("samples", 2), ("metric", "reward"), ("patience", 0),
+      ("keep_best", True),
     )
   },
   "rollout.loop_tokens": Read(

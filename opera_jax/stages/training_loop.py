@@ -54,6 +54,8 @@ def fit(
   checkpoint_every: int,
   preemption: checkpoint.Preemption,
   frozen: Any = None,
+  validate: Callable[[Any], jax.Array] | None = None,
+  validate_every: int = 1,
 ) -> Any:
   """Runs updates up to `steps`, resuming from the newest checkpoint.
 
@@ -72,6 +74,10 @@ def fit(
     checkpoint_every: updates between checkpoints.
     preemption: checked after every step; if requested, saves and exits.
     frozen: parameters that `update` takes and no checkpoint holds.
+    validate: from the trained parameters to the loss of held-out batches,
+      logged as `<name of the stage>/validation_loss`; None logs none.
+    validate_every: updates between two validations; the last update is
+      followed by one as well.
 
   Returns:
     The trained parameters after the last update.
@@ -107,6 +113,10 @@ def fit(
       state, values = update(
         state, layout.from_local_rows(batch, mesh, batch_size), frozen
       )
+      if validate is not None and (
+        (i + 1) % validate_every == 0 or i + 1 == steps
+      ):
+        values |= {f"{stage.name}/validation_loss": validate(state.params)}
       if pending is not None:
         record(*pending)
       pending = (i + 1, values)

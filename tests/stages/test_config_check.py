@@ -79,6 +79,12 @@ HOSTILE = [
   ("rl.importance_mode", "clip", "'truncate', 'mask'"),
   ("rl.mask_truncated", 1, "True or False"),
   ("rl.advantage_options", {"grpo": {"scale": "step"}}, "'group', 'batch'"),
+  ("sft.validation_share", 1.0, "below 1"),
+  ("sft.validation_every", 0, "at least 1"),
+  ("sft.validation_every", 7, "nothing in this run reads it"),
+  ("rl.validation.every", -1, "at least 0"),
+  ("rl.validation.samples", 1, "at least 2"),
+  ("rl.validation.patience", 2, "nothing in this run reads it"),
   ("rl.epochs_per_batch", 0, "at least 1"),
   ("rl.optimizer", "adam", "did you mean 'adamw'"),
   ("rl.decay", "square", "'linear'"),
@@ -421,7 +427,9 @@ def test_every_field_has_a_rule():
     known = config_check.RULES[section][1]
     missing += [f"{section}.{name}" for name in values if name not in known]
   # Sections of their own.
-  assert sorted(missing) == ["rl.lora", "select.rl", "sft.lora"]
+  assert sorted(missing) == [
+    *("rl.lora", "rl.validation", "select.rl", "sft.lora"),
+  ]
   for name in missing:
     section, inner = name.split(".")
     assert set(config_check.RULES[name][1]) == set(config[section][inner])
