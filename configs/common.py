@@ -59,6 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = STAGES  # comma-separated stages to run; their order is fixed
   # stages to run again, with all later ones; their old results move to dropped/
   config.redo = ""
+  # where metrics go: jsonl always, and tensorboard, wandb, trackio by name
+  config.log = "jsonl,tensorboard"
   config.seed = 0  # seed of data, initialisation, sampling and shuffling
   # devices along each mesh axis; one may be -1 for all remaining devices
   config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}

@@ -28,7 +28,7 @@ with epy.lazy_imports():
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
   from opera_jax.models import decoder, lora
-  from opera_jax.plan import memory_floor
+  from opera_jax.plan import memory_floor, utilisation
   from opera_jax.rewards import smoothing
   from opera_jax.rl import (
     advantages,
@@ -322,7 +322,10 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     found = validation.Progress(**host.get("validation", {}))
     print(f"rl: resuming after step {step}", flush=True)
   log = metrics.Metrics(
-    stage.path, "metrics", last_step=None if restored is None else step
+    stage.path,
+    "metrics",
+    last_step=None if restored is None else step,
+    log=run.log,
   )
   update_programs = learner.programs(
     rl.row_buckets, rl.completions_per_row, run.engine.prompt_lengths()
@@ -453,6 +456,13 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         )
         | advantage_metrics
         | sampled.metrics()
+        | utilisation.metrics(
+          run.model,
+          rows,
+          passes=rl.epochs_per_batch,
+          seconds=seconds["time/update"] - seconds["time/advantages"],
+        )
+        | {"rollout/total_tokens": total_tokens}
         | {"time/programs": runtime.compiled()}
       )
 
@@ -480,7 +490,14 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
           "validation/best_step": found.best_step,
           "time/validation": time.monotonic() - seconds["time/update"],
         }
-      log.write(step, line)
+      log.write(
+        step,
+        line,
+        histograms=step_metrics.histograms(
+          scored, rows.advantage[rows.loss_mask > 0]
+        ),
+        texts=step_metrics.texts(scored),
+      )
       watch.check(line["sampler_trainer/logprob_diff"], step)
       progress.update(tokens=sampled.sampled_tokens)
       stop = preemption.requested()

@@ -25,7 +25,7 @@ from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.text import tokenizer as tokenizer_lib
-from opera_jax.train import checkpoint
+from opera_jax.train import checkpoint, trackers
 from opera_jax.train import fingerprint as fingerprint_lib
 
 # Arguments of `setup` that are config sections with the same name.
@@ -42,6 +42,7 @@ SECTIONS = (
   "scoring",
   "reward",
   "redo",
+  "log",
 )
 EVAL_TERMS = "opera + verifiable"
 # Files that are read from a model's or a tokenizer's directory.
@@ -83,6 +84,7 @@ class Run:
   settings: dict[str, Any]  # settings that results depend on, see `stage`
   reward: dict[str, Any]  # config.reward, for stages that compute rewards
   tokenizer_digest: tuple[str, str]  # path and SHA-256 of its files
+  log: tuple[str, ...]  # where metrics go, see `trackers.parse`
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
   # Builds the engine and the temperature-1 scorer for a mesh.
   build_engine: Callable[
@@ -344,6 +346,7 @@ def setup(
   temperature: float,
   checkpoint: str = "",
   redo: str = "",
+  log: str = "jsonl,tensorboard",
 ) -> Run:
   """Loads or builds everything that the stages share; trains only the BPE.
 
@@ -366,6 +369,7 @@ def setup(
       has its sizes, its tokenizer and its stop ids; "" if the base model is
       trained.
     redo: stages to drop first, see `workdir.redo`.
+    log: where metrics go, see `trackers.parse`.
 
   Raises:
     ValueError: settings that contradict one another.
@@ -485,6 +489,7 @@ def setup(
     engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
     settings=settings,
     tokenizer_digest=tokenizer_digest,
+    log=trackers.parse(log),
     redo=dropped_stages,
     reward=reward,
     **build_scorers(graphdef),

@@ -30,7 +30,7 @@ from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
 from opera_jax.synthesis import filters, rl_filter, search
-from opera_jax.train import optimizer
+from opera_jax.train import optimizer, trackers
 
 # Returns what a value must be, or "" where it is valid.
 Rule = Callable[[Any], str]
@@ -214,6 +214,17 @@ def anything(value: Any) -> str:
   return ""
 
 
+def log(value: Any) -> str:
+  """Names trackers whose libraries are installed."""
+  if not isinstance(value, str):
+    return "it must be text"
+  try:
+    trackers.parse(value)
+  except ValueError as error:
+    return str(error).partition("; ")[2]
+  return ""
+
+
 def each(rule: Rule, *, least: int = 1) -> Rule:
   """Is a tuple of values that all follow the rule."""
 
@@ -267,6 +278,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "max_reference_tokens": count(),
     "checkpoint": text(),
     "redo": text(),
+    "log": log,
   }),
   "mesh": ((), {
     axis: axis_size for axis in sharding_rules.MESH_AXES

@@ -216,6 +216,7 @@ def _train(
     preemption=preemption,
     frozen=frozen,
     validate=validate,
+    log_to=run.log,
     validate_every=recipe.validation_every,
   )
   params = trained if join is None else join(trained, frozen)

@@ -1,6 +1,6 @@
 """The training loop of pretraining and SFT: next-token loss on batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ def fit(
   frozen: Any = None,
   validate: Callable[[Any], jax.Array] | None = None,
   validate_every: int = 1,
+  log_to: Sequence[str] = ("jsonl", "tensorboard"),
 ) -> Any:
   """Runs updates up to `steps`, resuming from the newest checkpoint.
 
@@ -78,6 +79,7 @@ def fit(
       logged as `<name of the stage>/validation_loss`; None logs none.
     validate_every: updates between two validations; the last update is
       followed by one as well.
+    log_to: where metrics go, see `trackers.parse`.
 
   Returns:
     The trained parameters after the last update.
@@ -93,7 +95,10 @@ def fit(
     start, state, _ = restored
     print(f"{stage.name}: resuming after step {start}", flush=True)
   log = metrics.Metrics(
-    stage.path, "metrics", last_step=None if restored is None else start
+    stage.path,
+    "metrics",
+    last_step=None if restored is None else start,
+    log=log_to,
   )
   mine = layout.local_rows(mesh, batch_size)
 
