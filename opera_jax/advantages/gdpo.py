@@ -51,11 +51,11 @@ class AdvantageEstimator:
         "GDPO normalises every reward term by itself, and a KL penalty is "
         "none. Set config.rl.kl_in='loss'."
       )
-    total_BN = sum(
-      weight
-      * np.asarray(group.grpo(term_BN, epsilon=self.epsilon, ddof=self.ddof))
-      for weight, term_BN in inputs.terms.values()
-    )
+    total_BN = np.zeros_like(inputs.reward_BN)
+    for weight, term_BN in inputs.terms.values():
+      total_BN += weight * np.asarray(
+        group.grpo(term_BN, epsilon=self.epsilon, ddof=self.ddof)
+      )
     if self.batch:
       total_BN = group.over_batch(total_BN, epsilon=self.epsilon)
     return inputs_lib.Advantages(inputs.broadcast(total_BN))

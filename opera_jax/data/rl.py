@@ -289,15 +289,14 @@ def balanced_order(
     The groups of the first mini-batch, then of the second, ...
   """
   room = len(order) // count
+  sizes = np.asarray(group_tokens)[order].tolist()
   dealt: list[list[int]] = [[] for _ in range(count)]
   tokens = [0] * count
-  for place in sorted(
-    range(len(order)), key=lambda i: (-group_tokens[order[i]], i)
-  ):
+  for place in sorted(range(len(order)), key=lambda i: (-sizes[i], i)):
     open_ = [m for m in range(count) if len(dealt[m]) < room]
     least = min(open_, key=lambda m: tokens[m])
     dealt[least].append(place)
-    tokens[least] += group_tokens[order[place]]
+    tokens[least] += sizes[place]
   return order[np.concatenate(sorted(map(sorted, dealt)))]
 
 

@@ -859,6 +859,12 @@ def _rl(
   return lambda config, stages: "rl" not in stages or bool(test(config["rl"]))
 
 
+def _trains(
+  stage: str, test: Callable[[Mapping[str, Any]], Any]
+) -> Callable[[Mapping[str, Any], set[str]], bool]:
+  return lambda config, stages: stage not in stages or bool(test(config[stage]))
+
+
 def _penalised(rl: Mapping[str, Any]) -> bool:
   return rl["loss"] != "dpo" or rl["kl_in"] == "reward"
 
@@ -913,8 +919,7 @@ READ: dict[str, Read] = {
   **{
     f"{stage}.b2": Read(
       default,
-      lambda config, stages, stage=stage: stage not in stages
-      or config[stage]["optimizer"] in ("adamw", "muon"),
+      _trains(stage, lambda section: section["optimizer"] in ("adamw", "muon")),
       f"config.{stage}.optimizer is 'adamw' or 'muon'",
     )
     for stage, default in (("base", 0.95), ("sft", 0.999))
@@ -922,8 +927,7 @@ READ: dict[str, Read] = {
   **{
     f"{stage}.validation_every": Read(
       50,
-      lambda config, stages, stage=stage: stage not in stages
-      or config[stage]["validation_share"] > 0,
+      _trains(stage, lambda section: section["validation_share"] > 0),
       f"config.{stage}.validation_share is above 0",
     )
     for stage in ("base", "sft")

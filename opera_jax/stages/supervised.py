@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
@@ -243,7 +244,7 @@ def _validation(
       )
       for step in range(len(data))
     ]
-    total, tokens = map(sum, zip(*sums))
+    total, tokens = (jnp.sum(jnp.stack(x)) for x in zip(*sums))
     return total / tokens
 
   return validate
