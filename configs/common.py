@@ -20,15 +20,22 @@ def supervised() -> dict:
     "packed": False,  # several pairs per row, separated by segment ids
     "learning_rate": 1e-5,  # peak of the schedule
     "warmup": 0.05,  # fraction of the updates with a rising learning rate
-    "decay": "constant",  # schedule after the warm-up: constant or cosine
+    # schedule after the warm-up: constant, linear or cosine; see
+    # train/optimizer.py
+    "decay": "constant",
+    "optimizer": "adamw",  # adamw, adafactor, lion or muon
     "b2": 0.999,  # AdamW's decay rate of the second moment
     "weight_decay": 0.01,  # decoupled, on every parameter
     "max_grad_norm": 1.0,  # gradients are clipped to this global norm
-    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
+    # dtype of the optimizer's moments: float32 or bfloat16
+    "moment_dtype": "float32",
     # how token losses are averaged:
     # token_mean or sequence_mean, see losses/reduce.py
     "reduction": "token_mean",
     "micro_batches": 1,  # gradient accumulation steps per update
+    # share of the pairs that is held out, and whose loss is logged
+    "validation_share": 0.0,
+    "validation_every": 50,  # updates between two validations
     "checkpoint_every": 100,  # updates between two checkpoints
     "seed": -1,  # seed of this stage; -1 uses config.seed
   }
@@ -52,6 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.stages = STAGES  # comma-separated stages to run; their order is fixed
   # stages to run again, with all later ones; their old results move to dropped/
   config.redo = ""
+  # where metrics go: jsonl always, and tensorboard, wandb, trackio by name
+  config.log = "jsonl,tensorboard"
   config.seed = 0  # seed of data, initialisation, sampling and shuffling
   # devices along each mesh axis; one may be -1 for all remaining devices
   config.mesh = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
@@ -324,16 +333,23 @@ def get_config() -> ml_collections.ConfigDict:
     "prompts": 64,  # [C] prompts per step
     "samples": 16,  # [C] completions per prompt
     "mini_batch": 8,  # [C] prompts per update
+    "epochs_per_batch": 1,  # passes of updates over a step's completions (PPO)
+    # mini-batches of about equal completion tokens, each of as many prompts
+    "balance_tokens": False,
     "micro_batches": 1,  # gradient accumulation steps per update
     # completions per packed row; they share one copy of their prompt
     "completions_per_row": 1,
     # allowed padded lengths of a row (or of its completions), tokens
     "row_buckets": (2048, 4096, 8192, 16_384),
-    "learning_rate": 1e-6,  # [P] after the warm-up, constant
+    "learning_rate": 1e-6,  # [P] peak of the schedule
     "warmup": 0.4,  # [C] fraction of the updates with a rising learning rate
+    # [P] schedule after the warm-up: constant, linear or cosine
+    "decay": "constant",
+    "optimizer": "adamw",  # adamw, adafactor, lion or muon
     "weight_decay": 0.01,  # [C] decoupled, on every parameter
     "max_grad_norm": 1.0,  # [C] gradients are clipped to this global norm
-    "moment_dtype": "float32",  # dtype of Adam's moments: float32 or bfloat16
+    # dtype of the optimizer's moments: float32 or bfloat16
+    "moment_dtype": "float32",
     "clip_low": 0.2,  # [C] the ratio is clipped at 1 - this
     "clip_high": 0.2,  # [C] and at 1 + this
     # [C] dual-clip bound at negative advantages; 0 turns it off
@@ -354,6 +370,15 @@ def get_config() -> ml_collections.ConfigDict:
     "advantage_options": {},
     # cap of the importance weight trainer / sampler; 0 turns it off
     "importance_cap": 0.0,
+    # whose ratio the weight is: of a token, or the sequence's product
+    "importance_level": "token",
+    # weights above the cap: truncate to it, or mask (leave out of the loss)
+    "importance_mode": "truncate",
+    # weights below this are masked too; 0 turns it off
+    "importance_floor": 0.0,
+    # leaves completions without an end out of the loss (DAPO); their rewards
+    # stay in the group's baseline
+    "mask_truncated": False,
     # maximum |logprob| difference of sampler and trainer, nats; 0 is no check
     "max_logprob_diff": 0.1,
     "max_logprob_diff_steps": 3,  # consecutive steps above it that end the run
@@ -378,6 +403,18 @@ def get_config() -> ml_collections.ConfigDict:
     # megabytes of compressed rollouts in rl/rollouts, beyond which the oldest
     # steps are deleted; 0 keeps none
     "keep_rollouts": 1_000,
+  }
+  # Validation on prompts from the end of RL's, which RL then does not train on
+  # and the final evaluation does not report on.
+  config.rl.validation = {
+    "every": 0,  # steps between two validations; 0 turns validation off
+    "prompts": 32,  # prompts taken from RL's
+    "samples": 2,  # completions per prompt, at the rollout's temperature
+    # what must rise: reward, or a reward term such as score or correct
+    "metric": "reward",
+    # validations in a row without a new best that end RL; 0 means unlimited
+    "patience": 0,
+    "keep_best": True,  # RL's model is that of the best validation
   }
   config.rl.lora = lora()  # a LoRA adapter instead of all parameters
   config.evaluate = {

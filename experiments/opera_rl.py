@@ -10,6 +10,7 @@ estimators and loss; `configs/methods/` has recipes of related methods.
 Shape key: B prompts per step, N samples per prompt.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +29,8 @@ with epy.lazy_imports():
   from opera_jax import structs
   from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
-  from opera_jax.models import lora
-  from opera_jax.plan import memory_floor
+  from opera_jax.models import decoder, lora
+  from opera_jax.plan import memory_floor, utilisation
   from opera_jax.rewards import smoothing
   from opera_jax.rl import (
     advantages,
@@ -39,6 +40,7 @@ with epy.lazy_imports():
     sampler_trainer,
     score,
     step_metrics,
+    validation,
   )
   from opera_jax.run import (
     initial_model,
@@ -128,6 +130,7 @@ def run_stages(config, folder: str, preemption) -> None:
       prompt_tokens=max(config.engine.prompt_buckets),
       new_tokens=config.rollout.max_new_tokens,
       cache_dtype=config.engine.cache_dtype,
+      optimizer=config.rl.optimizer,
       moment_dtype=config.rl.moment_dtype,
       adapter=lora.settings(**config.rl.lora) if "rl" in stages else None,
     ),
@@ -240,13 +243,17 @@ def check_enough_prompts(config, num_prompts: int) -> None:
   """Refuses RL with fewer prompts than one step needs.
 
   Raises:
-    ValueError: `num_prompts` is below config.rl.prompts.
+    ValueError: `num_prompts`, less those of validation, is below
+      config.rl.prompts.
   """
-  if num_prompts < config.rl.prompts:
+  checks = config.rl.validation
+  held = checks.prompts if checks.every else 0
+  if num_prompts - held < config.rl.prompts:
+    less = f" beside {held} of config.rl.validation.prompts" if held else ""
     raise ValueError(
       f"config.rl.prompts is {config.rl.prompts} prompts per step and only "
-      f"{num_prompts} tasks are left for RL. Lower it, or raise "
-      "config.data.rl, add tasks, raise the length limits, or loosen "
+      f"{max(num_prompts - held, 0)} tasks are left for RL{less}. Lower it, or "
+      "raise config.data.rl, add tasks, raise the length limits, or loosen "
       "config.select.rl."
     )
 
@@ -280,24 +287,29 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   reference = run.load(rl.init or "sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
-  prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
+  checks = validation.Settings(**rl.validation)
+  prompts, held = checks.split([p for p in run.tasks.rl if p.task in rl.tasks])
   prompt_ids = run.prompt_ids(prompts)
   batches = 1 + rl.max_resamples  # maximum prompt batches per step
   epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
   order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
-    rl.learning_rate, rl.steps * updates_per_step, warmup_fraction=rl.warmup
-  )
-  adamw = optimizer.adamw(
-    schedule,
-    weight_decay=rl.weight_decay,
-    max_grad_norm=rl.max_grad_norm,
-    moment_dtype=rl.moment_dtype,
+    rl.learning_rate,
+    rl.steps * updates_per_step * rl.epochs_per_batch,
+    warmup_fraction=rl.warmup,
+    decay=rl.decay,
   )
   learn = learner.build(
     run.graphdef,
-    adamw,
+    optimizer.build(
+      rl.optimizer,
+      schedule,
+      weight_decay=rl.weight_decay,
+      max_grad_norm=rl.max_grad_norm,
+      moment_dtype=rl.moment_dtype,
+      matrices=decoder.matrix_axes,
+    ),
     schedule=schedule,
     temperature=rollout.temperature,
     kl_coef=rl.kl_coef if rl.kl_in == "loss" else 0.0,
@@ -312,6 +324,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )
   settings = run.sampling(**rollout.to_dict())
+  best_folder, held_ids = stage.path / "best", run.prompt_ids(held)
   watch = sampler_trainer.Watch(rl.max_logprob_diff, rl.max_logprob_diff_steps)
 
   # One checkpoint holds trained parameters, optimizer, key, step and the reward
@@ -326,13 +339,18 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
   step, ema, total_tokens, shown = 0, None, 0, False
+  found = validation.Progress()
   restored = saves.restore(state)
   if restored is not None:
     step, state, host = restored
     ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
+    found = validation.Progress(**host.get("validation", {}))
     print(f"rl: resuming after step {step}", flush=True)
   log = metrics.Metrics(
-    stage.path, "metrics", last_step=None if restored is None else step
+    stage.path,
+    "metrics",
+    last_step=None if restored is None else step,
+    log=run.log,
   )
   update_programs = learner.programs(
     rl.row_buckets, rl.completions_per_row, run.engine.prompt_lengths()
@@ -350,7 +368,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     jax.set_mesh(run.mesh),
     progress_lib.Progress(rl.steps, "rl", done=step) as progress,
   ):
-    while step < rl.steps and not 0 < rl.token_budget <= total_tokens:
+    while (
+      step < rl.steps
+      and not 0 < rl.token_budget <= total_tokens
+      and not 0 < checks.patience <= found.misses
+    ):
       seconds = {"time/start": time.monotonic()}
       policy = learn.policy(state.params, frozen)
 
@@ -379,7 +401,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
           stage.begin()
-          saves.save(step, state, host_state(ema, total_tokens))
+          saves.save(step, state, host_state(ema, total_tokens, found))
         raise
       scored = sampled.scored
       total_tokens += sampled.sampled_tokens
@@ -427,16 +449,27 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       )
       seconds["time/advantages"] = time.monotonic()
 
-      # Update: one epoch over the completions, in mini-batches of prompts.
+      # Update: passes over the completions, in mini-batches of prompts.
       progress.phase("updating")
       updates = []
-      for mini_batch in rl_data.mini_batches(rows, updates_per_step):
-        state, values = learn.update(
-          state,
-          layout.to_devices(mini_batch, layout.batch_sharding(run.mesh)),
-          frozen,
-        )
-        updates.append(values)
+      sizes = np.reshape(scored.completion_sizes(), (rl.prompts, rl.samples))
+      for arranged in rl_data.passes(
+        rows,
+        sizes.sum(axis=1).tolist(),
+        updates_per_step,
+        epochs=rl.epochs_per_batch,
+        balance=rl.balance_tokens,
+        seed=(seed, step),
+      ):
+        if learn.pairs:
+          arranged = rl_data.pairs(arranged, rl.samples, updates_per_step)
+        for mini_batch in rl_data.mini_batches(arranged, updates_per_step):
+          state, values = learn.update(
+            state,
+            layout.to_devices(mini_batch, layout.batch_sharding(run.mesh)),
+            frozen,
+          )
+          updates.append(values)
       updates = layout.to_host(updates)
       for values in updates:
         train_step.check_finite(values, step + 1)
@@ -455,25 +488,67 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
         )
         | advantage_metrics
         | sampled.metrics()
+        | utilisation.metrics(
+          run.model,
+          rows,
+          passes=rl.epochs_per_batch,
+          seconds=seconds["time/update"] - seconds["time/advantages"],
+        )
+        | {"rollout/total_tokens": total_tokens}
         | {"time/programs": runtime.compiled()}
       )
-      log.write(step, line)
+      # Validation: a new best model is saved before the checkpoint names it.
+      due = checks.due(step, rl.steps)
+      if due:
+        progress.phase("validating")
+        found, validated = validation.validate(
+          checks,
+          found,
+          best_folder,
+          run.engine,
+          run.reward_scorer,
+          held,
+          held_ids,
+          step=step,
+          trained=state.params,
+          params=learn.policy(state.params, frozen),
+          for_rollout=run.for_rollout,
+          settings=settings,
+          key=jax.random.fold_in(jax.random.key(seed), rl.steps),
+          advance=lambda _: preemption.exit_if_requested(),
+        )
+        line |= validated
+      log.write(
+        step,
+        line,
+        histograms=step_metrics.histograms(
+          scored, rows.advantage[rows.loss_mask > 0]
+        ),
+        texts=step_metrics.texts(scored),
+      )
       kept.write(step, rollout_records(run, sampled, step, advantages_R))
       watch.check(line["sampler_trainer/logprob_diff"], step)
       progress.show(step_metrics.shown(line))
       progress.update(tokens=sampled.sampled_tokens)
       stop = preemption.requested()
-      if stop or step % rl.checkpoint_every == 0 or step == rl.steps:
+      if stop or due or step % rl.checkpoint_every == 0 or step == rl.steps:
         stage.begin()
-        saves.save(step, state, host_state(ema, total_tokens))
+        saves.save(step, state, host_state(ema, total_tokens, found))
+        validation.clean(best_folder)
       if stop:
         raise SystemExit(preemption.exit_code())
   log.close()
   saves.close()
   if kept.summary():
     print(f"rl: {kept.summary()}", flush=True)
-  model = run.save("rl", learn.policy(state.params, frozen))
-  return {"steps": step, "dropped": run.dropped, "model": model}
+  params = state.params
+  if checks.keep_best and found.best is not None:
+    params = validation.load_best(best_folder, found.best_step, params)
+  model = run.save("rl", learn.policy(params, frozen))
+  result = {"steps": step, "dropped": run.dropped, "model": model}
+  if checks.every:
+    result["validation"] = dataclasses.asdict(found)
+  return result
 
 
 def packed_rows(
@@ -535,12 +610,15 @@ def packed_rows(
     ),
     value=value,
   )
-  # Truncated importance weights correct for the sampler's distribution.
-  weighted = advantages.importance_weighted(
+  # Importance weights correct for the sampler's distribution.
+  weighted, weight_metrics = advantages.importance_weighted(
     estimate.advantage,
     old=old_R,
     completions=completions,
     cap=rl.importance_cap,
+    level=rl.importance_level,
+    mode=rl.importance_mode,
+    floor=rl.importance_floor,
   )
   extra = learn.extra_targets(
     placement,
@@ -554,10 +632,17 @@ def packed_rows(
     mini_batches=mini_batches,
   )
   rows = rl_data.with_advantages(rows, placement, weighted, extra)
-  if learn.pairs:
-    rows = rl_data.pairs(rows, scored.rollouts.samples, mini_batches)
-  metrics_ = {k: float(v) for k, v in estimate.metrics.items()}
-  return rows, estimate.advantage, metrics_
+  if rl.mask_truncated:
+    # Its reward is in its group's baseline, its tokens are not in the loss.
+    rows = rl_data.without(
+      rows, placement, [not s.finished for s in completions]
+    )
+  found = {
+    **{k: float(v) for k, v in estimate.metrics.items()},
+    **weight_metrics,
+    **advantages.spread(estimate.advantage),
+  }
+  return rows, estimate.advantage, found
 
 
 def rollout_records(
@@ -575,9 +660,15 @@ def rollout_records(
     yield from rollout_files.records(scored, decode, step=step)
 
 
-def host_state(ema: float | None, sampled: int) -> dict:
+def host_state(
+  ema: float | None, sampled: int, found: "validation.Progress"
+) -> dict:
   """The host state that an RL checkpoint stores beside the arrays."""
-  return {"reward_ema": ema, "sampled_tokens": sampled}
+  return {
+    "reward_ema": ema,
+    "sampled_tokens": sampled,
+    "validation": dataclasses.asdict(found),
+  }
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ one.
 """
 
 NAMES = ("step_time", "tokens_per_second")
+_GROUPS = ("time/", "perf/")
 
 
 def depends_on_clock(name: str) -> bool:
-  """Whether a metric of this name measures time or speed."""
-  return name in NAMES or name.startswith("time/")
+  """Whether a metric of this name measures time, speed or memory."""
+  return name in NAMES or name.startswith(_GROUPS)

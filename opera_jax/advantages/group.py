@@ -67,6 +67,17 @@ def rloo(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   return centred_BN * (samples / (samples - 1))
 
 
+def over_batch(value_BN: np.ndarray, *, epsilon: float = 1e-6) -> np.ndarray:
+  """`(A - mean) / (std + epsilon)` over all samples of a step, [B, N].
+
+  The std divides by the number of samples less 1. Equal values become 0.
+  """
+  if value_BN.size < 2:
+    return np.zeros_like(value_BN)
+  centred_BN = value_BN - value_BN.mean()
+  return centred_BN / (centred_BN.std(ddof=1) + epsilon)
+
+
 def has_different_rewards(reward_BN: jax.Array | np.ndarray) -> jax.Array:
   """Whether a group's rewards differ by more than their rounding error.
 

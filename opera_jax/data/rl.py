@@ -216,6 +216,90 @@ def with_advantages(
   )
 
 
+def without(
+  batch: structs.Batch, placement: Placement, dropped: Sequence[bool]
+) -> structs.Batch:
+  """Takes the tokens of some completions out of the loss.
+
+  Args:
+    batch: from `build_batch`.
+    placement: of the completions.
+    dropped: [R] the completions whose tokens are no targets.
+  """
+  kept = placement.scatter(
+    [np.full(s, not d, np.float32) for s, d in zip(placement.size, dropped)]
+  )
+  return batch.replace(loss_mask=batch.loss_mask * kept)
+
+
+def passes(
+  batch: structs.Batch,
+  group_tokens: Sequence[int],
+  count: int,
+  *,
+  epochs: int,
+  balance: bool,
+  seed: Sequence[int],
+) -> Iterator[structs.Batch]:
+  """Arranges the groups of a step for every pass over it.
+
+  Groups keep the order in which they were sampled in the first pass, and are
+  shuffled in later ones. Every mini-batch has the same number of groups, so
+  that all updates run the same program; balanced ones have about equal numbers
+  of completion tokens.
+
+  Args:
+    batch: rows of whole groups, which are consecutive.
+    group_tokens: completion tokens of each group.
+    count: mini-batches that will be cut from a pass.
+    epochs: passes over the step.
+    balance: whether mini-batches are balanced by tokens.
+    seed: of the shuffling; of this step, so that a resumed run shuffles alike.
+
+  Yields:
+    The batch of each pass, to be cut into mini-batches.
+  """
+  groups = len(group_tokens)
+  size = batch.tokens.shape[0] // groups  # rows of a group
+  for epoch in range(epochs):
+    order = np.arange(groups)
+    if epoch:
+      order = np.random.default_rng([*seed, epoch]).permutation(groups)
+    if balance:
+      order = balanced_order(order, group_tokens, count)
+    rows = (order[:, None] * size + np.arange(size)).reshape(-1)
+    yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], batch)
+
+
+def balanced_order(
+  order: np.ndarray, group_tokens: Sequence[int], count: int
+) -> np.ndarray:
+  """Deals groups to mini-batches of equal size with about equal tokens.
+
+  The largest group left goes to the mini-batch of fewest tokens that has room
+  (longest processing time first, Graham 1969). Mini-batches come in the order
+  of their first groups.
+
+  Args:
+    order: int [groups], a permutation.
+    group_tokens: tokens of each group.
+    count: mini-batches, a divisor of the groups.
+
+  Returns:
+    The groups of the first mini-batch, then of the second, ...
+  """
+  room = len(order) // count
+  sizes = np.asarray(group_tokens)[order].tolist()
+  dealt: list[list[int]] = [[] for _ in range(count)]
+  tokens = [0] * count
+  for place in sorted(range(len(order)), key=lambda i: (-sizes[i], i)):
+    open_ = [m for m in range(count) if len(dealt[m]) < room]
+    least = min(open_, key=lambda m: tokens[m])
+    dealt[least].append(place)
+    tokens[least] += sizes[place]
+  return order[np.concatenate(sorted(map(sorted, dealt)))]
+
+
 def mini_batches(batch: structs.Batch, count: int) -> list[structs.Batch]:
   """Splits a batch into `count` runs of consecutive rows.
 

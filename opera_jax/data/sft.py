@@ -8,6 +8,8 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import batching
 
+Pair = tuple[np.ndarray, np.ndarray]  # prompt tokens, completion tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -68,6 +70,36 @@ class Batches:
       yield self[index]
 
 
+def split(
+  pairs: Sequence[Pair], share: float, seed: int
+) -> tuple[list[Pair], list[Pair]]:
+  """Divides pairs at random into those to train and those to validate on.
+
+  Args:
+    pairs: all pairs.
+    share: of the pairs to hold out, rounded; 0 holds out none.
+    seed: of the choice.
+
+  Returns:
+    The pairs of training and of validation, each in the order given.
+
+  Raises:
+    ValueError: a share above 0 that holds out no pair.
+  """
+  count = round(share * len(pairs))
+  if share and not count:
+    raise ValueError(
+      f"A validation_share of {share} holds out none of {len(pairs)} pairs. "
+      "Raise it, set it to 0, or add data."
+    )
+  chosen = np.random.default_rng([seed, 1]).permutation(len(pairs))[:count]
+  held = set(chosen.tolist())
+  return (
+    [pair for i, pair in enumerate(pairs) if i not in held],
+    [pair for i, pair in enumerate(pairs) if i in held],
+  )
+
+
 def build(
   pairs: Sequence[tuple[np.ndarray, np.ndarray]],
   *,
@@ -77,6 +109,7 @@ def build(
   seed: int,
   pad_id: int,
   packed: bool,
+  fill: bool = False,
 ) -> Batches:
   """Builds SFT batches from (prompt, completion) pairs.
 
@@ -90,6 +123,7 @@ def build(
     pad_id: fills rows.
     packed: True puts several pairs in a row, separated by segment ids; False
       puts one pair in a row.
+    fill: whether a single batch may be filled up with padding rows.
 
   Raises:
     ValueError: an empty prompt or completion, fewer rows than one batch, or
@@ -110,7 +144,7 @@ def build(
   lengths = [len(tokens) for tokens in sequences]
   one_per_row = [[index] for index in range(len(sequences))]
   rows = batching.first_fit(lengths, row_length) if packed else one_per_row
-  if len(rows) < batch_size:
+  if len(rows) < (1 if fill else batch_size):
     raise ValueError(
       f"{len(pairs)} pairs, of which {too_long} are longer than {row_length}"
       f" tokens, fill {len(rows)} rows, less than one batch of {batch_size}."
@@ -128,7 +162,7 @@ def build(
     batch_size=batch_size,
     _rows=rows,
     _order=batching.batch_order(
-      len(rows), batch_size, epochs=epochs, seed=seed
+      len(rows), min(batch_size, len(rows)), epochs=epochs, seed=seed
     ),
     _sequences=sequences,
     _loss_masks=masks,

@@ -10,6 +10,8 @@ import numpy as np
 from opera_jax.losses import exponent, reduce
 
 NAMES = ("clipped", "gspo")
+IMPORTANCE_LEVELS = ("token", "sequence")
+IMPORTANCE_MODES = ("truncate", "mask")
 
 
 def clipped_surrogate(
@@ -113,31 +115,62 @@ def sequence_ratio(
   return total_RT / jnp.maximum(count_RT, 1.0)
 
 
-def truncated_weight(
-  old_logprob: np.ndarray, sampler_logprob: np.ndarray, cap: float
+def importance_weight(
+  old_logprob: np.ndarray,
+  sampler_logprob: np.ndarray,
+  cap: float,
+  *,
+  level: str = "token",
+  mode: str = "truncate",
+  floor: float = 0.0,
 ) -> np.ndarray:
-  """`min(exp(old - sampler), cap)`, the truncated importance weight.
+  """The importance weight trainer / sampler of each token of a completion.
 
   It corrects the gradient if the sampler's probabilities differ from the
-  trainer's, with bounded variance (Ionides, "Truncated importance sampling",
-  2008; a cap of 2 is usual). It multiplies the advantage, so no gradient passes
-  through it. A truncating sampler (top k, top p, min p) renormalises the kept
-  tokens, so their weight is the kept probability mass, below 1.
+  trainer's. It multiplies the advantage, so no gradient passes through it. With
+  `w = exp(old - sampler)`:
+
+      truncate  min(w, cap), of bounded variance (Ionides, "Truncated importance
+                sampling", 2008; TIS of Yao et al., "Your efficient RL framework
+                secretly brings you off-policy RL training", 2025)
+      mask      w where floor <= w <= cap, else 0: what the sampler drew from
+                another distribution teaches nothing (MIS of Liu et al., "When
+                speed kills stability", 2025; with a floor IcePop, arXiv
+                2510.18855)
+
+  At level "sequence", w is the product over the completion's tokens, on all of
+  them: unbiased, of a variance that grows with the length. A truncating sampler
+  (top k, top p, min p) renormalises the kept tokens, so their weight is the
+  kept probability mass, below 1.
 
   Args:
-    old_logprob: float32, log-probability of each sampled token under the
-      trainer's policy before the update; any shape.
-    sampler_logprob: float32, under the sampler's distribution, see
+    old_logprob: float32 [C], log-probability of each sampled token under the
+      trainer's policy before the update.
+    sampler_logprob: float32 [C], under the sampler's distribution, see
       `structs.Sample.behavior_logprob`.
-    cap: bound, positive.
+    cap: upper bound, positive; 2 is usual.
+    level: one of `IMPORTANCE_LEVELS`.
+    mode: one of `IMPORTANCE_MODES`.
+    floor: lower bound of "mask"; 0 is none.
 
   Raises:
-    ValueError: a cap of 0 or less.
+    ValueError: a cap of 0 or less, or an unknown level or mode.
   """
   if cap <= 0:
     raise ValueError(
       f"Importance weights need a positive cap, got {cap}. Use 2.0, or turn "
       "them off with config.rl.importance_cap = 0."
     )
-  gap = np.minimum(old_logprob - sampler_logprob, np.log(cap))
-  return np.exp(gap).astype(np.float32)
+  if level not in IMPORTANCE_LEVELS or mode not in IMPORTANCE_MODES:
+    raise ValueError(
+      f"Importance weights take a level of {IMPORTANCE_LEVELS} and a mode of "
+      f"{IMPORTANCE_MODES}, got {level!r} and {mode!r}."
+    )
+  gap = old_logprob - sampler_logprob
+  if level == "sequence":
+    gap = np.full_like(gap, gap.sum())
+  within = gap <= np.log(cap)
+  weight = np.exp(np.minimum(gap, np.log(cap)))
+  if mode == "mask":
+    weight = np.where(within & (weight >= floor), weight, 0.0)
+  return weight.astype(np.float32)

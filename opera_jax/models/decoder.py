@@ -476,3 +476,32 @@ def logical_axes(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, _: AXES[path_name(path)], params
   )
+
+
+def matrix_axes(params: Any) -> Any:
+  """The input and the output axes of every matrix that multiplies states.
+
+  Embedding and head, which look tokens up, are none; nor are norms, biases and
+  a critic.
+
+  Args:
+    params: of a model or an adapter, or a tree that holds them as "policy".
+
+  Returns:
+    A tree like `params`: a pair of axes' tuples, such as ((1,), (2, 3)) of a
+    query projection, or None.
+  """
+  groups = {"heads": "all", "kv_heads": "all", "head_dim": "all"}
+
+  def visit(path: Any, _: Any) -> tuple[tuple[int, ...], ...] | None:
+    names = AXES.get(path_name(path).removeprefix("policy/"), ())
+    sides: dict[str, tuple[int, ...]] = {}
+    for axis, name in enumerate(names):
+      if name != "layers":
+        side = groups.get(name, name)
+        sides[side] = (*sides.get(side, ()), axis)
+    if len(sides) != 2 or "vocab" in sides:
+      return None
+    return tuple(sides.values())
+
+  return jax.tree_util.tree_map_with_path(visit, params)

@@ -129,21 +129,21 @@ class Values:
     )
 
   def state(
-    self, adamw: optax.GradientTransformation
+    self, optimizer: optax.GradientTransformation
   ) -> train_state.TrainState:
     """The training state; moments are sharded like the trained parameters."""
     state = jax.eval_shape(
-      lambda params: train_state.create(params, adamw, jax.random.key(0)),
+      lambda params: train_state.create(params, optimizer, jax.random.key(0)),
       self.trained,
     )
-    opt_state = optax.tree_utils.tree_map_params(
-      adamw,
-      lambda leaf, like: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=like.sharding
+    opt_state = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
       ),
       state.opt_state,
-      self.trained,
-      transform_non_params=self.whole,
+      train_state.shardings(
+        state.opt_state, self.trained, layout.replicated(self._mesh)
+      ),
     )
     return train_state.TrainState(
       step=self.whole(state.step),

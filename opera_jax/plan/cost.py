@@ -9,6 +9,9 @@ Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 
 import dataclasses
 
+import numpy as np
+
+from opera_jax import structs
 from opera_jax.models import decoder, lora
 
 # What a layer's backward pass recomputes: (matrices, attention). "attention"
@@ -109,6 +112,34 @@ def update(
     backward,
     again_layers * layers + again_attention * attention + attention / 2 + head,
   )
+
+
+def rows_flops(config: decoder.Config, rows: structs.Batch) -> float:
+  """Forward and backward FLOPs over the real tokens of packed rows.
+
+  Recomputation does not count. The head runs on the targets.
+
+  Args:
+    config: of the model.
+    rows: on the host.
+  """
+  tokens = pairs = 0.0
+  for segments_T in np.asarray(rows.segments):
+    _, sizes = np.unique(segments_T[segments_T > 0], return_counts=True)
+    tokens += sizes.sum()
+    pairs += sum(map(causal_pairs, sizes.tolist()))
+    if rows.num_continuations:  # each one sees the prompt, the first segment
+      pairs += float(sizes[:1].sum() * sizes[1:].sum())
+  targets = float(np.sum(np.asarray(rows.loss_mask) > 0))
+  forward = (
+    tokens * layer_flops(config)
+    + attention_flops(config, pairs)
+    + targets * head_flops(config)
+  )
+  backward = 2 * forward
+  if config.lora is not None:
+    backward -= tokens * _frozen_flops(config) + targets * head_flops(config)
+  return forward + backward
 
 
 def score(config: decoder.Config, B: int, T: int, S: int, G: int) -> Flops:

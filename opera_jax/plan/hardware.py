@@ -56,6 +56,35 @@ CHIPS = {
 }
 
 
+# Start of JAX's device_kind -> stated dense bf16 peak FLOP/s of a device; fp16
+# for a T4, which lacks bf16. Those of GPUs are from NVIDIA's data sheets,
+# without sparsity, and of SXM boards: PCIe ones are slower.
+_PEAKS = (
+  ("TPU v5 lite", CHIPS["v5e"].flops),
+  ("TPU v5e", CHIPS["v5e"].flops),
+  ("TPU v5p", CHIPS["v5p"].flops),
+  ("TPU v5", CHIPS["v5p"].flops),
+  ("TPU v6 lite", CHIPS["v6e"].flops),
+  ("TPU v6e", CHIPS["v6e"].flops),
+  ("TPU7x", CHIPS["tpu7x"].flops),
+  ("NVIDIA H200", 989e12),
+  ("NVIDIA H100 80GB HBM3", 989e12),
+  ("NVIDIA A100-SXM4", 312e12),
+  ("NVIDIA L4", 121e12),
+  ("Tesla T4", 65e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Stated peak FLOP/s of a device by JAX's name of it; None if unknown."""
+  for start, flops in _PEAKS:
+    if device_kind == start or device_kind.startswith(
+      (f"{start} ", f"{start}-")
+    ):
+      return flops
+  return None
+
+
 def parse(topology: str) -> tuple[Chip, int]:
   """Returns the chip of a topology, and the number of devices JAX sees in it.
 

@@ -19,6 +19,7 @@ import numpy as np
 from opera_jax.models import decoder, lora
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
+from opera_jax.train import optimizer as optimizer_lib
 
 GIB = 1 << 30
 
@@ -62,6 +63,7 @@ def floor(
   prompt_tokens: int,
   new_tokens: int,
   cache_dtype: str,
+  optimizer: str,
   moment_dtype: str,
   adapter: lora.Settings | None = None,
 ) -> dict[str, int]:
@@ -75,6 +77,7 @@ def floor(
     prompt_tokens: longest prompt.
     new_tokens: longest completion.
     cache_dtype: of keys and values.
+    optimizer: one of `train.optimizer.NAMES`.
     moment_dtype: of the optimizer's moments.
     adapter: of a run with LoRA.
   """
@@ -101,7 +104,8 @@ def floor(
   tokens = prompts * (prompt_tokens + samples * new_tokens)
   return {
     "parameters": master + frozen,
-    "optimizer": 2 * laid_out(trained, rules.TRAIN, moment_dtype),
+    "optimizer": optimizer_lib.NAMES[optimizer]
+    * laid_out(trained, rules.TRAIN, moment_dtype),
     "reference": 0 if adapter else master,
     "rollout weights": laid_out(decoded, rules.ROLLOUT, config.dtype),
     "caches": tokens

@@ -143,12 +143,19 @@ def named(function: Callable[..., Any], values: Section) -> dict[str, Any]:
 
 
 def _optimizer(section: Section, updates: int) -> Any:
-  """The AdamW optimizer that a stage builds from a section."""
+  """The optimizer that a stage builds from a section."""
   rate = optimizer.schedule(
-    section["learning_rate"], updates, warmup_fraction=section["warmup"]
+    section["learning_rate"],
+    updates,
+    warmup_fraction=section["warmup"],
+    decay=section["decay"],
   )
-  settings = named(optimizer.adamw, section) | {"learning_rate": rate}
-  return optimizer.adamw(**settings)
+  settings = named(optimizer.build, section) | {
+    "name": section["optimizer"],
+    "learning_rate": rate,
+    "matrices": decoder.matrix_axes,
+  }
+  return optimizer.build(**settings)
 
 
 def _with_lora(config: decoder.Config, section: Section) -> decoder.Config:
@@ -185,14 +192,14 @@ class _Run:
 
   def sft(self) -> Program:
     recipe = self._sft
-    adamw = _optimizer(recipe, 1)
+    transformation = _optimizer(recipe, 1)
     config = _with_lora(self._config, recipe)
     values = abstract.Values(self._mesh, config)
     update = train_step.make_sft_update(
       packed_rows.logprob_fn(values.graphdef),
-      adamw,
       join=lora.combine if config.lora else None,
-      **named(train_step.make_sft_update, recipe),
+      **named(train_step.make_sft_update, recipe)
+      | {"optimizer": transformation},
     )
     B, T = recipe["batch_size"], recipe["row_tokens"]
     return Program(
@@ -200,7 +207,7 @@ class _Run:
       shape=f"{B} rows x {T:,}, {recipe['micro_batches']} micro-batches",
       jitted=update,
       arguments=(
-        values.state(adamw),
+        values.state(transformation),
         values.batch("sft.batch_size", B, T),
         values.frozen,
       ),
@@ -256,7 +263,7 @@ class _Run:
       static={},
       flops=cost.update(self._policy, B, *sizes),
       streamed=0.0,
-      calls=rl["prompts"] // rl["mini_batch"],
+      calls=self._updates(),
       beside=memory_floor.shard_bytes(self._reference),
       remedies=self._update_remedies(
         "rl", B, rl["micro_batches"], "row_buckets"
@@ -468,5 +475,9 @@ class _Run:
     )
 
   def _rl_optimizer(self) -> Any:
-    updates = self._rl["prompts"] // self._rl["mini_batch"]
-    return _optimizer(self._rl, self._rl["steps"] * updates)
+    return _optimizer(self._rl, self._rl["steps"] * self._updates())
+
+  def _updates(self) -> int:
+    """Updates of one RL step."""
+    mini_batches = self._rl["prompts"] // self._rl["mini_batch"]
+    return mini_batches * self._rl["epochs_per_batch"]

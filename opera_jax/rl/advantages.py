@@ -108,6 +108,10 @@ class WeightedEstimators:
         penalty=penalty,
         logprobs=logprobs,
         value=value,
+        terms={
+          name: (weight, scored.terms[name])
+          for name, weight in scored.weights.items()
+        },
       )
       by_name[name] = (self._weights[name], estimator.advantages(inputs))
     combined = inputs_lib.combine(by_name)
@@ -135,21 +139,57 @@ def importance_weighted(
   old: Sequence[np.ndarray],
   completions: Sequence[structs.Sample],
   cap: float,
-) -> Sequence[np.ndarray]:
-  """Multiplies advantages by truncated importance weights (trainer / sampler).
+  level: str,
+  mode: str,
+  floor: float,
+) -> tuple[Sequence[np.ndarray], dict[str, float]]:
+  """Multiplies advantages by importance weights (trainer / sampler).
 
   Args:
     advantage: [R] of [C_r].
     old: [R] of [C_r], log-probabilities under the trainer's policy.
     completions: [R], with the sampler's log-probabilities.
-    cap: see `policy.truncated_weight`; 0 turns the correction off.
+    cap: see `policy.importance_weight`; 0 turns the correction off.
+    level: "token" or "sequence".
+    mode: "truncate" or "mask".
+    floor: lower bound of "mask"; 0 is none.
+
+  Returns:
+    The weighted advantages, and metrics of the weights.
   """
   if not cap:
-    return advantage
-  return [
-    a * policy_loss.truncated_weight(o, s.behavior_logprob(), cap)
-    for a, o, s in zip(advantage, old, completions)
+    return advantage, {}
+  weight = [
+    policy_loss.importance_weight(
+      o, s.behavior_logprob(), cap, level=level, mode=mode, floor=floor
+    )
+    for o, s in zip(old, completions)
   ]
+  every = np.concatenate(weight)
+  bound = np.float32(cap) * (1 - np.finfo(np.float32).eps)
+  metrics = {
+    "sampler_trainer/weight_mean": float(every.mean()),
+    "sampler_trainer/weight_min": float(every.min()),
+    "sampler_trainer/weight_max": float(every.max()),
+    "sampler_trainer/masked_ratio": float(np.mean(every == 0)),
+    "sampler_trainer/capped_ratio": float(np.mean(every >= bound)),
+  }
+  return [a * w for a, w in zip(advantage, weight)], metrics
+
+
+def spread(advantage: Sequence[np.ndarray]) -> dict[str, float]:
+  """Metrics of the advantages of a step's tokens, before importance weights.
+
+  Args:
+    advantage: [R] of [C_r].
+  """
+  every = np.concatenate(advantage)
+  return {
+    "advantage/mean": float(every.mean()),
+    "advantage/std": float(every.std()),
+    "advantage/min": float(every.min()),
+    "advantage/max": float(every.max()),
+  }
 
 
 def kl_penalties(

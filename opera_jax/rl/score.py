@@ -39,6 +39,8 @@ class Scored:
   # Tokens if every prefix of every step were scored in a row of its own.
   separate_tokens: int
   rollouts: structs.Rollouts
+  # Weight of each reward in `total_BN`; `terms` has its values by this name.
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def completion_sizes(self) -> list[int]:
     """Tokens of each completion, [R]."""
@@ -378,6 +380,7 @@ class RewardScorer:
       open_ended_B,
       self._separate_tokens(rollouts, prefixes, opened),
       rollouts,
+      self._weights,
     )
 
   def _rollouts(
@@ -595,4 +598,5 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     open_ended_B=of_prompts(lambda s: s.open_ended_B),
     separate_tokens=sum(s.separate_tokens for s in distinct),
     rollouts=rollouts,
+    weights=distinct[0].weights,
   )

@@ -23,6 +23,61 @@ NAMES = {
 }
 
 
+def term_means(scored: score_lib.Scored) -> dict[str, float]:
+  """The mean of every reward term over the prompts that it is of.
+
+  A term without such prompts is left out.
+  """
+  out = {}
+  for name, term_BN in scored.terms.items():
+    mine_B = np.ones_like(scored.open_ended_B)
+    if name in OPEN_ENDED:
+      mine_B = scored.open_ended_B
+    elif name in MATHS:
+      mine_B = ~scored.open_ended_B
+    if mine_B.any():
+      out[name] = float(term_BN[mine_B].mean())
+  return out
+
+
+def opens_with_close(text: str) -> bool:
+  """Whether the answer of a completion opens with a stray closing tag.
+
+  Args:
+    text: of `Tokenizer.completion_text`.
+  """
+  answer = text.partition("</think>")[2] if "<think>" in text else text
+  return answer.lstrip().startswith("</think>")
+
+
+def histograms(
+  scored: score_lib.Scored, advantage: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Values of a step's completions, by name: rewards, lengths, advantages.
+
+  Args:
+    scored: rewards of the step's samples.
+    advantage: of all tokens of the loss.
+  """
+  return {
+    "reward": scored.total_BN,
+    **{f"reward/{name}": scored.terms[name] for name in scored.weights},
+    "completions/length": np.asarray(scored.completion_sizes()),
+    "advantage": advantage,
+  }
+
+
+def texts(scored: score_lib.Scored) -> list[str]:
+  """Prompt, completion and reward of the first sample of every prompt."""
+  rollouts = scored.rollouts
+  return [
+    f"prompt: {prompt.prompt}\n\ncompletion: "
+    f"{rollouts.texts[b * rollouts.samples]}\n\nreward: "
+    f"{scored.total_BN[b, 0]:.4g}"
+    for b, prompt in enumerate(rollouts.prompts)
+  ]
+
+
 def rl_step(
   scored: score_lib.Scored,
   samples: Sequence[Sequence[structs.Sample]],
@@ -59,6 +114,7 @@ def rl_step(
   out = {
     "reward/mean": total_BN.mean(),
     "reward/std": total_BN.std(axis=1, ddof=1).mean(),
+    "reward/batch_std": total_BN.std(),
     "frac_reward_zero_std": 1
     - group_lib.has_different_rewards(total_BN).mean(),
     "completions/mean_length": length_R.mean(),
@@ -74,15 +130,15 @@ def rl_step(
     "scoring/continuation_tokens": scored.logprobs.continuation_tokens,
     "scoring/separate_tokens": scored.separate_tokens,
   }
+  out["completions/stray_think_close"] = np.mean(
+    [opens_with_close(text) for text in scored.rollouts.texts]
+  )
   open_ended_B = scored.open_ended_B
-  for name, term_BN in scored.terms.items():
-    mine_B = np.ones_like(open_ended_B)
-    if name in OPEN_ENDED:
-      mine_B = open_ended_B
-    elif name in MATHS:
-      mine_B = ~open_ended_B
+  for task, mine_B in (("open_ended", open_ended_B), ("math", ~open_ended_B)):
     if mine_B.any():
-      out[NAMES.get(name, f"reward/{name}")] = term_BN[mine_B].mean()
+      out[f"reward_by_task/{task}"] = total_BN[mine_B].mean()
+  for name, mean in term_means(scored).items():
+    out[NAMES.get(name, f"reward/{name}")] = mean
   if ema is not None:
     out["reward/score_ema"] = ema
   if ema is not None and open_ended_B.any() and "score" in scored.terms:

@@ -26,7 +26,7 @@ from opera_jax.scoring import logprob_scorer as scorer_lib
 from opera_jax.sharding import exchange, layout, rules
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.text import tokenizer as tokenizer_lib
-from opera_jax.train import checkpoint
+from opera_jax.train import checkpoint, trackers
 from opera_jax.train import fingerprint as fingerprint_lib
 
 # Arguments of `setup` that are config sections with the same name.
@@ -43,6 +43,7 @@ SECTIONS = (
   "scoring",
   "reward",
   "redo",
+  "log",
 )
 EVAL_TERMS = "opera + verifiable"
 # Files that are read from a model's or a tokenizer's directory.
@@ -86,6 +87,7 @@ class Run:
   settings: dict[str, Any]  # settings that results depend on, see `stage`
   reward: dict[str, Any]  # config.reward, for stages that compute rewards
   tokenizer_digest: tuple[str, str]  # path and SHA-256 of its files
+  log: tuple[str, ...]  # where metrics go, see `trackers.parse`
   redo: tuple[str, ...]  # stages that may be dropped, see `workdir.redo`
   # Builds the engine and the temperature-1 scorer for a mesh.
   build_engine: Callable[
@@ -406,6 +408,7 @@ def setup(
   checkpoint: str = "",
   redo: str = "",
   init: Sequence[str] = (),
+  log: str = "jsonl,tensorboard",
   recorded: Callable[[], None] = lambda: None,
 ) -> Run:
   """Loads or builds everything that the stages share; trains only the BPE.
@@ -431,6 +434,7 @@ def setup(
     redo: stages to drop first, see `workdir.redo`.
     init: models of other runs, and checkpoints, that stages start from; see
       `initial_model`.
+    log: where metrics go, see `trackers.parse`.
     recorded: called when a stage has recorded its settings.
 
   Raises:
@@ -570,6 +574,7 @@ def setup(
     engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
     settings=settings,
     tokenizer_digest=tokenizer_digest,
+    log=trackers.parse(log),
     redo=dropped_stages,
     recorded=recorded,
     reward=reward,

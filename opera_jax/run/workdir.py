@@ -35,7 +35,7 @@ ORDER = (
   "evaluate",
 )
 DROPPED = "dropped"
-_FORMAT = 4  # of SETTINGS.json
+_FORMAT = 5  # of SETTINGS.json
 _LOCK, _BEGUN, _DONE, _REDO = (
   "stage.lock",
   "SETTINGS.json",

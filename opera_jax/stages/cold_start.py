@@ -129,7 +129,7 @@ def synthesize(
           run, card, counts, {"Search": recorded}
         ),
       )
-      _write_metrics(stage, counts, forced)
+      _write_metrics(stage, counts, forced, run.log)
     return counts
 
   with stage.locked(preemption):
@@ -139,11 +139,14 @@ def synthesize(
 
 
 def _write_metrics(
-  stage: workdir_lib.Stage, counts: Mapping[str, int], forced: int
+  stage: workdir_lib.Stage,
+  counts: Mapping[str, int],
+  forced: int,
+  log: Sequence[str],
 ) -> None:
   """Writes the shares of complete traces, and of thoughts closed by force."""
   total = sum(counts.values())
-  written = metrics.Metrics(stage.path, "metrics")
+  written = metrics.Metrics(stage.path, "metrics", log=log)
   written.write(
     total,
     {

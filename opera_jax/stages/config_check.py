@@ -19,7 +19,7 @@ from typing import Any
 from opera_jax import config_fields, user_errors
 from opera_jax.advantages import oppo
 from opera_jax.data import prompts, rows
-from opera_jax.losses import kl, reduce
+from opera_jax.losses import kl, policy, reduce
 from opera_jax.models import decoder, lora, presets, rope
 from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
@@ -30,7 +30,7 @@ from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
 from opera_jax.synthesis import filters, rl_filter, search
-from opera_jax.train import optimizer
+from opera_jax.train import optimizer, trackers
 
 # Returns what a value must be, or "" where it is valid.
 Rule = Callable[[Any], str]
@@ -39,7 +39,7 @@ DTYPES = ("float32", "bfloat16")
 # The stages whose results a stage reads, besides the model it starts from.
 NEEDS = {"select": ("synthesize",), "sft": ("select",)}
 # Our advantage estimators that need no model besides the policy.
-ALONE = ("grpo", "dr_grpo", "rloo", "reinforce", "gae", "pairs")
+ALONE = ("grpo", "dr_grpo", "gdpo", "rloo", "reinforce", "gae", "pairs")
 OURS = (*ALONE, "oppo", "sdpo", "distillation")
 
 
@@ -90,6 +90,7 @@ def _faults(
     yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
+    yield from _optimizers(config, stages)
     if "rl" in stages:
       yield from _update(config)
     yield from _unread(config, stages)
@@ -207,6 +208,17 @@ def anything(value: Any) -> str:
   return ""
 
 
+def log(value: Any) -> str:
+  """Names trackers whose libraries are installed."""
+  if not isinstance(value, str):
+    return "it must be text"
+  try:
+    trackers.parse(value)
+  except ValueError as error:
+    return str(error).partition("; ")[2]
+  return ""
+
+
 def each(rule: Rule, *, least: int = 1) -> Rule:
   """Is a tuple of values that all follow the rule."""
 
@@ -229,6 +241,7 @@ _SUPERVISED: dict[str, Rule] = {
   "learning_rate": number(above=0),
   "warmup": number(0, 1),
   "decay": one_of(*optimizer.DECAYS),
+  "optimizer": one_of(*optimizer.NAMES),
   "b2": number(above=0, below=1),
   "weight_decay": number(0),
   "max_grad_norm": number(above=0),
@@ -236,6 +249,8 @@ _SUPERVISED: dict[str, Rule] = {
   # "constant" needs a divisor, which these stages lack.
   "reduction": one_of("token_mean", "sequence_mean"),
   "micro_batches": count(),
+  "validation_share": number(0, below=1),
+  "validation_every": count(),
   "checkpoint_every": count(),
   "seed": _ANY_SEED,
 }
@@ -257,6 +272,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "max_reference_tokens": count(),
     "checkpoint": text(),
     "redo": text(),
+    "log": log,
   }),
   "mesh": ((), {
     axis: axis_size for axis in sharding_rules.MESH_AXES
@@ -404,11 +420,15 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "prompts": count(),
     "samples": count(2),
     "mini_batch": count(),
+    "epochs_per_batch": count(),
+    "balance_tokens": flag,
     "micro_batches": count(),
     "completions_per_row": count(),
     "row_buckets": ascending,
     "learning_rate": number(above=0),
     "warmup": number(0, 1),
+    "decay": one_of(*optimizer.DECAYS),
+    "optimizer": one_of(*optimizer.NAMES),
     "weight_decay": number(0),
     "max_grad_norm": number(above=0),
     "moment_dtype": one_of(*optimizer.MOMENT_DTYPES),
@@ -424,6 +444,10 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "beta": number(above=0),
     "entropy_coef": number(),
     "importance_cap": number(0),
+    "importance_level": one_of(*policy.IMPORTANCE_LEVELS),
+    "importance_mode": one_of(*policy.IMPORTANCE_MODES),
+    "importance_floor": number(0),
+    "mask_truncated": flag,
     "max_logprob_diff": number(0),
     "max_logprob_diff_steps": count(),
     "max_resamples": count(0),
@@ -440,6 +464,14 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "token_budget": count(0),
     "checkpoint_every": count(),
     "keep_rollouts": count(0),
+  }),
+  "rl.validation": (_RL, {
+    "every": count(0),
+    "prompts": count(),
+    "samples": count(2),
+    "metric": text(empty=False),
+    "patience": count(0),
+    "keep_best": flag,
   }),
   "evaluate": (_EVALUATE, {
     "samples": count(2),
@@ -749,6 +781,19 @@ def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
     )
 
 
+def _optimizers(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
+  """Finds optimizers that cannot keep their moments as asked."""
+  for stage in ("base", "sft", "rl"):
+    section = config[stage]
+    reads = stage in stages or (stage == "base" and not config["checkpoint"])
+    if not reads:
+      continue
+    try:
+      optimizer.check_moments(section["optimizer"], section["moment_dtype"])
+    except ValueError as error:
+      yield f"config.{stage}.moment_dtype: {error}"
+
+
 def _update(config: Mapping[str, Any]) -> Iterator[str]:
   """Checks an RL step: divisibility, and fields that depend on each other."""
   rl = config["rl"]
@@ -801,6 +846,17 @@ def _update(config: Mapping[str, Any]) -> Iterator[str]:
   except (ValueError, TypeError):
     return  # reported above
   ours = set(rules) <= set(OURS)
+  if "gdpo" in rules and rl["kl_coef"] and rl["kl_in"] == "reward":
+    yield (
+      "config.rl.kl_in is 'reward', and gdpo of config.rl.advantage normalises "
+      "every reward term by itself, of which KL is none; set it to 'loss'"
+    )
+  if rl["importance_floor"] > rl["importance_cap"] > 0:
+    yield (
+      f"config.rl.importance_floor is {rl['importance_floor']}, above "
+      f"config.rl.importance_cap = {rl['importance_cap']}, so that every token "
+      "is masked; lower it, 0.5 is usual"
+    )
   if rl["value_coef"] and "gae" not in rules and ours:
     yield (
       "config.rl.value_coef trains a critic, and no advantage estimator gives "
@@ -839,6 +895,12 @@ def _rl(
   test: Callable[[Mapping[str, Any]], Any],
 ) -> Callable[[Mapping[str, Any], set[str]], bool]:
   return lambda config, stages: "rl" not in stages or bool(test(config["rl"]))
+
+
+def _trains(
+  stage: str, test: Callable[[Mapping[str, Any]], Any]
+) -> Callable[[Mapping[str, Any], set[str]], bool]:
+  return lambda config, stages: stage not in stages or bool(test(config[stage]))
 
 
 def _penalised(rl: Mapping[str, Any]) -> bool:
@@ -892,6 +954,26 @@ def _limits_words(name: str) -> Callable[[Mapping, set], bool]:
 
 
 READ: dict[str, Read] = {
+  **{
+    f"{stage}.b2": Read(
+      default,
+      _trains(stage, lambda section: section["optimizer"] in ("adamw", "muon")),
+      f"config.{stage}.optimizer is 'adamw' or 'muon'",
+    )
+    for stage, default in (("base", 0.95), ("sft", 0.999))
+  },
+  **{
+    f"{stage}.validation_every": Read(
+      50,
+      _trains(stage, lambda section: section["validation_share"] > 0),
+      f"config.{stage}.validation_share is above 0",
+    )
+    for stage in ("base", "sft")
+  },
+  "rl.balance_tokens": Read(
+    False, _rl(lambda rl: rl["mini_batch"] < rl["prompts"]),
+    "config.rl.mini_batch is below config.rl.prompts",
+  ),
   "rl.beta": Read(
     0.1, _rl(lambda rl: rl["loss"] == "dpo"), "config.rl.loss is 'dpo'"
   ),
@@ -924,6 +1006,20 @@ READ: dict[str, Read] = {
     100, _rl(lambda rl: rl["divergence_coef"]),
     "config.rl.divergence_coef is above 0",
   ),
+  **{
+    f"rl.{name}": Read(
+      default, _rl(lambda rl: rl["importance_cap"]),
+      "config.rl.importance_cap is above 0",
+    )
+    for name, default in (
+      ("importance_level", "token"), ("importance_mode", "truncate"),
+    )
+  },
+  "rl.importance_floor": Read(
+    0.0,
+    _rl(lambda rl: rl["importance_cap"] and rl["importance_mode"] == "mask"),
+    "config.rl.importance_cap is above 0 and config.rl.importance_mode 'mask'",
+  ),
   "rl.ema": Read(
     0.0, _rl(lambda rl: _uses(rl, "ema")),
     "config.rl.advantage holds a rule that asks the moving mean, such as sdpo",
@@ -948,6 +1044,16 @@ READ: dict[str, Read] = {
     for stage in ("sft", "rl")
     for name, default in (
       ("alpha", 16.0), ("targets", lora.TARGETS), ("base_dtype", "bfloat16"),
+    )
+  },
+  **{
+    f"rl.validation.{name}": Read(
+      default, _rl(lambda rl: rl["validation"]["every"]),
+      "config.rl.validation.every is above 0",
+    )
+    for name, default in (
+      ("prompts", 32), ("samples", 2), ("metric", "reward"), ("patience", 0),
+      ("keep_best", True),
     )
   },
   "rollout.loop_tokens": Read(

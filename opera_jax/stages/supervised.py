@@ -1,11 +1,12 @@
 """The two supervised stages: the base model, and SFT on selected traces."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from opera_jax.data import sft as sft_data
 from opera_jax.data import traces
@@ -13,13 +14,11 @@ from opera_jax.models import decoder, hf_checkpoint, lora
 from opera_jax.run import setup as setup_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import packed_rows
-from opera_jax.sharding import rules
+from opera_jax.sharding import layout, rules
 from opera_jax.stages import training_loop as training_loop_lib
 from opera_jax.train import checkpoint, optimizer
 from opera_jax.train import state as train_state
 from opera_jax.train import step as step_lib
-
-Pair = tuple[np.ndarray, np.ndarray]  # prompt tokens, completion tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +32,16 @@ class Recipe:
   packed: bool  # several pairs per row, separated by segment ids
   learning_rate: float
   warmup: float  # fraction of the updates
-  decay: str  # "constant" or "cosine"
+  decay: str  # see `optimizer.schedule`
+  optimizer: str  # see `optimizer.build`
   b2: float
   weight_decay: float
   max_grad_norm: float
-  moment_dtype: str  # of Adam's moments
+  moment_dtype: str  # of the optimizer's moments
   reduction: str  # see `losses.reduce`
   micro_batches: int
+  validation_share: float  # of the pairs, held out; 0 turns validation off
+  validation_every: int  # updates
   checkpoint_every: int  # updates
   seed: int = -1  # seed of the row order; below 0 uses the run's
   # Arguments of `lora.settings`; None trains all parameters.
@@ -148,19 +150,21 @@ def _train(
   run: setup_lib.Run,
   stage: workdir_lib.Stage,
   params: Any,
-  pairs: list[Pair],
+  pairs: list[sft_data.Pair],
   recipe: Recipe,
   preemption: checkpoint.Preemption,
 ) -> None:
-  data = sft_data.build(
-    pairs,
+  seed = run.seed if recipe.seed < 0 else recipe.seed
+  pairs, held = sft_data.split(pairs, recipe.validation_share, seed)
+  build = functools.partial(
+    sft_data.build,
     batch_size=recipe.batch_size,
     row_length=recipe.row_tokens,
     packed=recipe.packed,
-    epochs=recipe.epochs,
-    seed=run.seed if recipe.seed < 0 else recipe.seed,
+    seed=seed,
     pad_id=run.tokenizer.pad_id,
   )
+  data = build(pairs, epochs=recipe.epochs)
   cells = data.counts["rows"] * recipe.row_tokens
   print(
     f"{stage.name}: {data.counts['rows']:,} rows of {recipe.row_tokens:,} "
@@ -173,12 +177,14 @@ def _train(
     warmup_fraction=recipe.warmup,
     decay=recipe.decay,
   )
-  adamw = optimizer.adamw(
+  transformation = optimizer.build(
+    recipe.optimizer,
     rate,
     b2=recipe.b2,
     weight_decay=recipe.weight_decay,
     max_grad_norm=recipe.max_grad_norm,
     moment_dtype=recipe.moment_dtype,
+    matrices=decoder.matrix_axes,
   )
   trained, frozen, join = params, None, None
   if run.model.lora is not None:
@@ -186,16 +192,26 @@ def _train(
     _, frozen = lora.split(params)
   update = step_lib.make_sft_update(
     packed_rows.logprob_fn(run.graphdef),
-    adamw,
+    transformation,
     name=stage.name,
     reduction=recipe.reduction,
     micro_batches=recipe.micro_batches,
     schedule=rate,
     join=join,
   )
+  validate = None
+  if held:
+    validate = _validation(
+      run,
+      build(held, epochs=1, fill=True),
+      step_lib.make_validation_loss(
+        packed_rows.logprob_fn(run.graphdef), join=join
+      ),
+      frozen,
+    )
   trained = training_loop_lib.fit(
     stage,
-    train_state.create(trained, adamw, jax.random.key(run.seed)),
+    train_state.create(trained, transformation, jax.random.key(run.seed)),
     update,
     data.part,
     mesh=run.mesh,
@@ -204,7 +220,35 @@ def _train(
     checkpoint_every=recipe.checkpoint_every,
     preemption=preemption,
     frozen=frozen,
+    validate=validate,
+    log_to=run.log,
+    validate_every=recipe.validation_every,
   )
   params = trained if join is None else join(trained, frozen)
   model = run.save(stage.name, params)
   stage.finish({"updates": len(data), **data.counts, "model": model})
+
+
+def _validation(
+  run: setup_lib.Run,
+  data: sft_data.Batches,
+  loss: Callable[..., tuple[jax.Array, jax.Array]],
+  frozen: Any,
+) -> Callable[[Any], jax.Array]:
+  """From the trained parameters to the mean loss of a held-out token, nats."""
+  size = data.batch_size
+  mine = layout.local_rows(run.mesh, size)
+
+  def validate(trained: Any) -> jax.Array:
+    sums = [
+      loss(
+        trained,
+        layout.from_local_rows(data.part(step, mine), run.mesh, size),
+        frozen,
+      )
+      for step in range(len(data))
+    ]
+    total, tokens = (jnp.sum(jnp.stack(x)) for x in zip(*sums))
+    return total / tokens
+
+  return validate

@@ -1,6 +1,6 @@
 """The training loop of pretraining and SFT: next-token loss on batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,16 +18,28 @@ from opera_jax.train import step as step_lib
 def place(
   state: train_state.TrainState, mesh: jax.sharding.Mesh
 ) -> train_state.TrainState:
-  """Replicates leaves without a NamedSharding (counters, keys) on every
-  device."""
+  """Lays out a new state on the mesh: moments like their parameters, leaves
+  without a NamedSharding (counters, keys) replicated on every device."""
   whole = layout.replicated(mesh)
-  return jax.tree.map(
+  state = jax.tree.map(
     lambda x: (
       x
       if isinstance(x.sharding, jax.sharding.NamedSharding)
       else layout.to_devices(x, whole)
     ),
     state,
+  )
+  wanted = train_state.shardings(state.opt_state, state.params, whole)
+  return state.replace(
+    opt_state=jax.tree.map(
+      lambda x, place: (
+        x
+        if x.sharding.is_equivalent_to(place, x.ndim)
+        else jax.device_put(x, place)
+      ),
+      state.opt_state,
+      wanted,
+    )
   )
 
 
@@ -43,6 +55,9 @@ def fit(
   checkpoint_every: int,
   preemption: checkpoint.Preemption,
   frozen: Any = None,
+  validate: Callable[[Any], jax.Array] | None = None,
+  validate_every: int = 1,
+  log_to: Sequence[str] = ("jsonl", "tensorboard"),
 ) -> Any:
   """Runs updates up to `steps`, resuming from the newest checkpoint.
 
@@ -61,6 +76,11 @@ def fit(
     checkpoint_every: updates between checkpoints.
     preemption: checked after every step; if requested, saves and exits.
     frozen: parameters that `update` takes and no checkpoint holds.
+    validate: from the trained parameters to the loss of held-out batches,
+      logged as `<name of the stage>/validation_loss`; None logs none.
+    validate_every: updates between two validations; the last update is
+      followed by one as well.
+    log_to: where metrics go, see `trackers.parse`.
 
   Returns:
     The trained parameters after the last update.
@@ -76,7 +96,10 @@ def fit(
     start, state, _ = restored
     print(f"{stage.name}: resuming after step {start}", flush=True)
   log = metrics.Metrics(
-    stage.path, "metrics", last_step=None if restored is None else start
+    stage.path,
+    "metrics",
+    last_step=None if restored is None else start,
+    log=log_to,
   )
   mine = layout.local_rows(mesh, batch_size)
 
@@ -96,6 +119,10 @@ def fit(
       state, values = update(
         state, layout.from_local_rows(batch, mesh, batch_size), frozen
       )
+      if validate is not None and (
+        (i + 1) % validate_every == 0 or i + 1 == steps
+      ):
+        values |= {f"{stage.name}/validation_loss": validate(state.params)}
       if pending is not None:
         record(*pending)
       pending = (i + 1, values)

@@ -1,4 +1,4 @@
-"""Logs metrics to JSONL and TensorBoard.
+"""Logs metrics to JSONL, TensorBoard and experiment trackers.
 
 Metric names look like "reward/mean"; docs/metrics.md lists all of them with
 their names in TRL and verl. `opera_jax.clock_metrics` lists those that depend
@@ -9,11 +9,17 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from opera_jax import atomic_file
 from opera_jax.sharding import runtime
+from opera_jax.train import trackers
+
+# Texts that a step shows in TensorBoard, and the characters of each.
+_TEXTS, _CHARACTERS = 3, 4_000
 
 
 class Metrics:
@@ -25,6 +31,7 @@ class Metrics:
     name: str,
     *,
     last_step: int | None = None,
+    log: Sequence[str] = ("jsonl", "tensorboard"),
   ):
     """Opens the files for appending, on process 0 only.
 
@@ -35,16 +42,23 @@ class Metrics:
       last_step: the step that was restored. Later lines and a truncated last
         line are dropped, since those steps run again. None drops all lines: the
         stage starts over.
+      log: where metrics go, see `trackers.parse`.
     """
     workdir = pathlib.Path(workdir)
     self.path = workdir / f"{name}.jsonl"
     self._file: Any = None  # process 0 only
     self._board: Any = None
+    self._trackers: trackers.Trackers | None = None
     if not runtime.is_main_process():
       return
     workdir.mkdir(parents=True, exist_ok=True)
     _truncate(self.path, last_step)
     self._file = self.path.open("a", encoding="utf-8")
+    self._trackers = trackers.Trackers(
+      log, workdir, workdir.name, resumed=last_step is not None
+    )
+    if "tensorboard" not in log:
+      return
     import tensorboardX  # imports torch where that is installed
 
     self._board = tensorboardX.SummaryWriter(
@@ -52,12 +66,21 @@ class Metrics:
       purge_step=0 if last_step is None else last_step + 1,
     )
 
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
+  def write(
+    self,
+    step: int,
+    values: Mapping[str, Any],
+    *,
+    histograms: Mapping[str, np.ndarray] | None = None,
+    texts: Sequence[str] = (),
+  ) -> None:
     """Appends one line; blocks until arrays of one element are ready.
 
     Args:
       step: number of finished steps.
       values: scalars by name; one that is not finite is written as null.
+      histograms: values by name, for TensorBoard.
+      texts: untrusted plain texts, of which TensorBoard gets the first few.
 
     Raises:
       ValueError: a value is not a scalar.
@@ -71,15 +94,32 @@ class Metrics:
       return
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
+    assert self._trackers is not None
+    self._trackers.log(
+      int(step), {n: v for n, v in scalars.items() if math.isfinite(v)}
+    )
+    if self._board is None:
+      return
     for name, value in scalars.items():
       self._board.add_scalar(name, value, int(step))
+    for name, array in (histograms or {}).items():
+      self._board.add_histogram(name, np.asarray(array).reshape(-1), int(step))
+    for at, text in enumerate(texts[:_TEXTS]):
+      # Indented, so that its Markdown shows the text as it is.
+      shown = "\n".join(
+        f"    {line}" for line in text[:_CHARACTERS].split("\n")
+      )
+      self._board.add_text(f"samples/{at}", shown, int(step))
 
   def close(self) -> None:
-    """Flushes and closes both files."""
+    """Flushes and closes the files, and ends the trackers' runs."""
     if self._file is None:
       return
+    assert self._trackers is not None
     self._file.close()
-    self._board.close()
+    self._trackers.close()
+    if self._board is not None:
+      self._board.close()
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -106,6 +106,32 @@ def make_sft_update(
   )
 
 
+def make_validation_loss(
+  logprob_fn: LogprobFn, *, join: Join | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """Builds the cross entropy of a batch, without an update.
+
+  Args:
+    logprob_fn: see the module.
+    join: adds frozen parameters to the trained ones; None trains all.
+
+  Returns:
+    A jitted `loss(params, batch, frozen=None)` that returns the sum over the
+    target tokens, nats, and their number.
+  """
+
+  def loss(
+    params: Any, batch: structs.Batch, frozen: Any = None
+  ) -> tuple[jax.Array, jax.Array]:
+    whole = params if join is None else join(params, frozen)
+    logprob_RT = logprob_fn(whole, batch)[0]
+    target_RT = (batch.loss_mask > 0) & (batch.segments > 0)
+    loss_RT = cross_entropy.cross_entropy(logprob_RT)
+    return jnp.sum(jnp.where(target_RT, loss_RT, 0.0)), jnp.sum(target_RT)
+
+  return jax.jit(loss)
+
+
 def make_policy_update(
   logprob_fn: LogprobFn,
   optimizer: optax.GradientTransformation,

@@ -46,6 +46,63 @@ def test_reinforce_subtracts_the_mean_of_all_others(make):
     _estimator("reinforce")(baseline="critic")
 
 
+def test_grpo_by_the_spread_of_the_batch(make):
+  """TRL calls it scale_rewards="batch"; Lite PPO."""
+  case = make(REWARD)
+  got = _estimator("grpo")(scale="batch").advantages(case).advantage
+  reward = np.asarray(REWARD)
+  want = (reward - reward.mean(axis=1, keepdims=True)) / (
+    reward.std(ddof=1) + 1e-6
+  )
+  np.testing.assert_allclose(
+    [a[0] for a in got], want.reshape(-1), rtol=1e-5, atol=1e-7
+  )
+  with pytest.raises(ValueError, match="'step'.*'group', 'batch'"):
+    _estimator("grpo")(scale="step")
+
+
+def test_reinforce_plus_plus_is_normalised_over_the_batch(make):
+  case = make(REWARD)
+  got = _estimator("reinforce")(baseline="none", normalise=True)
+  flat = np.reshape(REWARD, -1)
+  want = (flat - flat.mean()) / (flat.std(ddof=1) + 1e-6)
+  np.testing.assert_allclose(
+    [a[0] for a in got.advantages(case).advantage], want, rtol=1e-5
+  )
+  same = make([[0.5, 0.5], [0.5, 0.5]])
+  assert not np.any(np.concatenate(got.advantages(same).advantage))
+
+
+@pytest.mark.parametrize("batch", [True, False])
+def test_gdpo_normalises_each_term_in_its_group_then_the_sum(make, batch):
+  """Equations 4 to 6 of arXiv 2601.05242, one prompt and term at a time."""
+  rng = np.random.default_rng(0)
+  terms = {
+    "correct": (1.0, rng.integers(0, 2, (3, 4)).astype(np.float32)),
+    "length": (0.25, 1e3 * rng.normal(size=(3, 4)).astype(np.float32)),
+    "same": (1.0, np.full((3, 4), 0.7, np.float32)),
+  }
+  case = dataclasses.replace(make(np.zeros((3, 4))), terms=terms)
+  want = np.zeros((3, 4))
+  for weight, term in terms.values():
+    for b in range(3):
+      if np.ptp(term[b]):
+        centred = term[b] - term[b].mean()
+        want[b] += weight * centred / (term[b].std(ddof=1) + 1e-6)
+  if batch:
+    want = (want - want.mean()) / (want.std(ddof=1) + 1e-6)
+  estimator = _estimator("gdpo")(batch=batch)
+  got = [a[0] for a in estimator.advantages(case).advantage]
+  np.testing.assert_allclose(got, want.reshape(-1), rtol=1e-4, atol=1e-6)
+  penalised = dataclasses.replace(
+    case, penalty=[p + 0.1 for p in case.penalty[:-1]] + case.penalty[-1:]
+  )
+  with pytest.raises(ValueError, match="kl_in='loss'"):
+    estimator.advantages(penalised)
+  with pytest.raises(ValueError, match="epsilon above 0"):
+    _estimator("gdpo")(epsilon=0.0)
+
+
 def test_the_penalty_is_subtracted_from_the_reward(make):
   case = make(REWARD)
   penalty = [np.full(len(p), 0.1, np.float32) for p in case.penalty]

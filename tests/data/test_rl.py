@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from opera_jax import structs
 from opera_jax.data import rl
 
 
@@ -96,3 +97,51 @@ def test_pairs_put_chosen_rows_first():
   np.testing.assert_array_equal(
     both.loss_mask.any(axis=1), [True, False, True, False]
   )
+
+
+def _numbered(groups, samples):
+  """Rows whose only token is their number; those of a group are consecutive."""
+  tokens = np.arange(groups * samples, dtype=np.int32)[:, None]
+  zeros = np.zeros(tokens.shape, np.float32)
+  return structs.Batch(tokens, tokens, tokens, zeros, zeros, zeros, zeros)
+
+
+def _groups(batch, samples):
+  rows = batch.tokens[:, 0].reshape(-1, samples)
+  np.testing.assert_array_equal(
+    rows - rows[:, :1], [range(samples)] * len(rows)
+  )
+  return (rows[:, 0] // samples).tolist()
+
+
+def test_later_passes_shuffle_whole_groups_by_their_seed():
+  batch = _numbered(12, 3)
+  settings = {"epochs": 3, "balance": False}
+  ones = [1] * 12
+  orders = [
+    _groups(one, 3)
+    for one in rl.passes(batch, ones, 4, seed=(0, 5), **settings)
+  ]
+  assert orders[0] == list(range(12))
+  assert orders[1] != orders[0] and orders[2] not in orders[:2]
+  assert all(sorted(order) == orders[0] for order in orders)
+  again = rl.passes(batch, ones, 4, seed=(0, 5), **settings)
+  assert [_groups(one, 3) for one in again] == orders
+  other = rl.passes(batch, ones, 4, seed=(0, 6), **settings)
+  assert [_groups(one, 3) for one in other][1] != orders[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_balanced_mini_batches_have_about_equal_tokens(seed):
+  """Within the largest group, as Graham proves without a limit of groups."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.geometric(0.02, 24).tolist()
+  (one,) = rl.passes(
+    _numbered(24, 2), tokens, 4, epochs=1, balance=True, seed=(0, 0)
+  )
+  order = _groups(one, 2)
+  assert sorted(order) == list(range(24))
+  sums = np.asarray(tokens)[order].reshape(4, 6).sum(axis=1)
+  plain = np.reshape(tokens, (4, 6)).sum(axis=1)
+  assert np.ptp(sums) <= max(tokens)
+  assert np.ptp(sums) < 0.5 * np.ptp(plain)

@@ -102,3 +102,27 @@ def test_bad_pairs():
     data(pairs(5), batch_size=9)
   with pytest.raises(ValueError, match="0 epochs"):
     data(pairs(5), epochs=0)
+
+
+def test_a_share_of_the_pairs_is_held_out():
+  every = pairs(20)
+  train, held = sft.split(every, 0.25, seed=3)
+  numbers = [[int(prompt[0]) for prompt, _ in part] for part in (train, held)]
+  assert [len(part) for part in numbers] == [15, 5]
+  assert sorted(sum(numbers, [])) == list(range(100, 120))
+  assert all(part == sorted(part) for part in numbers)
+  assert numbers[1] != list(range(115, 120))
+  again, other = (
+    [int(p[0]) for p, _ in sft.split(every, 0.25, seed=s)[1]] for s in (3, 4)
+  )
+  assert numbers[1] == again != other
+  assert sft.split(every, 0.0, seed=3) == (every, [])
+  with pytest.raises(ValueError, match="0.01 holds out none of 20"):
+    sft.split(every, 0.01, seed=3)
+
+
+def test_less_than_a_batch_is_filled_up_when_asked():
+  made = data(pairs(3), batch_size=8, epochs=1, fill=True)
+  (batch,) = made.start_at(0)
+  assert (batch.segments.any(axis=1)).sum() == 3
+  assert batch.loss_mask.sum() == made.counts["target_tokens"]

@@ -24,12 +24,17 @@ from opera_jax.train import metrics
 pytestmark = pytest.mark.slow
 
 
-def _start(workdir, *flags, config="configs/tiny.py:smoke"):
+def _start(
+  workdir,
+  *flags,
+  config="configs/tiny.py:smoke",
+  program=("-m", "experiments.opera_rl"),
+):
   env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"))
   env["XLA_FLAGS"] = ""  # one device, as on a laptop
   return subprocess.Popen(
     [
-      *(sys.executable, "-m", "experiments.opera_rl"),
+      *(sys.executable, *program),
       f"--config={config}",
       f"--workdir={workdir}",
       *flags,
@@ -315,3 +320,62 @@ def test_mean_reward_rises_over_rl(tmp_path):
   rng = np.random.default_rng(0)
   by_chance = [steps @ rng.permutation(reward) for _ in range(10_000)]
   assert np.mean(np.asarray(by_chance) >= slope) < 0.005
+
+
+# A run that dies between a new best model and the checkpoint that names it.
+_DIES = """
+import os
+from absl import app
+from opera_jax.experiments import opera_rl
+from opera_jax.rl import validation
+real = validation.save_best
+def save_best(folder, step, params):
+  real(folder, step, params)
+  if step == int(os.environ["DIES_AT"]):
+    os._exit(9)
+validation.save_best = save_best
+app.run(opera_rl.main)
+"""
+
+
+def test_the_best_model_of_a_killed_run_is_that_of_a_straight_one(
+  straight, tmp_path, monkeypatch
+):
+  flags = [
+    "--config.stages=rl",
+    "--config.rl.validation.every=1",
+    "--config.rl.validation.prompts=4",
+    "--config.rl.epochs_per_batch=2",
+    "--config.rl.optimizer=muon",
+    "--config.rl.advantage=gdpo",
+  ]
+  folders = [tmp_path / name for name in ("whole", "killed", "early")]
+  for folder in folders:
+    for stage in ("base", "synthesize", "select", "sft"):
+      shutil.copytree(straight[0] / stage, folder / stage)
+  whole, killed, early = folders
+  score = "--config.rl.validation.metric=score"
+  _finish(_start(whole, *flags, score))
+  best = json.loads((whole / "rl" / "DONE.json").read_text())["validation"]
+  monkeypatch.setenv("DIES_AT", str(best["best_step"]))
+  died = _start(killed, *flags, score, program=("-c", _DIES))
+  died.communicate(timeout=1200)
+  assert died.returncode == 9
+  assert (killed / "rl" / "best" / str(best["best_step"])).exists()
+  checkpoints = _checkpoints(killed / "rl" / "checkpoints")
+  assert str(best["best_step"]) not in checkpoints
+  _finish(_start(killed, *flags, score))
+  results = [
+    json.loads((folder / "rl" / "DONE.json").read_text())
+    for folder in (whole, killed)
+  ]
+  assert results[0]["model"] == results[1]["model"]
+  assert results[0]["validation"] == results[1]["validation"]
+  lines = [_lines(f / "rl" / "metrics.jsonl") for f in (whole, killed)]
+  assert lines[0] == lines[1]
+  assert [line["step"] for line in lines[0]] == [1, 2, 3]
+  # Ranks within a group have one mean: no validation beats the first.
+  _finish(_start(early, *flags, "--config.rl.validation.patience=1"))
+  result = json.loads((early / "rl" / "DONE.json").read_text())
+  assert result["steps"] == 2 and result["validation"]["best_step"] == 1
+  assert result["model"] != results[0]["model"]

@@ -19,14 +19,14 @@ OLD, REF, DRAWN, CAP = -1.0, -1.5, -2.0, 1.25
 COEF = 0.125
 
 
-def _scored():
+def _scored(finished=True):
   rng = np.random.default_rng(0)
   ids = [np.arange(1, 4, dtype=np.int32), np.arange(1, 3, dtype=np.int32)]
   completions = [
     structs.Sample(
       rng.integers(5, 9, n).astype(np.int32),
       np.full(n, DRAWN, np.float32),
-      True,
+      finished or n != max(SIZES),
     )
     for n in SIZES
   ]
@@ -56,7 +56,7 @@ def _logprobs(scored, value):
   return structs.Logprobs(rows, rows, [], [], 0, 0)
 
 
-def _packed(**changes):
+def _packed(*, finished=True, estimator="reinforce", **changes):
   rl = ml_collections.ConfigDict(
     {
       "prompts": PROMPTS,
@@ -67,14 +67,19 @@ def _packed(**changes):
       "kl_coef": COEF,
       "kl_estimator": "k1",
       "importance_cap": CAP,
+      "importance_level": "token",
+      "importance_mode": "truncate",
+      "importance_floor": 0.0,
+      "mask_truncated": False,
     }
     | changes
   )
-  scored = _scored()
+  scored = _scored(finished)
   none = dict.fromkeys(
     ("optimizer", "update", "join", "values", "teacher_top"), None
   ) | dict.fromkeys(("critic", "pairs", "averaged"), False)
-  rows, _ = opera_rl.packed_rows(
+  options = {"reinforce": {"baseline": "none"}}
+  rows, metrics = opera_rl.packed_rows(
     types.SimpleNamespace(
       engine=types.SimpleNamespace(bucket=len),
       mesh=jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data"),
@@ -83,13 +88,18 @@ def _packed(**changes):
     scored,
     learn=learner.Learner(**none),
     estimators=advantages.WeightedEstimators(
-      "reinforce", {"reinforce": {"baseline": "none"}}, None
+      estimator,
+      options if estimator == "reinforce" else {},
+      None,
     ),
     old=_logprobs(scored, OLD),
     ref=_logprobs(scored, REF),
     params=None,
     models={},
   )
+  every = np.concatenate([a[a != 0] for a in rows.advantage])
+  if not changes.get("importance_cap", CAP):
+    assert metrics["advantage/max"] == pytest.approx(every.max())
   return scored, rows
 
 
@@ -108,7 +118,9 @@ def test_advantages_take_kl_from_old_to_ref_and_the_capped_weight(cap):
   return_BN = scored.total_BN - taken_R.reshape(PROMPTS, SAMPLES)
   want_R = return_BN.reshape(-1)
   # exp(old - drawn) = e, above the first cap and below the second.
-  weight = policy_loss.truncated_weight(np.float32(OLD), np.float32(DRAWN), cap)
+  weight = policy_loss.importance_weight(
+    np.float32(OLD), np.float32(DRAWN), cap
+  )
   assert weight == pytest.approx(min(cap, np.e))
   for row, mask, want in zip(rows.advantage, rows.loss_mask > 0, want_R):
     np.testing.assert_allclose(row[mask], weight * want, rtol=1e-5)
@@ -120,3 +132,18 @@ def test_kl_in_the_loss_leaves_advantages_alone():
     rows.advantage, rows.loss_mask > 0, scored.total_BN.reshape(-1)
   ):
     np.testing.assert_allclose(row[mask], want, rtol=1e-5)
+
+
+def test_truncated_completions_count_in_the_baseline_and_not_in_the_loss():
+  """The third of four, of 4 tokens, has no end."""
+  settings = {
+    "kl_in": "loss", "importance_cap": 0.0, "estimator": "dr_grpo",
+    "finished": False,
+  }  # fmt: skip
+  _, whole = _packed(**settings)
+  scored, rows = _packed(**settings, mask_truncated=True)
+  assert whole.loss_mask.sum(axis=1).tolist() == list(SIZES)
+  assert rows.loss_mask.sum(axis=1).tolist() == [3, 2, 0, 1]
+  centred = scored.total_BN - scored.total_BN.mean(axis=1, keepdims=True)
+  last = rows.advantage[3][rows.loss_mask[3] > 0]
+  np.testing.assert_allclose(last, centred[1, 1], rtol=1e-5)

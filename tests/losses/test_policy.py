@@ -153,10 +153,35 @@ def test_gspo_is_the_sequence_ratio():
 def test_importance_weights_are_cut():
   old, sampler = np.log([0.5, 0.5, 0.1]), np.log([0.5, 0.1, 0.4])
   np.testing.assert_allclose(
-    policy.truncated_weight(old, sampler, 2.0), [1.0, 2.0, 0.25], rtol=1e-6
+    policy.importance_weight(old, sampler, 2.0), [1.0, 2.0, 0.25], rtol=1e-6
   )
   with pytest.raises(ValueError, match="importance_cap"):
-    policy.truncated_weight(old, sampler, 0.0)
+    policy.importance_weight(old, sampler, 0.0)
+  with pytest.raises(ValueError, match="'tokens' and 'truncate'"):
+    policy.importance_weight(old, sampler, 2.0, level="tokens")
+
+
+@pytest.mark.parametrize(
+  ("level", "mode", "cap", "floor", "want"),
+  [
+    ("token", "mask", 2.0, 0.0, [1.0, 0.0, 0.25]),
+    ("token", "mask", 8.0, 0.5, [1.0, 5.0, 0.0]),
+    # 1 * 5 * 0.25
+    ("sequence", "truncate", 2.0, 0.0, [1.25] * 3),
+    ("sequence", "truncate", 1.2, 0.0, [1.2] * 3),
+    ("sequence", "mask", 1.2, 0.0, [0.0] * 3),
+    ("sequence", "mask", 2.0, 1.3, [0.0] * 3),
+    ("sequence", "mask", 2.0, 1.2, [1.25] * 3),
+  ],
+)
+def test_importance_weights_of_every_level_and_mode(
+  level, mode, cap, floor, want
+):
+  old, sampler = np.log([0.5, 0.5, 0.1]), np.log([0.5, 0.1, 0.4])
+  got = policy.importance_weight(
+    old, sampler, cap, level=level, mode=mode, floor=floor
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 _EXTREMES = (-1e4, -120.0, -89.0, -20.5, -1.0, 0.0)

@@ -15,6 +15,7 @@ SIZES = {
   "prompt_tokens": 64,
   "new_tokens": 128,
   "cache_dtype": "bfloat16",
+  "optimizer": "adamw",
   "moment_dtype": "bfloat16",
 }
 

@@ -1,6 +1,8 @@
 """What an advantage estimator is told: successes, penalties, and whom it may
 request."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -81,12 +83,60 @@ def test_importance_weights_take_the_probability_as_drawn():
   truncated = structs.Sample(tokens, old, True, truncated_logprob=drawn)
   advantage = [np.ones(3, np.float32)] * 2
   samples = [plain, truncated]
-  same = advantages.importance_weighted(
-    advantage, old=[old] * 2, completions=samples, cap=0.0
+  token = {"level": "token", "mode": "truncate", "floor": 0.0}
+  same, none = advantages.importance_weighted(
+    advantage, old=[old] * 2, completions=samples, cap=0.0, **token
   )
-  assert same is advantage
-  got = advantages.importance_weighted(
-    advantage, old=[old] * 2, completions=samples, cap=2.0
+  assert same is advantage and not none
+  got, metrics = advantages.importance_weighted(
+    advantage, old=[old] * 2, completions=samples, cap=2.0, **token
   )
   np.testing.assert_allclose(got[0], 1.0)
   np.testing.assert_allclose(got[1], [0.5, 0.5, 2.0], rtol=1e-5)
+  want = [1.0, 1.0, 1.0, 0.5, 0.5, 2.0]
+  assert metrics == pytest.approx(
+    {
+      "sampler_trainer/weight_mean": np.mean(want),
+      "sampler_trainer/weight_min": 0.5,
+      "sampler_trainer/weight_max": 2.0,
+      "sampler_trainer/masked_ratio": 0.0,
+      "sampler_trainer/capped_ratio": 1 / 6,
+    }
+  )
+  masking = token | {"mode": "mask", "floor": 0.6}
+  got, metrics = advantages.importance_weighted(
+    advantage, old=[old] * 2, completions=samples, cap=2.0, **masking
+  )
+  np.testing.assert_array_equal(got[1], 0.0)
+  assert metrics["sampler_trainer/masked_ratio"] == 0.5
+  assert metrics["sampler_trainer/capped_ratio"] == 0.0
+
+
+def test_the_spread_of_advantages_is_that_of_all_tokens():
+  rows = [np.float32([1.0, 1.0]), np.float32([-2.0])]
+  got = advantages.spread(rows)
+  flat = np.concatenate(rows)
+  assert got == pytest.approx(
+    {
+      f"advantage/{name}": getattr(flat, name)()
+      for name in ("mean", "std", "min", "max")
+    }
+  )
+
+
+def test_estimators_see_every_reward_with_its_weight():
+  """Terms that a reward only reports are none."""
+  format_BN = np.asarray([[1.0, 0.0], [0.0, 0.0]], np.float32)
+  other_BN = np.asarray([[0.2, 0.4], [9.0, 7.0]], np.float32)
+  scored = dataclasses.replace(
+    _scored({"format": format_BN, "judge": other_BN, "steps": other_BN}),
+    weights={"format": 0.5, "judge": 2.0},
+  )
+  zeros = [np.zeros(2, np.float32)] * 4
+  estimators = advantages.WeightedEstimators(
+    "gdpo", {"gdpo": {"batch": False}}, None
+  )
+  got = estimators.estimate({}, scored, zeros, penalty=zeros).advantage
+  half = 0.5**0.5  # (1 - 0.5) / std of (0, 1) with ddof 1
+  want = [(0.5 - 2.0) * half, (-0.5 + 2.0) * half, 2.0 * half, -2.0 * half]
+  np.testing.assert_allclose([a[0] for a in got], want, rtol=1e-4)

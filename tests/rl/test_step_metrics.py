@@ -1,5 +1,7 @@
 """The metrics of an RL step count what their names say."""
 
+import types
+
 import numpy as np
 
 from opera_jax import structs
@@ -19,15 +21,22 @@ def test_lengths_clipping_and_groups_of_equal_rewards():
   ]
   rows = [np.full(1 + len(s.tokens), -1.25) for group in groups for s in group]
   scored = score.Scored(
-    total_BN=np.asarray([[0.0, 1.0], [0.5, 0.5]]),
+    total_BN=np.asarray([[0.0, 1.0], [0.25, 0.25]]),
     terms={},
     prefixes=[],
     logprobs=structs.Logprobs(rows, rows, [], [], 20, 4),
     thoughts=None,
     deltas_RJ=None,
-    open_ended_B=np.asarray([True, True]),
+    open_ended_B=np.asarray([True, False]),
     separate_tokens=30,
-    rollouts=None,
+    rollouts=types.SimpleNamespace(
+      texts=[
+        "<think>a</think> </think>b",
+        "<think>a</think>b</think>",
+        "\n</think>b",
+        "<think>a",
+      ]
+    ),
   )
   line = step_metrics.rl_step(
     scored,
@@ -41,8 +50,14 @@ def test_lengths_clipping_and_groups_of_equal_rewards():
   assert line["completions/min_length"] == 2.0
   assert line["completions/max_length"] == 6.0
   assert line["completions/clipped_ratio"] == 0.25
-  assert line["reward/mean"] == 0.5
+  assert line["reward/mean"] == 0.375
   np.testing.assert_allclose(line["reward/std"], np.sqrt(0.5) / 2)
+  np.testing.assert_allclose(
+    line["reward/batch_std"], np.std([0.0, 1.0, 0.25, 0.25])
+  )
+  assert line["reward_by_task/open_ended"] == 0.5
+  assert line["reward_by_task/math"] == 0.25
+  assert line["completions/stray_think_close"] == 0.5
   assert line["frac_reward_zero_std"] == 0.5
   assert line["sampler_trainer/logprob_diff"] == 0.25
   assert line["scoring/prefix_tokens"] == 20

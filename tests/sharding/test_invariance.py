@@ -231,6 +231,30 @@ def test_the_optimizer_state_lies_where_its_parameters_do(name, moment_dtype):
     assert gate.addressable_shards[0].data.size == gate.size // ways
 
 
+@pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
+def test_every_optimizers_state_stays_where_it_starts(name):
+  """Else a resumed run would start from another layout than a straight one."""
+  config = dataclasses.replace(
+    CONFIG, num_hidden_layers=1, hidden_size=128, intermediate_size=160
+  )
+  mesh = mesh_lib.create(MESHES["fsdp2_sequence2_tensor2"])
+  shapes = decoder.abstract(config)[1]
+  params = jax.device_put(
+    jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes),
+    rules.shardings(decoder.logical_axes(shapes), mesh, rules.TRAIN),
+  )
+  transformation = optimizer.build(name, 0.1, matrices=decoder.matrix_axes)
+  state = training_loop.place(
+    train_state.create(params, transformation, jax.random.key(0)), mesh
+  ).opt_state
+  starts = jax.tree.map(lambda x: x.sharding, state)
+  split = [x for x in jax.tree.leaves(starts) if not x.is_fully_replicated]
+  assert len(split) >= 7  # a leaf of each matrix at least
+  with jax.set_mesh(mesh):
+    _, state = jax.jit(transformation.update)(params, state, params)
+  jax.tree.map(_assert_lies, state, starts)
+
+
 def test_the_update_moves_every_parameter(alone):
   start = _by_name(
     jax.tree.map(lambda x: x * 1.5, decoder.create(CONFIG, seed=0)[1])

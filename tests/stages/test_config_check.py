@@ -32,7 +32,7 @@ HOSTILE = [
   ("rl.teacher", "stf", "no model of that name"),
   ("rl.filter_reward", "verifable", "did you mean 'verifiable'"),
   ("base.decay", "cos", "did you mean 'cosine'"),
-  ("sft.decay", "linear", "'constant', 'cosine'"),
+  ("sft.decay", "square", "'constant', 'linear', 'cosine'"),
   ("sft.reduction", "constant", "'token_mean'"),
   ("base.moment_dtype", "fp32", "'float32'"),
   ("model.dtype", "bf16", "did you mean 'bfloat16'"),
@@ -75,6 +75,19 @@ HOSTILE = [
   ("rl.ema", 1.0, "below 1"),
   ("rl.max_logprob_diff_steps", 0, "at least 1"),
   ("rl.importance_cap", -1.0, "at least 0"),
+  ("rl.importance_level", "step", "'token', 'sequence'"),
+  ("rl.importance_mode", "clip", "'truncate', 'mask'"),
+  ("rl.mask_truncated", 1, "True or False"),
+  ("rl.advantage_options", {"grpo": {"scale": "step"}}, "'group', 'batch'"),
+  ("sft.validation_share", 1.0, "below 1"),
+  ("sft.validation_every", 0, "at least 1"),
+  ("sft.validation_every", 7, "nothing in this run reads it"),
+  ("rl.validation.every", -1, "at least 0"),
+  ("rl.validation.samples", 1, "at least 2"),
+  ("rl.validation.patience", 2, "nothing in this run reads it"),
+  ("rl.epochs_per_batch", 0, "at least 1"),
+  ("rl.optimizer", "adam", "did you mean 'adamw'"),
+  ("rl.decay", "square", "'linear'"),
   ("rl.checkpoint_every", 0, "at least 1"),
   ("rl.token_budget", -1, "at least 0"),
   ("rl.reduction", "constant", "set the divisor"),
@@ -233,6 +246,30 @@ TOGETHER = [
     {"synthesis.method": "rewrite", "synthesis.score": "candidate"},
     "config.synthesis.score",
   ),
+  ({"rl.importance_mode": "mask"}, "config.rl.importance_cap is above 0"),
+  ({"rl.balance_tokens": True, "rl.mini_batch": 4}, "config.rl.balance_tok"),
+  ({"rl.importance_level": "sequence"}, "config.rl.importance_level is"),
+  (
+    {"rl.importance_cap": 2.0, "rl.importance_floor": 0.5},
+    "config.rl.importance_floor is 0.5",
+  ),
+  (
+    {
+      "rl.importance_cap": 2.0,
+      "rl.importance_floor": 3.0,
+      "rl.importance_mode": "mask",
+    },
+    "every token is masked",
+  ),
+  (
+    {"rl.advantage": "gdpo", "rl.kl_in": "reward"},
+    "gdpo of config.rl.advantage normalises",
+  ),
+  (
+    {"sft.optimizer": "adafactor", "sft.moment_dtype": "bfloat16"},
+    "config.sft.moment_dtype: adafactor keeps sums",
+  ),
+  ({"sft.optimizer": "lion", "sft.b2": 0.9}, "config.sft.b2 is 0.9"),
   ({"rl.lora.rank": -1}, "config.rl.lora: A LoRA adapter has a rank of at"),
   ({"sft.lora.rank": 0.5}, "config.sft.lora.rank is 0.5; it must be a whole"),
   ({"sft.lora.rank": 4, "sft.lora.targets": ()}, "config.sft.lora: LoRA with"),
@@ -314,6 +351,8 @@ _DEMANDING = (
     ("rl.kl_estimator", kl.NAMES, {}),
     ("rl.kl_in", ("loss", "reward"), {}),
     ("base.decay", optimizer.DECAYS, {}),
+    ("rl.decay", optimizer.DECAYS, {}),
+    ("rl.optimizer", tuple(optimizer.NAMES), {}),
     ("sft.moment_dtype", optimizer.MOMENT_DTYPES, {}),
     ("reward.mode", opera_reward.MODES, {}),
     ("reward.compare", opera_requests.COMPARE, {}),
@@ -393,7 +432,9 @@ def test_every_field_has_a_rule():
     known = config_check.RULES[section][1]
     missing += [f"{section}.{name}" for name in values if name not in known]
   # Sections of their own.
-  assert sorted(missing) == ["rl.lora", "select.rl", "sft.lora"]
+  assert sorted(missing) == [
+    *("rl.lora", "rl.validation", "select.rl", "sft.lora"),
+  ]
   for name in missing:
     section, inner = name.split(".")
     assert set(config_check.RULES[name][1]) == set(config[section][inner])

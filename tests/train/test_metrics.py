@@ -1,10 +1,12 @@
 """A killed and resumed run writes the lines of a straight one."""
 
 import json
+import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from opera_jax.train import metrics as run_metrics
 
@@ -63,6 +65,38 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
   files = list((tmp_path / "tensorboard" / "rl").iterdir())
   assert len(files) == 1
   assert b"reward/mean" in files[0].read_bytes()
+
+
+def test_tensorboard_gets_histograms_and_texts_as_they_are(tmp_path):
+  metrics = run_metrics.Metrics(tmp_path, "rl")
+  metrics.write(
+    2,
+    {"loss": 1.0},
+    histograms={"reward": np.asarray([[0.25, 0.5], [0.5, 4.0]])},
+    texts=["<script>a</script>\n# b", *map(str, range(9))],
+  )
+  metrics.close()
+  assert run_metrics.read(metrics.path) == [{"step": 2, "loss": 1.0}]
+  (file,) = (tmp_path / "tensorboard" / "rl").iterdir()
+  events = {
+    value.tag: value for event in _events(file) for value in event.summary.value
+  }
+  histogram = events["reward"].histo
+  assert (histogram.num, histogram.sum) == (4, 5.25)
+  assert (histogram.min, histogram.max) == (0.25, 4.0)
+  samples = sorted(tag for tag in events if tag.startswith("samples/"))
+  assert samples == [f"samples/{i}/text_summary" for i in range(3)]
+  (text,) = events[samples[0]].tensor.string_val
+  assert text == b"    <script>a</script>\n    # b"
+
+
+def _events(path):
+  """The events of a file: length, checksum, event, checksum."""
+  content = path.read_bytes()
+  while content:
+    (size,) = struct.unpack("<Q", content[:8])
+    yield event_pb2.Event.FromString(content[12 : 12 + size])
+    content = content[12 + size + 4 :]
 
 
 def test_an_array_is_no_metric(tmp_path):

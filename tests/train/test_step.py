@@ -167,6 +167,24 @@ def test_sft_learns_the_sequence():
   assert state.step == 20
 
 
+def test_validation_is_the_mean_over_targets_of_any_split():
+  """Sums and counts of two batches make the mean of both."""
+  batch = _batch(4)
+  logprob, _ = _logprob_fn(_params(), batch)
+  mask = np.asarray(batch.loss_mask)
+  want = -np.sum(np.asarray(logprob) * mask) / mask.sum()
+  loss = step.make_validation_loss(_logprob_fn)
+  halves = [jax.tree.map(lambda x, p=p: x[p::2], batch) for p in (0, 1)]
+  totals, counts = zip(*(loss(_params(), half) for half in halves))
+  np.testing.assert_allclose(sum(totals) / sum(counts), want, rtol=1e-5)
+  assert sum(counts) == mask.sum()
+  joined = step.make_validation_loss(
+    _logprob_fn, join=lambda trained, frozen: {**trained, **frozen}
+  )
+  total, count = joined({}, batch, _params())
+  np.testing.assert_allclose(total / count, want, rtol=1e-5)
+
+
 def test_rows_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match="8 rows do not divide into 3"):
     _sgd_step(step.make_policy_update, _batch(), micro_batches=3)
