@@ -16,7 +16,9 @@ def supervised() -> dict:
   return {
     "epochs": 1,  # passes over the training pairs
     "batch_size": 16,  # packed rows per update
-    "row_tokens": 4096,  # length of a row; a longer pair is dropped and counted
+    # length of a row; a longer pair is dropped and counted; 0 is the longest
+    # prompt and completion
+    "row_tokens": 0,
     "packed": False,  # several pairs per row, separated by segment ids
     "learning_rate": 1e-5,  # peak of the schedule
     "warmup": 0.05,  # fraction of the updates with a rising learning rate
@@ -186,11 +188,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.base.b2 = 0.95
   config.engine = {
     "prompt_slots": 16,  # prompts in flight
-    "slots": 16,  # samples of a prompt in flight; further ones are queued
-    # allowed padded lengths of a prompt, tokens
-    "prompt_buckets": (512, 1024, 2048, 4096, 6144),
-    # KV cache sizes of a sample, in tokens; it grows through them
-    "cache_buckets": (1024, 2048, 4096, 8192, 10_240),
+    # samples of a prompt in flight; further ones are queued; 0 is the most that
+    # a stage takes
+    "slots": 0,
+    # allowed padded lengths of a prompt, tokens; () follows max_prompt_tokens,
+    # see run/sizes.py, here and below
+    "prompt_buckets": (),
+    # KV cache sizes of a sample, in tokens; it grows through them; () follows
+    # rollout.max_new_tokens
+    "cache_buckets": (),
     # decode steps per call; the host looks at the results in between
     "steps": 64,
     "cache_dtype": "float32",  # dtype of the KV cache: float32 or bfloat16
@@ -214,12 +220,15 @@ def get_config() -> ml_collections.ConfigDict:
   }
   config.scoring = {
     "batch_size": 16,  # prefixes per scoring call
-    # allowed padded lengths of a prefix, tokens
-    "prefix_buckets": (1024, 2048, 4096, 8192, 16_384),
-    # allowed numbers of continuations per prefix in a call
-    "slot_buckets": (1, 4, 8, 16, 32),
-    # allowed padded lengths of a continuation, tokens
-    "continuation_buckets": (256, 512, 1024, 2048, 4096),
+    # allowed padded lengths of a prefix, tokens; () follows the longest prompt
+    # and completion
+    "prefix_buckets": (),
+    # allowed numbers of continuations per prefix in a call; () follows the
+    # other two
+    "slot_buckets": (),
+    # allowed padded lengths of a continuation, tokens; () follows
+    # max_reference_tokens
+    "continuation_buckets": (),
   }
   config.reward = {
     # weighted sum of rewards or "module:function"s; weight 0 only logs a term
@@ -260,10 +269,13 @@ def get_config() -> ml_collections.ConfigDict:
     "top_k": 20,  # [C] keeps the k most likely tokens; 0 keeps all
     # [C] nucleus sampling: keeps the top tokens of this total probability
     "top_p": 0.95,
-    "max_step_tokens": 1024,  # maximum tokens of a candidate
-    # maximum tokens; a longer thought stays unclosed, or see close_thought
-    "max_thought_tokens": 8192,
-    "max_answer_tokens": 4096,  # maximum tokens of the final answer
+    # maximum tokens of a candidate; 0 is 1/10 of rollout.max_new_tokens
+    "max_step_tokens": 0,
+    # maximum tokens; a longer thought stays unclosed, or see close_thought; 0
+    # is 4/5 of rollout.max_new_tokens
+    "max_thought_tokens": 0,
+    # maximum tokens of the final answer; 0 is 2/5 of rollout.max_new_tokens
+    "max_answer_tokens": 0,
     # closes a thought that is too long, or in which the turn ended, and goes on
     # with the answer: for a model that has never seen the tag
     "close_thought": False,
@@ -320,8 +332,9 @@ def get_config() -> ml_collections.ConfigDict:
     "micro_batches": 1,  # gradient accumulation steps per update
     # completions per packed row; they share one copy of their prompt
     "completions_per_row": 1,
-    # allowed padded lengths of a row (or of its completions), tokens
-    "row_buckets": (2048, 4096, 8192, 16_384),
+    # allowed padded lengths of a row (or of its completions), tokens; ()
+    # follows the longest prompt and completion
+    "row_buckets": (),
     "learning_rate": 1e-6,  # [P] after the warm-up, constant
     "warmup": 0.4,  # [C] fraction of the updates with a rising learning rate
     "weight_decay": 0.01,  # [C] decoupled, on every parameter
@@ -397,7 +410,4 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
   config.engine.cache_dtype = "bfloat16"
-  config.engine.cache_buckets = (1_280, 2_560, 5_120, 10_240)
-  config.scoring.slot_buckets = (1, 4, 8)
   config.sft.packed = True
-  config.sft.row_tokens = 16_384

@@ -20,7 +20,7 @@ with epy.lazy_imports():
   import jax
 
   from opera_jax.rollout import text
-  from opera_jax.run import setup
+  from opera_jax.run import setup, sizes
   from opera_jax.text import terminal
 
 _CONFIG = config_flag.define("configs/tiny.py")
@@ -38,7 +38,7 @@ _STOP = flags.DEFINE_multi_string("stop", [], "Strings that end an answer.")
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
-  config = _CONFIG.value
+  config = sizes.derive(_CONFIG.value)
   run = setup.setup(
     _WORKDIR.value,
     temperature=config.rollout.temperature,

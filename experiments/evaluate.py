@@ -14,7 +14,7 @@ from opera_jax import config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import setup, sizes, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, evaluate, reporting
   from opera_jax.train import checkpoint
@@ -30,6 +30,7 @@ def main(_) -> None:
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
+  config = sizes.derive(config)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
       run = setup.setup(

@@ -21,7 +21,7 @@ from opera_jax import config_flag
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.models import hf_checkpoint, lora, peft_adapter
-  from opera_jax.run import setup
+  from opera_jax.run import setup, sizes
   from opera_jax.sharding import runtime
 
 _CONFIG = config_flag.define("configs/tiny.py")
@@ -47,7 +47,7 @@ _BASE_MODEL = flags.DEFINE_string(
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
-  config = _CONFIG.value
+  config = sizes.derive(_CONFIG.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   run = setup.setup(
     _WORKDIR.value,

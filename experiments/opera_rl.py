@@ -36,7 +36,7 @@ with epy.lazy_imports():
     score,
     step_metrics,
   )
-  from opera_jax.run import model_config, setup, workdir
+  from opera_jax.run import model_config, setup, sizes, workdir
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
     cold_start,
@@ -87,6 +87,7 @@ def run_stages(config, folder: str, preemption) -> None:
   times = stage_times.StageTimes(clock.began())
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
+  config = sizes.derive(config)
   search = cold_start.Search(**config.synthesis)
   select = config.select.to_dict()
   rl_rules = rl_filter.Rules(**select.pop("rl"))

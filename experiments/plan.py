@@ -33,7 +33,7 @@ from opera_jax import config_flag
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
   from opera_jax.plan import programs, render, whole
-  from opera_jax.run import model_config
+  from opera_jax.run import model_config, sizes
 
 _CONFIG = config_flag.define("configs/qwen3_8b.py")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
@@ -54,7 +54,7 @@ def main(_) -> None:
     return
   if not _TOPOLOGY.value:
     raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
-  config = _CONFIG.value
+  config = sizes.derive(_CONFIG.value)
   path = pathlib.Path(_JSON.value) if _JSON.value else None
   before = json.loads(path.read_text()) if path and path.exists() else None
   try:

@@ -18,7 +18,7 @@ from opera_jax import config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import setup, sizes, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
     cold_start,
@@ -41,6 +41,7 @@ def main(_) -> None:
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   config_check.check(config.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
+  config = sizes.derive(config)
   search = cold_start.Search(**config.synthesis)
   select = config.select.to_dict()
   select.pop("rl")  # settings of the RL stage

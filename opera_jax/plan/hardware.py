@@ -7,6 +7,7 @@ limit that the out-of-memory message of libtpu's compiler (0.0.51) states.
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 GIB = 1 << 30
@@ -54,6 +55,22 @@ CHIPS = {
     Chip("tpu7x", 2, int(94.74 * GIB), 2_307e12, 7_380e9, 1_200e9, _CUBES),
   )
 }
+
+
+def available_memory() -> int | None:
+  """Bytes that this machine can give to a new process without swapping.
+
+  None where the kernel does not say (no /proc/meminfo).
+  """
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+  except OSError:
+    return None
+  for line in lines:
+    name, _, value = line.partition(":")
+    if name == "MemAvailable":
+      return int(value.split()[0]) << 10  # "12345 kB"
+  return None
 
 
 def parse(topology: str) -> tuple[Chip, int]:

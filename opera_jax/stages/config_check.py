@@ -25,7 +25,7 @@ from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
-from opera_jax.run import model_config
+from opera_jax.run import model_config, sizes
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
@@ -92,6 +92,7 @@ def _faults(
   yield from _built(config, stages, wrong)
   yield from _terms(config, stages, wrong)
   if not wrong:  # these checks need valid numbers
+    config = sizes.derive(config)
     yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
@@ -190,6 +191,18 @@ def ascending(value: Any) -> str:
   return "it must be whole numbers from 1 on, ascending, at least one"
 
 
+def derived_or(rule: Rule) -> Rule:
+  """Is 0 or (), which `run.sizes` fills in, or follows the rule."""
+
+  def whole(value: Any) -> str:
+    if value in (0, (), []) and value is not False:
+      return ""
+    problem = rule(value)
+    return problem and f"{problem}, or empty to follow the lengths"
+
+  return whole
+
+
 def axis_size(value: Any) -> str:
   """Is a size of a mesh axis."""
   if value == -1 or not count()(value):
@@ -230,7 +243,7 @@ _ANY_SEED = number(whole=True)
 _SUPERVISED: dict[str, Rule] = {
   "epochs": count(),
   "batch_size": count(),
-  "row_tokens": count(2),
+  "row_tokens": derived_or(count(2)),
   "packed": flag,
   "learning_rate": number(above=0),
   "warmup": number(0, 1),
@@ -321,17 +334,17 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   "base": (_BASE, _SUPERVISED),
   "engine": ((), {
     "prompt_slots": count(),
-    "slots": count(),
-    "prompt_buckets": ascending,
-    "cache_buckets": ascending,
+    "slots": derived_or(count()),
+    "prompt_buckets": derived_or(ascending),
+    "cache_buckets": derived_or(ascending),
     "steps": count(),
     "cache_dtype": one_of(*DTYPES),
   }),
   "scoring": ((), {
     "batch_size": count(),
-    "prefix_buckets": ascending,
-    "slot_buckets": ascending,
-    "continuation_buckets": ascending,
+    "prefix_buckets": derived_or(ascending),
+    "slot_buckets": derived_or(ascending),
+    "continuation_buckets": derived_or(ascending),
   }),
   "reward": ((), {
     "timeout": number(above=0),
@@ -357,9 +370,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "temperature": number(above=0),
     "top_k": count(0),
     "top_p": number(high=1, above=0),
-    "max_step_tokens": count(),
-    "max_thought_tokens": count(),
-    "max_answer_tokens": count(),
+    "max_step_tokens": derived_or(count()),
+    "max_thought_tokens": derived_or(count()),
+    "max_answer_tokens": derived_or(count()),
     "close_thought": flag,
     "stop_words": each(text(empty=False)),
     "method": one_of(*cold_start.METHODS),
@@ -411,7 +424,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "mini_batch": count(),
     "micro_batches": count(),
     "completions_per_row": count(),
-    "row_buckets": ascending,
+    "row_buckets": derived_or(ascending),
     "learning_rate": number(above=0),
     "warmup": number(0, 1),
     "weight_decay": number(0),

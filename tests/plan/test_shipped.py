@@ -9,7 +9,7 @@ from conftest import ROOT
 from opera_jax.configs import qwen3_0_6b, qwen3_8b
 from opera_jax.models import hf_config, presets
 from opera_jax.plan import programs, render
-from opera_jax.run import model_config
+from opera_jax.run import model_config, sizes
 
 FOLDER = ROOT / "docs" / "plans"
 PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -48,6 +48,7 @@ def test_the_page_is_what_the_plans_say():
 def test_shipped_models_are_the_published_ones(config, size):
   model = model_config.resolve(config.model, config.checkpoint, offline=True)
   published = presets.PRESETS[f"Qwen/Qwen3-{size}"]
+  config = sizes.derive(config)
   free = {name: getattr(model, name) for name in hf_config.FREE}
   assert model == dataclasses.replace(published, **free)
   assert (model.dtype, model.remat) == ("bfloat16", "full")

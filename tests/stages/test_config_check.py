@@ -125,7 +125,6 @@ HOSTILE = [
   ("engine.prompt_slots", 0, "at least 1"),
   ("engine.steps", 0, "at least 1"),
   ("engine.prompt_buckets", (128, 64), "ascending"),
-  ("engine.prompt_buckets", (), "at least one"),
   ("scoring.prefix_buckets", (0, 64), "from 1 on"),
   ("scoring.batch_size", 0, "at least 1"),
   ("mesh.tensor", 0, "-1 for what is left"),
