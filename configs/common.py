@@ -134,6 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
       "synthesis": 20_000,  # [P] tasks of the cold start
       "rl": 1_674,  # [P] tasks of RL
       "held_out": 200,  # held-out tasks that no training stage sees
+      # fractions of a file's tasks for (cold start, RL, held out), which share
+      # none, in place of those three counts; () keeps the counts
+      "shares": (),
       "documents": 0,  # pretraining documents; unused with a checkpoint
       "math_share": 0.0,  # fraction of storyworld's tasks that are sums
       "path": "",  # source of tasks: JSONL, Parquet, hf:, tfds:, or a directory
@@ -142,7 +145,9 @@ def get_config() -> ml_collections.ConfigDict:
                  "reference": "reference"},
       # value of the task column -> open_ended or math
       "task_map": {"open_ended": "open_ended", "math": "math"},
-      "default_task": "",  # task of rows without one; "" makes them errors
+      # task of rows without one; "" is open_ended where the file has no such
+      # column, and an error beside rows that have one
+      "default_task": "",
       # maximum words of a prompt, longer ones are dropped; 0 means unlimited
       "prompt_words": 0,
       # references are truncated to this many words; 0 keeps them whole

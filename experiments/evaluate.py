@@ -36,6 +36,7 @@ def main(_) -> None:
       run = setup.setup(
         _WORKDIR.value,
         temperature=config.rollout.temperature,
+        needs={"held_out": 1},
         **{name: config[name] for name in setup.SECTIONS},
       )
     evaluate.evaluate(

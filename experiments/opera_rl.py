@@ -96,6 +96,7 @@ def run_stages(config, folder: str, preemption) -> None:
     run = setup.setup(
       folder,
       temperature=config.rollout.temperature,
+      needs=least_tasks(config, stages),
       **{name: config[name] for name in setup.SECTIONS},
     )
   check_batches_divide(config, mesh.num_data_shards(run.mesh))
@@ -189,6 +190,16 @@ def run_stages(config, folder: str, preemption) -> None:
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(folder)
   times.finish(folder)
+
+
+def least_tasks(config, stages) -> dict[str, int]:
+  """The least tasks that the stages of this run work with."""
+  least = {
+    "synthesize": ("synthesis", 1),
+    "rl": ("rl", config.rl.prompts),
+    "evaluate": ("held_out", 1),
+  }
+  return dict(least[stage] for stage in stages if stage in least)
 
 
 def check_batches_divide(config, num_data_shards: int) -> None:

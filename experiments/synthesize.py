@@ -51,6 +51,7 @@ def main(_) -> None:
       run = setup.setup(
         _WORKDIR.value,
         temperature=config.rollout.temperature,
+        needs={"synthesis": 1},
         **{name: config[name] for name in setup.SECTIONS},
       )
     preflight.synthesis(run, search)

@@ -344,6 +344,7 @@ def setup(
   temperature: float,
   checkpoint: str = "",
   redo: str = "",
+  needs: Mapping[str, int] | None = None,
 ) -> Run:
   """Loads or builds everything that the stages share; trains only the BPE.
 
@@ -366,6 +367,7 @@ def setup(
       has its sizes, its tokenizer and its stop ids; "" if the base model is
       trained.
     redo: stages to drop first, see `workdir.redo`.
+    needs: the least tasks of the stages that will run, see `tasks.load`.
 
   Raises:
     ValueError: settings that contradict one another.
@@ -377,7 +379,7 @@ def setup(
     tokenizer = {**tokenizer, "path": tokenizer["path"] or checkpoint}
     # What contradicts the checkpoint is refused before a tokenizer is read.
     model_config.resolve(model, checkpoint)
-  tasks = tasks_lib.load(seed=seed, **data)
+  tasks = tasks_lib.load(seed=seed, needs=needs, **data)
   settings = {
     "seed": seed,
     "tokenizer": _plain(tokenizer),

@@ -203,6 +203,19 @@ def derived_or(rule: Rule) -> Rule:
   return whole
 
 
+def three_shares(value: Any) -> str:
+  """Is empty, or three fractions that leave something to train on."""
+  fraction = number(0, 1)
+  fine = isinstance(value, Sequence) and not isinstance(value, str)
+  fine = fine and len(value) in (0, 3) and not any(map(fraction, value))
+  if fine and sum(value) <= 1 + 1e-9 and (not value or value[2] < 1):
+    return ""
+  return (
+    "it must be (), or three fractions (cold start, RL, held out) with a sum "
+    "of at most 1, such as (0.4, 0.5, 0.1)"
+  )
+
+
 def axis_size(value: Any) -> str:
   """Is a size of a mesh axis."""
   if value == -1 or not count()(value):
@@ -324,6 +337,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
       "excerpt_words", "math_limit",
     )},
     "math_share": number(0, 1),
+    "shares": three_shares,
     "near_duplicate": number(0, 1),
     "default_task": one_of("", *prompts.TASKS),
     **{name: text() for name in (
@@ -672,13 +686,16 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       "config.data.documents is 0 and config.checkpoint is empty, so there is "
       "no base model and nothing to train one on; set one of them"
     )
-  for stage, name in (
-    ("synthesize", "synthesis"),
-    ("rl", "rl"),
-    ("evaluate", "held_out"),
+  for place, (stage, name) in enumerate(
+    (("synthesize", "synthesis"), ("rl", "rl"), ("evaluate", "held_out"))
   ):
-    if stage in stages and not data[name]:
+    if stage in stages and not data["shares"] and not data[name]:
       yield f"config.data.{name} is 0, and stage {stage} needs tasks; raise it"
+    if stage in stages and data["shares"] and not data["shares"][place]:
+      yield (
+        f"config.data.shares is {data['shares']}, and stage {stage} needs "
+        f"tasks; raise its fraction, number {place + 1}"
+      )
 
 
 def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
@@ -953,6 +970,10 @@ READ: dict[str, Read] = {
   "data.math_share": Read(
     0.0, lambda config, stages: config["data"]["kind"] == "storyworld",
     "config.data.kind is 'storyworld'",
+  ),
+  "data.shares": Read(
+    (), lambda config, stages: config["data"]["kind"] == "jsonl",
+    "config.data.kind is 'jsonl'",
   ),
   "data.near_duplicate": Read(
     0.0, lambda config, stages: config["data"]["kind"] == "jsonl",
