@@ -107,10 +107,8 @@ def _foot(plan: dict[str, Any]) -> list[str]:
       + f"): {plan['step_tokens']:,} tokens in rows.",
     ]
   if plan.get("missing"):
-    lines += [
-      "",
-      f"This plan is partial: it lacks {', '.join(plan['missing'])}.",
-    ]
+    lacking = ", ".join(plan["missing"])
+    lines += ["", f"This plan is partial: it lacks {lacking}."]
   counts = plan["most_programs"]
   lines += [
     "",

@@ -120,10 +120,8 @@ class Solver:
         turned[field] = value
     for stage in ("rl", "sft"):
       field = f"{stage}.micro_batches"
-      while (
-        value := _value(self.changed(turned), field)
-      ) > 1 and not value % 2:
-        if self.overflow(turned | {field: value // 2}):
+      while (value := _value(self.changed(turned), field)) > 1:
+        if value % 2 or self.overflow(turned | {field: value // 2}):
           break
         turned[field] = value // 2
     return {

@@ -76,28 +76,25 @@ def _small(**changes):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ("changes", "names"),
+  ("changes", "name"),
   [
-    ({"model.remat": "full"}, ("sft", "score")),
-    ({"model.remat": "dots"}, ("update",)),
-    ({"rl.micro_batches": 4, "model.remat": "attention"}, ("update",)),
+    ({"model.remat": "full"}, "sft"),
+    ({"rl.micro_batches": 4, "model.remat": "dots"}, "update"),
   ],
-  ids=["full", "dots", "micro-batches"],
 )
 def test_temporaries_are_within_a_factor_of_two_of_a_cpus(
-  changes, names, nothing_cached
+  changes, name, nothing_cached
 ):
   config = _small(**changes)
   sections = _sections(config)
   mesh = mesh_lib.create(dict(config.mesh), jax.devices()[:1])
-  found = estimate.costs(CARD, config.mesh, sections, names)
-  built = programs.build(mesh, **sections, names=names)
-  for cost, program in zip(found, built, strict=True):
-    known = analyse.analyse(program, mesh, hardware.CHIPS["v5e"])
-    assert known.argument_bytes == pytest.approx(cost.argument_bytes, rel=0.02)
-    over = cost.temporary_bytes / known.temporary_bytes
-    assert 0.5 < over < 2, (cost.name, over)
+  [cost] = estimate.costs(CARD, config.mesh, sections, (name,))
+  [program] = programs.build(mesh, **sections, names=(name,))
+  known = analyse.analyse(program, mesh, hardware.CHIPS["v5e"])
+  assert known.argument_bytes == pytest.approx(cost.argument_bytes, rel=0.02)
+  assert 0.5 < cost.temporary_bytes / known.temporary_bytes < 2
 
 
 def test_what_is_saved_for_the_backward_pass_costs_memory():
