@@ -330,6 +330,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.sft.epochs = 5  # [P]
   config.sft.lora = lora()  # a LoRA adapter instead of all parameters
   config.rl = {
+    "init": "",  # model that RL starts from; "" is the SFT model
     "steps": 26,  # [P] steps of rollout, reward and update
     "prompts": 64,  # [C] prompts per step
     "samples": 16,  # [C] completions per prompt

@@ -247,7 +247,7 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
   stage = run.stage(
     "rl",
     tasks=("rl",),
-    models=("sft", *filter(None, [rl.teacher])),
+    models=(rl.init or "sft", *filter(None, [rl.teacher])),
     rl=rl.to_dict(),
     rollout=rollout.to_dict(),
     reward=run.reward,
@@ -259,11 +259,11 @@ def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
 
 def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   """Runs the RL steps; returns the stage's result."""
-  # The SFT model initialises the policy and is the reference of KL. With LoRA,
-  # policy and reference share its frozen weights; an adapter that is switched
-  # off makes the reference.
+  # One model, mostly the SFT model, initialises the policy and is the reference
+  # of KL. With LoRA, policy and reference share its frozen weights; an adapter
+  # that is switched off makes the reference.
   run = run.with_lora(lora.settings(**rl.lora))
-  reference = run.load("sft")
+  reference = run.load(rl.init or "sft")
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
   prompts = [p for p in run.tasks.rl if p.task in rl.tasks]
@@ -293,7 +293,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   if run.model.lora:
     initial, (_, frozen) = run.new_adapter(seed), lora.split(reference)
   else:
-    initial, frozen = run.load("sft"), None
+    initial, frozen = run.load(rl.init or "sft"), None
   estimators = advantages.WeightedEstimators(
     rl.advantage, rl.advantage_options.to_dict(), run.policy_logprob_scorer
   )

@@ -465,6 +465,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "divergence_coef": number(0),
     "teacher_top_k": count(),
     "tasks": each(one_of(*prompts.TASKS)),
+    "init": one_of("", "base", "sft"),
     "advantage": text(empty=False),
     "advantage_options": table(table(anything)),
     **{name: text() for name in ("teacher", "filter_reward")},
@@ -632,6 +633,8 @@ def _stages(
   for stage, inputs in NEEDS.items():
     if stage not in stages:
       continue
+    if stage == "rl" and config["rl"]["init"] == "base":
+      continue  # the base model is always made
     lacking = [
       name
       for name in inputs
