@@ -79,7 +79,7 @@ def test_one_device_has_what_its_docstring_says(name):
   assert (dtypes == {"float32"}) == (name == "t4")
 
 
-def test_plain_grpo_starts_from_an_instruct_model_with_a_right_or_wrong_reward():
+def test_plain_grpo_starts_from_an_instruct_model():
   config = sizes.derive(instruct_grpo.get_config())
   assert (config.stages, config.rl.init) == ("rl,evaluate,report", "base")
   assert config.reward.terms == "verifiable" and config.rl.advantage == "grpo"
