@@ -37,7 +37,7 @@ from ml_collections import config_flags
 from benchmarks import compile_plugin, harness
 from opera_jax.data import traces
 from opera_jax.plan import cost, hardware, programs
-from opera_jax.run import model_config, workdir
+from opera_jax.run import model_config, sizes, workdir
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.stages import stage_times
 from opera_jax.train import metrics
@@ -272,7 +272,7 @@ def _real_sizes() -> None:
 
   rows = []
   for name in _SLICES.value:
-    config = qwen3_8b.get_config(name)
+    config = sizes.derive(qwen3_8b.get_config(name))
     topology = name.replace("_", ":", 1)
     laid_out = mesh_lib.create(dict(config.mesh), hardware.devices(topology))
     model = model_config.resolve(config.model, config.checkpoint, offline=True)

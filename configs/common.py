@@ -16,7 +16,9 @@ def supervised() -> dict:
   return {
     "epochs": 1,  # passes over the training pairs
     "batch_size": 16,  # packed rows per update
-    "row_tokens": 4096,  # length of a row; a longer pair is dropped and counted
+    # length of a row; a longer pair is dropped and counted; 0 is the longest
+    # prompt and completion
+    "row_tokens": 0,
     "packed": False,  # several pairs per row, separated by segment ids
     "learning_rate": 1e-5,  # peak of the schedule
     "warmup": 0.05,  # fraction of the updates with a rising learning rate
@@ -141,6 +143,9 @@ def get_config() -> ml_collections.ConfigDict:
       "synthesis": 20_000,  # [P] tasks of the cold start
       "rl": 1_674,  # [P] tasks of RL
       "held_out": 200,  # held-out tasks that no training stage sees
+      # fractions of a file's tasks for (cold start, RL, held out), which share
+      # none, in place of those three counts; () keeps the counts
+      "shares": (),
       "documents": 0,  # pretraining documents; unused with a checkpoint
       "math_share": 0.0,  # fraction of storyworld's tasks that are sums
       "path": "",  # source of tasks: JSONL, Parquet, hf:, tfds:, or a directory
@@ -149,7 +154,9 @@ def get_config() -> ml_collections.ConfigDict:
                  "reference": "reference"},
       # value of the task column -> open_ended or math
       "task_map": {"open_ended": "open_ended", "math": "math"},
-      "default_task": "",  # task of rows without one; "" makes them errors
+      # task of rows without one; "" is open_ended where the file has no such
+      # column, and an error beside rows that have one
+      "default_task": "",
       # maximum words of a prompt, longer ones are dropped; 0 means unlimited
       "prompt_words": 0,
       # references are truncated to this many words; 0 keeps them whole
@@ -195,11 +202,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.base.b2 = 0.95
   config.engine = {
     "prompt_slots": 16,  # prompts in flight
-    "slots": 16,  # samples of a prompt in flight; further ones are queued
-    # allowed padded lengths of a prompt, tokens
-    "prompt_buckets": (512, 1024, 2048, 4096, 6144),
-    # KV cache sizes of a sample, in tokens; it grows through them
-    "cache_buckets": (1024, 2048, 4096, 8192, 10_240),
+    # samples of a prompt in flight; further ones are queued; 0 is the most that
+    # a stage takes
+    "slots": 0,
+    # allowed padded lengths of a prompt, tokens; () follows max_prompt_tokens,
+    # see run/sizes.py, here and below
+    "prompt_buckets": (),
+    # KV cache sizes of a sample, in tokens; it grows through them; () follows
+    # rollout.max_new_tokens
+    "cache_buckets": (),
     # decode steps per call; the host looks at the results in between
     "steps": 64,
     "cache_dtype": "float32",  # dtype of the KV cache: float32 or bfloat16
@@ -223,12 +234,15 @@ def get_config() -> ml_collections.ConfigDict:
   }
   config.scoring = {
     "batch_size": 16,  # prefixes per scoring call
-    # allowed padded lengths of a prefix, tokens
-    "prefix_buckets": (1024, 2048, 4096, 8192, 16_384),
-    # allowed numbers of continuations per prefix in a call
-    "slot_buckets": (1, 4, 8, 16, 32),
-    # allowed padded lengths of a continuation, tokens
-    "continuation_buckets": (256, 512, 1024, 2048, 4096),
+    # allowed padded lengths of a prefix, tokens; () follows the longest prompt
+    # and completion
+    "prefix_buckets": (),
+    # allowed numbers of continuations per prefix in a call; () follows the
+    # other two
+    "slot_buckets": (),
+    # allowed padded lengths of a continuation, tokens; () follows
+    # max_reference_tokens
+    "continuation_buckets": (),
   }
   config.reward = {
     # weighted sum of rewards or "module:function"s; weight 0 only logs a term
@@ -269,10 +283,13 @@ def get_config() -> ml_collections.ConfigDict:
     "top_k": 20,  # [C] keeps the k most likely tokens; 0 keeps all
     # [C] nucleus sampling: keeps the top tokens of this total probability
     "top_p": 0.95,
-    "max_step_tokens": 1024,  # maximum tokens of a candidate
-    # maximum tokens; a longer thought stays unclosed, or see close_thought
-    "max_thought_tokens": 8192,
-    "max_answer_tokens": 4096,  # maximum tokens of the final answer
+    # maximum tokens of a candidate; 0 is 1/10 of rollout.max_new_tokens
+    "max_step_tokens": 0,
+    # maximum tokens; a longer thought stays unclosed, or see close_thought; 0
+    # is 4/5 of rollout.max_new_tokens
+    "max_thought_tokens": 0,
+    # maximum tokens of the final answer; 0 is 2/5 of rollout.max_new_tokens
+    "max_answer_tokens": 0,
     # closes a thought that is too long, or in which the turn ended, and goes on
     # with the answer: for a model that has never seen the tag
     "close_thought": False,
@@ -339,8 +356,9 @@ def get_config() -> ml_collections.ConfigDict:
     "micro_batches": 1,  # gradient accumulation steps per update
     # completions per packed row; they share one copy of their prompt
     "completions_per_row": 1,
-    # allowed padded lengths of a row (or of its completions), tokens
-    "row_buckets": (2048, 4096, 8192, 16_384),
+    # allowed padded lengths of a row (or of its completions), tokens; ()
+    # follows the longest prompt and completion
+    "row_buckets": (),
     "learning_rate": 1e-6,  # [P] peak of the schedule
     "warmup": 0.4,  # [C] fraction of the updates with a rising learning rate
     # [P] schedule after the warm-up: constant, linear or cosine
@@ -446,7 +464,4 @@ def full_size(config: ml_collections.ConfigDict, name: str) -> None:
   config.model.dtype = "bfloat16"
   config.model.remat = "full"
   config.engine.cache_dtype = "bfloat16"
-  config.engine.cache_buckets = (1_280, 2_560, 5_120, 10_240)
-  config.scoring.slot_buckets = (1, 4, 8)
   config.sft.packed = True
-  config.sft.row_tokens = 16_384

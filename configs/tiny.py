@@ -37,6 +37,7 @@ def get_config(arg: str = ""):
   config.engine.prompt_buckets = (96, 160, 224, 320)
   config.engine.cache_buckets = (256,)
   config.engine.prompt_slots = 16
+  config.engine.slots = 16
   config.rollout.max_new_tokens = 224
   config.scoring.prefix_buckets = (160, 224, 288, 352)
   config.scoring.slot_buckets = (1, 8)

@@ -39,7 +39,7 @@ with epy.lazy_imports():
   from opera_jax.evals import ablation
   from opera_jax.report import learning_curves
   from opera_jax.rl import score
-  from opera_jax.run import setup, workdir
+  from opera_jax.run import setup, sizes, workdir
   from opera_jax.stages import config_check, held_out, reward_probes
   from opera_jax.train import checkpoint, metrics
 
@@ -64,7 +64,7 @@ def grid(config, root: pathlib.Path, preemption) -> None:
     common_flags,
     preemption,
   )
-  task = load(config.task, common_flags)
+  task = sizes.derive(load(config.task, common_flags))
   with preemption.exit_at_once():
     run = setup.setup(
       start,

@@ -13,7 +13,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import initial_model, record, workdir
+  from opera_jax.run import initial_model, record, sizes, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, evaluate, reporting
   from opera_jax.train import checkpoint
@@ -26,13 +26,14 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
+  given = _CONFIG.value
   workdir.existing(_WORKDIR.value)
-  runtime.start(**config.runtime, folder=_WORKDIR.value)
-  config_check.check(config.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
+  runtime.start(**given.runtime, folder=_WORKDIR.value)
+  config_check.check(given.to_dict(), {"evaluate", "report"}, _WORKDIR.value)
+  config = sizes.derive(given)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, config)
+      run = record.begin(_WORKDIR.value, given, needs={"held_out": 1})
     evaluate.evaluate(
       run,
       evaluate.Settings(
@@ -44,7 +45,7 @@ def main(_) -> None:
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, config)
+    record.end(_WORKDIR.value, given)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ with epy.lazy_imports():
     model_config,
     record,
     setup,
+    sizes,
     workdir,
   )
   from opera_jax.sharding import layout, mesh, runtime
@@ -95,6 +96,8 @@ def run_stages(config, folder: str, preemption) -> None:
   times = stage_times.StageTimes(clock.began())
   stages = workdir.parse_stages(config.stages, STAGES)
   config_check.check(config.to_dict(), stages, folder)
+  given = config  # what the workdir records; sizes are derived from it
+  config = sizes.derive(given)
   if initial_model.reads_base(config, stages):
     stages.add("base")
   search = cold_start.Search(**config.synthesis)
@@ -102,7 +105,7 @@ def run_stages(config, folder: str, preemption) -> None:
   rl_rules = rl_filter.Rules(**select.pop("rl"))
   rules = filters.Rules(**select)
   with preemption.exit_at_once():
-    run = record.begin(folder, config)
+    run = record.begin(folder, given, needs=least_tasks(config, stages))
   lines = stage_lines.StageLines(
     run.workdir, [name for name in STAGES if name in stages]
   )
@@ -213,8 +216,20 @@ def run_stages(config, folder: str, preemption) -> None:
     reporting.write(run, config.to_dict(), preemption)
   workdir.redone(folder)
   if runtime.is_main_process():
-    record.end(folder, config)
+    record.end(folder, given)
   times.finish(folder)
+
+
+def least_tasks(config, stages) -> dict[str, int]:
+  """The least tasks that the stages of this run work with."""
+  checks = config.rl.validation
+  held = checks.prompts if checks.every else 0
+  least = {
+    "synthesize": ("synthesis", 1),
+    "rl": ("rl", config.rl.prompts + held),
+    "evaluate": ("held_out", 1),
+  }
+  return dict(least[stage] for stage in stages if stage in least)
 
 
 def check_batches_divide(config, num_data_shards: int) -> None:

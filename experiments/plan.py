@@ -1,16 +1,26 @@
-"""Checks whether a run fits on a TPU slice, without the slice.
+"""Checks whether a run fits on a TPU slice, a GPU or a CPU, without it.
 
   python -m experiments.plan --config=configs/qwen3_8b.py:v5p_4x4x4 \
     --topology=v5p:4x4x4 --json=docs/plans/qwen3_8b_v5p_4x4x4.json
+  python -m experiments.plan --config=configs/qwen3_0_6b.py:l4 \
+    --topology=l4 --solve
   python -m experiments.plan --page=docs/plans
 
 The first command compiles, with libtpu on this machine's CPU, the programs that
 `experiments.opera_rl` would run with that config. It prints memory per device,
 FLOPs, collective bytes and compile seconds; if a program does not fit, it
-prints which settings to lower and exits with status 1. The second command
-writes the page of all saved plans. A plan of an 8B model takes some minutes on
-2 cores; `--programs` selects programs, and the others are kept from the file if
-it has them. A plan contains no measured times.
+prints which settings to lower and exits with status 1. A plan of an 8B model
+takes some minutes on 2 cores; `--programs` selects programs, and the others are
+kept from the file if it has them. The file is written after every program: what
+is killed leaves a plan that says it is partial. A plan contains no measured
+times.
+
+The second command estimates a GPU's memory (t4, l4, a100-40, a100-80, h100)
+from shapes in a second, without compiling; `cpu` is this machine's available
+memory, `cpu:16GiB` another's. If the run does not fit, it prints values with
+which it does. `--solve` prints the largest setting that fits, as flags; the
+order in which it gives way is in opera_jax/plan/solve.py. The third command
+writes the page of all saved plans.
 """
 
 import json
@@ -32,11 +42,17 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.plan import programs, render, whole
-  from opera_jax.run import model_config
+  from opera_jax import atomic_file
+  from opera_jax.plan import hardware, programs, render, solve, whole
+  from opera_jax.run import model_config, sizes
 
 _CONFIG = config_flag.define("configs/qwen3_8b.py")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "E.g. v5p:4x4x4.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "E.g. v5p:4x4x4, l4, cpu or cpu:16GiB."
+)
+_SOLVE = flags.DEFINE_bool(
+  "solve", False, "Propose the largest setting that fits on a GPU or CPU."
+)
 _JSON = flags.DEFINE_string("json", None, "File to write the plan to.")
 _PAGE = flags.DEFINE_string(
   "page", None, "Folder of saved plans; writes their page."
@@ -53,29 +69,76 @@ def main(_) -> None:
     (folder / "README.md").write_text(render.markdown(plans))
     return
   if not _TOPOLOGY.value:
-    raise app.UsageError("Name a slice: --topology=v5p:4x4x4.")
-  config = _CONFIG.value
+    raise app.UsageError("Name a device: --topology=v5p:4x4x4, or l4, or cpu.")
+  given = _CONFIG.value
+  config = sizes.derive(given)
   path = pathlib.Path(_JSON.value) if _JSON.value else None
   before = json.loads(path.read_text()) if path and path.exists() else None
+  # SFT need not fit where the run has none.
+  skipped = set() if "sft" in config.stages.split(",") else {"sft"}
+  names = tuple(
+    _PROGRAMS.value or [n for n in programs.NAMES if n not in skipped]
+  )
+
+  def save(plan) -> None:
+    if path:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with atomic_file.replacing(path) as file:
+        file.write(json.dumps(plan, indent=1) + "\n")
+
   try:
     model = model_config.resolve(config.model, config.checkpoint, offline=True)
+    card = hardware.card(_TOPOLOGY.value)
+    if _SOLVE.value and card is None:
+      raise ValueError(
+        "--solve tries many settings, which only the estimate of one GPU or "
+        "CPU is fast enough for. Leave it out for a TPU, whose plan says what "
+        "to lower."
+      )
     sections = {section: config[section] for section in whole.SECTIONS}
     plan = whole.make(
       _TOPOLOGY.value,
       config.mesh,
       sections | {"model": vars(model)},
       name=config_flags.get_config_filename(flags.FLAGS["config"]),
-      names=tuple(_PROGRAMS.value or list(programs.NAMES)),
+      names=names,
       before=before,
+      save=save,
     )
+    print(render.text(plan))
+    fits = all(p["fits"] for p in plan["programs"])
+    if card is not None and (_SOLVE.value or not fits):
+      solver = solve.Solver(card, given.to_dict(), vars(model), names)
+      print(f"\n{_advice(solver, grow=_SOLVE.value)}")
   except ValueError as error:
     raise app.UsageError(str(error)) from error
-  print(render.text(plan))
-  if path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plan, indent=1) + "\n")
-  if not all(p["fits"] for p in plan["programs"]):
+  except KeyboardInterrupt:
+    kept = f"{path} has the programs so far" if path else "nothing is saved"
+    sys.exit(f"\nplan: interrupted; {kept}.")
+  if not fits:
     sys.exit(1)
+
+
+def _advice(solver: "solve.Solver", *, grow: bool) -> str:
+  """Says with which values the run fits, and grown to the largest."""
+  needed = solver.fit()
+  if needed is None:
+    return (
+      "No setting makes it fit: with one prompt at once, LoRA of rank 4 and "
+      f"completions of {solve.SHORTEST} tokens it is still too large. Take a "
+      "larger device or a smaller model."
+    )
+  lines = []
+  if needed:
+    lines.append(f"It fits with {solve.flags(needed)}")
+  if grow:
+    largest = solver.grow(needed)
+    lines.append(
+      f"The largest setting that fits: {solve.flags(largest)}"
+      if largest
+      else "The largest setting that fits is the one that you gave."
+    )
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":

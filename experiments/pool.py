@@ -26,7 +26,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import setup, tasks
+  from opera_jax.run import setup, sizes, tasks
   from opera_jax.scoring import embed
   from opera_jax.sharding import runtime
   from opera_jax.stages import pool as pool_stage
@@ -46,7 +46,7 @@ def main(_) -> None:
   config = _CONFIG.value
   runtime.start(**config.runtime, folder=_WORKDIR.value)
   with checkpoint.Preemption() as preemption:
-    make(config, _WORKDIR.value, preemption)
+    make(sizes.derive(config), _WORKDIR.value, preemption)
 
 
 def make(config, folder: str, preemption: "checkpoint.Preemption") -> None:

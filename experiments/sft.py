@@ -12,7 +12,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import record, workdir
+  from opera_jax.run import record, sizes, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import config_check, supervised
   from opera_jax.train import checkpoint
@@ -25,18 +25,19 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
+  given = _CONFIG.value
   workdir.existing(_WORKDIR.value)
-  runtime.start(**config.runtime, folder=_WORKDIR.value)
-  config_check.check(config.to_dict(), {"sft"}, _WORKDIR.value)
+  runtime.start(**given.runtime, folder=_WORKDIR.value)
+  config_check.check(given.to_dict(), {"sft"}, _WORKDIR.value)
+  config = sizes.derive(given)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, config)
+      run = record.begin(_WORKDIR.value, given)
     recipe = supervised.Recipe(**config.sft.to_dict())
     supervised.sft(run, recipe, preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, config)
+    record.end(_WORKDIR.value, given)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from opera_jax import commands, config_flag
 
 # Imported on first use, so that --help and flag errors are fast.
 with epy.lazy_imports():
-  from opera_jax.run import record, workdir
+  from opera_jax.run import record, sizes, workdir
   from opera_jax.sharding import runtime
   from opera_jax.stages import (
     cold_start,
@@ -38,16 +38,17 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
-  runtime.start(**config.runtime, folder=_WORKDIR.value)
-  config_check.check(config.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
+  given = _CONFIG.value
+  runtime.start(**given.runtime, folder=_WORKDIR.value)
+  config_check.check(given.to_dict(), {"synthesize", "select"}, _WORKDIR.value)
+  config = sizes.derive(given)
   search = cold_start.Search(**config.synthesis)
   select = config.select.to_dict()
   select.pop("rl")  # settings of the RL stage
   rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, config)
+      run = record.begin(_WORKDIR.value, given, needs={"synthesis": 1})
     preflight.synthesis(run, search)
     supervised.base(
       run,
@@ -60,7 +61,7 @@ def main(_) -> None:
     cold_start.select(run, rules, config.reward.keywords, card, preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, config)
+    record.end(_WORKDIR.value, given)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ def paper(config):
   config.rl.prompts = 512
   config.rl.mini_batch = 32
   config.rollout.max_new_tokens = 20_480
-  config.rl.row_buckets = (2048, 4096, 8192, 16_384, 26_624)
 
 
 def get_config(arg: str = ""):

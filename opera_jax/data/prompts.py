@@ -26,6 +26,7 @@ FIELDS = {
 GSM8K_ANSWER = r"(?s)\A.*####\s*+(\S[^\n]*+)"
 # Seconds that a pattern may search one reference.
 _SEARCH = 1.0
+_SLOW = "a reference that takes too long to search"
 
 
 def load(
@@ -39,8 +40,7 @@ def load(
   require_reference: bool = True,
   seen: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> list[structs.Prompt]:
-  r"""Reads a data set; the first invalid row raises an error that names its
-  place.
+  r"""Reads a data set; one error names all invalid rows by reason and place.
 
   Args:
     path: a file or another source, see `rows`.
@@ -49,7 +49,9 @@ def load(
       Columns that are not named are stored in `Prompt.columns`.
     task_map: maps the file's task to ours; "*" matches every other one. None
       means that the file already uses "open_ended" and "math".
-    default_task: task of rows that have none.
+    default_task: task of rows that have none. None means "open_ended" for a
+      data set without that column; beside rows that have one, a row without
+      is invalid.
     limit: maximum number of rows to read; None reads all.
     answer_pattern: regular expression whose first group, found in the
       reference, is the true answer of a maths task, such as `GSM8K_ANSWER`; the
@@ -83,36 +85,92 @@ def load(
   pattern = None if answer_pattern is None else _compiled(answer_pattern)
   prompts: list[structs.Prompt] = []
   line_of_id: dict[str, int] = {}
-  for line, row in rows.read(path, read):
+  faults = _Faults()
+  taskless: list[int] = []  # lines without the task's column
+  task_column, has_tasks = columns.get("task"), False
+  for line, row in rows.read(path, read, faults.add):
     if limit is not None and len(prompts) >= limit:
       break
     if seen is not None:
       seen(row)
     place = f"{path}:{line}:"
-    prompt = _prompt(
-      place,
-      line,
-      row,
-      columns,
-      task_map,
-      default_task,
-      pattern,
-      require_reference,
-    )
-    if prompt.id in line_of_id:
-      raise ValueError(
-        f"{place} id {prompt.id!r} was given on line {line_of_id[prompt.id]}"
-        " already; ids must be distinct. Rename one, or set the id field to"
-        " None to number the lines."
+    has_tasks = has_tasks or task_column in row
+    try:
+      prompt = _prompt(
+        place,
+        line,
+        row,
+        columns,
+        task_map,
+        default_task,
+        pattern,
+        require_reference,
       )
+      if prompt.id in line_of_id:
+        raise rows.RowError(
+          "an id that another row has",
+          f"{place} id {prompt.id!r} was given on line {line_of_id[prompt.id]}"
+          " already; ids must be distinct. Rename one, or set the id field to"
+          " None to number the lines.",
+        )
+    except rows.RowError as error:
+      faults.add(line, error)
+      if error.reason == _SLOW:
+        break  # every further row may take as long
+      continue
     line_of_id[prompt.id] = line
     prompts.append(prompt)
+    if default_task is None and task_column not in row:
+      taskless.append(line)
+  if has_tasks:
+    for line in taskless:
+      faults.add(line, _unknown_task(f"{path}:{line}:", None, task_map, None))
+  faults.check(path)
   if not prompts:
     raise ValueError(
       f"{path}:1: no rows read (limit is {limit}); a data set needs at least"
       " one. Check the path and the limit."
     )
   return prompts
+
+
+class _Faults:
+  """Counts invalid rows by reason, and keeps the first lines of each."""
+
+  _SHOWN = 3  # lines of each reason
+
+  def __init__(self) -> None:
+    self._count: collections.Counter[str] = collections.Counter()
+    self._first: dict[str, ValueError] = {}
+    self._lines: dict[str, list[int]] = {}
+
+  def add(self, line: int, error: rows.RowError) -> None:
+    """Counts one invalid row."""
+    self._count[error.reason] += 1
+    self._first.setdefault(error.reason, error)
+    lines = self._lines.setdefault(error.reason, [])
+    if len(lines) < self._SHOWN:
+      lines.append(line)
+
+  def check(self, path: str) -> None:
+    """Raises one error that names all reasons, if there are invalid rows."""
+    total = self._count.total()
+    if not total:
+      return
+    if total == 1:
+      raise next(iter(self._first.values()))
+    listed = []
+    for reason, count in self._count.most_common():
+      listed.append(f"  {count:,} x {reason}: {self._first[reason]}")
+      places = [f"{path}:{line}" for line in self._lines[reason][1:]]
+      more = count - 1 - len(places)
+      if places:
+        listed.append(
+          f"    also {', '.join(places)}" + f" and {more:,} more" * (more > 0)
+        )
+    raise ValueError(
+      f"{path}: {total:,} rows cannot be used:\n" + "\n".join(listed)
+    )
 
 
 def _prompt(
@@ -136,17 +194,19 @@ def _prompt(
     try:
       hit = answer_pattern.search(reference, timeout=_SEARCH)
     except TimeoutError as error:
-      raise ValueError(
+      raise rows.RowError(
+        _SLOW,
         f"{place} reference {rows.short(reference)} of {len(reference):,} "
         f"characters takes longer than {_SEARCH:g} s to search for "
         f"{answer_pattern.pattern!r}. Mend the row, or write answer_pattern "
-        "so that it does not backtrack, as GSM8K_ANSWER does."
+        "so that it does not backtrack, as GSM8K_ANSWER does.",
       ) from error
     if hit is None or not (hit.group(1) or "").strip():
-      raise ValueError(
+      raise rows.RowError(
+        "no answer in the reference",
         f"{place} reference {rows.short(reference)} holds no answer that"
         f" matches {answer_pattern.pattern!r}. Mend the row or change"
-        " answer_pattern."
+        " answer_pattern.",
       )
     solution = {"solution": reference}
     reference = hit.group(1).strip()
@@ -154,15 +214,18 @@ def _prompt(
     try:
       math_answer.of_reference(reference)
     except ValueError as error:
-      raise ValueError(f"{place} {error}") from error
+      raise rows.RowError(
+        "no answer in the reference", f"{place} {error}"
+      ) from error
   column = fields.get("id")
   identity = row.get(column) if column is not None else None
   if isinstance(identity, bool) or not isinstance(
     identity, str | int | type(None)
   ):
-    raise ValueError(
+    raise rows.RowError(
+      "an id of another type",
       f"{place} id is {rows.short(identity)}; an id is text or a whole number."
-      " Mend the row, or set the id field to None to number the lines."
+      " Mend the row, or set the id field to None to number the lines.",
     )
   used = {name for name in fields.values() if name is not None}
   return structs.Prompt(
@@ -203,27 +266,32 @@ def _text(
   place: str, row: Mapping[str, Any], field: str, column: str | None
 ) -> str:
   if column is None or column not in row:
-    raise ValueError(
+    raise rows.RowError(
+      f"no column for the {field}",
       f"{place} no column {column!r} for the {field}; the row has"
-      f" {sorted(row)}. Add it, or name the right column in fields."
+      f" {rows.short(sorted(row))}. Add it, or name the right column in"
+      " fields.",
     )
   value = row[column]
   if not isinstance(value, str):
-    raise ValueError(
+    raise rows.RowError(
+      f"the {field} is not text",
       f"{place} {column!r} is {rows.short(value)}; the {field} must be text."
-      " Quote it, or name another column in fields."
+      " Quote it, or name another column in fields.",
     )
   if not value.strip():
-    raise ValueError(
+    raise rows.RowError(
+      f"the {field} is empty",
       f"{place} {column!r} is empty; the {field} must hold text. Fill it in or"
-      " drop the row."
+      " drop the row.",
     )
   try:
     value.encode()
   except UnicodeEncodeError as error:
-    raise ValueError(
+    raise rows.RowError(
+      f"the {field} is not text",
       f"{place} {column!r} is {rows.short(value)}; the {field} must be text"
-      f" that UTF-8 can write ({error.reason}). Mend or drop the row."
+      f" that UTF-8 can write ({error.reason}). Mend or drop the row.",
     ) from error
   return value
 
@@ -237,18 +305,31 @@ def _task(
 ) -> str:
   given = row.get(column) if column is not None else None
   if given is None:
-    task = default_task
+    # A data set without this column is open-ended, see `load`.
+    task = "open_ended" if column not in row else None
+    task = default_task or task
   elif task_map is None:
     task = given
   else:
     task = task_map.get(str(given), task_map.get("*", given))
   if task not in TASKS:
-    raise ValueError(
-      f"{place} task is {rows.short(given)}; it must become one of"
-      f" {', '.join(TASKS)}. Map it in task_map (now {task_map}), or set"
-      f" default_task (now {default_task!r}) for rows without one."
-    )
+    raise _unknown_task(place, given, task_map, default_task)
   return task
+
+
+def _unknown_task(
+  place: str,
+  given: Any,
+  task_map: Mapping[str, str] | None,
+  default_task: str | None,
+) -> rows.RowError:
+  reason = "no task, which other rows have" if given is None else "unknown task"
+  return rows.RowError(
+    reason,
+    f"{place} task is {rows.short(given)}; it must become one of"
+    f" {', '.join(TASKS)}. Map it in task_map (now {task_map}), or set"
+    f" default_task (now {default_task!r}) for rows without one.",
+  )
 
 
 def row(prompt: structs.Prompt, **more: Any) -> dict[str, Any]:
@@ -333,6 +414,7 @@ def split(
   seed: int,
   *,
   groups: Sequence[str] | None = None,
+  exact: bool = True,
 ) -> tuple[list[structs.Prompt], list[structs.Prompt]]:
   """Splits off held-out prompts by a hash of their text.
 
@@ -347,6 +429,7 @@ def split(
     groups: a group name for each prompt, such as its cluster of
       near-duplicates; a group is never split. None groups by text, see
       `words.normal`.
+    exact: False holds out fewer prompts where whole groups do not add up.
 
   Returns:
     (training prompts, `held_out` prompts), each in the given order.
@@ -372,7 +455,7 @@ def split(
     if count[name] <= left:
       aside.add(name)
       left -= count[name]
-  if left:
+  if left and exact:
     raise ValueError(
       f"{held_out} prompts cannot be held out whole: prompts that say the same"
       f" stay together and {left} places remain. Choose another number."

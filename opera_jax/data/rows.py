@@ -50,8 +50,22 @@ _KINDS = (
 )
 
 
+class RowError(ValueError):
+  """A row that cannot be used; the others of its source can be read on.
+
+  Attributes:
+    reason: the rule that it breaks, without its values.
+  """
+
+  def __init__(self, reason: str, message: str):
+    super().__init__(message)
+    self.reason = reason
+
+
 def read(
-  source: str, read_file: Read | None = None
+  source: str,
+  read_file: Read | None = None,
+  bad: Callable[[int, RowError], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line or row, counted from 1; its columns).
 
@@ -59,14 +73,24 @@ def read(
     source: see above.
     read_file: returns a file's bytes, such as `sharding.exchange.read_file`;
       None streams the file. Other kinds of data sets do not use it.
+    bad: called with the line of a row that cannot be used, and the error; the
+      row is left out. None raises the first.
 
   Raises:
     FileNotFoundError: no such file or directory.
-    ValueError: an unknown kind, a damaged file, a row that is not a record or
-      that holds forbidden values, or an unknown name or split.
+    RowError: a row that is not a record or that holds forbidden values.
+    ValueError: an unknown kind, a damaged file, an unknown name or split.
   """
   for line, row in _rows(source, read_file):
-    check(f"{source}:{line}:", row)
+    try:
+      if isinstance(row, bytes):
+        row = _json_row(f"{source}:{line}:", row)
+      check(f"{source}:{line}:", row)
+    except RowError as error:
+      if bad is None:
+        raise
+      bad(line, error)
+      continue
     yield line, row
 
 
@@ -78,8 +102,8 @@ def check(place: str, row: Mapping[str, Any]) -> None:
     row: columns of a record.
 
   Raises:
-    ValueError: text that UTF-8 cannot write, a number that is not finite or
-      has more than 64 bits, or too many levels.
+    RowError: text that UTF-8 cannot write, a number that is not finite or has
+      more than 64 bits, or too many levels.
   """
   waiting: list[tuple[str, Any, int]] = [
     (short(name), value, 1) for name, value in row.items()
@@ -89,8 +113,9 @@ def check(place: str, row: Mapping[str, Any]) -> None:
     name, value, level = waiting.pop()
     wrong = _wrong(value, level)
     if wrong:
-      raise ValueError(
-        f"{place} {name} holds {short(value)}, {wrong}. Mend or drop the row."
+      raise RowError(
+        "a value that no record may hold",
+        f"{place} {name} holds {short(value)}, {wrong}. Mend or drop the row.",
       )
     if isinstance(value, Mapping):
       waiting += [(name, key, level + 1) for key in value]
@@ -114,9 +139,8 @@ def _wrong(value: Any, level: int) -> str:
   return ""
 
 
-def _rows(
-  source: str, read_file: Read | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(source: str, read_file: Read | None) -> Iterator[tuple[int, Any]]:
+  """Yields (line or row, its columns, or the bytes of a line of JSON)."""
   name, _, split = source.partition("#")
   for prefix, rows_of in SOURCES.items():
     if name.startswith(prefix):
@@ -155,7 +179,7 @@ def open_file(path: pathlib.Path, read_file: Read | None) -> BinaryIO:
 
 def _jsonl(
   path: pathlib.Path, read_file: Read | None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, bytes]]:
   line = 0
   opened = open_file(path, read_file)
   with opened as source, _OPENERS[path.suffix](source) as file:
@@ -176,26 +200,29 @@ def _jsonl(
           " task is. Shorten or drop it."
         )
       if raw.strip():
-        yield line, _json_row(f"{path}:{line}:", raw)
+        yield line, raw
 
 
 def _json_row(place: str, raw: bytes) -> dict[str, Any]:
   try:
     row = json.loads(raw.decode("utf-8-sig"))
   except RecursionError as error:
-    raise ValueError(
+    raise RowError(
+      "not a line of JSON",
       f"{place} {short(raw)} has more than {LEVELS} levels of lists and"
-      " objects. Mend or drop the line."
+      " objects. Mend or drop the line.",
     ) from error
   except ValueError as error:  # no UTF-8, no JSON, or a number without end
-    raise ValueError(
+    raise RowError(
+      "not a line of JSON",
       f"{place} {short(raw)} is not a line of JSON in UTF-8 ({error}). Mend"
-      " or drop the line."
+      " or drop the line.",
     ) from error
   if not isinstance(row, dict):
-    raise ValueError(
+    raise RowError(
+      "no JSON object",
       f"{place} {short(row)} is no JSON object; each line must read"
-      ' {"prompt": ..., "reference": ...}.'
+      ' {"prompt": ..., "reference": ...}.',
     )
   return row
 

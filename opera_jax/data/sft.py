@@ -117,7 +117,8 @@ def build(
     pairs: int32 ids of prompt and completion, neither empty; the completion
       ends with its stop token.
     row_length: tokens of a row; a longer pair is dropped and counted.
-    batch_size: packed rows of a batch.
+    batch_size: packed rows of a batch; where there are fewer, each batch holds
+      all of them and padding rows, which leaves the loss as it is.
     epochs: passes over the rows.
     seed: of the order.
     pad_id: fills rows.
@@ -126,7 +127,7 @@ def build(
     fill: whether a single batch may be filled up with padding rows.
 
   Raises:
-    ValueError: an empty prompt or completion, fewer rows than one batch, or
+    ValueError: an empty prompt or completion, no pair that fits into a row, or
       `epochs` below 1.
   """
   sequences, masks = [], []
@@ -144,11 +145,11 @@ def build(
   lengths = [len(tokens) for tokens in sequences]
   one_per_row = [[index] for index in range(len(sequences))]
   rows = batching.first_fit(lengths, row_length) if packed else one_per_row
-  if len(rows) < (1 if fill else batch_size):
+  if not rows:
     raise ValueError(
-      f"{len(pairs)} pairs, of which {too_long} are longer than {row_length}"
-      f" tokens, fill {len(rows)} rows, less than one batch of {batch_size}."
-      " Add data, raise the row length, or lower the batch size."
+      f"There is nothing to train on: of {len(pairs)} pairs {too_long} are"
+      f" longer than a row of {row_length} tokens. Add data, or raise the row"
+      " length (row_tokens)."
     )
   counts = {
     "kept": len(sequences),

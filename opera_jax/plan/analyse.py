@@ -33,12 +33,12 @@ class Cost:
   forward_flops: float  # over all devices
   backward_flops: float
   recompute_flops: float
-  flops_seconds: float  # at the stated peak
-  stream_seconds: float  # memory reads at the stated bandwidth
+  flops_seconds: float | None  # at the stated peak, None where that is unknown
+  stream_seconds: float | None  # memory reads at the stated bandwidth
   collective_bytes: dict[str, float] | None  # None without HLO text
   collective_seconds: float | None  # at the stated bandwidth
-  seconds: float  # the largest of the three; a lower bound
-  compile_seconds: float
+  seconds: float | None  # the largest of the three; a lower bound
+  compile_seconds: float | None  # None for an estimate
   remedies: tuple[str, ...]  # settings to lower if it does not fit
 
 

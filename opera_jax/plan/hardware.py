@@ -1,12 +1,21 @@
-"""TPU chips and slices: memory, and stated peak performance.
+"""Accelerators: memory, and stated peak performance.
 
 Peak FLOP/s and bandwidths are a chip's, from docs.cloud.google.com/tpu/docs
 (pages v5e, v5p, v6e and tpu7x, "Peak compute per chip (bf16)", "HBM bandwidth",
 "Bidirectional inter-chip interconnect bandwidth"). Memory is per device: the
 limit that the out-of-memory message of libtpu's compiler (0.0.51) states.
+
+GPUs are single cards, with the figures of NVIDIA's data sheets (without
+sparsity): "NVIDIA T4", "NVIDIA L4", "NVIDIA A100 Tensor Core GPU" and "NVIDIA
+H100 Tensor Core GPU" (SXM where there are two). A data sheet's GB is taken as
+10^9 bytes, of which a run is given `GPU_FRACTION`: the rest is for the CUDA
+context, libraries and fragmentation. JAX itself takes 75 %, unless
+XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 """
 
 import dataclasses
+import pathlib
+import re
 from typing import Any
 
 GIB = 1 << 30
@@ -56,6 +65,42 @@ CHIPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """One kind of GPU, or this machine's CPU."""
+
+  name: str
+  memory_bytes: int  # that a run may use
+  bfloat16_flops: float | None  # stated peak FLOP/s; None where not known
+  float32_flops: float | None
+  bandwidth: float | None  # bytes/s between the card and its memory
+
+  def flops(self, dtype: str) -> float | None:
+    """Peak FLOP/s in the dtype of a run's activations."""
+    return self.bfloat16_flops if dtype == "bfloat16" else self.float32_flops
+
+
+GPU_FRACTION = 0.9
+
+
+def _card(
+  name: str, gb: int, bfloat16: float | None, float32: float, bandwidth: float
+) -> Card:
+  return Card(name, int(gb * 1e9 * GPU_FRACTION), bfloat16, float32, bandwidth)
+
+
+CARDS = {
+  card.name: card
+  for card in (
+    _card("t4", 16, None, 8.1e12, 320e9),  # Turing has no bfloat16
+    _card("l4", 24, 121e12, 30.3e12, 300e9),
+    _card("a100-40", 40, 312e12, 19.5e12, 1_555e9),
+    _card("a100-80", 80, 312e12, 19.5e12, 2_039e9),
+    _card("h100", 80, 989e12, 67e12, 3_350e9),
+  )
+}
+
+
 # Start of JAX's device_kind -> stated dense bf16 peak FLOP/s of a device; fp16
 # for a T4, which lacks bf16. Those of GPUs are from NVIDIA's data sheets,
 # without sparsity, and of SXM boards: PCIe ones are slower.
@@ -67,10 +112,10 @@ _PEAKS = (
   ("TPU v6 lite", CHIPS["v6e"].flops),
   ("TPU v6e", CHIPS["v6e"].flops),
   ("TPU7x", CHIPS["tpu7x"].flops),
-  ("NVIDIA H200", 989e12),
-  ("NVIDIA H100 80GB HBM3", 989e12),
-  ("NVIDIA A100-SXM4", 312e12),
-  ("NVIDIA L4", 121e12),
+  ("NVIDIA H200", CARDS["h100"].bfloat16_flops),
+  ("NVIDIA H100 80GB HBM3", CARDS["h100"].bfloat16_flops),
+  ("NVIDIA A100-SXM4", CARDS["a100-40"].bfloat16_flops),
+  ("NVIDIA L4", CARDS["l4"].bfloat16_flops),
   ("Tesla T4", 65e12),
 )
 
@@ -82,6 +127,60 @@ def peak_flops(device_kind: str) -> float | None:
       (f"{start} ", f"{start}-")
     ):
       return flops
+  return None
+
+
+_UNITS = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6}
+
+
+def card(topology: str) -> Card | None:
+  """The card that a topology names; None where it names none.
+
+  Args:
+    topology: a key of CARDS, "a100" (of 40 GB, the smaller), "cpu" for this
+      machine's available memory, or "cpu:16GiB" for another's.
+
+  Raises:
+    ValueError: a size of memory that cannot be read, or of this machine that
+      is not known.
+  """
+  name, _, size = topology.lower().partition(":")
+  if name == "a100" and not size:
+    name = "a100-40"
+  if name in CARDS and not size:
+    return CARDS[name]
+  if name != "cpu":
+    return None
+  found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gib|mib|gb|mb)", size)
+  memory = available_memory()
+  if size and not found:
+    raise ValueError(
+      f"The memory of --topology={topology} cannot be read; write a number and "
+      "GiB, MiB, GB or MB, such as cpu:16GiB."
+    )
+  if found:
+    memory = int(float(found[1]) * _UNITS[found[2]])
+  if memory is None:
+    raise ValueError(
+      "This machine does not say how much memory it has available (no "
+      "/proc/meminfo). Name it: --topology=cpu:16GiB."
+    )
+  return Card("cpu", memory, None, None, None)
+
+
+def available_memory() -> int | None:
+  """Bytes that this machine can give to a new process without swapping.
+
+  None where the kernel does not say (no /proc/meminfo).
+  """
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+  except OSError:
+    return None
+  for line in lines:
+    name, _, value = line.partition(":")
+    if name == "MemAvailable":
+      return int(value.split()[0]) << 10  # "12345 kB"
   return None
 
 
@@ -102,8 +201,8 @@ def parse(topology: str) -> tuple[Chip, int]:
       for c in CHIPS.values()
     )
     raise ValueError(
-      f"Unknown TPU topology {topology!r}; a topology is <chip>:<shape> and "
-      f"must be one of\n  {listed}"
+      f"Unknown topology {topology!r}; it is a GPU ({', '.join(CARDS)}), cpu, "
+      f"cpu:16GiB, or a TPU's <chip>:<shape>, which must be one of\n  {listed}"
     )
   count = chip.devices
   for side in shape.split("x"):

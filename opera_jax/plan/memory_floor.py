@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opera_jax.models import decoder, lora
+from opera_jax.plan import hardware
 from opera_jax.sharding import mesh as mesh_lib
 from opera_jax.sharding import rules
 from opera_jax.train import optimizer as optimizer_lib
@@ -117,9 +118,14 @@ def floor(
 def device_limit(mesh: jax.sharding.Mesh) -> int | None:
   """Memory limit of this process's smallest device, in bytes.
 
-  None if the devices do not report it (a CPU).
+  A CPU's devices share the machine's available memory. None if the devices do
+  not report a limit, and the machine neither.
   """
-  stats = [d.memory_stats() for d in mesh.local_devices]
+  devices = mesh.local_devices
+  if all(d.platform == "cpu" for d in devices):
+    available = hardware.available_memory()
+    return available and available // len(devices)
+  stats = [d.memory_stats() for d in devices]
   limits = [s["bytes_limit"] for s in stats if s and "bytes_limit" in s]
   return min(limits, default=None)
 
@@ -143,5 +149,6 @@ def check(parts: dict[str, int], limit: int | None) -> None:
     f"({listed} GiB) and a device has {limit / GIB:.2f} GiB. Lower "
     "config.engine.prompt_slots or config.rollout.max_new_tokens for the "
     "caches, set config.engine.cache_dtype or config.model.dtype to bfloat16, "
-    "raise config.mesh.tensor or config.mesh.fsdp, or take more devices."
+    "train a LoRA adapter (config.rl.lora.rank=16), raise config.mesh.tensor "
+    "or config.mesh.fsdp, or take more devices."
   )

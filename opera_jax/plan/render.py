@@ -41,7 +41,7 @@ def rows(plan: dict[str, Any]) -> list[list[str]]:
       _number(p["stream_seconds"]),
       _gib(_sum(p["collective_bytes"])),
       _number(p["collective_seconds"]),
-      f"{p['compile_seconds']:.0f}",
+      _whole(p["compile_seconds"]),
     ]
     for p in plan["programs"]
   ]
@@ -66,8 +66,9 @@ def markdown(plans: Sequence[dict[str, Any]]) -> str:
     "# Plans of the shipped configs",
     "",
     "Written by `python -m experiments.plan --page=docs/plans`; each table "
-    "comes from the `.json` beside it. The programs were compiled by libtpu "
-    "for devices that were not there; no time below was measured on a TPU. "
+    "comes from the `.json` beside it. The programs of TPUs were compiled by "
+    "libtpu for devices that were not there; those of GPUs were not compiled, "
+    "and their memory is estimated from shapes. No time below was measured. "
     "Seconds are floors: what the work costs at the chip's stated peak.",
     "",
     *(f"- **{name}**: {what}" for name, what in COLUMNS.items() if what),
@@ -96,12 +97,18 @@ def _foot(plan: dict[str, Any]) -> list[str]:
   lines = [
     f"A sample's keys and values at the longest response: "
     f"{plan['slot_bytes'] / GIB:.3f} GiB over all devices that share it.",
-    "",
-    f"One RL step at the longest prompts and responses takes at least "
-    f"{plan['step_seconds']:,.0f} s ("
-    + ", ".join(f"{k} {v:,.0f}" for k, v in plan["step_parts"].items())
-    + f"): {plan['step_tokens']:,} tokens in rows.",
   ]
+  if plan["step_parts"]:
+    lines += [
+      "",
+      f"One RL step at the longest prompts and responses takes at least "
+      f"{plan['step_seconds']:,.0f} s ("
+      + ", ".join(f"{k} {v:,.0f}" for k, v in plan["step_parts"].items())
+      + f"): {plan['step_tokens']:,} tokens in rows.",
+    ]
+  if plan.get("missing"):
+    lacking = ", ".join(plan["missing"])
+    lines += ["", f"This plan is partial: it lacks {lacking}."]
   counts = plan["most_programs"]
   lines += [
     "",
@@ -127,6 +134,10 @@ def _sum(parts: dict[str, float] | None) -> float | None:
 
 def _gib(value: float | None) -> str:
   return "not available" if value is None else f"{value / GIB:.2f}"
+
+
+def _whole(value: float | None) -> str:
+  return "not available" if value is None else f"{value:.0f}"
 
 
 def _number(value: float | None) -> str:

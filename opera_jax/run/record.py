@@ -40,7 +40,11 @@ _USER = re.compile(r"(?<=://)[^/\s@]+@")
 _GIT_SECONDS = 10
 
 
-def begin(workdir: str | os.PathLike, config: Any) -> setup.Run:
+def begin(
+  workdir: str | os.PathLike,
+  config: Any,
+  needs: Mapping[str, int] | None = None,
+) -> setup.Run:
   """Sets up a run, and adds this start to its record.
 
   The config is written once a stage has recorded its settings: what a start
@@ -48,7 +52,9 @@ def begin(workdir: str | os.PathLike, config: Any) -> setup.Run:
 
   Args:
     workdir: folder of the run.
-    config: of this start, a ConfigDict.
+    config: of this start, a ConfigDict; sizes that follow from its lengths are
+      derived, and not recorded.
+    needs: the least tasks of the stages that will run, see `tasks.load`.
 
   Raises:
     ValueError: see `setup.setup`.
@@ -57,7 +63,7 @@ def begin(workdir: str | os.PathLike, config: Any) -> setup.Run:
   def recorded() -> None:
     end(workdir, config)
 
-  run = setup.from_config(workdir, config, recorded)
+  run = setup.from_config(workdir, config, recorded, needs)
   exchange.on_main_process(lambda: _add(run.workdir, _start(run.tasks.digests)))
   return run
 

@@ -19,7 +19,7 @@ from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.run import initial_model, model_config
+from opera_jax.run import initial_model, model_config, sizes
 from opera_jax.run import tasks as tasks_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
@@ -371,22 +371,26 @@ def from_config(
   workdir: str | os.PathLike,
   config: Mapping[str, Any],
   recorded: Callable[[], None] = lambda: None,
+  needs: Mapping[str, int] | None = None,
 ) -> Run:
-  """`setup` with the values of a config.
+  """`setup` with the values of a config, its empty sizes derived.
 
   Args:
     workdir: folder of the run.
     config: nested values, as in configs/common.py.
     recorded: called when a stage has recorded its settings.
+    needs: the least tasks of the stages that will run, see `tasks.load`.
 
   Raises:
     ValueError: see `setup`.
   """
+  config = sizes.derive(config)
   return setup(
     workdir,
     temperature=config["rollout"]["temperature"],
     init=initial_model.others(config),
     recorded=recorded,
+    needs=needs,
     **{name: config[name] for name in SECTIONS},
   )
 
@@ -408,6 +412,7 @@ def setup(
   checkpoint: str = "",
   redo: str = "",
   init: Sequence[str] = (),
+  needs: Mapping[str, int] | None = None,
   log: str = "jsonl,tensorboard",
   recorded: Callable[[], None] = lambda: None,
 ) -> Run:
@@ -434,6 +439,7 @@ def setup(
     redo: stages to drop first, see `workdir.redo`.
     init: models of other runs, and checkpoints, that stages start from; see
       `initial_model`.
+    needs: the least tasks of the stages that will run, see `tasks.load`.
     log: where metrics go, see `trackers.parse`.
     recorded: called when a stage has recorded its settings.
 
@@ -448,7 +454,7 @@ def setup(
     tokenizer = {**tokenizer, "path": tokenizer["path"] or checkpoint}
     # What contradicts the checkpoint is refused before a tokenizer is read.
     model_config.resolve(model, checkpoint)
-  tasks = tasks_lib.load(seed=seed, **data)
+  tasks = tasks_lib.load(seed=seed, needs=needs, **data)
   settings = {
     "seed": seed,
     "tokenizer": _plain(tokenizer),

@@ -62,6 +62,8 @@ def load(
   math_limit: int,
   responses_path: str,
   near_duplicate: float = 0.0,
+  shares: Sequence[float] = (),
+  needs: Mapping[str, int] | None = None,
 ) -> Tasks:
   """Loads or generates the tasks.
 
@@ -78,7 +80,8 @@ def load(
       without a reference are used only by the cold start.
     fields: our field -> column of `path`.
     task_map: value of the task column -> "open_ended" or "math".
-    default_task: task of rows of `path` without one; "" makes such rows errors.
+    default_task: task of rows of `path` without one; "" means open-ended for a
+      source without that column, and makes such rows errors in another.
     prompt_words: longer prompts, in words, are dropped and counted; 0 keeps
       all. (`prompts.filter_by_length` later drops prompts with too many
       tokens.)
@@ -94,10 +97,15 @@ def load(
     near_duplicate: word 3-gram Jaccard index from which two tasks go to the
       same side of the split; 0 keeps only tasks together that differ in case,
       width or spacing.
+    shares: fractions of the tasks with a reference for (cold start, RL, held
+      out), which share no task then; they replace the three counts of jsonl. ()
+      keeps the counts. The cold start takes tasks without a reference, too.
+    needs: the least tasks that the stages of this run work with, by
+      "synthesis", "rl" and "held_out"; a stage that does not run needs none.
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: an unknown kind, an invalid row, or too num_sums tasks.
+    ValueError: an unknown kind, invalid rows, or too few tasks.
   """
   if kind == "storyworld":
     unseen: set[str] = set()
@@ -141,15 +149,23 @@ def load(
   more_maths, _ = _shortened(more_maths, prompt_words, excerpt_words)
   bare = [p for p in every if not p.reference]
   every = [p for p in every if p.reference]
-  if held_out >= len(every):
-    raise ValueError(
-      f"{' and '.join(filter(None, (path, math_path)))}: {len(every)} tasks "
-      f"are left with a reference and config.data.held_out is {held_out}; some "
-      "must be left to train on. Lower it, raise config.data.prompt_words, or "
-      "add tasks."
+  if shares:
+    # A fraction that is written in decimals may be a little too small.
+    synthesis, rl, held_out = (
+      int(share * len(every) + 1e-9) for share in shares
     )
+  _check_counts(
+    " and ".join(filter(None, (path, math_path))),
+    len(every),
+    len(bare),
+    {"synthesis": synthesis, "rl": rl, "held_out": held_out},
+    needs or {},
+    shares,
+  )
   groups = dedup.clusters(every, threshold=near_duplicate)
-  train, held = prompts_lib.split(every, held_out, seed, groups=groups)
+  train, held = prompts_lib.split(
+    every, held_out, seed, groups=groups, exact=not shares
+  )
   same = len(every) - len(set(groups))
   if same:
     near = f" or share {near_duplicate:g} of its 3-grams" * (near_duplicate > 0)
@@ -166,17 +182,20 @@ def load(
     )
     bare = [p for p in bare if words.normal(p.prompt) not in unseen]
   rng = random.Random(f"tasks/{seed}")
-  for_synthesis = [*train, *bare]
-  if synthesis > len(for_synthesis):
-    raise ValueError(
-      f"config.data.synthesis is {synthesis:,} prompts and only "
-      f"{len(for_synthesis):,} remain beside {held_out:,} held out. Lower it "
-      "or config.data.held_out, raise config.data.prompt_words, or add tasks."
-    )
-  chosen = {
-    "synthesis": rng.sample(for_synthesis, synthesis),
-    "rl": rng.sample(train, min(rl, len(train))),
-  }
+  if shares:
+    drawn = rng.sample(train, synthesis + rl)
+    chosen = {
+      "synthesis": [*drawn[:synthesis], *(bare if shares[0] else ())],
+      "rl": drawn[synthesis:],
+    }
+  else:
+    for_synthesis = [*train, *bare]
+    chosen = {
+      "synthesis": rng.sample(
+        for_synthesis, min(synthesis, len(for_synthesis))
+      ),
+      "rl": rng.sample(train, min(rl, len(train))),
+    }
   notes.insert(
     0,
     "; ".join(
@@ -214,6 +233,88 @@ def load(
     notes=tuple(notes),
     digests=digests,
   )
+
+
+def _check_counts(
+  place: str,
+  total: int,
+  bare: int,
+  counts: Mapping[str, int],
+  needs: Mapping[str, int],
+  shares: Sequence[float],
+) -> None:
+  """Refuses a data set that is too small for the stages of a run.
+
+  Args:
+    place: of the data.
+    total: tasks with a reference.
+    bare: tasks without one, for the cold start.
+    counts: tasks asked for, by field of config.data.
+    needs: see `load`.
+    shares: likewise.
+
+  Raises:
+    ValueError: names each field that is too large, and values that fit.
+  """
+  held_out = counts["held_out"]
+  train = total - held_out
+  # Tasks that a stage gets: RL draws after the cold start from the same ones.
+  given = {
+    "synthesis": counts["synthesis"],
+    "rl": min(counts["rl"], max(train, 0)),
+    "held_out": held_out,
+  }
+  short = {n: least for n, least in needs.items() if given[n] < least}
+  too_many = needs.get("synthesis", 0) and counts["synthesis"] > train + bare
+  if train > 0 and not short and not (too_many and not shares):
+    return
+  asked = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+  lines = [
+    f"{place}: {total:,} tasks are left with a reference"
+    + (f" and {bare:,} without one" if bare else "")
+    + f", too few for {'config.data.shares: ' * bool(shares)}{asked}."
+  ]
+  if train <= 0:
+    lines.append(
+      f"config.data.held_out is {held_out:,}, and some must be left to train "
+      "on."
+    )
+  if too_many and train > 0:
+    lines.append(
+      f"config.data.synthesis is {counts['synthesis']:,} prompts and only "
+      f"{train + bare:,} remain beside {held_out:,} held out."
+    )
+  for name, least in short.items():
+    lines.append(_SHORT[name].format(given=given[name], least=least))
+  held = min(held_out, total // 10) or min(1, held_out)
+  left = total - held
+  fitting = {"held_out": held, "synthesis": min(counts["synthesis"], left)}
+  if needs.get("rl", 0) > left:
+    # A power of two, which config.rl.mini_batch is likely to divide.
+    fitting["rl.prompts"] = 1 << max(left, 1).bit_length() - 1
+  flags = [
+    f"--config.{'' if '.' in name else 'data.'}{name}={value}"
+    for name, value in fitting.items()
+    if value != counts.get(name)
+  ]
+  if flags and not shares:
+    lines.append(f"These values fit: {' '.join(flags)}")
+  lines.append(
+    'Or divide what there is with --config.data.shares="(0.4,0.5,0.1)" (cold '
+    "start, RL, held out), raise config.data.prompt_words, or add tasks."
+  )
+  raise ValueError("\n  ".join(lines))
+
+
+# What a stage lacks.
+_SHORT = {
+  "synthesis": "The cold start gets {given:,} tasks and needs {least:,}.",
+  "rl": (
+    "RL gets {given:,} tasks and takes config.rl.prompts = {least:,} in each "
+    "step; lower that, or give it more (config.data.rl)."
+  ),
+  "held_out": "Evaluation gets {given:,} tasks and needs {least:,}.",
+}
 
 
 def _not_held_out(
@@ -265,6 +366,13 @@ def read(
   every, digests = [], {}
   if path:
     source = digest.Source(exchange.read_file)
+    column, has_tasks = fields.get("task") or None, False
+
+    def seen(row: Mapping[str, Any]) -> None:
+      nonlocal has_tasks
+      has_tasks = has_tasks or column in row
+      source.row(row)
+
     every = prompts_lib.load(
       path,
       fields=fields,
@@ -272,8 +380,14 @@ def read(
       default_task=default_task or None,
       read=source.read,
       require_reference=False,
-      seen=source.row,
+      seen=seen,
     )
+    if not has_tasks and not default_task:
+      print(
+        f"tasks: {path} has no column {column!r}, so its {len(every):,} tasks "
+        "are open-ended (config.data.default_task).",
+        flush=True,
+      )
     digests["path"] = path, source.hexdigest()
   if not math_path:
     return every, [], digests

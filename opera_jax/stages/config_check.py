@@ -25,7 +25,7 @@ from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
 from opera_jax.rl import advantages, learner, score
 from opera_jax.rollout import sampling
-from opera_jax.run import initial_model, model_config
+from opera_jax.run import initial_model, model_config, sizes
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.sharding import rules as sharding_rules
 from opera_jax.stages import cold_start
@@ -87,6 +87,7 @@ def _faults(
   yield from _built(config, stages, wrong)
   yield from _terms(config, stages, wrong)
   if not wrong:  # these checks need valid numbers
+    config = sizes.derive(config)
     yield from _stages(config, stages, workdir)
     yield from _data(config, stages)
     yield from _lengths(config, stages)
@@ -185,6 +186,31 @@ def ascending(value: Any) -> str:
   return "it must be whole numbers from 1 on, ascending, at least one"
 
 
+def derived_or(rule: Rule) -> Rule:
+  """Is 0 or (), which `run.sizes` fills in, or follows the rule."""
+
+  def whole(value: Any) -> str:
+    if value in (0, (), []) and value is not False:
+      return ""
+    problem = rule(value)
+    return problem and f"{problem}, or empty to follow the lengths"
+
+  return whole
+
+
+def three_shares(value: Any) -> str:
+  """Is empty, or three fractions that leave something to train on."""
+  fraction = number(0, 1)
+  fine = isinstance(value, Sequence) and not isinstance(value, str)
+  fine = fine and len(value) in (0, 3) and not any(map(fraction, value))
+  if fine and sum(value) <= 1 + 1e-9 and (not value or value[2] < 1):
+    return ""
+  return (
+    "it must be (), or three fractions (cold start, RL, held out) with a sum "
+    "of at most 1, such as (0.4, 0.5, 0.1)"
+  )
+
+
 def axis_size(value: Any) -> str:
   """Is a size of a mesh axis."""
   if value == -1 or not count()(value):
@@ -236,7 +262,7 @@ _ANY_SEED = number(whole=True)
 _SUPERVISED: dict[str, Rule] = {
   "epochs": count(),
   "batch_size": count(),
-  "row_tokens": count(2),
+  "row_tokens": derived_or(count(2)),
   "packed": flag,
   "learning_rate": number(above=0),
   "warmup": number(0, 1),
@@ -321,6 +347,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
       "excerpt_words", "math_limit",
     )},
     "math_share": number(0, 1),
+    "shares": three_shares,
     "near_duplicate": number(0, 1),
     "default_task": one_of("", *prompts.TASKS),
     **{name: text() for name in (
@@ -331,17 +358,17 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
   "base": (_BASE, _SUPERVISED),
   "engine": ((), {
     "prompt_slots": count(),
-    "slots": count(),
-    "prompt_buckets": ascending,
-    "cache_buckets": ascending,
+    "slots": derived_or(count()),
+    "prompt_buckets": derived_or(ascending),
+    "cache_buckets": derived_or(ascending),
     "steps": count(),
     "cache_dtype": one_of(*DTYPES),
   }),
   "scoring": ((), {
     "batch_size": count(),
-    "prefix_buckets": ascending,
-    "slot_buckets": ascending,
-    "continuation_buckets": ascending,
+    "prefix_buckets": derived_or(ascending),
+    "slot_buckets": derived_or(ascending),
+    "continuation_buckets": derived_or(ascending),
   }),
   "reward": ((), {
     "timeout": number(above=0),
@@ -367,9 +394,9 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "temperature": number(above=0),
     "top_k": count(0),
     "top_p": number(high=1, above=0),
-    "max_step_tokens": count(),
-    "max_thought_tokens": count(),
-    "max_answer_tokens": count(),
+    "max_step_tokens": derived_or(count()),
+    "max_thought_tokens": derived_or(count()),
+    "max_answer_tokens": derived_or(count()),
     "close_thought": flag,
     "stop_words": each(text(empty=False)),
     "method": one_of(*cold_start.METHODS),
@@ -424,7 +451,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "balance_tokens": flag,
     "micro_batches": count(),
     "completions_per_row": count(),
-    "row_buckets": ascending,
+    "row_buckets": derived_or(ascending),
     "learning_rate": number(above=0),
     "warmup": number(0, 1),
     "decay": one_of(*optimizer.DECAYS),
@@ -729,13 +756,16 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
       "config.data.documents is 0 and config.checkpoint is empty, so there is "
       "no base model and nothing to train one on; set one of them"
     )
-  for stage, name in (
-    ("synthesize", "synthesis"),
-    ("rl", "rl"),
-    ("evaluate", "held_out"),
+  for place, (stage, name) in enumerate(
+    (("synthesize", "synthesis"), ("rl", "rl"), ("evaluate", "held_out"))
   ):
-    if stage in stages and not data[name]:
+    if stage in stages and not data["shares"] and not data[name]:
       yield f"config.data.{name} is 0, and stage {stage} needs tasks; raise it"
+    if stage in stages and data["shares"] and not data["shares"][place]:
+      yield (
+        f"config.data.shares is {data['shares']}, and stage {stage} needs "
+        f"tasks; raise its fraction, number {place + 1}"
+      )
 
 
 def _lengths(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
@@ -1084,6 +1114,10 @@ READ: dict[str, Read] = {
   "data.math_share": Read(
     0.0, lambda config, stages: config["data"]["kind"] == "storyworld",
     "config.data.kind is 'storyworld'",
+  ),
+  "data.shares": Read(
+    (), lambda config, stages: config["data"]["kind"] == "jsonl",
+    "config.data.kind is 'jsonl'",
   ),
   "data.near_duplicate": Read(
     0.0, lambda config, stages: config["data"]["kind"] == "jsonl",

@@ -171,6 +171,13 @@ def _train(
     f"tokens, {data.counts['tokens'] / cells:.0%} filled",
     flush=True,
   )
+  if data.counts["rows"] < recipe.batch_size:
+    print(
+      f"{stage.name}: warning: {data.counts['kept']} pairs fill "
+      f"{data.counts['rows']} of the {recipe.batch_size} rows of a batch; each "
+      f"of the {len(data)} updates takes all of them. More data teaches more.",
+      flush=True,
+    )
   rate = optimizer.schedule(
     recipe.learning_rate,
     len(data),

@@ -111,6 +111,42 @@ def test_bad_rows(tmp_path, row, rule):
     prompts.load(path)
 
 
+def test_all_problems_of_a_file_come_at_once(tmp_path):
+  """With counts by reason, the places of the first, and nothing unbounded."""
+  lines = [GOOD, "{nonsense", "[1]"]
+  lines += [GOOD | {"id": f"e{i}", "prompt": " "} for i in range(500)]
+  lines += [GOOD, GOOD | {"id": "c", "task": "poem"}, {"prompt": "x" * 4_000}]
+  path = write(tmp_path / "a.jsonl", lines)
+  with pytest.raises(ValueError) as error:
+    prompts.load(path)
+  said = str(error.value)
+  assert said.startswith(f"{path}: 505 rows cannot be used:")
+  for expected in (
+    f"500 x the prompt is empty: {path}:4: 'prompt' is empty",
+    f"also {path}:5, {path}:6 and 497 more",
+    f"1 x not a line of JSON: {path}:2:",
+    f"1 x no JSON object: {path}:3:",
+    f"1 x an id that another row has: {path}:504: id 'a' was given on line 1",
+    f"1 x unknown task: {path}:505: task is 'poem'",
+    f"1 x no column for the reference: {path}:506:",
+  ):
+    assert expected in said, expected
+  assert len(said.splitlines()) < 12 and len(said) < 3_000
+
+
+def test_a_file_without_the_column_of_tasks_is_open_ended(tmp_path):
+  rows = [{"prompt": f"{i}?", "reference": "#### 1"} for i in range(3)]
+  path = write(tmp_path / "a.jsonl", rows)
+  assert {p.task for p in prompts.load(path)} == {"open_ended"}
+  assert {p.task for p in prompts.load(path, default_task="math")} == {"math"}
+  # Beside rows that have one, what a row without means is anybody's guess.
+  write(path, [*rows, GOOD, rows[0]])
+  with pytest.raises(ValueError) as error:
+    prompts.load(path)
+  assert "4 x no task, which other rows have: " in str(error.value)
+  assert f"{path}:1: task is None" in str(error.value)
+
+
 @pytest.mark.parametrize(
   "reference", ["x ####  ", "$", ".", r"\boxed{}", "####", "...", r"\text{}"]
 )

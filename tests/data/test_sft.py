@@ -90,16 +90,29 @@ def test_long_pairs_are_dropped_and_counted():
   )
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_rows_than_a_batch_fill_it_with_padding(count):
+  """Each update takes all pairs once; padding has no targets, so no weight."""
+  few = data(pairs(count), batch_size=4, epochs=2)
+  assert len(few) == 2 and few.counts["rows"] == count
+  for step in range(2):
+    batch = few[step]
+    assert batch.tokens.shape[0] == 4
+    assert not batch.segments[count:].any()
+    assert not batch.loss_mask[count:].any()
+    assert batch.loss_mask.sum() == few.counts["target_tokens"]
+
+
 def test_bad_pairs():
   empty = np.zeros(0, np.int32)
   with pytest.raises(ValueError, match="Pair 1 has 0 prompt and 1 completion"):
     data([*pairs(1), (empty, np.ones(1, np.int32))])
   with pytest.raises(ValueError, match="Pair 0 has 1 prompt and 0 completion"):
     data([(np.ones(1, np.int32), empty)])
-  with pytest.raises(ValueError, match="5 are longer than 1 tokens"):
+  with pytest.raises(ValueError, match="of 5 pairs 5 are longer than a row"):
     data(pairs(5), row_length=1)
-  with pytest.raises(ValueError, match="batch of 9"):
-    data(pairs(5), batch_size=9)
+  with pytest.raises(ValueError, match="of 0 pairs 0 are longer"):
+    data([])
   with pytest.raises(ValueError, match="0 epochs"):
     data(pairs(5), epochs=0)
 

@@ -57,7 +57,7 @@ WHOLE = {
   "model": _fields(decoder.Config)
   - {"lora"}  # a stage's, see below
   - {"rope_scaling"},  # a checkpoint's
-  "data": _keywords(tasks.load) - {"seed"},
+  "data": _keywords(tasks.load) - {"seed", "needs"},
   "pool": _fields(pool.Settings),
   "base": _fields(supervised.Recipe) - {"lora", "init"},
   "sft": _fields(supervised.Recipe),

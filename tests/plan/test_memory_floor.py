@@ -1,5 +1,6 @@
 """What sampling holds at the least, against a hand count; and its refusal."""
 
+import os
 import types
 
 import jax
@@ -79,10 +80,18 @@ def test_too_much_names_its_parts_and_what_to_turn():
     memory_floor.check(parts, (5 << 30) - 1)
 
 
-def test_a_cpu_states_no_limit_and_others_their_smallest():
-  assert memory_floor.device_limit(mesh_lib.create()) is None
+def test_the_devices_of_a_cpu_share_what_the_machine_has_available():
+  mesh = mesh_lib.create()
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  limit = memory_floor.device_limit(mesh)
+  assert 0 < limit <= total // len(mesh.local_devices)
+
+
+def test_other_devices_state_their_limit_and_the_smallest_counts():
   devices = [
-    types.SimpleNamespace(memory_stats=lambda n=n: {"bytes_limit": n})
+    types.SimpleNamespace(
+      platform="gpu", memory_stats=lambda n=n: {"bytes_limit": n}
+    )
     for n in (7, 5)
   ]
   assert (

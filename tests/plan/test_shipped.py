@@ -6,10 +6,10 @@ import json
 import pytest
 from conftest import ROOT
 
-from opera_jax.configs import qwen3_0_6b, qwen3_8b
+from opera_jax.configs import instruct_grpo, qwen3_0_6b, qwen3_8b
 from opera_jax.models import hf_config, presets
 from opera_jax.plan import programs, render
-from opera_jax.run import model_config
+from opera_jax.run import model_config, sizes
 
 FOLDER = ROOT / "docs" / "plans"
 PLANS = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))]
@@ -19,6 +19,8 @@ def test_every_shipped_config_has_its_plan():
   assert {(p["config"], p["topology"]) for p in PLANS} == {
     ("configs/qwen3_0_6b.py", "v5e:2x2"),
     ("configs/qwen3_0_6b.py:v5e_1x1", "v5e:1x1"),
+    *((f"configs/qwen3_0_6b.py:{card}", card) for card in ("h100", "l4", "t4")),
+    ("configs/instruct_grpo.py", "l4"),
     *(
       (f"configs/qwen3_8b.py:{name}", name.replace("_", ":", 1))
       for name in qwen3_8b.SLICES
@@ -29,7 +31,9 @@ def test_every_shipped_config_has_its_plan():
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan["config"])
 def test_all_of_an_rl_step_fits(plan):
   planned = {p["name"]: p for p in plan["programs"]}
-  assert set(planned) >= set(programs.NAMES)
+  # Plain GRPO has no SFT.
+  without = {"sft"} if plan["config"] == "configs/instruct_grpo.py" else set()
+  assert set(planned) == set(programs.NAMES) - without
   assert all(p["fits"] for p in planned.values())
 
 
@@ -42,12 +46,14 @@ def test_the_page_is_what_the_plans_say():
   [
     (qwen3_0_6b.get_config(), "0.6B"),
     (qwen3_0_6b.get_config("v5e_1x1"), "0.6B"),
+    (qwen3_0_6b.get_config("h100"), "0.6B"),
     *((qwen3_8b.get_config(name), "8B") for name in qwen3_8b.SLICES),
   ],
 )
 def test_shipped_models_are_the_published_ones(config, size):
   model = model_config.resolve(config.model, config.checkpoint, offline=True)
   published = presets.PRESETS[f"Qwen/Qwen3-{size}"]
+  config = sizes.derive(config)
   free = {name: getattr(model, name) for name in hf_config.FREE}
   assert model == dataclasses.replace(published, **free)
   assert (model.dtype, model.remat) == ("bfloat16", "full")
@@ -56,3 +62,27 @@ def test_shipped_models_are_the_published_ones(config, size):
   assert longest == 16_384 == config.rl.row_buckets[-1]
   assert max(config.engine.prompt_buckets) == config.max_prompt_tokens
   assert config.rl.samples == 16
+
+
+@pytest.mark.parametrize("name", ["l4", "t4", "h100", "v5e_1x1"])
+def test_one_device_has_what_its_docstring_says(name):
+  config = qwen3_0_6b.get_config(name)
+  assert all(size == 1 for size in config.mesh.values())
+  adapted = name != "h100"
+  for lora in (config.sft.lora, config.rl.lora):
+    assert bool(lora.rank) == adapted
+  # No field asks a T4 for bfloat16, which it does not have.
+  dtypes = {
+    *(config.model.dtype, config.engine.cache_dtype, config.rl.moment_dtype),
+    *(config.rl.lora.base_dtype, config.sft.lora.base_dtype),
+  }
+  assert (dtypes == {"float32"}) == (name == "t4")
+
+
+def test_plain_grpo_starts_from_an_instruct_model():
+  config = sizes.derive(instruct_grpo.get_config())
+  assert (config.stages, config.rl.init) == ("rl,evaluate,report", "base")
+  assert config.reward.terms == "verifiable" and config.rl.advantage == "grpo"
+  assert config.data.shares[0] == 0 and config.rl.tasks == ("math",)
+  assert config.rl.row_buckets[-1] == config.rollout.max_new_tokens
+  assert config.rl.prompts == config.rl.mini_batch  # on-policy

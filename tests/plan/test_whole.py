@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
+from opera_jax.configs import qwen3_0_6b
+from opera_jax.models import presets
 from opera_jax.plan import render, whole
+from opera_jax.run import sizes
 
 CONFIG = (
   *("--config=configs/tiny.py:smoke", "--config.model.vocab_size=640"),
@@ -120,3 +125,62 @@ def test_what_does_not_fit_ends_the_command_with_an_error(tmp_path):
   )
   assert done.returncode == 1
   assert "decode does not fit" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_gpu_is_estimated_and_what_does_not_fit_gets_values_that_do():
+  done = _run(
+    "--config=configs/qwen3_0_6b.py",
+    *("--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--topology=l4"),
+    *("--programs=decode,update", "--solve"),
+  )
+  assert done.returncode == 1, done.stderr
+  assert "estimated from shapes, nothing compiled" in done.stdout
+  assert "decode does not fit" in done.stdout
+  assert "It fits with --config.engine.prompt_slots=1" in done.stdout
+  largest = done.stdout.partition("The largest setting that fits: ")[2].split()
+  again = _run(
+    "--config=configs/qwen3_0_6b.py",
+    *("--config.mesh.fsdp=1", "--config.mesh.tensor=1", "--topology=l4"),
+    *("--programs=decode,update", *largest),
+  )
+  assert again.returncode == 0, again.stdout
+
+
+def test_a_plan_is_saved_after_every_program(saved):
+  _, folder = saved
+  plan = json.loads((folder / "tiny.json").read_text())
+  written = []
+  sections = {
+    "model": vars(presets.PRESETS["Qwen/Qwen3-0.6B"]),
+    **{n: sizes.derive(qwen3_0_6b.get_config())[n] for n in whole.SECTIONS[1:]},
+  }
+  whole.make(
+    *("h100", {"fsdp": 1}, sections),
+    name="x",
+    names=("decode", "update"),
+    save=lambda plan: written.append(json.loads(json.dumps(plan))),
+  )
+  assert [p["missing"] for p in written[:-1]] == [["update"], []]
+  assert "This plan is partial: it lacks update." in render.text(written[0])
+  assert "missing" not in written[-1] and "missing" not in plan
+  assert "partial" not in render.text(written[-1])
+
+
+@pytest.mark.slow
+def test_what_is_killed_leaves_a_plan_that_says_it_is_partial(tmp_path):
+  path = tmp_path / "plan.json"
+  command = [
+    *(sys.executable, "-m", "experiments.plan", *CONFIG),
+    *("--topology=v5e:2x2", "--programs=decode,reference,update"),
+    f"--json={path}",
+  ]
+  with subprocess.Popen(
+    command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}
+  ) as running:
+    while running.poll() is None and not path.exists():
+      time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+  plan = json.loads(path.read_text())
+  assert running.returncode == -signal.SIGTERM
+  assert plan["missing"] and [p["name"] for p in plan["programs"]] == ["decode"]

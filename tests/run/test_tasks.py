@@ -9,6 +9,7 @@ import lzma
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -276,14 +277,15 @@ def test_bad_response_files(tmp_path):
     ({"path": ""}, ValueError, "--config.data.path=FILE"),
     ({"path": "no/such.jsonl"}, FileNotFoundError, "no/such.jsonl: no such"),
     ({"math_path": "none.jsonl"}, FileNotFoundError, "none.jsonl: no such"),
-    ({"held_out": 9}, ValueError, r"9 tasks are left .*held_out is 9"),
+    ({"held_out": 9}, ValueError, r"(?s)9 tasks are left .*held_out is 9"),
     (
-      {"synthesis": 5},
+      {"synthesis": 5, "needs": {"synthesis": 1}},
       ValueError,
-      "is 5 prompts and only 4 remain beside 5 held out. Lower it",
+      "(?s)is 5 prompts and only 4 remain beside 5 held out.*"
+      "These values fit: --config.data.held_out=1",
     ),
     ({"task_map": {}}, ValueError, r"a.jsonl:1: task is 'chat'.*task_map"),
-    ({"prompt_words": 2}, ValueError, "0 tasks are left.*prompt_words"),
+    ({"prompt_words": 2}, ValueError, "(?s)0 tasks are left.*prompt_words"),
   ],
 )
 def test_bad_settings(tmp_path, changes, error, rule):
@@ -292,13 +294,61 @@ def test_bad_settings(tmp_path, changes, error, rule):
     _load(**({"path": path} | changes))
 
 
-def test_a_row_without_a_task_needs_a_default(tmp_path):
+def test_a_file_without_tasks_is_open_ended_and_says_so(tmp_path, capsys):
   rows = [{"prompt": r["prompt"], "reference": "It is."} for r in _rows(9)]
   path = _write(tmp_path / "a.jsonl", rows)
-  with pytest.raises(ValueError, match="a.jsonl:1: task is None.*default_task"):
-    _load(path=path)
-  loaded = _load(path=path, default_task="open_ended")
+  loaded = _load(path=path)
   assert {p.task for p in loaded.rl} == {"open_ended"}
+  said = capsys.readouterr().out
+  assert f"{path} has no column 'task', so its 9 tasks are open-ended" in said
+  _load(path=path, default_task="open_ended")
+  assert "has no column" not in capsys.readouterr().out
+
+
+def test_shares_divide_what_there_is(tmp_path):
+  rows = _rows(40)
+  bare = [r | {"id": f"b{i}", "prompt": f"Bare {i}.", "reference": ""}
+          for i, r in enumerate(_rows(3))]  # fmt: skip
+  path = _write(tmp_path / "a.jsonl", [*rows, *bare])
+  loaded = _load(path=path, shares=(0.4, 0.5, 0.1), documents=0)
+  sides = [loaded.synthesis, loaded.rl, loaded.held_out]
+  assert list(map(len, sides)) == [16 + 3, 20, 4]
+  ids = [prompt.id for side in sides for prompt in side]
+  assert len(set(ids)) == 43  # no two stages share a task
+  assert _load(path=path, shares=(0.4, 0.5, 0.1), documents=0) == loaded
+  alone = _load(path=path, shares=(0.0, 1.0, 0.0), documents=0)
+  assert (len(alone.rl), alone.synthesis, alone.held_out) == (40, [], [])
+  # Two tasks that stay together do not fit into one held-out place.
+  twins = [row | {"id": row["id"] + "x"} for row in _rows(10)]
+  _write(tmp_path / "b.jsonl", [*_rows(10), *twins])
+  odd = _load(
+    path=str(tmp_path / "b.jsonl"), shares=(0.4, 0.4, 0.15), documents=0
+  )
+  assert len(odd.held_out) == 2
+
+
+def test_a_set_too_small_says_all_that_it_lacks_and_what_fits(tmp_path):
+  path = _write(tmp_path / "a.jsonl", _rows(40))
+  asked = {"synthesis": 20_000, "rl": 1_674, "held_out": 20, "documents": 0}
+  needs = {"synthesis": 1, "rl": 64, "held_out": 1}
+  with pytest.raises(ValueError) as error:
+    _load(path=path, **asked, needs=needs)
+  said = str(error.value)
+  assert "40 tasks are left with a reference, too few for synthesis 20" in said
+  assert "only 20 remain beside 20 held out" in said
+  assert "RL gets 20 tasks and takes config.rl.prompts = 64" in said
+  assert '--config.data.shares="(0.4,0.5,0.1)"' in said
+  flags = dict(
+    part.removeprefix("--config.").split("=")
+    for part in said.partition("These values fit: ")[2].split("\n")[0].split()
+  )
+  needs["rl"] = int(flags.pop("rl.prompts"))
+  fitting = {name.removeprefix("data."): int(v) for name, v in flags.items()}
+  assert needs["rl"] == 32 and fitting == {"held_out": 4, "synthesis": 36}
+  _load(path=path, **asked | fitting, needs=needs)
+  # A stage that does not run needs none, and the split stays the same.
+  rl_alone = _load(path=path, **asked, needs={"rl": 8})
+  assert rl_alone.rl == _load(path=path, **asked).rl
 
 
 def test_bare_maths_answers_cannot_be_pretrained_on(tmp_path):
@@ -319,7 +369,7 @@ def test_too_few_rl_tasks_stop_before_any_training(tmp_path):
   config.data.synthesis = 3
   config.base.batch_size = config.sft.batch_size = 8  # of eight devices
   with pytest.raises(
-    ValueError, match="is 12 prompts per step and only 3 tasks"
+    ValueError, match="RL gets 3 tasks and takes config.rl.prompts = 12"
   ):
     opera_rl.opera(config, str(tmp_path / "run"))
   assert not (tmp_path / "run" / "base").exists()

@@ -31,7 +31,7 @@ def _batch(_, rows):
 def test_validation_follows_the_update_that_it_is_logged_with(tmp_path, stop):
   optimizer = optax.sgd(0.5)
   mesh = mesh_lib.create({"fsdp": -1})
-  stage = types.SimpleNamespace(path=tmp_path, name="sft")
+  stage = types.SimpleNamespace(path=tmp_path, name="sft", begin=lambda: None)
   rows = 8
 
   def fit(steps, preemption):
@@ -53,7 +53,7 @@ def test_validation_follows_the_update_that_it_is_logged_with(tmp_path, stop):
     if stop:
       asked = iter([False] * (stop - 1) + [True])
       early = types.SimpleNamespace(
-        requested=lambda: next(asked), EXIT_CODE=143
+        requested=lambda: next(asked), exit_code=lambda: 143
       )
       with pytest.raises(SystemExit):
         fit(5, early)
