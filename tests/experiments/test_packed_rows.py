@@ -79,7 +79,7 @@ def _packed(*, finished=True, estimator="reinforce", **changes):
     ("optimizer", "update", "join", "values", "teacher_top"), None
   ) | dict.fromkeys(("critic", "pairs", "averaged"), False)
   options = {"reinforce": {"baseline": "none"}}
-  rows, metrics = opera_rl.packed_rows(
+  rows, advantages_R, metrics = opera_rl.packed_rows(
     types.SimpleNamespace(
       engine=types.SimpleNamespace(bucket=len),
       mesh=jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data"),
@@ -97,6 +97,7 @@ def _packed(*, finished=True, estimator="reinforce", **changes):
     params=None,
     models={},
   )
+  assert [len(a) for a in advantages_R] == list(SIZES)
   every = np.concatenate([a[a != 0] for a in rows.advantage])
   if not changes.get("importance_cap", CAP):
     assert metrics["advantage/max"] == pytest.approx(every.max())

@@ -399,7 +399,7 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       None,
       np.asarray(opened),
       separate_tokens=20,
-      rollouts=None,
+      rollouts=types.SimpleNamespace(texts=["yes"] * 4),
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
     return step_metrics.rl_step(
