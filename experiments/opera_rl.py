@@ -12,7 +12,7 @@ Shape key: B prompts per step, N samples per prompt.
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -577,7 +577,7 @@ def packed_rows(
   ref: "structs.Logprobs",
   params,
   models,
-) -> "tuple[structs.Batch, list[np.ndarray], dict[str, float]]":
+) -> "tuple[structs.Batch, Sequence[np.ndarray], dict[str, float]]":
   """Packs a step's completions into rows, with their advantages.
 
   Args:
@@ -664,7 +664,7 @@ def rollout_records(
   run: "setup.Run",
   sampled: "rollouts.Collected",
   step: int,
-  advantages_R: "list[np.ndarray]",
+  advantages_R: "Sequence[np.ndarray]",
 ) -> "Iterator[dict[str, Any]]":
   """Records of a step's completions, those of dropped groups at the end."""
   decode = run.tokenizer.decode

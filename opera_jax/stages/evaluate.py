@@ -477,7 +477,7 @@ def _shown(
     range(len(prompts)), key=lambda b: prompts[b].task != "open_ended"
   )[: settings.thoughts]
   mine = [prompts[b] for b in chosen]
-  out = []
+  out: list[dict[str, Any]] = []
   for name, model in models.items() if chosen else ():
     groups = [samples[name][b] for b in chosen]
     scored = run.eval_scorer.score(
