@@ -442,6 +442,9 @@ def get_config() -> ml_collections.ConfigDict:
     "top_p": 1.0,
     "thoughts": 4,  # thoughts that the report shows step by step
     "resamples": 2_000,  # bootstrap resamples
+    # also measures the run's own reward, where it has terms besides opera and
+    # verifiable; a judge is asked then
+    "reward": True,
   }
   return config
 

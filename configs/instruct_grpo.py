@@ -33,7 +33,6 @@ def get_config():
 
   config.reward.terms = "verifiable"
   config.rl.init = "base"
-  config.rl.tasks = ("math",)
   config.rl.steps = 100
   config.rl.prompts = 32
   config.rl.samples = 8

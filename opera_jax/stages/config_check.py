@@ -506,6 +506,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "top_p": number(high=1, above=0),
     "thoughts": count(0),
     "resamples": count(),
+    "reward": flag,
   }),
 }  # fmt: skip
 

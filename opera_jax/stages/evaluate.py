@@ -18,6 +18,7 @@ import numpy as np
 from opera_jax import structs
 from opera_jax.data import storyworld
 from opera_jax.evals import table
+from opera_jax.rewards import compose
 from opera_jax.rl import rollout_files
 from opera_jax.rl import score as score_lib
 from opera_jax.run import initial_model
@@ -54,6 +55,7 @@ GENERAL = (
 )
 FACTS = table.Measure("facts", "facts kept, of 5 (no reward sees it)")
 CORRECT = table.Measure("correct", "maths answers right")
+REWARD = table.Measure("reward", "reward of the run (config.reward)")
 # What the page says of a completion, by task.
 SHOWN = {
   "open_ended": ("count", "r_self", "score"),
@@ -72,6 +74,7 @@ class Settings:
   max_new_tokens: int
   thoughts: int  # completions scored step by step for the report
   resamples: int  # of the bootstrap
+  reward: bool = True  # also the run's own reward, if it has other terms
 
 
 # Progress callback with a number of tokens; may raise SystemExit.
@@ -192,6 +195,7 @@ def _one_model(
   load = functools.cache(lambda: run.load(model))
   to_sample = functools.cache(lambda: run.for_rollout(load()))
   has_facts = all("facts" in p.columns for p in prompts)
+  own_reward = settings.reward and has_own_terms(run)
   every: list[list[structs.Sample]] = []
   measured: list[dict[str, list[float]]] = []
   records: list[dict[str, Any]] = []
@@ -221,13 +225,20 @@ def _one_model(
       scored = run.eval_scorer.score(
         load(), mine[0], mine[1], groups, advance=advance
       )
+      own = None
+      if own_reward:
+        own = run.reward_scorer.score(
+          load(), mine[0], mine[1], groups, advance=advance
+        )
       facts = _facts(run, mine[0], groups) if has_facts else None
       found = _measures(
         run, load(), mine[0], mine[1], groups, scored, facts, advance
       )
+      if own is not None:
+        found["reward"] = own.total_BN.mean(axis=1)
       return {
         "values": {key: value.tolist() for key, value in found.items()},
-        "records": _records(run, label, scored, facts),
+        "records": _records(run, label, scored, own, facts),
       }
 
     every += groups
@@ -236,6 +247,13 @@ def _one_model(
     records += piece["records"]
   values = _joined(measured, list(partial_lib.blocks(len(prompts))))
   return every, values, records
+
+
+def has_own_terms(run: setup_lib.Run) -> bool:
+  """Whether the run's reward has terms that the evaluation does not measure
+  anyway."""
+  measured = compose.weights(setup_lib.EVAL_TERMS)
+  return bool(set(compose.weights(run.reward["terms"])) - set(measured))
 
 
 def _facts(
@@ -255,15 +273,23 @@ def _records(
   run: setup_lib.Run,
   model: str,
   scored: score_lib.Scored,
+  own: score_lib.Scored | None,
   facts: Sequence[Mapping[str, bool]] | None,
 ) -> list[dict[str, Any]]:
-  """Records of completions, with their model and the facts that they keep."""
-  found = rollout_files.records(scored, run.tokenizer.decode, step=0)
-  return [
-    {"model": model, **record}
-    | ({} if facts is None else {"facts": dict(facts[r])})
-    for r, record in enumerate(found)
-  ]
+  """Records of completions, with their model, the facts that they keep, and
+  the run's own reward in place of the evaluation's if there is one."""
+  records = []
+  for r, record in enumerate(
+    rollout_files.records(scored, run.tokenizer.decode, step=0)
+  ):
+    extra: dict[str, Any] = {} if facts is None else {"facts": dict(facts[r])}
+    if own is not None:
+      b, n = divmod(r, scored.rollouts.samples)
+      extra["reward"] = float(own.total_BN[b, n])
+      mine = {name: float(term[b, n]) for name, term in own.terms.items()}
+      extra["terms"] = record["terms"] | mine
+    records.append({"model": model, **record} | extra)
+  return records
 
 
 def _joined(
@@ -436,10 +462,10 @@ def _table(
 ) -> list[table.Row]:
   """The table: open-ended measures over open-ended prompts, the rest over
   all."""
-  if all("facts" in measured for measured in values.values()):
-    general: tuple[table.Measure, ...] = (FACTS, *GENERAL)
-  else:
-    general = GENERAL
+  general = GENERAL
+  for measure in (FACTS, REWARD):
+    if all(measure.key in measured for measured in values.values()):
+      general = (measure, *general)
 
   def rows(
     measures: Sequence[table.Measure], keep: np.ndarray
@@ -490,10 +516,17 @@ def _shown(
     )
     has_facts = all("facts" in p.columns for p in mine)
     facts = _facts(run, mine, groups) if has_facts else None
-    for record in _records(run, name, scored, facts):
+    own = None
+    if settings.reward and has_own_terms(run):
+      own = run.reward_scorer.score(
+        run.load(model), mine, [ids[b] for b in chosen], groups, advance=advance
+      )
+    for record in _records(run, name, scored, own, facts):
       if record["sample"]:
         continue
       terms = {"facts": sum(record["facts"].values())} if has_facts else {}
+      if own is not None:
+        terms["reward"] = record["reward"]
       terms |= {term: record["terms"][term] for term in SHOWN[record["task"]]}
       place = len(out) % len(chosen)
       out.append(

@@ -14,8 +14,9 @@ from opera_jax.sharding import exchange
 from opera_jax.stages import evaluate
 from opera_jax.train import checkpoint, metrics
 
-# Terms whose distribution never changes, or says nothing.
-_NOT_DRAWN = ("r_ppl", "closed", "steps_beyond_max")
+# Terms whose distribution never changes, says nothing, or is that of the reward
+# and of R_self.
+_NOT_DRAWN = ("r_ppl", "opera", "verifiable", "closed", "steps_beyond_max")
 SECTIONS = {"base": "Base model", "sft": "SFT", "rl": "RL"}
 
 
@@ -223,9 +224,8 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
   numbers: dict[str, float | None] = {}
   if "facts" in record:
     numbers["facts"] = sum(record["facts"].values())
-  if record["step"]:
-    numbers["reward"] = record["reward"]
-    numbers["advantage"] = record["advantage"]
+  numbers["reward"] = record["reward"]
+  numbers["advantage"] = record["advantage"]
   other_task = "math" if record["task"] == "open_ended" else "open_ended"
   skipped = {*_NOT_DRAWN, *step_metrics.BY_TASK[other_task]}
   numbers |= {k: v for k, v in record["terms"].items() if k not in skipped}

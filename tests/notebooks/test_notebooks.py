@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import nbclient
 import nbformat
 import pytest
+import transformers
 from conftest import ROOT
 
+from opera_jax.text import tokenizer as tokenizer_lib
 from scripts.docs import notebooks
 
 NAMES = sorted(path.name for path in notebooks.FOLDER.glob("*.ipynb"))
@@ -98,3 +98,50 @@ def test_an_ablation_runs(tmp_path, monkeypatch):
     assert word in text
   kept = json.loads((tmp_path / "grid" / "ablation.json").read_text())
   assert set(kept["values"]) == {"sft", "opera", "opera, R_self only"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+  """A random Llama of two layers with a tokenizer and a chat template."""
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=640,
+      hidden_size=64,
+      intermediate_size=128,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      max_position_embeddings=512,
+    )
+  )
+  folder = tmp_path / "model"
+  tokenizer = tokenizer_lib.Tokenizer.train_bpe(
+    ["Explain tea to a curious child. Let us look at tea together."] * 9, 400
+  )
+  model.save_pretrained(folder)
+  tokenizer.save(folder)
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_your_own_reward_and_data_run(tmp_path, monkeypatch, checkpoint):
+  written = ROOT / "my_reward.py"
+  try:
+    notebook = _execute(
+      "03_your_own.ipynb",
+      monkeypatch,
+      OPERA_WORKDIR=tmp_path / "run",
+      OPERA_CHECKPOINT=checkpoint,
+      OPERA_STEPS=2,
+      OPERA_NEW_TOKENS=32,
+    )
+  finally:
+    written.unlink(missing_ok=True)
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert len(code) == 10
+  assert len(_outputs(notebook, "image/png")) == 1  # the curves
+  rows = [text for text in _outputs(notebook, "text/plain") if "reward" in text]
+  assert "my_reward:concise" in rows[-1]
+  assert "reward of the run" in (tmp_path / "run" / "report.html").read_text()
+  assert (tmp_path / "run" / "export" / "model.safetensors").exists()

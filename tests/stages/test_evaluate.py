@@ -31,6 +31,7 @@ class _Run:
   """Models, an engine and a eval_scorer that note what they are asked for."""
 
   seed = 0
+  reward = {"terms": "opera + verifiable"}
   tokenizer = types.SimpleNamespace(end_id=0)
 
   def __init__(self):
@@ -76,7 +77,7 @@ def evaluated(tmp_path, monkeypatch):
       found["r_self"] = np.ones(len(prompts))
     return found
 
-  def records(run, model, scored, facts):
+  def records(run, model, scored, own, facts):
     return [{"model": model}]
 
   monkeypatch.setattr(evaluate, "_measures", measures)
