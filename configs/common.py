@@ -154,8 +154,8 @@ def get_config() -> ml_collections.ConfigDict:
                  "reference": "reference"},
       # value of the task column -> open_ended or math
       "task_map": {"open_ended": "open_ended", "math": "math"},
-      # task of rows without one; "" is open_ended where the file has no such
-      # column, and an error beside rows that have one
+      # task of rows without one, or with one that task_map does not lead to
+      # ours; "" is open_ended where the file has no such column, else an error
       "default_task": "",
       # maximum words of a prompt, longer ones are dropped; 0 means unlimited
       "prompt_words": 0,

@@ -49,9 +49,9 @@ def load(
       Columns that are not named are stored in `Prompt.columns`.
     task_map: maps the file's task to ours; "*" matches every other one. None
       means that the file already uses "open_ended" and "math".
-    default_task: task of rows that have none. None means "open_ended" for a
-      data set without that column; beside rows that have one, a row without
-      is invalid.
+    default_task: task of rows that have none, or one that `task_map` does not
+      lead to ours. None means "open_ended" for a data set without that column;
+      beside rows that have one, a row without is invalid.
     limit: maximum number of rows to read; None reads all.
     answer_pattern: regular expression whose first group, found in the
       reference, is the true answer of a maths task, such as `GSM8K_ANSWER`; the
@@ -124,7 +124,7 @@ def load(
       taskless.append(line)
   if has_tasks:
     for line in taskless:
-      faults.add(line, _unknown_task(f"{path}:{line}:", None, task_map, None))
+      faults.add(line, _unknown_task(f"{path}:{line}:", None, task_map))
   faults.check(path)
   if not prompts:
     raise ValueError(
@@ -312,8 +312,10 @@ def _task(
     task = given
   else:
     task = task_map.get(str(given), task_map.get("*", given))
+  if task not in TASKS and default_task is not None:
+    task = default_task
   if task not in TASKS:
-    raise _unknown_task(place, given, task_map, default_task)
+    raise _unknown_task(place, given, task_map)
   return task
 
 
@@ -321,14 +323,14 @@ def _unknown_task(
   place: str,
   given: Any,
   task_map: Mapping[str, str] | None,
-  default_task: str | None,
 ) -> rows.RowError:
   reason = "no task, which other rows have" if given is None else "unknown task"
   return rows.RowError(
     reason,
     f"{place} task is {rows.short(given)}; it must become one of"
-    f" {', '.join(TASKS)}. Map it in task_map (now {task_map}), or set"
-    f" default_task (now {default_task!r}) for rows without one.",
+    f" {', '.join(TASKS)}. Map it in config.data.task_map (now"
+    f" {dict(task_map or {})}), or take all such rows as one task:"
+    " --config.data.default_task=open_ended.",
   )
 
 

@@ -315,3 +315,18 @@ def test_split_is_disjoint_and_knows_only_the_text():
   twins = [structs.Prompt(str(i), "math", "same", "r") for i in range(3)]
   with pytest.raises(ValueError, match="cannot be held out whole"):
     prompts.split(twins, 2, seed=0)
+
+
+def test_the_default_stands_for_tasks_that_the_map_lacks(tmp_path):
+  rows = [
+    {"prompt": "a?", "reference": "1", "task": task}
+    for task in ("poem", "math", None)
+  ]
+  path = write(tmp_path / "a.jsonl", rows)
+  ours = {"math": "math"}
+  loaded = prompts.load(path, task_map=ours, default_task="open_ended")
+  assert [p.task for p in loaded] == ["open_ended", "math", "open_ended"]
+  with pytest.raises(
+    ValueError, match=r"'poem'.*\{'math': 'math'\}.*default_task=open_ended"
+  ):
+    prompts.load(path, task_map=ours)
