@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import regex
 
 from opera_jax import atomic_file, structs
@@ -401,11 +402,14 @@ def filter_by_length(
       counts["kept"] += 1
       kept.append(prompt)
   if prompts and not kept:
-    shortest = min(length for length, _ in lengths)
+    most = np.quantile(np.asarray(lengths), 0.9, axis=0).astype(int)
     raise ValueError(
-      f"No prompt of {len(prompts)} fits in {max_prompt_tokens} prompt tokens"
-      f" and {max_reference_tokens} reference tokens ({counts}; the shortest"
-      f" prompt has {shortest} tokens). Raise the limits."
+      f"None of {len(prompts)} prompts fits: {counts['prompt_too_long']} are"
+      f" longer than config.max_prompt_tokens = {max_prompt_tokens}, and of the"
+      f" others the references than config.max_reference_tokens ="
+      f" {max_reference_tokens}. Nine of ten prompts have up to {most[0]}"
+      f" tokens, nine of ten references up to {most[1]}. Raise the limits, or"
+      " shorten references to so many words with config.data.excerpt_words."
     )
   return kept, counts
 

@@ -102,8 +102,9 @@ def existing(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def _is_run(folder: pathlib.Path) -> bool:
+  """Whether a stage has begun; a tokenizer alone is of a start that failed."""
   return (folder / config_file.NAME).is_file() or any(
-    (folder / name / _BEGUN).is_file() for name in ORDER
+    (folder / name / _BEGUN).is_file() for name in ORDER if name != "tokenizer"
   )
 
 

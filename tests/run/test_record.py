@@ -126,6 +126,10 @@ def test_a_workdir_that_is_none_is_named_and_not_created(tmp_path):
     workdir.existing(tmp_path)
   with pytest.raises(FileNotFoundError, match="empty holds no run"):
     workdir.existing(tmp_path / "empty")
+  # A start that failed behind its tokenizer has left no run.
+  workdir.Stage(tmp_path / "failed", "tokenizer", {}).finish({})
+  with pytest.raises(FileNotFoundError, match="failed holds no run"):
+    workdir.existing(tmp_path / "failed")
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "empty", "first", "second",
   ]  # fmt: skip
