@@ -115,6 +115,12 @@ def test_a_damaged_list_of_starts_is_named(tmp_path, config):
     record.begin(tmp_path, config)
 
 
+def test_a_start_that_failed_behind_its_tokenizer_has_left_no_run(tmp_path):
+  workdir.Stage(tmp_path / "failed", "tokenizer", {}).finish({})
+  with pytest.raises(FileNotFoundError, match="failed holds no run"):
+    workdir.existing(tmp_path / "failed")
+
+
 def test_a_workdir_that_is_none_is_named_and_not_created(tmp_path):
   for name in ("first", "second"):
     workdir.Stage(tmp_path / name, "base", {}).begin()
@@ -126,10 +132,6 @@ def test_a_workdir_that_is_none_is_named_and_not_created(tmp_path):
     workdir.existing(tmp_path)
   with pytest.raises(FileNotFoundError, match="empty holds no run"):
     workdir.existing(tmp_path / "empty")
-  # A start that failed behind its tokenizer has left no run.
-  workdir.Stage(tmp_path / "failed", "tokenizer", {}).finish({})
-  with pytest.raises(FileNotFoundError, match="failed holds no run"):
-    workdir.existing(tmp_path / "failed")
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "empty", "first", "second",
   ]  # fmt: skip
