@@ -43,6 +43,7 @@ _LOCK, _BEGUN, _DONE, _REDO = (
   "REDO.json",
 )
 _BEGINNING = "SETTINGS.lock"
+_SHOWN = 8  # changed settings that a message lists
 _STAYS = (_LOCK, _BEGINNING)  # stays when a stage's result is dropped
 # Files that only a stage with recorded settings leaves.
 _RESULTS = (
@@ -332,7 +333,8 @@ class Stage:
           "now"
         )
     return " and ".join(
-      f"was {what}: {'; '.join(some)}"
+      f"was {what}: {'; '.join(some[:_SHOWN])}"
+      + (f"; and {len(some) - _SHOWN} more" if len(some) > _SHOWN else "")
       for what, some in (
         ("started with other settings", settings_),
         ("given other inputs", inputs),

@@ -276,7 +276,7 @@ def test_what_is_too_long_is_counted(small):
   kept, counts = prompts.filter_by_length(made, sizes, limit, 2)
   assert [prompt.id for prompt in kept] == ["0", "4"]
   assert counts == {"kept": 2, "prompt_too_long": 2, "reference_too_long": 1}
-  with pytest.raises(ValueError, match="to 69 tokens, .* up to 50. Raise the limits"):
+  with pytest.raises(ValueError, match="to 69 tokens, .* to 50. Raise the lim"):
     prompts.filter_by_length(made, sizes, 3, 2)
   empty = [structs.Prompt("e", "open_ended", "x", "")]
   with pytest.raises(ValueError, match="'e': .* zero tokens"):

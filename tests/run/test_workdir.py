@@ -273,3 +273,9 @@ def test_a_json_file_is_written_whole_and_through_no_link(tmp_path):
   assert victim.read_text() == "precious"
   assert json.loads(path.read_text()) == {"a": 1} and not path.is_symlink()
   assert sorted(p.name for p in tmp_path.iterdir()) == ["DONE.json", "victim"]
+
+
+def test_a_message_lists_eight_changes_and_counts_the_rest(tmp_path):
+  workdir.Stage(tmp_path, "sft", {f"s{i}": 0 for i in range(20)}).begin()
+  with pytest.raises(ValueError, match=r"s13: 0 then.*; and 12 more\. Use"):
+    workdir.Stage(tmp_path, "sft", {f"s{i}": 1 for i in range(20)})
