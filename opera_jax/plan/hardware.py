@@ -2,11 +2,11 @@
 
 Peak FLOP/s and bandwidths are a chip's, from docs.cloud.google.com/tpu/docs
 (pages v5e, v5p, v6e and tpu7x, "Peak compute per chip (bf16)", "HBM bandwidth",
-"Bidirectional inter-chip interconnect bandwidth per chip"). One direction of one
-link carries that over twice the links of a chip, 4 in a plane and 6 in a cube;
-the JAX scaling book (jax-ml.github.io/scaling-book/tpus) gives 10 % less. Memory
-is per device: the limit that the out-of-memory message of libtpu's compiler
-(0.0.51) states.
+"Bidirectional inter-chip interconnect bandwidth per chip"). One direction of
+one link carries that over twice the links of a chip, 4 in a plane and 6 in a
+cube; the JAX scaling book (jax-ml.github.io/scaling-book/tpus) gives 10 % less.
+Memory is per device: the limit that the out-of-memory message of libtpu's
+compiler (0.0.51) states.
 
 GPUs are single cards, with the figures of NVIDIA's data sheets (without
 sparsity): "NVIDIA T4", "NVIDIA L4", "NVIDIA A100 Tensor Core GPU" and "NVIDIA

@@ -27,9 +27,11 @@ from opera_jax.plan import hlo
 # (kernel, dims of an operand) -> share of the operand that one call reads; None
 # where that is not known.
 Reads = Callable[[str, tuple[int, ...]], float | None]
-_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast",
-            "while", "conditional", "call", "after-all", "partition-id",
-            "replica-id", "opt-barrier", "add-dependency", "domain"}  # fmt: skip
+_NOTHING = {
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
+  *("conditional", "call", "after-all", "partition-id", "replica-id", "domain"),
+  *("opt-barrier", "add-dependency"),
+}
 _CONTROL = ("while", "conditional", "call")
 _NO_MOVE = ("AllocateBuffer", "ConcatBitcast")
 _SLICES = ("slice", "dynamic-slice", "gather")
@@ -88,9 +90,9 @@ class _Counter:
     if opcode == "custom-call":
       return self._custom_call(name, i)
     if opcode in _SLICES:
-      slice_ = i.arrays[0].padded_bytes
+      read = i.arrays[0].padded_bytes * self._in_hbm(name, i.operands[0])
       indices = sum(self._size(name, o) for o in i.operands[1:])
-      return slice_ * self._in_hbm(name, i.operands[0]) + _hbm(i.arrays) + indices
+      return read + _hbm(i.arrays) + indices
     if opcode in _IN_PLACE:
       update = self._array(name, _update(i))
       if update is None:
@@ -112,9 +114,7 @@ class _Counter:
     if not operands or not start.called:
       return 0.0
     called = start.called[0]
-    return self._fused(
-      name, operands, called, self._module.root(called).arrays
-    )
+    return self._fused(name, operands, called, self._module.root(called).arrays)
 
   def _started(self, name: str, i: hlo.Instruction) -> hlo.Instruction:
     """The start of an asynchronous operation that goes on."""
@@ -217,9 +217,8 @@ class _Counter:
     if i.opcode in _IN_PLACE:
       target = self._module.computations[name].get(i.operands[0])
       update = self._array(name, _update(i))
-      if target is not None and update is not None:
-        if self._origin(name, target):
-          return update.padded_bytes
+      if target and update and self._origin(name, target):
+        return update.padded_bytes
     if i.opcode == "fusion" and len(i.arrays) == 1:
       inner = i.called[0]
       return self._written(inner, self._module.root(inner).name)

@@ -35,9 +35,7 @@ _CALLED = re.compile(
   r"true_computation|false_computation|condition|body)="
   r"(\{[^}]*\}|%?[\w.\-]+)"
 )
-_SHAPE = re.compile(
-  r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\](?:\{([^}]*)\})?"
-)
+_SHAPE = re.compile(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\](?:\{([^}]*)\})?")
 _KNOWN = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 # What passes a loop's counter on unchanged.

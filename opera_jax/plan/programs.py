@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import decoder, lora
-from opera_jax.kernels.shared_prefix_attention import limited_plan
+from opera_jax.models import decoder, lora, sharded_ops
 from opera_jax.plan import (
   abstract,
   cost,
@@ -387,7 +386,7 @@ class _Run:
     """
     layers = self._config.num_hidden_layers
     prefix, longest = self._padded_length(P), self._padded_length(C)
-    half = min((C + limited_plan.BLOCK_KEYS) / 2, longest)
+    half = min((C + sharded_ops.KEY_BLOCK) / 2, longest)
     lengths = {longest: half, prefix: float(prefix)}
     if prefix == longest:
       lengths = {prefix: float(prefix)}  # not to be told apart: all of it

@@ -137,9 +137,9 @@ def _foot(plan: dict[str, Any]) -> list[str]:
     if p["useful"] is not None and p["calls"]:
       lines += [
         "",
-        f"{p['name']}: the packer makes {p['calls']:,} calls of the workload "
-        f"below, worth {p['work']:,.1f} of the largest shape; {p['useful']:.0%} "
-        "of their FLOPs are useful.",
+        f"{p['name']}: the packer makes {p['calls']:,} calls of the stated "
+        f"workload, worth {p['work']:,.1f} of the largest shape; "
+        f"{p['useful']:.0%} of their FLOPs are useful.",
       ]
     if p["tokens"] and p["seconds"]:
       least, most = (
