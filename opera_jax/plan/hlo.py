@@ -37,7 +37,7 @@ _CALLED = re.compile(
 )
 _SHAPE = re.compile(r"\b([a-z]+\d*)(?:e\dm\d\w*)?\[([\d,]*)\](?:\{([^}]*)\})?")
 _KNOWN = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
+_DIRECTIONS = ("LT", "LE", "GT", "GE", "NE")
 # What passes a loop's counter on unchanged.
 _SAME_VALUE = ("bitcast", "copy", "convert", "reshape")
 
@@ -276,7 +276,7 @@ class Module:
     values: list[tuple[str, int] | None],
   ) -> int | None:
     """Trips until a comparison fails; None if it bounds nothing."""
-    if values[0] is None or values[1] is None or direction not in _FLIPPED:
+    if values[0] is None or values[1] is None or direction not in _DIRECTIONS:
       return None
     body = loop.attribute("body")
     ends = [self._start(computation, loop, body, value) for value in values]
@@ -285,7 +285,6 @@ class Module:
     (start, step), (bound, other) = ends
     if step == 0:  # the counter stands on the right
       (start, step), (bound, other) = (bound, other), (start, step)
-      direction = _FLIPPED[direction]
     if other != 0 or step == 0:
       return None
     distance = (bound - start) / step

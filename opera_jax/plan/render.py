@@ -92,7 +92,8 @@ def markdown(plans: Sequence[dict[str, Any]]) -> str:
     "for devices that were not there; those of GPUs were not compiled, and "
     "their memory is estimated from shapes. No time below was measured. A call "
     "takes between the largest of the seconds at peak, of HBM and of ICI, and "
-    "`serial s`, at the chip's stated figures.",
+    "`serial s`, at the chip's stated figures. Where a TPU's column is not "
+    "available, the program was compiled before the column was counted.",
     "",
     WORKLOAD,
     "",
@@ -126,12 +127,17 @@ def _foot(plan: dict[str, Any]) -> list[str]:
     f"{plan['slot_bytes'] / GIB:.3f} GiB over all devices that share it.",
   ]
   if plan["step_parts"]:
+    last = ""
+    if set(plan["serial_parts"]) == set(plan["step_parts"]):
+      last = (
+        f" to {plan['serial_seconds']:,.0f} s (no overlap: "
+        f"{_parts(plan, 'serial')})"
+      )
     lines += [
       "",
       "One RL step at the longest prompts and responses takes "
-      f"{plan['step_seconds']:,.0f} s (the floors: {_parts(plan, 'step')}) to "
-      f"{plan['serial_seconds']:,.0f} s (no overlap: "
-      f"{_parts(plan, 'serial')}): {plan['step_tokens']:,} tokens in rows.",
+      f"{plan['step_seconds']:,.0f} s (the floors: {_parts(plan, 'step')})"
+      f"{last}: {plan['step_tokens']:,} tokens in rows.",
     ]
   for p in plan["programs"]:
     if p["useful"] is not None and p["calls"]:

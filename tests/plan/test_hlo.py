@@ -151,6 +151,19 @@ def test_loops_count_whatever_their_type_and_direction(loop, trips, how):
   assert sent == trips * 32 / 2
 
 
+def test_a_counter_may_stand_on_the_right_and_count_down():
+  text = _loop("s32", 0, 10, "LT", 1)
+  right = text.replace(
+    "compare(%i, %n), direction=LT", "compare(%n, %i), direction=GT"
+  )
+  assert right != text
+  assert hlo.collective_bytes(right) == {"all-gather": 10 * 16}
+  down = _loop("s32", 9, 0, "GT", 3).replace(
+    "add(%one, %i)", "subtract(%i, %one)"
+  )
+  assert hlo.collective_bytes(down) == {"all-gather": 3 * 16}
+
+
 def test_a_loop_that_may_end_early_counts_with_its_bound():
   """A counter and a flag; the compiler's own count comes first."""
   text = _loop("s32", 0, 10, "LT", 1).replace(
