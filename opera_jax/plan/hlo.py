@@ -279,10 +279,11 @@ class Module:
     if values[0] is None or values[1] is None or direction not in _DIRECTIONS:
       return None
     body = loop.attribute("body")
-    ends = [self._start(computation, loop, body, value) for value in values]
-    if ends[0] is None or ends[1] is None:
+    left = self._start(computation, loop, body, values[0])
+    right = self._start(computation, loop, body, values[1])
+    if left is None or right is None:
       return None
-    (start, step), (bound, other) = ends
+    (start, step), (bound, other) = left, right
     if step == 0:  # the counter stands on the right
       (start, step), (bound, other) = (bound, other), (start, step)
     if other != 0 or step == 0:
