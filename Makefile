@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --durations=10
 # Every version below the pinned ones, too; `make lock` renews it.
 PIP := $(BIN)/python -m pip install --quiet --constraint requirements.lock
 
-.PHONY: demo test test-slow test-all test-newer bench lint types docs build lock clean
+.PHONY: demo test test-slow test-all test-newer bench plans lint types docs build lock clean
 
 demo: $(VENV)/base.done
 	@echo "Running the whole method on the embedded task (about 5 minutes on 2 cores); progress follows."
@@ -38,6 +38,11 @@ bench: $(VENV)/dev.done
 	@echo "Measuring; results go to benchmarks/RESULTS.md."
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.reward
+
+# Compiles what the shipped configs run on TPUs; kept when it is interrupted.
+plans: $(VENV)/dev.done
+	@echo "Making all plans anew; half an hour or more."
+	$(BIN)/python -m experiments.plan --all=docs/plans
 
 lint: $(VENV)/dev.done types
 	$(BIN)/ruff check .

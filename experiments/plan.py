@@ -5,6 +5,7 @@
   python -m experiments.plan --config=configs/qwen3_0_6b.py:l4 \
     --topology=l4 --solve
   python -m experiments.plan --page=docs/plans
+  python -m experiments.plan --all=docs/plans
 
 The first command compiles, with libtpu on this machine's CPU, the programs that
 `experiments.opera_rl` would run with that config. It prints memory per device,
@@ -20,12 +21,14 @@ from shapes in a second, without compiling; `cpu` is this machine's available
 memory, `cpu:16GiB` another's. If the run does not fit, it prints values with
 which it does. `--solve` prints the largest setting that fits, as flags; the
 order in which it gives way is in opera_jax/plan/solve.py. The third command
-writes the page of all saved plans.
+writes the page of all saved plans. The fourth makes every plan of the folder
+anew, one after the other, and the page after each; `make plans` runs it.
 """
 
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 # Set before importing JAX: compiling needs no TPU, so libtpu must not look for
@@ -57,6 +60,9 @@ _JSON = flags.DEFINE_string("json", None, "File to write the plan to.")
 _PAGE = flags.DEFINE_string(
   "page", None, "Folder of saved plans; writes their page."
 )
+_ALL = flags.DEFINE_string(
+  "all", None, "Folder of saved plans; makes all of them anew, and their page."
+)
 _PROGRAMS = flags.DEFINE_list(
   "programs", [], "Programs to compile; empty means all."
 )
@@ -64,9 +70,10 @@ _PROGRAMS = flags.DEFINE_list(
 
 def main(_) -> None:
   if _PAGE.value:
-    folder = pathlib.Path(_PAGE.value)
-    plans = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
-    (folder / "README.md").write_text(render.markdown(plans))
+    _write_page(pathlib.Path(_PAGE.value))
+    return
+  if _ALL.value:
+    _make_all(pathlib.Path(_ALL.value))
     return
   if not _TOPOLOGY.value:
     raise app.UsageError("Name a device: --topology=v5p:4x4x4, or l4, or cpu.")
@@ -117,6 +124,35 @@ def main(_) -> None:
     sys.exit(f"\nplan: interrupted; {kept}.")
   if not fits:
     sys.exit(1)
+
+
+def _write_page(folder: pathlib.Path) -> None:
+  plans = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+  (folder / "README.md").write_text(render.markdown(plans))
+
+
+def _make_all(folder: pathlib.Path) -> None:
+  """Makes the plans of a folder anew, each in a process of its own.
+
+  A process has one config. What is interrupted leaves the plans made so far,
+  and of the current one the programs made so far.
+  """
+  paths = sorted(folder.glob("*.json"))
+  failed = []
+  for number, path in enumerate(paths, start=1):
+    plan = json.loads(path.read_text())
+    config, topology = plan["config"], plan["topology"]
+    print(f"plan: {number} of {len(paths)}: {config} on {topology}", flush=True)
+    command = [
+      *(sys.executable, "-m", "experiments.plan", f"--config={config}"),
+      *(f"--topology={topology}", f"--json={path}"),
+      f"--programs={','.join(_PROGRAMS.value)}",
+    ]
+    if subprocess.run(command, check=False).returncode:
+      failed.append(path.name)
+    _write_page(folder)
+  if failed:
+    sys.exit(f"plan: not made, or does not fit: {', '.join(failed)}")
 
 
 def _advice(solver: "solve.Solver", *, grow: bool) -> str:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from opera_jax.kernels import target
 from opera_jax.kernels.shared_prefix_attention import (
+  limited_plan,
   pallas_tpu,
   reference,
   xla,
@@ -33,6 +34,7 @@ from opera_jax.kernels.shared_prefix_attention import (
   xla_rows,
 )
 
+KEY_BLOCK = limited_plan.BLOCK_KEYS  # most keys that a kernel reads at once
 IMPLEMENTATIONS = ("reference", "xla", "xla_rows", "pallas_tpu")
 
 

@@ -27,6 +27,8 @@ from opera_jax.sharding import rules
 # Keys of one attention block in decoding. Cache lengths are multiples of it, so
 # that a sample's numbers do not depend on the length of the cache.
 DECODE_BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
+# A TPU's kernel reads several of them at once, of at most so many keys.
+KEY_BLOCK = shared_prefix_attention_api.KEY_BLOCK
 
 
 def shared_prefix_attention(

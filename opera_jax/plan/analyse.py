@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from opera_jax.plan import hardware, hlo
+from opera_jax.plan import hardware, hbm_traffic, hlo
 from opera_jax.plan import programs as programs_lib
 
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT]?)\)")
@@ -23,6 +23,9 @@ class Cost:
   name: str
   shape: str
   calls: int  # per RL step
+  work: float  # of those calls, in calls at the largest shape
+  useful: float | None  # share of the calls' FLOPs; None where all may be
+  tokens: int  # that one call decodes or trains on
   fits: bool
   total_bytes: int  # sum of the five sizes below
   argument_bytes: int | None  # None if compilation failed
@@ -35,9 +38,13 @@ class Cost:
   recompute_flops: float
   flops_seconds: float | None  # at the stated peak, None where that is unknown
   stream_seconds: float | None  # memory reads at the stated bandwidth
+  moved_bytes: float | None  # through HBM, by the compiled program
+  moved_seconds: float | None  # at the stated bandwidth
+  read_once: tuple[str, ...]  # Pallas kernels whose operands count once
   collective_bytes: dict[str, float] | None  # None without HLO text
-  collective_seconds: float | None  # at the stated bandwidth
-  seconds: float | None  # the largest of the three; a lower bound
+  collective_seconds: float | None  # over the links in use
+  seconds: float | None  # the largest of the floors; a lower bound
+  serial_seconds: float | None  # FLOPs, HBM and collectives in turn
   compile_seconds: float | None  # None for an estimate
   remedies: tuple[str, ...]  # settings to lower if it does not fit
 
@@ -63,7 +70,11 @@ def analyse(
     lowered = program.jitted.lower(*program.arguments, **program.static)
   memory, text, needed = _compile(lowered)
   seconds = time.monotonic() - began
-  collectives = None if text is None else hlo.collective_bytes(text)
+  collectives = moved = links = None
+  if text is not None:
+    collectives = hlo.collective_bytes(text)
+    links = _collective_seconds(hlo.collectives(text), mesh, chip)
+    moved = hbm_traffic.count(text, program.reads)
   parts: dict[str, Any] = dict.fromkeys(
     ("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes")
   )
@@ -79,14 +90,18 @@ def analyse(
   floors: dict[str, Any] = {
     "flops_seconds": program.flops.total / (mesh.size * chip.flops),
     "stream_seconds": program.streamed / chip.hbm_bandwidth,
-    "collective_seconds": None
-    if collectives is None
-    else sum(collectives.values()) / chip.ici_bandwidth,
+    "collective_seconds": links,
   }
+  streamed = floors["stream_seconds"]
+  if moved is not None:
+    streamed = moved.bytes / chip.hbm_bandwidth
   return Cost(
     name=program.name,
     shape=program.shape,
     calls=program.calls,
+    work=program.work,
+    useful=program.useful,
+    tokens=program.tokens,
     fits=memory is not None and total <= chip.hbm_bytes,
     total_bytes=total,
     **parts,
@@ -95,11 +110,38 @@ def analyse(
     backward_flops=program.flops.backward,
     recompute_flops=program.flops.recompute,
     **floors,
+    moved_bytes=None if moved is None else moved.bytes,
+    moved_seconds=None if moved is None else streamed,
+    read_once=() if moved is None else moved.read_once,
     collective_bytes=collectives,
     seconds=max(x for x in floors.values() if x is not None),
+    serial_seconds=floors["flops_seconds"] + streamed + (links or 0.0),
     compile_seconds=seconds,
     remedies=program.remedies,
   )
+
+
+def _collective_seconds(
+  collectives: list[hlo.Collective],
+  mesh: jax.sharding.Mesh,
+  chip: hardware.Chip,
+) -> float:
+  """Seconds of all collectives, one after the other.
+
+  What a device sends, over links times the bandwidth of one direction of one of
+  them, see `Chip.links_used`. A permutation has one link, however far it goes;
+  latency does not count.
+  """
+  places = [tuple(device.coords) for device in mesh.devices.flat]
+  bounds = [max(side) + 1 for side in zip(*places, strict=True)]
+  seconds = 0.0
+  for collective in collectives:
+    links = 1.0
+    if collective.kind != "collective-permute":
+      group = [places[device] for device in collective.group]
+      links = chip.links_used(group, bounds)
+    seconds += collective.sent / (links * chip.link_bandwidth)
+  return seconds
 
 
 def _compile(lowered: Any) -> tuple[Any, str | None, int]:

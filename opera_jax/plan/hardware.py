@@ -2,8 +2,11 @@
 
 Peak FLOP/s and bandwidths are a chip's, from docs.cloud.google.com/tpu/docs
 (pages v5e, v5p, v6e and tpu7x, "Peak compute per chip (bf16)", "HBM bandwidth",
-"Bidirectional inter-chip interconnect bandwidth"). Memory is per device: the
-limit that the out-of-memory message of libtpu's compiler (0.0.51) states.
+"Bidirectional inter-chip interconnect bandwidth per chip"). One direction of
+one link carries that over twice the links of a chip, 4 in a plane and 6 in a
+cube; the JAX scaling book (jax-ml.github.io/scaling-book/tpus) gives 10 % less.
+Memory is per device: the limit that the out-of-memory message of libtpu's
+compiler (0.0.51) states.
 
 GPUs are single cards, with the figures of NVIDIA's data sheets (without
 sparsity): "NVIDIA T4", "NVIDIA L4", "NVIDIA A100 Tensor Core GPU" and "NVIDIA
@@ -14,8 +17,10 @@ XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 GIB = 1 << 30
@@ -30,7 +35,9 @@ class Chip:
   hbm_bytes: int  # per device
   chip_flops: float  # stated peak bf16 FLOP/s
   chip_hbm: float  # bytes/s
-  chip_ici: float  # bytes/s, both directions together
+  chip_ici: float  # bytes/s, both directions of all links together
+  links: int  # of a chip
+  wraps: int  # sides that are a multiple of it close to a ring
   topologies: tuple[str, ...]
 
   @property
@@ -44,9 +51,34 @@ class Chip:
     return self.chip_hbm / self.devices
 
   @property
-  def ici_bandwidth(self) -> float:
-    """Bytes/s between a device and its neighbours."""
-    return self.chip_ici / self.devices
+  def link_bandwidth(self) -> float:
+    """Bytes/s of a device over one direction of one link."""
+    return self.chip_ici / (2 * self.links) / self.devices
+
+  def links_used(
+    self, places: Sequence[Sequence[int]], bounds: Sequence[int]
+  ) -> float:
+    """Links over which a device of a group sends in one collective.
+
+    Each side of the torus along which the group extends gives one direction of
+    a link, or both where the group is a whole side that closes to a ring. Where
+    a group takes only every k-th chip of a side, k groups share its links, so
+    that it has a k-th of them. Devices of one chip talk to each other six times
+    as fast as over a link (docs.cloud.google.com/tpu/docs/tpu7x).
+
+    Args:
+      places: coordinates of the group's chips.
+      bounds: of the slice.
+    """
+    used = 0.0
+    for axis, side in enumerate(bounds):
+      taken = sorted({place[axis] for place in places})
+      if len(taken) == 1:
+        continue
+      ring = len(taken) == side and side % self.wraps == 0
+      stride = min(b - a for a, b in itertools.pairwise(taken))
+      used += (2 if ring else 1) / stride
+    return used or 6.0
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -54,13 +86,27 @@ _CUBES = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
   *("8x8x8", "8x8x16", "8x16x16"),
 )
+
+
+def _flat(name: str, memory: int, flops: float, hbm: float, ici: float) -> Chip:
+  """A chip with links to the neighbours in a plane, rings from 16 chips on."""
+  return Chip(name, 1, memory, flops, hbm, ici, 4, 16, _FLAT)
+
+
+def _cube(
+  name: str, devices: int, memory: int, flops: float, hbm: float, ici: float
+) -> Chip:
+  """A chip with links to the neighbours in space, rings from 4 chips on."""
+  return Chip(name, devices, memory, flops, hbm, ici, 6, 4, _CUBES)
+
+
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v5e", 1, int(15.75 * GIB), 197e12, 819e9, 400e9, _FLAT),
-    Chip("v5p", 1, int(95.73 * GIB), 459e12, 2_765e9, 1_200e9, _CUBES),
-    Chip("v6e", 1, int(31.24 * GIB), 918e12, 1_638e9, 800e9, _FLAT),
-    Chip("tpu7x", 2, int(94.74 * GIB), 2_307e12, 7_380e9, 1_200e9, _CUBES),
+    _flat("v5e", int(15.75 * GIB), 197e12, 819e9, 400e9),
+    _flat("v6e", int(31.24 * GIB), 918e12, 1_638e9, 800e9),
+    _cube("v5p", 1, int(95.73 * GIB), 459e12, 2_765e9, 1_200e9),
+    _cube("tpu7x", 2, int(94.74 * GIB), 2_307e12, 7_380e9, 1_200e9),
   )
 }
 

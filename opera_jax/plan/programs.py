@@ -14,8 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opera_jax.models import decoder, lora
-from opera_jax.plan import abstract, cost, memory_floor
+from opera_jax.models import decoder, lora, sharded_ops
+from opera_jax.plan import (
+  abstract,
+  cost,
+  hbm_traffic,
+  memory_floor,
+  scoring_calls,
+)
 from opera_jax.rl import learner
 from opera_jax.rollout import decode_loop as decode_loop_lib
 from opera_jax.rollout import engine as engine_lib
@@ -45,8 +51,13 @@ class Program:
     float  # lower bound of the bytes a device reads from HBM in one call
   )
   calls: int  # in one RL step
+  work: float  # of those calls, in calls at this shape
   beside: int  # bytes per device that the run holds besides the arguments
   remedies: tuple[str, ...]  # config values to lower if it does not fit
+  tokens: int = 0  # that one call decodes or trains on
+  useful: float | None = None  # share of the calls' FLOPs, where known
+  # share of its operands that a Pallas call reads, where known
+  reads: hbm_traffic.Reads = lambda kernel, dims: None
 
 
 def build(
@@ -215,6 +226,8 @@ class _Run:
       flops=cost.update(config, B, T),
       streamed=0.0,
       calls=0,
+      work=0.0,
+      tokens=B * T,
       beside=0,
       remedies=self._update_remedies(
         "sft", B, recipe["micro_batches"], "row_tokens"
@@ -264,6 +277,8 @@ class _Run:
       flops=cost.update(self._policy, B, *sizes),
       streamed=0.0,
       calls=self._updates(),
+      work=float(self._updates()),
+      tokens=B * T,
       beside=memory_floor.shard_bytes(self._reference),
       remedies=self._update_remedies(
         "rl", B, rl["micro_batches"], "row_buckets"
@@ -318,6 +333,7 @@ class _Run:
       flops=cost.Flops(cost.prefill(config, R, P).forward),
       streamed=0.0,
       calls=-(-self._rl["prompts"] // R),
+      work=self._rl["prompts"] / R,
       beside=self._beside() + memory_floor.shard_bytes(slots.cache),
       remedies=self._rollout_remedies(),
     )
@@ -335,9 +351,11 @@ class _Run:
     fraction = steps / C  # of the longest response
     # Every step reads the weights and the filled part of the caches.
     read = B * (C * P + S * cost.causal_pairs(C))
-    streamed = C * memory_floor.shard_bytes(
-      params
-    ) + read * memory_floor.token_bytes(
+    weights = memory_floor.shard_bytes(params)
+    if not config.tie_word_embeddings:
+      # Rows of the embedding are looked up.
+      weights -= memory_floor.shard_bytes(params["embed"])
+    streamed = C * weights + read * memory_floor.token_bytes(
       config, self._engine["cache_dtype"]
     ) / memory_floor.num_cache_shards(config, self._mesh)
     return Program(
@@ -354,9 +372,33 @@ class _Run:
       flops=cost.Flops(cost.decode(config, B * S, P, C).forward * fraction),
       streamed=streamed * fraction,
       calls=self._waves() * -(-C // steps),
+      work=self._waves() * C / steps,
+      tokens=B * S * steps,
+      reads=self._attention_reads(P, C),
       beside=self._beside(),
       remedies=self._rollout_remedies(),
     )
+
+  def _attention_reads(self, P: int, C: int) -> hbm_traffic.Reads:
+    """What attention reads of its caches: one layer, to the end of a sample.
+
+    That end is half of C tokens on the mean, in whole blocks of keys.
+    """
+    layers = self._config.num_hidden_layers
+    prefix, longest = self._padded_length(P), self._padded_length(C)
+    half = min((C + sharded_ops.KEY_BLOCK) / 2, longest)
+    lengths = {longest: half, prefix: float(prefix)}
+    if prefix == longest:
+      lengths = {prefix: float(prefix)}  # not to be told apart: all of it
+
+    def reads(kernel: str, dims: tuple[int, ...]) -> float | None:
+      if kernel != "limited_attention_forward":
+        return None
+      if len(dims) == 6 and dims[0] == layers and dims[-2] in lengths:
+        return lengths[dims[-2]] / dims[-2] / layers
+      return 1.0  # queries, seeds and lengths
+
+    return reads
 
   def grow(self) -> Program:
     """The last lengthening of the caches: both lengths are held at once."""
@@ -373,6 +415,7 @@ class _Run:
       flops=cost.Flops(0.0),
       streamed=float(memory_floor.shard_bytes((old.cache, new.cache))),
       calls=self._waves() if shorter else 0,
+      work=float(self._waves() if shorter else 0),
       beside=self._beside()
       + memory_floor.shard_bytes(self._values.rollout_params()),
       remedies=(
@@ -433,7 +476,16 @@ class _Run:
     beside: int,
   ) -> Program:
     B, T = self._scoring["batch_size"], max(self._scoring["prefix_buckets"])
-    completions = self._rl["prompts"] * self._rl["samples"]
+    flops = cost.score(self._policy, B, T, S, G)
+    calls = scoring_calls.count(
+      self._policy,
+      self._scoring,
+      completions=self._rl["prompts"] * self._rl["samples"],
+      longest_prompt=max(self._engine["prompt_buckets"]),
+      longest_response=self._rollout["max_new_tokens"],
+      largest=flops,
+      continued=name == "score",
+    )
     continuation = self._values.rows("scoring.batch_size", (B, S, G), jnp.int32)
     return Program(
       name=name,
@@ -450,9 +502,11 @@ class _Run:
         self._values.rows("scoring.batch_size", (B, S), jnp.int32),
       ),
       static={},
-      flops=cost.score(self._policy, B, T, S, G),
+      flops=flops,
       streamed=0.0,
-      calls=passes * -(-completions // B),
+      calls=passes * calls.count,
+      work=passes * calls.work,
+      useful=calls.useful,
       beside=beside,
       remedies=(
         f"config.scoring.batch_size ({B}; a multiple of "

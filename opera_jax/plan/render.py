@@ -4,6 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 GIB = 1 << 30
+WORKLOAD = (
+  "Scoring is counted by packing completions of a stated length: a prompt of a "
+  "twelfth of the longest, a thought of two fifths and an answer of a tenth of "
+  "the longest response, a reference of a quarter of the longest continuation "
+  "(512, 4,096, 1,024 and 1,024 tokens at the paper's lengths), scored at the "
+  "24 positions around 12 reflective steps of 32, and at the end."
+)
+ANCHORS = (
+  "Published, to compare with: MaxText trains Llama-3.1-8B on v6e at 7,000 to "
+  "7,200 tokens a second and chip, 44 to 46 % MFU; sglang-jax samples from "
+  "Qwen3-8B on v6e-4 at 1,324 (64 streams) and 1,893 (256 streams) tokens a "
+  "second and chip."
+)
 COLUMNS = {
   "program": "",
   "calls": "in one RL step; SFT is another stage",
@@ -16,8 +29,13 @@ COLUMNS = {
   "TFLOP": "of one call, all devices: forward + backward + recomputed",
   "peak s": "seconds of a call at stated peak bf16 FLOP/s",
   "HBM s": "seconds of a call to read weights and caches at stated bandwidth",
+  "moved": "GiB that the compiled program moves through HBM in a call",
+  "moved s": "seconds of a call to move them at stated bandwidth",
   "sent": "GiB a device sends in a call's collectives",
-  "ICI s": "seconds of a call to send them at stated bandwidth",
+  "ICI s": "seconds of a call to send them over the links in use",
+  "serial s": "seconds of a call without overlap: peak, moved and ICI in turn",
+  "MFU": "forward and backward FLOPs, without recomputation, over peak in that "
+  "time",
   "compile s": "seconds to trace and compile on this CPU",
 }
 
@@ -39,8 +57,12 @@ def rows(plan: dict[str, Any]) -> list[list[str]]:
       ),
       _number(p["flops_seconds"]),
       _number(p["stream_seconds"]),
+      _gib(p["moved_bytes"]),
+      _number(p["moved_seconds"]),
       _gib(_sum(p["collective_bytes"])),
       _number(p["collective_seconds"]),
+      _number(p["serial_seconds"]),
+      _share(_mfu(plan, p)),
       _whole(p["compile_seconds"]),
     ]
     for p in plan["programs"]
@@ -65,11 +87,17 @@ def markdown(plans: Sequence[dict[str, Any]]) -> str:
   parts = [
     "# Plans of the shipped configs",
     "",
-    "Written by `python -m experiments.plan --page=docs/plans`; each table "
-    "comes from the `.json` beside it. The programs of TPUs were compiled by "
-    "libtpu for devices that were not there; those of GPUs were not compiled, "
-    "and their memory is estimated from shapes. No time below was measured. "
-    "Seconds are floors: what the work costs at the chip's stated peak.",
+    "Written by `make plans`, which makes every plan anew; each table comes "
+    "from the `.json` beside it. The programs of TPUs were compiled by libtpu "
+    "for devices that were not there; those of GPUs were not compiled, and "
+    "their memory is estimated from shapes. No time below was measured. A call "
+    "takes between the largest of the seconds at peak, of HBM and of ICI, and "
+    "`serial s`, at the chip's stated figures. Where a TPU's column is not "
+    "available, the program was compiled before the column was counted.",
+    "",
+    WORKLOAD,
+    "",
+    ANCHORS,
     "",
     *(f"- **{name}**: {what}" for name, what in COLUMNS.items() if what),
   ]
@@ -99,13 +127,42 @@ def _foot(plan: dict[str, Any]) -> list[str]:
     f"{plan['slot_bytes'] / GIB:.3f} GiB over all devices that share it.",
   ]
   if plan["step_parts"]:
+    last = ""
+    if set(plan["serial_parts"]) == set(plan["step_parts"]):
+      last = (
+        f" to {plan['serial_seconds']:,.0f} s (no overlap: "
+        f"{_parts(plan, 'serial')})"
+      )
     lines += [
       "",
-      f"One RL step at the longest prompts and responses takes at least "
-      f"{plan['step_seconds']:,.0f} s ("
-      + ", ".join(f"{k} {v:,.0f}" for k, v in plan["step_parts"].items())
-      + f"): {plan['step_tokens']:,} tokens in rows.",
+      "One RL step at the longest prompts and responses takes "
+      f"{plan['step_seconds']:,.0f} s (the floors: {_parts(plan, 'step')})"
+      f"{last}: {plan['step_tokens']:,} tokens in rows.",
     ]
+  for p in plan["programs"]:
+    if p["useful"] is not None and p["calls"]:
+      lines += [
+        "",
+        f"{p['name']}: the packer makes {p['calls']:,} calls of the stated "
+        f"workload, worth {p['work']:,.1f} of the largest shape; "
+        f"{p['useful']:.0%} of their FLOPs are useful.",
+      ]
+    if p["tokens"] and p["seconds"]:
+      least, most = (
+        p["tokens"] / p[part] / plan["chips"]
+        for part in ("serial_seconds", "seconds")
+      )
+      lines += [
+        "",
+        f"{p['name']}: {least:,.0f} (no overlap) to {most:,.0f} (floor) tokens "
+        "a second and chip.",
+      ]
+    if p["read_once"]:
+      lines += [
+        "",
+        f"{p['name']}: the operands of {', '.join(p['read_once'])} count once "
+        "in what it moves; these kernels may read them several times.",
+      ]
   if plan.get("missing"):
     lacking = ", ".join(plan["missing"])
     lines += ["", f"This plan is partial: it lacks {lacking}."]
@@ -126,6 +183,23 @@ def _foot(plan: dict[str, Any]) -> list[str]:
         + ".",
       ]
   return lines
+
+
+def _parts(plan: dict[str, Any], which: str) -> str:
+  return ", ".join(f"{k} {v:,.0f}" for k, v in plan[f"{which}_parts"].items())
+
+
+def _mfu(plan: dict[str, Any], program: dict[str, Any]) -> float | None:
+  """Model FLOPs over peak without overlap; None where nothing is trained."""
+  seconds, peak = program["serial_seconds"], plan["peak_flops"]
+  if not program["backward_flops"] or not seconds or not peak:
+    return None
+  done = program["forward_flops"] + program["backward_flops"]
+  return float(done / (seconds * peak))
+
+
+def _share(value: float | None) -> str:
+  return "" if value is None else f"{value:.0%}"
 
 
 def _sum(parts: dict[str, float] | None) -> float | None:

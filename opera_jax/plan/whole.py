@@ -59,6 +59,7 @@ def make(
       "devices": count,
       "chips": count // chip.devices,
       "hbm_bytes": chip.hbm_bytes,
+      "peak_flops": chip.flops * count,
       "versions": _versions("jax", "libtpu"),
     }
   else:
@@ -68,6 +69,7 @@ def make(
       "devices": 1,
       "chips": 1,
       "hbm_bytes": card.memory_bytes,
+      "peak_flops": card.flops(sections["model"]["dtype"]),
       "versions": "estimated from shapes, nothing compiled",
     }
   head: dict[str, Any] = {"config": name, "topology": topology, **about}
@@ -110,8 +112,11 @@ def _plan(
   laid_out: jax.sharding.Mesh,
 ) -> dict[str, Any]:
   ordered = [costs[n] for n in programs.NAMES if n in costs]
-  parts = {c["name"]: c["calls"] * c["seconds"] for c in ordered
-           if c["calls"] and c["seconds"] is not None}  # fmt: skip
+  floor, serial = (
+    {c["name"]: c["work"] * c[seconds] for c in ordered
+     if c["calls"] and c[seconds] is not None}
+    for seconds in ("seconds", "serial_seconds")
+  )  # fmt: skip
   model, rl = decoder.Config(**sections["model"]), sections["rl"]
   return {
     **head,
@@ -125,8 +130,10 @@ def _plan(
       **{part: sections[part] for part in ("model", "engine", "scoring", "rl")},
     ),
     "step_tokens": rl["prompts"] * rl["samples"] * max(rl["row_buckets"]),
-    "step_seconds": sum(parts.values()),
-    "step_parts": parts,
+    "step_seconds": sum(floor.values()),
+    "step_parts": floor,
+    "serial_seconds": sum(serial.values()),
+    "serial_parts": serial,
     "programs": ordered,
   }
 
@@ -140,10 +147,14 @@ def _versions(*packages: str) -> str:
 def kept(
   before: Mapping[str, Any] | None, name: str, topology: str
 ) -> dict[str, Any]:
-  """Costs by program of an earlier plan with the same config and topology."""
+  """Costs by program of an earlier plan with the same config and topology.
+
+  Costs with other columns than today's are not kept.
+  """
   if before is None or (before["config"], before["topology"]) != (
     name,
     topology,
   ):
     return {}
-  return {p["name"]: p for p in before["programs"]}
+  columns = {field.name for field in dataclasses.fields(analyse.Cost)}
+  return {p["name"]: p for p in before["programs"] if set(p) == columns}

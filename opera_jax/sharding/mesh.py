@@ -1,12 +1,16 @@
-"""The device mesh."""
+"""The device mesh, laid on the torus of a TPU slice."""
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from opera_jax.sharding import rules
+
+# Sides of a slice that are a multiple of it close to rings; elsewhere 4.
+_RINGS = {"TPU v5 lite": 16, "TPU v6 lite": 16}
 
 
 def create(
@@ -15,14 +19,20 @@ def create(
 ) -> Mesh:
   """Creates a mesh of the devices with the axes `rules.MESH_AXES`.
 
+  On a TPU slice whose sides close to rings the axes take whole sides, where
+  they divide so. Elsewhere the devices keep JAX's order, host by host: the last
+  axis is then a block of neighbours, two chips wide, around which a ring closes
+  (of 8 chips: two links each), while a row that ends has one link. With several
+  slices `data` spans them, since it alone sends nothing in a forward pass.
+
   Args:
     shape: size of each axis; one may be -1 for all remaining devices. None puts
       every device on `fsdp`.
     devices: defaults to all of `jax.devices()`.
 
   Raises:
-    ValueError: an unknown axis, or sizes whose product is not the number of
-      devices.
+    ValueError: an unknown axis, sizes whose product is not the number of
+      devices, or several slices over which `data` does not divide.
   """
   devices = jax.devices() if devices is None else devices
   shape = dict(shape or {"fsdp": -1})
@@ -43,10 +53,41 @@ def create(
       f"devices, {len(devices)}. Change config.mesh."
     )
   return Mesh(
-    np.asarray(devices).reshape(sizes),
+    _arranged(sizes, devices),
     rules.MESH_AXES,
     axis_types=(AxisType.Auto,) * len(rules.MESH_AXES),
   )
+
+
+def _arranged(sizes: list[int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices as an array of these sizes, neighbours side by side."""
+  listed = np.asarray(devices).reshape(sizes)
+  if devices[0].platform != "tpu":
+    return listed
+  slices = {getattr(device, "slice_index", None) for device in devices}
+  if len(slices) > 1:
+    if sizes[0] % len(slices):
+      raise ValueError(
+        f"The devices are {len(slices)} slices, over which config.mesh.data, "
+        f"{sizes[0]}, does not divide. Make it a multiple: only data may span "
+        "the slow network between slices."
+      )
+    return mesh_utils.create_hybrid_device_mesh(
+      [sizes[0] // len(slices), *sizes[1:]],
+      [len(slices), *[1] * len(sizes[1:])],
+      devices,
+      allow_split_physical_axes=True,
+    )
+  ring = _RINGS.get(devices[0].device_kind, 4)
+  sides = [
+    max(side) + 1 for side in zip(*(d.coords for d in devices), strict=True)
+  ]
+  if any(side > 2 and side % ring for side in sides) or max(sides) < ring:
+    return listed
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:  # the axes do not divide the torus
+    return listed
 
 
 def num_data_shards(mesh: Mesh) -> int:

@@ -168,7 +168,7 @@ def test_programs_are_those_of_the_run():
     "prefill": 1,
     "grow": 0,
     "decode": 1,
-    "score": 1,
+    "score": 13,  # 4 of its buckets hold 13 of 25 continuations
     "reference": 1,
     "update": 2,
   }

@@ -57,7 +57,12 @@ def test_the_command_prints_the_table_and_saves_the_plan(saved):
   assert output.endswith(render.text(plan) + "\n")
   assert plan["devices"] == plan["chips"] == 4
   [reference] = plan["programs"]
-  assert plan["step_seconds"] == reference["calls"] * reference["seconds"]
+  assert plan["step_seconds"] == reference["work"] * reference["seconds"]
+  assert plan["serial_seconds"] > plan["step_seconds"]
+  # No overlap: what it computes, moves and sends, one after the other.
+  assert reference["serial_seconds"] == pytest.approx(
+    sum(reference[f"{x}_seconds"] for x in ("flops", "moved", "collective"))
+  )
   assert reference["seconds"] >= reference["flops_seconds"] > 0
   # 2 x 2 layers' keys and values, 64 wide, float32, 224 tokens a sample.
   assert plan["slot_bytes"] == 2 * 3 * 2 * 32 * 4 * 224
@@ -83,6 +88,9 @@ def test_programs_that_are_not_named_are_kept(saved):
   assert kept == {"reference": plan["programs"][0]}
   assert whole.kept(plan, plan["config"], "v6e:2x2") == {}
   assert whole.kept(None, plan["config"], plan["topology"]) == {}
+  # Nor are those of a plan that had other columns.
+  del plan["programs"][0]["moved_bytes"]
+  assert whole.kept(plan, plan["config"], plan["topology"]) == {}
 
 
 def test_what_does_not_fit_is_said_and_has_no_number_it_lacks(saved):

@@ -1,5 +1,8 @@
 """The mesh, the tables and moving between them."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,96 @@ def test_one_axis_takes_what_is_left():
   assert mesh_lib.num_data_shards(mesh) == 4
   # Neighbours share a tensor axis: its traffic is the heaviest.
   assert [d.id for d in mesh.devices[0, 0, 0]] == [0, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the mesh reads of a TPU's device."""
+
+  id: int
+  coords: tuple[int, int, int]
+  device_kind: str
+  slice_index: int = 0
+  platform: str = "tpu"
+  process_index: int = 0
+  core_on_chip: int = 0
+
+
+def _torus(kind, sides, slices=1):
+  """Devices in JAX's order: squares of two by two chips, one host each."""
+  blocks = sorted(
+    np.ndindex(*sides), key=lambda c: (c[2], c[1] // 2, c[0] // 2, c[1], c[0])
+  )
+  return [
+    Chip(i, coords, kind, slice_index)
+    for slice_index in range(slices)
+    for i, coords in enumerate(blocks, start=slice_index * len(blocks))
+  ]
+
+
+def _coords(devices):
+  return [device.coords for device in devices]
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+  """A Mesh takes only real devices; keep the array that it would get."""
+  monkeypatch.setattr(
+    mesh_lib,
+    "Mesh",
+    lambda devices, *_, **__: types.SimpleNamespace(devices=devices),
+  )
+
+
+@pytest.mark.parametrize(
+  ("kind", "sides", "shape", "tensor", "fsdp"),
+  [
+    # Rings: whole rows and whole planes.
+    (
+      *("TPU v5", (4, 4, 4), (16, 4)),
+      {(x, 0, 0) for x in range(4)},
+      {(0, y, z) for y in range(4) for z in range(4)},
+    ),
+    (
+      *("TPU v5 lite", (16, 16, 1), (16, 16)),
+      {(x, 0, 0) for x in range(16)},
+      {(0, y, 0) for y in range(16)},
+    ),
+    # Sides of 8 end: blocks of neighbours, around which a ring closes.
+    (
+      *("TPU v5 lite", (8, 8, 1), (8, 8)),
+      {(x, y, 0) for x in range(4) for y in range(2)},
+      {(x, y, 0) for x in (0, 4) for y in (0, 2, 4, 6)},
+    ),
+    (
+      *("TPU v6 lite", (8, 8, 1), (16, 4)),
+      {(x, y, 0) for x in range(2) for y in range(2)},
+      {(x, y, 0) for x in (0, 2, 4, 6) for y in (0, 2, 4, 6)},
+    ),
+    # 16 x 4 does not divide the sides of 16 x 16.
+    (
+      *("TPU v6 lite", (16, 16, 1), (64, 4)),
+      {(x, y, 0) for x in range(2) for y in range(2)},
+      {(x, y, 0) for x in range(0, 16, 2) for y in range(0, 16, 2)},
+    ),
+  ],
+)
+def test_axes_follow_the_torus(any_device, kind, sides, shape, tensor, fsdp):
+  mesh = mesh_lib.create(
+    {"fsdp": shape[0], "tensor": shape[1]}, _torus(kind, sides)
+  )
+  placed = mesh.devices.reshape(shape)
+  assert set(_coords(placed[0])) == tensor
+  assert set(_coords(placed[:, 0])) == fsdp
+
+
+def test_data_alone_spans_several_slices(any_device):
+  devices = _torus("TPU v5", (4, 4, 4), slices=2)
+  mesh = mesh_lib.create({"data": 2, "fsdp": 16, "tensor": 4}, devices)
+  for number, part in enumerate(mesh.devices):
+    assert {device.slice_index for device in part.flat} == {number}
+  with pytest.raises(ValueError, match="2 slices, over which config.mesh.data"):
+    mesh_lib.create({"fsdp": 32, "tensor": 4}, devices)
 
 
 @pytest.mark.parametrize(
