@@ -79,8 +79,13 @@ def _add(workdir: pathlib.Path, start: Mapping[str, Any]) -> None:
   with file_lock.claim(workdir / "run.lock", wait=lambda: None):
     starts = []
     if os.path.lexists(path):
-      found = workdir_lib.read(path, "delete it: the starts are listed anew")
-      starts = found.get("starts", [])
+      remedy = "delete it: the starts are listed anew"
+      starts = workdir_lib.read(path, remedy).get("starts")
+      if not isinstance(starts, list):
+        raise ValueError(
+          f"{path} is damaged: its starts are {starts!r:.80} and not a list. "
+          f"Restore it from a copy, or {remedy}."
+        )
     workdir_lib.write(path, {"starts": [*starts, start]})
 
 

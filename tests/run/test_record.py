@@ -129,3 +129,14 @@ def test_a_workdir_that_is_none_is_named_and_not_created(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "empty", "first", "second",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("starts", [3, None, {"a": 1}])
+def test_a_record_without_a_list_of_starts_is_refused(begun, config, starts):
+  folder, _ = begun
+  path = folder / record.FILE
+  before = path.read_text()
+  path.write_text(json.dumps({"starts": starts}))
+  with pytest.raises(ValueError, match="run.json is damaged: its starts are"):
+    record.begin(folder, config)
+  path.write_text(before)
