@@ -169,5 +169,4 @@ def _nearest_file(path: str) -> str:
     for file in root.glob("**/*.py")
     if not file.name.startswith("_")
   ]
-  # A link to nothing has the very name that was given.
-  return user_errors.nearest(path, [name for name in names if name != path])
+  return user_errors.nearest(path, names)
