@@ -85,13 +85,15 @@ def of_workdir(argv: Sequence[str]) -> str:
 
 
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+  values: Any = None
   try:
     with open(path, "rb") as file:
       read = file.read(_MOST_BYTES + 1)
-    values = json.loads(read.decode()) if len(read) <= _MOST_BYTES else None
-    wrong = "" if isinstance(values, dict) else "it is not a JSON object"
     if len(read) > _MOST_BYTES:
       wrong = f"it has more than {_MOST_BYTES:,} bytes, which no config has"
+    else:
+      values = json.loads(read.decode())
+      wrong = "" if isinstance(values, dict) else "it is not a JSON object"
   except (ValueError, RecursionError) as error:
     wrong = f"it is not JSON ({error})"
   except OSError as error:
