@@ -33,7 +33,9 @@ def main(_) -> None:
   config = sizes.derive(given)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, given, needs={"held_out": 1})
+      run = record.begin(
+        _WORKDIR.value, given, ("evaluate",), needs={"held_out": 1}
+      )
     evaluate.evaluate(
       run,
       evaluate.Settings(
@@ -42,10 +44,11 @@ def main(_) -> None:
       preemption,
       lineage=initial_model.lineage(config),
     )
-    reporting.write(run, config.to_dict(), preemption)
+    whole = record.of_run(_WORKDIR.value, given, ("evaluate",))
+    reporting.write(run, sizes.derive(whole).to_dict(), preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, given)
+    record.end(_WORKDIR.value, given, ("evaluate",))
 
 
 if __name__ == "__main__":

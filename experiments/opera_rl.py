@@ -105,7 +105,7 @@ def run_stages(config, folder: str, preemption) -> None:
   rl_rules = rl_filter.Rules(**select.pop("rl"))
   rules = filters.Rules(**select)
   with preemption.exit_at_once():
-    run = record.begin(folder, given, needs=least_tasks(config, stages))
+    run = record.begin(folder, given, stages, needs=least_tasks(config, stages))
   lines = stage_lines.StageLines(
     run.workdir, [name for name in STAGES if name in stages]
   )
@@ -213,10 +213,11 @@ def run_stages(config, folder: str, preemption) -> None:
     )
   if "report" in stages:
     enter("report")
-    reporting.write(run, config.to_dict(), preemption)
+    whole = record.of_run(folder, given, stages)
+    reporting.write(run, sizes.derive(whole).to_dict(), preemption)
   workdir.redone(folder)
   if runtime.is_main_process():
-    record.end(folder, given)
+    record.end(folder, given, stages)
   times.finish(folder)
 
 

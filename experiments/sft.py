@@ -32,12 +32,12 @@ def main(_) -> None:
   config = sizes.derive(given)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, given)
+      run = record.begin(_WORKDIR.value, given, ("sft",))
     recipe = supervised.Recipe(**config.sft.to_dict())
     supervised.sft(run, recipe, preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, given)
+    record.end(_WORKDIR.value, given, ("sft",))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run.", required=True
 )
 
+STAGES = ("base", "synthesize", "select")
+
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
@@ -48,7 +50,7 @@ def main(_) -> None:
   rules = filters.Rules(**select)
   with checkpoint.Preemption() as preemption:
     with preemption.exit_at_once():
-      run = record.begin(_WORKDIR.value, given, needs={"synthesis": 1})
+      run = record.begin(_WORKDIR.value, given, STAGES, needs={"synthesis": 1})
     preflight.synthesis(run, search)
     supervised.base(
       run,
@@ -61,7 +63,7 @@ def main(_) -> None:
     cold_start.select(run, rules, config.reward.keywords, card, preemption)
   workdir.redone(_WORKDIR.value)
   if runtime.is_main_process():
-    record.end(_WORKDIR.value, given)
+    record.end(_WORKDIR.value, given, STAGES)
 
 
 if __name__ == "__main__":

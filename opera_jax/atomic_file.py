@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and never by way of a link."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import secrets
@@ -35,6 +36,13 @@ def replacing(
       file.flush()
       os.fsync(file.fileno())
     partial.replace(path)
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise OSError(
+      f"{path} cannot be written ({error.strerror}). What was saved before is "
+      "whole: make room, and run the same command again."
+    ) from error
   finally:
     partial.unlink(missing_ok=True)
 

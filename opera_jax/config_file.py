@@ -18,6 +18,9 @@ import ml_collections
 from opera_jax import config_fields, shipped, user_errors
 
 NAME = "config.json"  # of the config in a run's workdir
+_MOST_BYTES = 1_000_000  # of a JSON config; a run writes 10 kB
+_MOST_FAULTS = 20  # that a message lists
+_MOST_CHARACTERS = 200  # of a value that a message shows
 # Fields that are tables with keys of the user's own: a file replaces them.
 TABLES = (
   "data.fields",
@@ -82,9 +85,15 @@ def of_workdir(argv: Sequence[str]) -> str:
 
 
 def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
+  values: Any = None
   try:
-    values = json.loads(path.read_bytes().decode())
-    wrong = "" if isinstance(values, dict) else "it is not a JSON object"
+    with open(path, "rb") as file:
+      read = file.read(_MOST_BYTES + 1)
+    if len(read) > _MOST_BYTES:
+      wrong = f"it has more than {_MOST_BYTES:,} bytes, which no config has"
+    else:
+      values = json.loads(read.decode())
+      wrong = "" if isinstance(values, dict) else "it is not a JSON object"
   except (ValueError, RecursionError) as error:
     wrong = f"it is not JSON ({error})"
   except OSError as error:
@@ -97,7 +106,9 @@ def _read_json(path: pathlib.Path) -> ml_collections.ConfigDict:
     faults = _fill(config, values, "")
     if not faults:
       return config.lock()
-    wrong = "; ".join(faults)
+    wrong = "; ".join(faults[:_MOST_FAULTS])
+    if len(faults) > _MOST_FAULTS:
+      wrong += f"; and {len(faults) - _MOST_FAULTS:,} faults more"
   raise ValueError(
     f"The config file {path} cannot be used: {wrong}. Correct it, or give the "
     "Python file that the run began with as --config."
@@ -117,15 +128,28 @@ def _fill(
       continue
     section = isinstance(config[name], ml_collections.ConfigDict)
     if section != isinstance(value, dict):
-      faults.append(f"config.{path} is {value!r}")
+      faults.append(f"config.{path} is {_shown(value)}")
     elif section and path not in TABLES:
       faults += _fill(config[name], value, f"{path}.")
     else:
       try:
         config[name] = _tuples(value)
-      except (TypeError, ValueError) as error:
-        faults.append(f"config.{path} is {value!r} ({error})")
+      # AttributeError: a key of a table that ConfigDict needs for itself.
+      except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        faults.append(f"config.{path} is {_shown(value)} ({_cut(str(error))})")
   return faults
+
+
+def _shown(value: Any) -> str:
+  try:
+    return _cut(repr(value))
+  except RecursionError:
+    return "nested too deeply"
+
+
+def _cut(text: str) -> str:
+  beyond = len(text) > _MOST_CHARACTERS
+  return f"{text[:_MOST_CHARACTERS]}..." if beyond else text
 
 
 def _tuples(value: Any) -> Any:

@@ -50,8 +50,10 @@ def is_message(error: BaseException) -> bool:
 
 
 def nearest(name: Any, names: Collection[str]) -> str:
-  """A hint `; did you mean 'NAME'?`, or "" if no name is similar."""
-  found = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+  """A hint `; did you mean 'NAME'?`, or "" if no other name is similar."""
+  # A link that leads nowhere stands in its folder under the name given.
+  others = [other for other in names if other != str(name)]
+  found = difflib.get_close_matches(str(name), others, n=1, cutoff=0.5)
   return f"; did you mean {found[0]!r}?" if found else ""
 
 

@@ -1,5 +1,8 @@
 """A file is there whole or as it was, and no link is followed."""
 
+import errno
+import os
+
 import pytest
 
 from opera_jax import atomic_file
@@ -30,3 +33,17 @@ def test_no_link_is_followed(tmp_path):
   atomic_file.write(path, "page")
   assert victim.read_text() == "precious"
   assert path.read_text() == "page" and not path.is_symlink()
+
+
+def test_a_full_disk_is_named_and_leaves_what_was(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  atomic_file.write(path, "before")
+
+  def full(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match=r"a\.txt cannot be written \(No space"):
+    atomic_file.write(path, "after")
+  assert path.read_text() == "before"
+  assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

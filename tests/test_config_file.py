@@ -73,7 +73,16 @@ def test_every_table_of_a_config_is_known():
     ('{"rl": 3}', "config.rl is 3"),
     ('{"seed": {"a": 1}}', "config.seed is"),
     ('{"rl": {"steps": "many"}}', "config.rl.steps is 'many'"),
+    ('{"reward": {"options": {"__class__": 3}}}', "config.reward.options is"),
+    (
+      '{"reward": {"options":' + '{"a":' * 900 + "1" + "}" * 902,
+      "config.reward.options is",
+    ),
+    ('{"rl": {"steps": "' + "a" * 9_000 + '"}}', "config.rl.steps is 'aaa"),
+    (json.dumps(dict.fromkeys(map(str, range(99)))), "and 79 faults more"),
+    (" " * 1_000_001, "more than 1,000,000 bytes"),
   ],
+  ids=lambda text: text[:40],
 )
 def test_a_json_file_that_is_no_config(tmp_path, text, said):
   path = tmp_path / "config.json"
@@ -81,6 +90,15 @@ def test_a_json_file_that_is_no_config(tmp_path, text, said):
   with pytest.raises(ValueError) as caught:
     config_file.load(str(path))
   assert said in str(caught.value) and str(path) in str(caught.value)
+  assert len(str(caught.value)) < 2_000
+
+
+def test_a_link_to_nothing_is_not_its_own_nearest(tmp_path):
+  path = tmp_path / config_file.NAME
+  path.symlink_to(path)
+  with pytest.raises(FileNotFoundError, match="cannot be read") as caught:
+    config_file.load(str(path))
+  assert "did you mean" not in str(caught.value)
 
 
 def test_the_nearest_file_is_named(tmp_path, monkeypatch):

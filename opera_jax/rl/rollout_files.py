@@ -124,15 +124,36 @@ def read(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     with gzip.open(path, "rb") as file:
       for line in file:
         record = json.loads(line)
-        if not isinstance(record, dict):
-          raise ValueError("it is not a JSON object")
+        wrong = _fault(record)
+        if wrong:
+          raise ValueError(wrong)
         yield record
         number += 1
-  except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+  except FileNotFoundError:
+    raise
+  except (EOFError, OSError, RecursionError, ValueError, zlib.error) as error:
     raise ValueError(
       f"{path}:{number}: the file of rollouts is damaged ({error}). Delete "
       "it: nothing in the run depends on it."
     ) from error
+
+
+def _fault(record: Any) -> str:
+  """What a line lacks of a record; "" if nothing that is read from it."""
+  if not isinstance(record, dict):
+    return "it is not a JSON object"
+  terms = record.get("terms")
+  if not isinstance(terms, dict):
+    return f"its terms are {terms!r:.80}"
+  facts = record.get("facts", {})
+  if not isinstance(facts, dict):
+    return f"its facts are {facts!r:.80}"
+  names = ("step", "reward", "advantage", "completion_tokens")
+  numbers = {name: record.get(name, "") for name in names} | terms | facts
+  for name, value in numbers.items():
+    if not isinstance(value, int | float | None):
+      return f"its {name} is {value!r:.80}"
+  return ""
 
 
 class RolloutLog:

@@ -13,6 +13,7 @@ that has no checkpoint of its own takes the tokenizer of the other run.
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -92,13 +93,19 @@ def is_checkpoint(name: str) -> bool:
   return path.exists() or is_id
 
 
-def fault(field: str, name: str, allowed: Sequence[str]) -> str:
+def fault(
+  field: str,
+  name: str,
+  allowed: Sequence[str],
+  workdir: str | os.PathLike | None = None,
+) -> str:
   """What is wrong with a value of `init`; "" if nothing is.
 
   Args:
     field: "config.rl.init".
     name: its value, not empty.
     allowed: stages of this run that it may name.
+    workdir: of this run; None if it has none.
   """
   if name in allowed:
     return ""
@@ -108,6 +115,11 @@ def fault(field: str, name: str, allowed: Sequence[str]) -> str:
     )
   found = other_run(name)
   if found:
+    if workdir is not None and found[0] == pathlib.Path(workdir).resolve():
+      return (
+        f"{field} is {name!r}, a stage of this very run; use "
+        f"{' or '.join(map(repr, allowed))}, or name another --workdir"
+      )
     if workdir_lib.model(*found) is None:
       return (
         f"{field} is {name!r}, a stage that has left no model; finish that "
@@ -150,6 +162,12 @@ def check(
   ours = {k: v for k, v in _plain(config).items() if k not in hf_config.FREE}
   if found:
     record = workdir_lib.settings(*found)
+    if not record:
+      raise ValueError(
+        f"The model {name} has lost its stage's SETTINGS.json, which says its "
+        "sizes and its tokenizer. Restore that file from a copy, or name "
+        "another model."
+      )
     theirs = workdir_lib.nested(record).get("model", {})
     remedy = f"give the config of that run, --config={found[0]}/config.json"
   else:

@@ -16,7 +16,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,11 +38,21 @@ PACKAGES = (
 )
 _USER = re.compile(r"(?<=://)[^/\s@]+@")
 _GIT_SECONDS = 10
+# Sections of the config that say what one stage did, by stage.
+_OF_STAGE = {
+  "base": ("base",),
+  "synthesize": ("synthesis",),
+  "select": ("select",),
+  "sft": ("sft",),
+  "rl": ("rl", "rollout", "reward"),
+  "evaluate": ("evaluate",),
+}
 
 
 def begin(
   workdir: str | os.PathLike,
   config: Any,
+  stages: Collection[str],
   needs: Mapping[str, int] | None = None,
 ) -> setup.Run:
   """Sets up a run, and adds this start to its record.
@@ -54,6 +64,7 @@ def begin(
     workdir: folder of the run.
     config: of this start, a ConfigDict; sizes that follow from its lengths are
       derived, and not recorded.
+    stages: that this start runs.
     needs: the least tasks of the stages that will run, see `tasks.load`.
 
   Raises:
@@ -61,17 +72,50 @@ def begin(
   """
 
   def recorded() -> None:
-    end(workdir, config)
+    end(workdir, config, stages)
 
   run = setup.from_config(workdir, config, recorded, needs)
   exchange.on_main_process(lambda: _add(run.workdir, _start(run.tasks.digests)))
   return run
 
 
-def end(workdir: str | os.PathLike, config: Any) -> None:
+def end(
+  workdir: str | os.PathLike, config: Any, stages: Collection[str]
+) -> None:
   """Writes the config of a run whose stages have accepted it."""
   path = pathlib.Path(workdir) / config_file.NAME
-  atomic_file.write(path, config_file.text(config))
+  atomic_file.write(path, config_file.text(of_run(workdir, config, stages)))
+
+
+def of_run(
+  workdir: str | os.PathLike, config: Any, stages: Collection[str]
+) -> Any:
+  """The config of all that lies in a workdir, after a start that ran a part.
+
+  A stage that this start did not run keeps its sections as they were recorded,
+  and `stages` names those of every start.
+
+  Args:
+    workdir: folder of the run.
+    config: of this start, a ConfigDict.
+    stages: that this start runs.
+  """
+  path = pathlib.Path(workdir) / config_file.NAME
+  if not os.path.lexists(path):
+    return config
+  try:
+    before = config_file.load(str(path))
+  except (OSError, ValueError) as error:
+    print(f"{error} It is written anew.", flush=True)
+    return config
+  whole = config.copy_and_resolve_references().unlock()
+  for stage, sections in _OF_STAGE.items():
+    if stage not in stages and workdir_lib.begun(workdir, stage):
+      for section in sections:
+        whole[section] = before[section]
+  names = [*before.stages.split(","), *config.stages.split(",")]
+  whole.stages = ",".join(dict.fromkeys(name.strip() for name in names))
+  return whole.lock()
 
 
 def _add(workdir: pathlib.Path, start: Mapping[str, Any]) -> None:
@@ -79,8 +123,13 @@ def _add(workdir: pathlib.Path, start: Mapping[str, Any]) -> None:
   with file_lock.claim(workdir / "run.lock", wait=lambda: None):
     starts = []
     if os.path.lexists(path):
-      found = workdir_lib.read(path, "delete it: the starts are listed anew")
-      starts = found.get("starts", [])
+      remedy = "delete it: the starts are listed anew"
+      starts = workdir_lib.read(path, remedy).get("starts")
+      if not isinstance(starts, list):
+        raise ValueError(
+          f"{path} is damaged: its starts are {starts!r:.80} and not a list. "
+          f"Restore it from a copy, or {remedy}."
+        )
     workdir_lib.write(path, {"starts": [*starts, start]})
 
 

@@ -353,8 +353,12 @@ class Run:
       )
     if restored is None:
       raise FileNotFoundError(
-        f"Stage {stage!r} has saved no model in {workdir / stage}. Run "
-        f"it first: add {stage} to config.stages."
+        f"Stage {stage!r} has saved no model in {workdir / stage}. "
+        + (
+          f"Run it first: add {stage} to config.stages."
+          if workdir == self.workdir
+          else "Restore its folder model/ from a copy, or name another model."
+        )
       )
     reported = workdir_lib.result(workdir, stage).get("model")
     found = fingerprint_lib.fingerprint(restored[1])

@@ -687,7 +687,9 @@ def _stages(
     if stage not in stages or made(stage):
       continue
     if init:
-      fault = initial_model.fault(f"config.{stage}.init", init, allowed)
+      fault = initial_model.fault(
+        f"config.{stage}.init", init, allowed, workdir
+      )
       if fault:
         yield fault
       elif initial_model.is_checkpoint(init) and not config["checkpoint"]:

@@ -175,7 +175,7 @@ def _histograms(
   R_ppl is left out: ranks in a group have one distribution, whatever is learnt.
   """
   held_out = {
-    path.name.partition(".")[0]: list(rollout_files.read(path))
+    path.name.partition(".")[0]: _records(path)
     for path in (workdir / "evaluate" / evaluate.SAMPLES).glob("*.jsonl.gz")
   }
   files = rollout_files.steps(workdir / "rl" / "rollouts")
@@ -183,7 +183,7 @@ def _histograms(
   # A tenth of the steps each, where they do not overlap.
   few = max(len(steps) // 10, 1)
   rollouts = {
-    _span(some): [r for step in some for r in rollout_files.read(files[step])]
+    _span(some): [r for step in some for r in _records(files[step])]
     for some in (steps[:few], steps[-few:])
     if len(steps) > 1
   }
@@ -193,6 +193,15 @@ def _histograms(
     ),
     "RL's rollouts, at the start and at the end": _distributions(rollouts),
   }
+
+
+def _records(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a file; none, with a warning, if it is damaged."""
+  try:
+    return list(rollout_files.read(path))
+  except ValueError as error:
+    print(f"report: warning: its histograms lack a file: {error}", flush=True)
+    return []
 
 
 def _span(steps: Sequence[int]) -> str:

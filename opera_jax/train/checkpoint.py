@@ -8,9 +8,11 @@ previous one is used.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
+import shutil
 import signal
 import types
 import warnings
@@ -107,6 +109,7 @@ class Checkpoints:
 
     Raises:
       RuntimeError: another run writes here, or `write` was False.
+      OSError: the disk has no room for it; earlier checkpoints are whole.
     """
     if not self._writes:
       raise RuntimeError(
@@ -115,14 +118,20 @@ class Checkpoints:
       )
     if self.latest() == step:
       return False
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-      ),
-      force=True,
-    )
-    self._manager.wait_until_finished()
+    self._check_room(step, state)
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+        ),
+        force=True,
+      )
+      self._manager.wait_until_finished()
+    except ValueError as error:  # tensorstore's, for any failed write
+      if os.strerror(errno.ENOSPC) in str(error):
+        raise self._no_room(step, "no space is left") from error
+      raise
     if runtime.is_main_process():
       folder = self._directory / str(step)
       partial = self._directory / f"{_FILES}.{secrets.token_hex(8)}{_TEMPORARY}"
@@ -131,6 +140,30 @@ class Checkpoints:
     runtime.barrier(f"saved {step}")
     self._latest = step
     return True
+
+  def _check_room(self, step: int, state: Any) -> None:
+    """Refuses to begin what the disk cannot hold: orbax's threads would each
+    report the failure in their own words."""
+    if "://" in str(self._directory):
+      return
+    needed = sum(
+      shard.data.nbytes
+      for leaf in jax.tree.leaves(_without_keys(state))
+      for shard in getattr(leaf, "addressable_shards", ())
+      if shard.replica_id == 0
+    )
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      raise self._no_room(
+        step, f"it has {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+      )
+
+  def _no_room(self, step: int, why: str) -> OSError:
+    return OSError(
+      f"Checkpoint {step} does not fit on the disk of {self._directory}: "
+      f"{why}. What was saved before is whole: make room, and run the same "
+      "command again."
+    )
 
   def latest(self) -> int | None:
     """The newest intact checkpoint's step, or None."""

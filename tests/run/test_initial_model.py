@@ -1,6 +1,7 @@
 """A stage starts from any model of the run's sizes and tokenizer."""
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -155,6 +156,31 @@ def test_a_name_that_leads_nowhere(first, tmp_path, monkeypatch):
   wrong = str(run.workdir / "stf")
   assert f"did you mean '{run.workdir}/sft'" in says(wrong)
   assert "did you mean 'base'" in says("bsae")
+  (tmp_path / "loop").symlink_to("loop")
+  assert "did you mean" not in says("loop")
+  own = fault("config.rl.init", wrong.replace("stf", "sft"), ("base",), ".")
+  assert not own
+  own = fault(
+    "config.rl.init", f"{run.workdir}/sft", ("base",), f"{run.workdir}/sft/.."
+  )
+  assert "a stage of this very run; use 'base'" in own
   (tmp_path / "half" / "sft").mkdir(parents=True)
   workdir_lib.Stage(tmp_path / "half", "sft", {}).begin()
   assert "has left no model" in says(str(tmp_path / "half" / "sft"))
+
+
+def test_a_model_that_has_lost_its_files_is_named(first, tmp_path):
+  run, _ = first
+  lost = tmp_path / "lost"
+  shutil.copytree(run.workdir, lost)
+  name = str(lost / "sft")
+  config = _config(**{"rl.init": name})
+  second = setup.from_config(tmp_path / "second", config)
+  shutil.rmtree(lost / "sft" / "model")
+  with pytest.raises(FileNotFoundError, match="model/ from a copy"):
+    second.load(name)
+  with pytest.raises(FileNotFoundError, match="add base to config.stages"):
+    second.load("base")
+  (lost / "sft" / "SETTINGS.json").unlink()
+  with pytest.raises(ValueError, match=r"has lost its stage's SETTINGS\.json"):
+    setup.from_config(tmp_path / "third", config)

@@ -25,7 +25,7 @@ def config():
 @pytest.fixture(scope="module")
 def begun(config, tmp_path_factory):
   folder = tmp_path_factory.mktemp("begun")
-  return folder, record.begin(folder, config)
+  return folder, record.begin(folder, config, ("base",))
 
 
 def _starts(folder):
@@ -65,7 +65,7 @@ def test_the_config_is_written_once_a_stage_accepts_it(begun, config):
   # A start that is refused leaves it as it is, and is listed nevertheless.
   other = config.copy_and_resolve_references()
   other.rl.steps = 77
-  again = record.begin(folder, other)
+  again = record.begin(folder, other, ("base",))
   with pytest.raises(ValueError, match=r"base\.rate: 1 then, 2 now"):
     again.stage("base", tasks=("documents",), base={"rate": 2})
   assert path.read_text() == written and len(_starts(folder)) == 2
@@ -101,7 +101,7 @@ def test_data_is_recorded_by_its_digest(tmp_path, config):
   own = config.copy_and_resolve_references()
   own.data.kind, own.data.path = "jsonl", str(path)
   own.data.default_task = "open_ended"
-  record.begin(tmp_path / "run", own)
+  record.begin(tmp_path / "run", own, ("base",))
   (start,) = _starts(tmp_path / "run")
   sums = subprocess.run(
     ["sha256sum", str(path)], capture_output=True, text=True, check=True
@@ -112,7 +112,7 @@ def test_data_is_recorded_by_its_digest(tmp_path, config):
 def test_a_damaged_list_of_starts_is_named(tmp_path, config):
   (tmp_path / record.FILE).write_text("{")
   with pytest.raises(ValueError, match=r"run\.json is damaged.*delete it"):
-    record.begin(tmp_path, config)
+    record.begin(tmp_path, config, ("base",))
 
 
 def test_a_start_that_failed_behind_its_tokenizer_has_left_no_run(tmp_path):
@@ -135,3 +135,43 @@ def test_a_workdir_that_is_none_is_named_and_not_created(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "empty", "first", "second",
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize("starts", [3, None, {"a": 1}])
+def test_a_record_without_a_list_of_starts_is_refused(begun, config, starts):
+  folder, _ = begun
+  path = folder / record.FILE
+  before = path.read_text()
+  path.write_text(json.dumps({"starts": starts}))
+  with pytest.raises(ValueError, match="run.json is damaged: its starts are"):
+    record.begin(folder, config, ("base",))
+  path.write_text(before)
+
+
+def test_a_start_of_some_stages_leaves_what_the_config_says_of_others(
+  config, tmp_path
+):
+  for name in ("base", "rl"):
+    workdir.Stage(tmp_path, name, {}).begin()
+  record.end(tmp_path, config, ("base", "rl"))
+  path = tmp_path / config_file.NAME
+  other = config.copy_and_resolve_references()
+  other.stages = "evaluate, report"
+  other.rl.steps, other.reward.alpha, other.rollout.top_k = 77, 0.125, 9
+  other.base.epochs, other.sft.epochs = 5, 6
+  record.end(tmp_path, other, ("base", "evaluate", "report"))
+  now = config_file.load(str(path))
+  for section in ("rl", "reward", "rollout"):
+    assert now[section].to_dict() == config[section].to_dict()
+  assert now.base.epochs == 5 and now.sft.epochs == 6  # SFT has not begun
+  assert sorted(now.stages.split(",")) == sorted(config.stages.split(","))
+  record.end(tmp_path, other, ("rl",))
+  assert config_file.load(str(path)).rl.steps == 77
+
+
+def test_a_damaged_config_is_written_anew(config, tmp_path, capsys):
+  path = tmp_path / config_file.NAME
+  path.write_text("{")
+  record.end(tmp_path, config, ("base",))
+  assert "written anew" in capsys.readouterr().out
+  assert config_file.load(str(path)).to_dict() == config.to_dict()

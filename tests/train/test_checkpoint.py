@@ -1,7 +1,9 @@
 """Checkpoints come back bit for bit, and damaged ones are passed over."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +55,47 @@ def test_round_trip_is_bit_for_bit(tmp_path):
   assert _bits(state) == _bits(_state(3))
   assert host == {"position": 3, "ema": 0.1 * 3}
   assert jax.random.normal(state.key) == jax.random.normal(jax.random.key(3))
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path, monkeypatch):
+  _filled(tmp_path)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(_without_key(_state())))
+  usage = shutil.disk_usage(tmp_path)
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+
+  def free(count):
+    monkeypatch.setattr(
+      shutil, "disk_usage", lambda _: usage._replace(free=count)
+    )
+
+  free(size - 1)
+  with pytest.raises(OSError, match=r"Checkpoint 4 does not fit .* are free"):
+    checkpoints.save(4, _state(4), {})
+  free(size)
+  # Another process takes the room meanwhile.
+  with monkeypatch.context() as patch, pytest.raises(OSError, match="is left"):
+    patch.setattr(checkpoints._manager, "save", _full)
+    checkpoints.save(4, _state(4), {})
+  with monkeypatch.context() as patch, pytest.raises(ValueError, match="shape"):
+    patch.setattr(checkpoints._manager, "save", _misshapen)
+    checkpoints.save(4, _state(4), {})
+  assert checkpoints.restore(_state())[0] == 3
+  assert checkpoints.save(4, _state(4), {})
+  checkpoints.close()
+  step, state, _ = checkpoint.Checkpoints(tmp_path).restore(_state())
+  assert step == 4 and _bits(state) == _bits(_state(4))
+
+
+def _without_key(state):
+  return dataclasses.replace(state, key=jax.random.key_data(state.key))
+
+
+def _full(*_, **__):
+  raise ValueError("RESOURCE_EXHAUSTED: x: No space left on device [28]")
+
+
+def _misshapen(*_, **__):
+  raise ValueError("another shape")
 
 
 def test_only_the_newest_are_kept(tmp_path):
