@@ -27,7 +27,6 @@ with epy.lazy_imports():
   import numpy as np
 
   from opera_jax import structs
-  from opera_jax.data import batching
   from opera_jax.data import rl as rl_data
   from opera_jax.models import decoder, lora
   from opera_jax.plan import memory_floor, utilisation
@@ -35,6 +34,7 @@ with epy.lazy_imports():
   from opera_jax.rl import (
     advantages,
     learner,
+    prompt_sampling,
     rollout_files,
     rollouts,
     sampler_trainer,
@@ -306,8 +306,6 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   prompts, held = checks.split([p for p in run.tasks.rl if p.task in rl.tasks])
   prompt_ids = run.prompt_ids(prompts)
   batches = 1 + rl.max_resamples  # maximum prompt batches per step
-  epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
-  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
     rl.learning_rate,
@@ -353,7 +351,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
-  step, ema, total_tokens, shown = 0, None, 0, False
+  step, ema, total_tokens, shown, host = 0, None, 0, False, {}
   found = validation.Progress()
   restored = saves.restore(state)
   if restored is not None:
@@ -361,6 +359,16 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
     found = validation.Progress(**host.get("validation", {}))
     print(f"rl: resuming after step {step}", flush=True)
+  sampler = prompt_sampling.build(
+    rl.sampling,
+    prompts,
+    run.tasks.weights,
+    batch_size=rl.prompts,
+    batches=rl.steps * batches,
+    seed=seed,
+    floor=rl.sampling_floor,
+    seen=host.get("variances", {}),
+  )
   log = metrics.Metrics(
     stage.path,
     "metrics",
@@ -395,7 +403,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # log-probabilities of the completions' tokens, and of the reference after
       # each reflective step, after the step before it, and after the whole
       # completion.
-      batch_indices = [order[step * batches + at] for at in range(batches)]
+      batch_indices = [
+        sampler.batch(step * batches + at) for at in range(batches)
+      ]
       try:
         sampled = rollouts.collect(
           run.engine,
@@ -416,9 +426,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
           stage.begin()
-          saves.save(step, state, host_state(ema, total_tokens, found))
+          saves.save(step, state, host_state(ema, total_tokens, found, sampler))
         raise
       scored = sampled.scored
+      for groups in (*sampled.unused, scored):
+        sampler.observe(groups)
       total_tokens += sampled.sampled_tokens
       if not shown:
         shown = True
@@ -548,7 +560,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       stop = preemption.requested()
       if stop or due or step % rl.checkpoint_every == 0 or step == rl.steps:
         stage.begin()
-        saves.save(step, state, host_state(ema, total_tokens, found))
+        saves.save(step, state, host_state(ema, total_tokens, found, sampler))
         validation.clean(best_folder)
       if stop:
         raise SystemExit(preemption.exit_code())
@@ -676,13 +688,17 @@ def rollout_records(
 
 
 def host_state(
-  ema: float | None, sampled: int, found: "validation.Progress"
+  ema: float | None,
+  sampled: int,
+  found: "validation.Progress",
+  sampler: "prompt_sampling.PromptSampler",
 ) -> dict:
   """The host state that an RL checkpoint stores beside the arrays."""
   return {
     "reward_ema": ema,
     "sampled_tokens": sampled,
     "validation": dataclasses.asdict(found),
+    "variances": sampler.variances,
   }
 
 
