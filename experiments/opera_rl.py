@@ -27,6 +27,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from opera_jax import structs
+  from opera_jax.data import mixture
   from opera_jax.data import rl as rl_data
   from opera_jax.models import decoder, lora
   from opera_jax.plan import memory_floor, utilisation
@@ -50,6 +51,7 @@ with epy.lazy_imports():
     sizes,
     workdir,
   )
+  from opera_jax.run import tasks as tasks_lib
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
     cold_start,
@@ -140,7 +142,7 @@ def run_stages(config, folder: str, preemption) -> None:
     memory_floor.device_limit(run.mesh),
   )
   if "rl" in stages:
-    check_enough_prompts(config, len(run.tasks.rl))
+    check_enough_prompts(config, run.tasks)
     preflight.rl(run, rl_rules)
     truncated = run.sampling(**config.rollout.to_dict()).truncates()
     if truncated and not config.rl.importance_cap:
@@ -197,7 +199,7 @@ def run_stages(config, folder: str, preemption) -> None:
       preemption,
       init=config.rl.init or "sft",
     )
-    check_enough_prompts(config, len(selected.tasks.rl))
+    check_enough_prompts(config, selected.tasks)
     reinforce(selected, config.rl, config.rollout, preemption)
   # 5. Evaluation: all models on held-out prompts, also by a measure that no
   # reward uses.
@@ -254,15 +256,16 @@ def check_batches_divide(config, num_data_shards: int) -> None:
       )
 
 
-def check_enough_prompts(config, num_prompts: int) -> None:
+def check_enough_prompts(config, tasks: "tasks_lib.Tasks") -> None:
   """Refuses RL with fewer prompts than one step needs.
 
   Raises:
-    ValueError: `num_prompts`, less those of validation, is below
-      config.rl.prompts.
+    ValueError: the tasks, less those of validation, are fewer than
+      config.rl.prompts, or those of a data set fewer than its share.
   """
   checks = config.rl.validation
   held = checks.prompts if checks.every else 0
+  num_prompts = len(tasks.rl)
   if num_prompts - held < config.rl.prompts:
     less = f" beside {held} of config.rl.validation.prompts" if held else ""
     raise ValueError(
@@ -271,6 +274,20 @@ def check_enough_prompts(config, num_prompts: int) -> None:
       "raise config.data.rl, add tasks, raise the length limits, or loosen "
       "config.select.rl."
     )
+  prompts, _ = rl_prompts(tasks, config.rl)
+  if tasks.weights:
+    mixture.batch_sets(
+      [prompt.set for prompt in prompts],
+      tasks.weights,
+      config.rl.prompts,
+      config.rl.steps * (1 + config.rl.max_resamples),
+    )
+
+
+def rl_prompts(tasks: "tasks_lib.Tasks", rl):
+  """The prompts that RL trains on, and those that it validates on."""
+  checks = validation.Settings(**rl.validation)
+  return checks.split([p for p in tasks.rl if p.task in rl.tasks])
 
 
 def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
@@ -303,7 +320,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
   checks = validation.Settings(**rl.validation)
-  prompts, held = checks.split([p for p in run.tasks.rl if p.task in rl.tasks])
+  prompts, held = rl_prompts(run.tasks, rl)
   prompt_ids = run.prompt_ids(prompts)
   batches = 1 + rl.max_resamples  # maximum prompt batches per step
   updates_per_step = rl.prompts // rl.mini_batch

@@ -77,8 +77,8 @@ class AdvantageInputs:
   penalty: Sequence[np.ndarray]
   logprobs: Mapping[str, Sequence[np.ndarray]]
   value: Sequence[np.ndarray] | None = None
-  terms: Mapping[str, tuple[float | np.ndarray, np.ndarray]] = dataclasses.field(
-    default_factory=dict
+  terms: Mapping[str, tuple[float | np.ndarray, np.ndarray]] = (
+    dataclasses.field(default_factory=dict)
   )
 
   def returns(self) -> np.ndarray:

@@ -170,7 +170,7 @@ def batch_sets(
         f"Set {name!r} of config.data.mix has {size} prompts for RL, and a "
         f"batch of {batch_size} takes up to {most} of it. Lower its weight or "
         "config.rl.prompts, raise config.data.rl, add prompts, loosen "
-        "config.select.rl, or leave the set out."
+        "config.select.rl or config.rl.tasks, or leave the set out."
       )
   return chosen
 

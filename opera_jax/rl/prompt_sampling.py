@@ -69,9 +69,9 @@ class PromptSampler:
   """The prompts of each batch of an RL run."""
 
   ids: Sequence[str]  # [N]
-  order: Sequence[np.ndarray]  # of each batch, without pass rates
-  # [batches, B]: the set of each prompt of a batch; None draws by `order`.
-  sets: np.ndarray | None
+  # The prompts of each batch, or None to draw them by pass rate.
+  order: Sequence[np.ndarray] | None
+  sets: np.ndarray  # [batches, B], the set of each prompt of each batch
   set_of_prompt: np.ndarray  # [N], as numbered in `sets`
   floor: float
   seed: int
@@ -79,7 +79,7 @@ class PromptSampler:
 
   def batch(self, index: int) -> np.ndarray:
     """The prompts of a batch, int64 [B]."""
-    if self.sets is None:
+    if self.order is not None:
       return self.order[index]
     weight_N = self.floor + np.asarray(
       [self.variances.get(name, UNSEEN) for name in self.ids]
@@ -89,14 +89,13 @@ class PromptSampler:
     for s in np.unique(sets_B):
       items = np.flatnonzero(self.set_of_prompt == s)
       mine = sets_B == s
-      # A negative seed is another seed of 64 bits.
-      seed = (self.seed % 2**64, index, int(s))
+      seed = (self.seed, index, int(s))
       out[mine] = items[draw(weight_N[items], int(mine.sum()), seed)]
     return out
 
   def observe(self, scored: score_lib.Scored) -> None:
     """Notes the rewards of sampled groups."""
-    if self.sets is not None:
+    if self.order is None:
       self.variances |= variances(scored)
 
 
@@ -119,7 +118,7 @@ def build(
     weights: of their sets, see `data.mixture`; {} for one set.
     batch_size: B.
     batches: number of batches of the run.
-    seed: any int.
+    seed: an int from 0 on.
     floor: added to every variance, above 0.
     seen: variances from a checkpoint.
 
@@ -128,20 +127,17 @@ def build(
   """
   sets = [prompt.set for prompt in prompts] if weights else [""] * len(prompts)
   weights = weights or {"": 1.0}
-  if len(weights) > 1:
-    order: Sequence[np.ndarray] = mixture.mixed_order(
-      sets, weights, batch_size, batches, seed
-    )
-  else:
+  order: Sequence[np.ndarray] | None = None
+  if method == "uniform" and len(weights) > 1:
+    order = mixture.mixed_order(sets, weights, batch_size, batches, seed)
+  elif method == "uniform":
     epochs = -(-batches * batch_size // max(len(prompts), 1))
     order = batching.batch_order(len(prompts), batch_size, epochs, seed)
   names = list(weights)
   return PromptSampler(
     ids=[prompt.id for prompt in prompts],
     order=order,
-    sets=mixture.batch_sets(sets, weights, batch_size, batches)
-    if method == "pass_rate"
-    else None,
+    sets=mixture.batch_sets(sets, weights, batch_size, batches),
     set_of_prompt=np.asarray([names.index(name) for name in sets]),
     floor=floor,
     seed=seed,
