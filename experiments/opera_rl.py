@@ -368,7 +368,8 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     run.mesh,
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
-  step, ema, total_tokens, shown, host = 0, None, 0, False, {}
+  step, ema, total_tokens, shown = 0, None, 0, False
+  host: dict[str, Any] = {}
   found = validation.Progress()
   restored = saves.restore(state)
   if restored is not None:

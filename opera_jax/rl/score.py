@@ -613,7 +613,9 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     weights={
       name: weight
       if isinstance(weight, float)
-      else of_prompts(lambda s, n=name: s.weights[n])
+      else np.concatenate(
+        [np.asarray(s.weights[name])[list(kept)] for s, kept in chosen]
+      )
       for name, weight in distinct[0].weights.items()
     },
   )

@@ -117,7 +117,7 @@ def load(
   if kind == "storyworld":
     unseen: set[str] = set()
 
-    def mix(
+    def both(
       story: Callable[[int, int], list[Any]],
       sum_: Callable[[int, int], list[Any]],
       count: int,
@@ -130,13 +130,13 @@ def load(
         seed_,
       )
 
-    held = mix(storyworld.prompts, sums.prompts, held_out, seed + 3)
+    held = both(storyworld.prompts, sums.prompts, held_out, seed + 3)
     unseen.update(words.normal(p.prompt) for p in held)
     return Tasks(
-      synthesis=mix(storyworld.prompts, sums.prompts, synthesis, seed + 1),
-      rl=mix(storyworld.prompts, sums.prompts, rl, seed + 2),
+      synthesis=both(storyworld.prompts, sums.prompts, synthesis, seed + 1),
+      rl=both(storyworld.prompts, sums.prompts, rl, seed + 2),
       held_out=held,
-      documents=mix(storyworld.corpus, sums.corpus, documents, seed),
+      documents=both(storyworld.corpus, sums.corpus, documents, seed),
     )
   if kind != "jsonl":
     raise ValueError(
