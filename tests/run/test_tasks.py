@@ -139,6 +139,18 @@ def test_a_mix_of_sets_keeps_ids_apart_and_duplicates_together(tmp_path):
   assert [p.set for p in few.rl[:10]] != ["large"] * 10  # shuffled
 
 
+def test_a_set_with_too_few_tasks_for_its_share_is_refused(tmp_path):
+  first = _write(tmp_path / "a.jsonl", _rows(60))
+  second = _write(tmp_path / "b.jsonl", _rows(63)[60:])
+  config = common.get_config()
+  config.rl.prompts = 8
+  loaded = _load(mix=[(first, 5.0), (second, 1.0)], held_out=0, documents=0)
+  opera_rl.check_enough_prompts(config, loaded)
+  loaded = dataclasses.replace(loaded, weights={"a": 1.0, "b": 1.0})
+  with pytest.raises(ValueError, match="Set 'b' .* has 3 prompts .* up to 4"):
+    opera_rl.check_enough_prompts(config, loaded)
+
+
 def test_bad_rows_of_all_sets_are_in_one_error(tmp_path):
   first, second = _rows(4), _rows(4)
   first[1]["prompt"] = ""
