@@ -149,6 +149,10 @@ def get_config() -> ml_collections.ConfigDict:
       "documents": 0,  # pretraining documents; unused with a checkpoint
       "math_share": 0.0,  # fraction of storyworld's tasks that are sums
       "path": "",  # source of tasks: JSONL, Parquet, hf:, tfds:, or a directory
+      # several sources in place of data.path, with their weights in RL's
+      # batches: (source, weight) or (source, weight, name) each, see
+      # data/mixture.py; one may be data.math_path
+      "mix": (),
       # our field -> column of data.path
       "fields": {"id": "id", "task": "task", "prompt": "prompt",
                  "reference": "reference"},
@@ -247,6 +251,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.reward = {
     # weighted sum of rewards or "module:function"s; weight 0 only logs a term
     "terms": "opera + verifiable",
+    # weighted sums that replace reward.terms for a task kind or a data set of
+    # data.mix, by its name
+    "by_task": {},
     # settings of those terms by name that differ from their defaults
     "options": {},
     "timeout": 60.0,  # time limit in seconds of a user's function for one step
@@ -348,6 +355,11 @@ def get_config() -> ml_collections.ConfigDict:
     "init": "",
     "steps": 26,  # [P] steps of rollout, reward and update
     "prompts": 64,  # [C] prompts per step
+    # uniform: shuffled passes over the prompts; pass_rate: drawn by the spread
+    # of their last rewards, see rl/prompt_sampling.py
+    "sampling": "uniform",
+    # added to that spread (at most 1/4), so that every prompt is drawn again
+    "sampling_floor": 0.05,
     "samples": 16,  # [C] completions per prompt
     "mini_batch": 8,  # [C] prompts per update
     "epochs_per_batch": 1,  # passes of updates over a step's completions (PPO)

@@ -27,7 +27,7 @@ with epy.lazy_imports():
   import numpy as np
 
   from opera_jax import structs
-  from opera_jax.data import batching
+  from opera_jax.data import mixture
   from opera_jax.data import rl as rl_data
   from opera_jax.models import decoder, lora
   from opera_jax.plan import memory_floor, utilisation
@@ -35,6 +35,7 @@ with epy.lazy_imports():
   from opera_jax.rl import (
     advantages,
     learner,
+    prompt_sampling,
     rollout_files,
     rollouts,
     sampler_trainer,
@@ -50,6 +51,7 @@ with epy.lazy_imports():
     sizes,
     workdir,
   )
+  from opera_jax.run import tasks as tasks_lib
   from opera_jax.sharding import layout, mesh, runtime
   from opera_jax.stages import (
     cold_start,
@@ -140,7 +142,7 @@ def run_stages(config, folder: str, preemption) -> None:
     memory_floor.device_limit(run.mesh),
   )
   if "rl" in stages:
-    check_enough_prompts(config, len(run.tasks.rl))
+    check_enough_prompts(config, run.tasks)
     preflight.rl(run, rl_rules)
     truncated = run.sampling(**config.rollout.to_dict()).truncates()
     if truncated and not config.rl.importance_cap:
@@ -197,7 +199,7 @@ def run_stages(config, folder: str, preemption) -> None:
       preemption,
       init=config.rl.init or "sft",
     )
-    check_enough_prompts(config, len(selected.tasks.rl))
+    check_enough_prompts(config, selected.tasks)
     reinforce(selected, config.rl, config.rollout, preemption)
   # 5. Evaluation: all models on held-out prompts, also by a measure that no
   # reward uses.
@@ -255,15 +257,16 @@ def check_batches_divide(config, num_data_shards: int) -> None:
       )
 
 
-def check_enough_prompts(config, num_prompts: int) -> None:
+def check_enough_prompts(config, tasks: "tasks_lib.Tasks") -> None:
   """Refuses RL with fewer prompts than one step needs.
 
   Raises:
-    ValueError: `num_prompts`, less those of validation, is below
-      config.rl.prompts.
+    ValueError: the tasks, less those of validation, are fewer than
+      config.rl.prompts, or those of a data set fewer than its share.
   """
   checks = config.rl.validation
   held = checks.prompts if checks.every else 0
+  num_prompts = len(tasks.rl)
   if num_prompts - held < config.rl.prompts:
     less = f" beside {held} of config.rl.validation.prompts" if held else ""
     raise ValueError(
@@ -272,6 +275,20 @@ def check_enough_prompts(config, num_prompts: int) -> None:
       "raise config.data.rl, add tasks, raise the length limits, or loosen "
       "config.select.rl."
     )
+  prompts, _ = rl_prompts(tasks, config.rl)
+  if tasks.weights:
+    mixture.batch_sets(
+      [prompt.set for prompt in prompts],
+      tasks.weights,
+      config.rl.prompts,
+      config.rl.steps * (1 + config.rl.max_resamples),
+    )
+
+
+def rl_prompts(tasks: "tasks_lib.Tasks", rl):
+  """The prompts that RL trains on, and those that it validates on."""
+  checks = validation.Settings(**rl.validation)
+  return checks.split([p for p in tasks.rl if p.task in rl.tasks])
 
 
 def reinforce(run: "setup.Run", rl, rollout, preemption) -> None:
@@ -304,11 +321,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   teacher = run.load(rl.teacher) if rl.teacher else reference
   seed = run.seed if rl.seed < 0 else rl.seed
   checks = validation.Settings(**rl.validation)
-  prompts, held = checks.split([p for p in run.tasks.rl if p.task in rl.tasks])
+  prompts, held = rl_prompts(run.tasks, rl)
   prompt_ids = run.prompt_ids(prompts)
   batches = 1 + rl.max_resamples  # maximum prompt batches per step
-  epochs = -(-rl.steps * batches * rl.prompts // max(len(prompts), 1))
-  order = batching.batch_order(len(prompts), rl.prompts, epochs, seed)
   updates_per_step = rl.prompts // rl.mini_batch
   schedule = optimizer.schedule(
     rl.learning_rate,
@@ -355,6 +370,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
   )
   saves = checkpoint.Checkpoints(stage.path / "checkpoints")
   step, ema, total_tokens, shown = 0, None, 0, False
+  host: dict[str, Any] = {}
   found = validation.Progress()
   restored = saves.restore(state)
   if restored is not None:
@@ -362,6 +378,16 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
     ema, total_tokens = host["reward_ema"], host["sampled_tokens"]
     found = validation.Progress(**host.get("validation", {}))
     print(f"rl: resuming after step {step}", flush=True)
+  sampler = prompt_sampling.build(
+    rl.sampling,
+    prompts,
+    run.tasks.weights,
+    batch_size=rl.prompts,
+    batches=rl.steps * batches,
+    seed=seed,
+    floor=rl.sampling_floor,
+    seen=host.get("variances", {}),
+  )
   log = metrics.Metrics(
     stage.path,
     "metrics",
@@ -396,7 +422,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # log-probabilities of the completions' tokens, and of the reference after
       # each reflective step, after the step before it, and after the whole
       # completion.
-      batch_indices = [order[step * batches + at] for at in range(batches)]
+      batch_indices = [
+        sampler.batch(step * batches + at) for at in range(batches)
+      ]
       try:
         sampled = rollouts.collect(
           run.engine,
@@ -417,9 +445,11 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       except SystemExit:  # SIGTERM: this step is sampled again after resuming
         if step:
           stage.begin()
-          saves.save(step, state, host_state(ema, total_tokens, found))
+          saves.save(step, state, host_state(ema, total_tokens, found, sampler))
         raise
       scored = sampled.scored
+      for groups in (*sampled.unused, scored):
+        sampler.observe(groups)
       total_tokens += sampled.sampled_tokens
       if not shown:
         shown = True
@@ -549,7 +579,7 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       stop = preemption.requested()
       if stop or due or step % rl.checkpoint_every == 0 or step == rl.steps:
         stage.begin()
-        saves.save(step, state, host_state(ema, total_tokens, found))
+        saves.save(step, state, host_state(ema, total_tokens, found, sampler))
         validation.clean(best_folder)
       if stop:
         raise SystemExit(preemption.exit_code())
@@ -677,13 +707,17 @@ def rollout_records(
 
 
 def host_state(
-  ema: float | None, sampled: int, found: "validation.Progress"
+  ema: float | None,
+  sampled: int,
+  found: "validation.Progress",
+  sampler: "prompt_sampling.PromptSampler",
 ) -> dict:
   """The host state that an RL checkpoint stores beside the arrays."""
   return {
     "reward_ema": ema,
     "sampled_tokens": sampled,
     "validation": dataclasses.asdict(found),
+    "variances": sampler.variances,
   }
 
 

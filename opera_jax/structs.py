@@ -24,6 +24,7 @@ class Prompt:
   prompt: str
   reference: str  # the reference answer; for maths the true final answer
   columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+  set: str = ""  # its data set in config.data.mix; "" without a mix
 
 
 @dataclasses.dataclass(frozen=True)

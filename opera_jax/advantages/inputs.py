@@ -66,8 +66,8 @@ class AdvantageInputs:
     logprobs: [R] of float32 [C_r] for each name of `scoring_requests`.
     value: [R] of float32 [C_r], the critic's value before each token; None
       without a critic.
-    terms: the weight and the float32 [B, N] values of each reward that the sum
-      `reward_BN` is made of.
+    terms: the weight, a number or [B, 1], and the float32 [B, N] values of each
+      reward that the sum `reward_BN` is made of.
   """
 
   rollouts: structs.Rollouts
@@ -77,8 +77,8 @@ class AdvantageInputs:
   penalty: Sequence[np.ndarray]
   logprobs: Mapping[str, Sequence[np.ndarray]]
   value: Sequence[np.ndarray] | None = None
-  terms: Mapping[str, tuple[float, np.ndarray]] = dataclasses.field(
-    default_factory=dict
+  terms: Mapping[str, tuple[float | np.ndarray, np.ndarray]] = (
+    dataclasses.field(default_factory=dict)
   )
 
   def returns(self) -> np.ndarray:

@@ -253,6 +253,35 @@ class _Order(Sequence):
     return self._epochs[epoch]
 
 
+def ragged_order(n: int, counts: Sequence[int], seed: int) -> np.ndarray:
+  """As `batch_order`, of batches that differ in size; int64 [sum of counts].
+
+  Args:
+    n: items of the dataset.
+    counts: items of each batch, at most n.
+    seed: any int.
+  """
+  import grain
+
+  shuffled = grain.MapDataset.range(n).seed(seed).shuffle().repeat()
+  out: list[int] = []
+  waiting: list[int] = []  # the rest of the current epoch
+  begin = 0
+  for count in counts:
+    head, waiting = waiting[:count], waiting[count:]
+    if len(head) < count:
+      order = np.asarray(
+        [shuffled[i] for i in range(begin, begin + n)], np.int64
+      )
+      begin += n
+      _move_back(order, set(head), count - len(head))
+      waiting = order.tolist()
+      cut = count - len(head)
+      head, waiting = head + waiting[:cut], waiting[cut:]
+    out += head
+  return np.asarray(out, np.int64)
+
+
 def _move_back(order: np.ndarray, items: set[int], head: int) -> None:
   """Swaps `items` out of the first `head` entries of `order`, in place."""
   others = (i for i in range(head, len(order)) if int(order[i]) not in items)

@@ -13,9 +13,14 @@ The first returns what has to be scored. The second returns the reward as
 "verifiable + 0.2*sar". A name with a colon is the import path of a user's
 function, see `rewards.function`.
 
+`config.reward.by_task` has sums of their own for kinds of tasks or data sets:
+as in DeepSeek-R1 (arXiv 2501.12948), whose last stage rewards reasoning by
+rules and other prompts by reward models.
+
 Shape key: B prompts, N samples of a prompt.
 """
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -24,8 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from opera_jax import user_errors
+from opera_jax import structs, user_errors
 
+# Of a reward: one number, or float32 [B, 1] where prompts have sums of their
+# own.
+Weight = float | np.ndarray
 _TERM = re.compile(
   r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?"
   r"([A-Za-z_][\w.]*(?::\w+)?)"
@@ -55,6 +63,52 @@ def weights(text: str) -> dict[str, float]:
       )
     out[match[2]] = weight
   return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """The weighted sum of most prompts, and those of some tasks or data sets."""
+
+  default: Mapping[str, float]
+  by_task: Mapping[str, Mapping[str, float]]
+
+  @classmethod
+  def parse(cls, terms: str, by_task: Mapping[str, str]) -> "Sums":
+    """Parses `config.reward.terms` and `config.reward.by_task`.
+
+    Raises:
+      ValueError: see `weights`; names the entry of `by_task`.
+    """
+    parsed = {}
+    for task, text in by_task.items():
+      try:
+        parsed[task] = weights(text)
+      except ValueError as error:
+        raise ValueError(f"config.reward.by_task.{task}: {error}") from error
+    return cls(weights(terms), parsed)
+
+  def names(self) -> list[str]:
+    """The rewards of all sums, each once."""
+    every = (self.default, *self.by_task.values())
+    return list(dict.fromkeys(name for one in every for name in one))
+
+  def of(self, prompt: structs.Prompt) -> Mapping[str, float]:
+    """The sum of a prompt: its data set's, else its task's, else the default;
+    a reward that it does not name has weight 0."""
+    for name in (prompt.set, prompt.task):
+      if name in self.by_task:
+        return self.by_task[name]
+    return self.default
+
+  def weights(self, prompts: Sequence[structs.Prompt]) -> dict[str, Weight]:
+    """The weight of every reward, by name."""
+    if not self.by_task:
+      return dict(self.default)
+    sums = [self.of(prompt) for prompt in prompts]
+    return {
+      name: np.asarray([[one.get(name, 0.0)] for one in sums], np.float32)
+      for name in self.names()
+    }
 
 
 def files(package: str, record: str) -> list[str]:
@@ -113,13 +167,14 @@ def build(
 
 def weighted_sum(
   rewards: Mapping[str, Mapping[str, np.ndarray]],
-  weight: Mapping[str, float],
+  weight: Mapping[str, Weight],
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Computes `sum of weight * total`, and collects all terms by name.
 
   Args:
     rewards: by reward name its terms, [B, N] each; one of them is `total`.
-    weight: by reward name; a reward with weight 0 is only logged.
+    weight: by reward name, a number or [B, 1]; a reward with weight 0 is only
+      logged.
 
   Returns:
     The sum, float32 [B, N], and the terms, float32 [B, N] each: a reward's

@@ -3,7 +3,9 @@
 `rl/rollouts/step_00000012.jsonl.gz` holds the completions of step 12, one JSON
 object a line; `evaluate/samples/rl.jsonl.gz` those of an evaluated model:
 
-    step, prompt_id, task, sample   which completion of which prompt
+    step, prompt_id, task, set, sample
+                                    which completion of which prompt, "set"
+                                    by its name in config.data.mix
     prompt, reference, completion   text
     prompt_tokens, completion_tokens
     finish_reason                   "stop", "length" or "loop"
@@ -80,6 +82,7 @@ def records(
       "step": step,
       "prompt_id": prompt.id,
       "task": prompt.task,
+      "set": prompt.set,
       "sample": n,
       "prompt": prompt.prompt,
       "reference": prompt.reference,

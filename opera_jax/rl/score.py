@@ -39,8 +39,11 @@ class Scored:
   # Tokens if every prefix of every step were scored in a row of its own.
   separate_tokens: int
   rollouts: structs.Rollouts
-  # Weight of each reward in `total_BN`; `terms` has its values by this name.
-  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  # Weight of each reward in `total_BN`, a number or float32 [B, 1]; `terms` has
+  # its values by this name.
+  weights: Mapping[str, compose.Weight] = dataclasses.field(
+    default_factory=dict
+  )
 
   def completion_sizes(self) -> list[int]:
     """Tokens of each completion, [R]."""
@@ -62,8 +65,8 @@ class Scored:
 _STEP_BATCH, _MIN_PADDED_LENGTH = 128, 128
 # Fields of config.reward that `build_rewards` takes as arguments.
 REWARD_FIELDS = (
-  *("terms", "options", "timeout", "environment", "alpha", "tau", "mode"),
-  *("compare", "bridge", "match", "math_check"),
+  *("terms", "by_task", "options", "timeout", "environment", "alpha", "tau"),
+  *("mode", "compare", "bridge", "match", "math_check"),
 )
 # For each term, its settings that come from fields of config.reward. None marks
 # a setting that the code sets itself.
@@ -86,6 +89,7 @@ def build_rewards(
   encode: Callable[[str], Iterable[int]],
   *,
   terms: str,
+  by_task: Mapping[str, str] | None,
   options: Mapping[str, Mapping[str, Any]] | None,
   timeout: float,
   environment: Sequence[str],
@@ -96,12 +100,13 @@ def build_rewards(
   bridge: str,
   match: str,
   math_check: str,
-) -> tuple[dict[str, float], dict[str, Any]]:
-  """Builds the reward terms of a run: weights and rewards by name.
+) -> tuple[compose.Sums, dict[str, Any]]:
+  """Builds the reward terms of a run: weighted sums, and rewards by name.
 
   Args:
     encode: tokenizes the bridge text.
     terms: see `RewardScorer`.
+    by_task: see `RewardScorer`.
     options: see `RewardScorer`.
     timeout: see `RewardScorer`.
     environment: see `RewardScorer`.
@@ -117,14 +122,16 @@ def build_rewards(
     ValueError: an unknown reward or setting, options of a reward that is not a
       term, or an option that duplicates a field of config.reward.
   """
-  weights = compose.weights(terms)
+  sums = compose.Sums.parse(terms, by_task or {})
+  names = sums.names()
   given = {name: dict(value) for name, value in (options or {}).items()}
   for name, settings in given.items():
-    if name not in weights:
+    if name not in names:
       raise ValueError(
         f"config.reward.options sets {sorted(settings)} of {name!r}, which is "
-        f"not a term of config.reward.terms = {terms!r}. Add it (0*{name} only "
-        "logs it), or remove its options."
+        f"not a term of config.reward.terms = {terms!r}"
+        + " or config.reward.by_task" * bool(by_task)
+        + f". Add it (0*{name} only logs it), or remove its options."
       )
     for setting in settings:
       field = _OWN.get(name, {}).get(setting, "")
@@ -145,11 +152,11 @@ def build_rewards(
     "verifiable": {"method": math_check},
     "length": {"method": math_check},
   }
-  return weights, {
+  return sums, {
     name: compose.build(
       name, given.get(name, {}) | own.get(name, {}), timeout, environment
     )
-    for name in weights
+    for name in names
   }
 
 
@@ -174,6 +181,7 @@ class RewardScorer:
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     terms: str = "opera + verifiable",
+    by_task: Mapping[str, str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     timeout: float = 60.0,
     environment: Sequence[str] = (),
@@ -195,6 +203,8 @@ class RewardScorer:
       logprob_scorer: scores prefixes and continuations at temperature 1.
       tokenizer: of the policy.
       terms: weighted sum of rewards; see `compose.weights`.
+      by_task: weighted sums by kind of task or data set, in place of `terms`
+        for their prompts; see `compose.Sums`.
       options: settings of rewards by name that differ from their defaults;
         settings that are arguments of this function are refused.
       timeout: time limit in seconds of a user's function for one step.
@@ -217,9 +227,10 @@ class RewardScorer:
     """
     self._logprob_scorer, self._tokenizer = logprob_scorer, tokenizer
     self._max_steps = max_steps
-    self._weights, self._rewards = build_rewards(
+    self._sums, self._rewards = build_rewards(
       tokenizer.encode_template,
       terms=terms,
+      by_task=by_task,
       options=options,
       timeout=timeout,
       environment=environment,
@@ -340,12 +351,13 @@ class RewardScorer:
         params, rows[0], rows[1], every[len(prefixes) :], advance=advance
       )
     result = _results(logprobs, rollouts, requests)
+    weights = self._sums.weights(prompts)
     total_BN, terms = compose.weighted_sum(
       {
         n: _terms_of(r, rollouts, requests[n], result[n])
         for n, r in rewards.items()
       },
-      self._weights,
+      weights,
     )
     thoughts = rollouts.thoughts
     deltas_RJ = np.full(thoughts.step_end.shape, np.nan, np.float32)
@@ -380,7 +392,7 @@ class RewardScorer:
       open_ended_B,
       self._separate_tokens(rollouts, prefixes, opened),
       rollouts,
-      self._weights,
+      weights,
     )
 
   def _rollouts(
@@ -598,5 +610,12 @@ def join(chosen: Sequence[tuple[Scored, Sequence[int]]]) -> Scored:
     open_ended_B=of_prompts(lambda s: s.open_ended_B),
     separate_tokens=sum(s.separate_tokens for s in distinct),
     rollouts=rollouts,
-    weights=distinct[0].weights,
+    weights={
+      name: weight
+      if isinstance(weight, float)
+      else np.concatenate(
+        [np.asarray(s.weights[name])[list(kept)] for s, kept in chosen]
+      )
+      for name, weight in distinct[0].weights.items()
+    },
   )

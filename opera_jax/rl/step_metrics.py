@@ -137,6 +137,10 @@ def rl_step(
   for task, mine_B in (("open_ended", open_ended_B), ("math", ~open_ended_B)):
     if mine_B.any():
       out[f"reward_by_task/{task}"] = total_BN[mine_B].mean()
+  sets = [prompt.set for prompt in scored.rollouts.prompts]
+  for name in filter(None, sorted(set(sets))):
+    mine_B = np.asarray([one == name for one in sets])
+    out[f"reward_by_set/{name}"] = total_BN[mine_B].mean()
   for name, mean in term_means(scored).items():
     out[NAMES.get(name, f"reward/{name}")] = mean
   if ema is not None:

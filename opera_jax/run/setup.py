@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from opera_jax import gguf_header, structs
-from opera_jax.data import digest, traces
+from opera_jax.data import digest, mixture, traces
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.models import decoder, hf_checkpoint, hf_config, lora
 from opera_jax.rewards import compose
@@ -542,6 +542,7 @@ def setup(
   terms = compose.weights(EVAL_TERMS)
   eval_reward = {
     "terms": EVAL_TERMS,
+    "by_task": {},
     "options": {n: o for n, o in reward["options"].items() if n in terms},
   }
 
@@ -618,6 +619,11 @@ def data_settings(
       if name not in others and name not in _READ
     },
   }
+  # A set is identified by its digest, as a file is; its weight is RL's.
+  out["data"]["mix"] = [
+    [one.name, one.weight] if "rl" in tasks else one.name
+    for one in mixture.parse(data["mix"])
+  ]
   if set(tasks) - {"documents"}:
     for name in ("max_prompt_tokens", "max_reference_tokens"):
       out[name] = settings[name]

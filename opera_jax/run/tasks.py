@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from opera_jax import structs
-from opera_jax.data import digest, drafts, rows, storyworld, sums
+from opera_jax.data import digest, drafts, mixture, rows, storyworld, sums
 from opera_jax.data import prompts as prompts_lib
 from opera_jax.sharding import exchange
 from opera_jax.synthesis import dedup
@@ -15,6 +15,7 @@ from opera_jax.text import words
 # Arguments of `read` and `load` that name the files.
 FILES = (
   "path",
+  "mix",
   "fields",
   "task_map",
   "default_task",
@@ -39,6 +40,8 @@ class Tasks:
   digests: Mapping[str, tuple[str, str]] = dataclasses.field(
     default_factory=dict
   )
+  # Weight of each data set in RL's batches; {} without a mix.
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def load(
@@ -62,6 +65,7 @@ def load(
   math_limit: int,
   responses_path: str,
   near_duplicate: float = 0.0,
+  mix: Sequence[Any] = (),
   shares: Sequence[float] = (),
   needs: Mapping[str, int] | None = None,
 ) -> Tasks:
@@ -97,6 +101,9 @@ def load(
     near_duplicate: word 3-gram Jaccard index from which two tasks go to the
       same side of the split; 0 keeps only tasks together that differ in case,
       width or spacing.
+    mix: sources in place of `path`, with their weights in RL's batches, see
+      `mixture`; `math_path` may be one of them. RL's tasks are then chosen by
+      weight, too, unless there are `shares`.
     shares: fractions of the tasks with a reference for (cold start, RL, held
       out), which share no task then; they replace the three counts of jsonl. ()
       keeps the counts. The cold start takes tasks without a reference, too.
@@ -110,7 +117,7 @@ def load(
   if kind == "storyworld":
     unseen: set[str] = set()
 
-    def mix(
+    def both(
       story: Callable[[int, int], list[Any]],
       sum_: Callable[[int, int], list[Any]],
       count: int,
@@ -123,13 +130,13 @@ def load(
         seed_,
       )
 
-    held = mix(storyworld.prompts, sums.prompts, held_out, seed + 3)
+    held = both(storyworld.prompts, sums.prompts, held_out, seed + 3)
     unseen.update(words.normal(p.prompt) for p in held)
     return Tasks(
-      synthesis=mix(storyworld.prompts, sums.prompts, synthesis, seed + 1),
-      rl=mix(storyworld.prompts, sums.prompts, rl, seed + 2),
+      synthesis=both(storyworld.prompts, sums.prompts, synthesis, seed + 1),
+      rl=both(storyworld.prompts, sums.prompts, rl, seed + 2),
       held_out=held,
-      documents=mix(storyworld.corpus, sums.corpus, documents, seed),
+      documents=both(storyworld.corpus, sums.corpus, documents, seed),
     )
   if kind != "jsonl":
     raise ValueError(
@@ -137,6 +144,7 @@ def load(
     )
   every, more_maths, digests = read(
     path,
+    mix=mix,
     fields=fields,
     task_map=task_map,
     default_task=default_task,
@@ -154,8 +162,11 @@ def load(
     synthesis, rl, held_out = (
       int(share * len(every) + 1e-9) for share in shares
     )
+  sets = mixture.parse(mix)
+  places = [one.source for one in sets] or filter(None, (path, math_path))
+  weights = {one.name: one.weight for one in sets}
   _check_counts(
-    " and ".join(filter(None, (path, math_path))),
+    " and ".join(places),
     len(every),
     len(bare),
     {"synthesis": synthesis, "rl": rl, "held_out": held_out},
@@ -194,7 +205,9 @@ def load(
       "synthesis": rng.sample(
         for_synthesis, min(synthesis, len(for_synthesis))
       ),
-      "rl": rng.sample(train, min(rl, len(train))),
+      "rl": _by_weight(train, rl, weights, rng)
+      if weights
+      else rng.sample(train, min(rl, len(train))),
     }
   notes.insert(
     0,
@@ -232,7 +245,26 @@ def load(
     documents=made,
     notes=tuple(notes),
     digests=digests,
+    weights=weights,
   )
+
+
+def _by_weight(
+  train: Sequence[structs.Prompt],
+  count: int,
+  weights: Mapping[str, float],
+  rng: random.Random,
+) -> list[structs.Prompt]:
+  """Chooses tasks of every set by its weight, in random order."""
+  by_set = {name: [p for p in train if p.set == name] for name in weights}
+  taken = mixture.quotas(
+    {name: len(mine) for name, mine in by_set.items()}, weights, count
+  )
+  chosen = [
+    p for name, mine in by_set.items() for p in rng.sample(mine, taken[name])
+  ]
+  rng.shuffle(chosen)
+  return chosen
 
 
 def _check_counts(
@@ -342,6 +374,7 @@ def _not_held_out(
 def read(
   path: str,
   *,
+  mix: Sequence[Any] = (),
   fields: Mapping[str, str],
   task_map: Mapping[str, str],
   default_task: str,
@@ -352,61 +385,98 @@ def read(
 ) -> tuple[
   list[structs.Prompt], list[structs.Prompt], dict[str, tuple[str, str]]
 ]:
-  """Reads all tasks of both files, the maths rows beyond the limit, and
+  """Reads all tasks of all sources, the maths rows beyond the limit, and
   digests.
 
   Open-ended tasks may lack a reference. The arguments are those of `load`, the
   digests those of `Tasks`.
+
+  Raises:
+    ValueError: names the invalid rows of all sources.
   """
-  if not path and not math_path:
+  if not path and not math_path and not mix:
     raise ValueError(
       "config.data.path and config.data.math_path are both empty. Name a "
       "file of tasks with --config.data.path=FILE."
     )
-  every, digests = [], {}
-  if path:
-    source = digest.Source(exchange.read_file)
-    column, has_tasks = fields.get("task") or None, False
-
-    def seen(row: Mapping[str, Any]) -> None:
-      nonlocal has_tasks
-      has_tasks = has_tasks or column in row
-      source.row(row)
-
-    every = prompts_lib.load(
-      path,
-      fields=fields,
-      task_map=task_map,
-      default_task=default_task or None,
-      read=source.read,
-      require_reference=False,
-      seen=seen,
-    )
-    if not has_tasks and not default_task:
-      print(
-        f"tasks: {path} has no column {column!r}, so its {len(every):,} tasks "
-        "are open-ended (config.data.default_task).",
-        flush=True,
-      )
-    digests["path"] = path, source.hexdigest()
-  if not math_path:
-    return every, [], digests
-  source = digest.Source(exchange.read_file)
-  maths = [
-    # Ids of two files may clash.
-    dataclasses.replace(p, id=f"math/{p.id}")
-    for p in prompts_lib.load(
-      math_path,
-      fields=math_fields,
-      default_task="math",
-      answer_pattern=math_answer,
-      read=source.read,
-      seen=source.row,
-    )
+  every: list[structs.Prompt] = []
+  more_maths: list[structs.Prompt] = []
+  digests, faults = {}, []
+  # (field of the digest, set, source); ids of two sources may clash.
+  sources = [
+    (f"data.mix/{one.name}", one.name, one.source) for one in mixture.parse(mix)
   ]
-  digests["math_path"] = math_path, source.hexdigest()
-  limit = math_limit or len(maths)
-  return every + maths[:limit], maths[limit:], digests
+  if not mix:
+    sources = [
+      (field, "", place)
+      for field, place in (("path", path), ("math_path", math_path))
+      if place
+    ]
+  for field, name, place in sources:
+    source = digest.Source(exchange.read_file)
+    maths = place == math_path and field != "path"
+    try:
+      if maths:
+        found = prompts_lib.load(
+          place,
+          fields=math_fields,
+          default_task="math",
+          answer_pattern=math_answer,
+          read=source.read,
+          seen=source.row,
+        )
+      else:
+        found = _with_tasks(place, source, fields, task_map, default_task)
+    except ValueError as error:  # the other sources may have bad rows, too
+      faults.append(error)
+      continue
+    digests[field] = place, source.hexdigest()
+    prefix = name or ("math" if maths else "")
+    if prefix:
+      found = [
+        dataclasses.replace(p, id=f"{prefix}/{p.id}", set=name) for p in found
+      ]
+    limit = math_limit if maths and math_limit else len(found)
+    every += found[:limit]
+    more_maths += found[limit:]
+  if len(faults) == 1:
+    raise faults[0]
+  if faults:
+    raise ValueError("\n".join(map(str, faults)))
+  return every, more_maths, digests
+
+
+def _with_tasks(
+  path: str,
+  source: digest.Source,
+  fields: Mapping[str, str],
+  task_map: Mapping[str, str],
+  default_task: str,
+) -> list[structs.Prompt]:
+  """Reads a source whose rows say what task they are of, or are open-ended."""
+  column, has_tasks = fields.get("task") or None, False
+
+  def seen(row: Mapping[str, Any]) -> None:
+    nonlocal has_tasks
+    has_tasks = has_tasks or column in row
+    source.row(row)
+
+  found = prompts_lib.load(
+    path,
+    fields=fields,
+    task_map=task_map,
+    default_task=default_task or None,
+    read=source.read,
+    require_reference=False,
+    seen=seen,
+  )
+  if not has_tasks and not default_task:
+    print(
+      f"tasks: {path} has no column {column!r}, so its {len(found):,} tasks "
+      "are open-ended (config.data.default_task).",
+      flush=True,
+    )
+  return found
 
 
 def _shortened(

@@ -18,12 +18,12 @@ from typing import Any
 
 from opera_jax import config_fields, user_errors
 from opera_jax.advantages import oppo
-from opera_jax.data import prompts, rows
+from opera_jax.data import mixture, prompts, rows
 from opera_jax.losses import kl, policy, reduce
 from opera_jax.models import decoder, lora, presets, rope
 from opera_jax.models.families import table as families
 from opera_jax.rewards import compose, opera_requests, opera_reward, verifiable
-from opera_jax.rl import advantages, learner, score
+from opera_jax.rl import advantages, learner, prompt_sampling, score
 from opera_jax.rollout import sampling
 from opera_jax.run import initial_model, model_config, sizes
 from opera_jax.run import workdir as workdir_lib
@@ -245,6 +245,17 @@ def log(value: Any) -> str:
   return ""
 
 
+def data_mix(value: Any) -> str:
+  """Is empty, or data sets with weights, see `mixture.parse`."""
+  if isinstance(value, str) or not isinstance(value, Sequence):
+    return 'it must be a tuple, such as (("a.jsonl", 2.0), ("b.jsonl", 1.0))'
+  try:
+    mixture.parse(value)
+  except ValueError as error:
+    return str(error)
+  return ""
+
+
 def each(rule: Rule, *, least: int = 1) -> Rule:
   """Is a tuple of values that all follow the rule."""
 
@@ -348,6 +359,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     )},
     "math_share": number(0, 1),
     "shares": three_shares,
+    "mix": data_mix,
     "near_duplicate": number(0, 1),
     "default_task": one_of("", *prompts.TASKS),
     **{name: text() for name in (
@@ -383,6 +395,7 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "max_steps": count(),
     "math_check": one_of(*verifiable.METHODS),
     "terms": text(empty=False),
+    "by_task": table(text(empty=False)),
     "options": table(table(anything)),
     "environment": each(text(empty=False), least=0),
   }),
@@ -446,6 +459,8 @@ RULES: dict[str, tuple[tuple[str, ...], dict[str, Rule]]] = {
     "steps": count(),
     "prompts": count(),
     "samples": count(2),
+    "sampling": one_of(*prompt_sampling.METHODS),
+    "sampling_floor": number(above=0),
     "mini_batch": count(),
     "epochs_per_batch": count(),
     "balance_tokens": flag,
@@ -618,21 +633,23 @@ def _terms(
   if "reward" in wrong or "rl" in wrong:
     return
   reward = dict(config["reward"])
+  names: list[str] = []
+  place = f"config.reward.terms = {reward['terms']!r}"
+  if reward["by_task"]:
+    place += f" with config.reward.by_task = {dict(reward['by_task'])}"
   try:
-    weights = compose.weights(reward["terms"])
+    names = compose.Sums.parse(reward["terms"], reward["by_task"]).names()
     # `preflight` tries a user's function, in its own process.
-    ours = [
-      name if weight == 1 else f"{weight!r}*{name}"
-      for name, weight in weights.items()
-      if ":" not in name
-    ]
+    ours = [f"0*{name}" for name in names if ":" not in name]
     settings = {name: reward[name] for name in score.REWARD_FIELDS}
     if ours:
       score.build_rewards(
-        lambda _: (), **settings | {"terms": " + ".join(ours)}
+        lambda _: (), **settings | {"terms": " + ".join(ours), "by_task": {}}
       )
   except (ValueError, TypeError) as error:
-    yield f"config.reward.terms = {reward['terms']!r}: {error}"
+    yield f"{place}: {error}"
+  if "data" not in wrong:
+    yield from _by_task(config)
   if "rl" not in stages:
     return
   rl = config["rl"]
@@ -641,16 +658,24 @@ def _terms(
   except (ValueError, TypeError) as error:
     yield f"config.rl.advantage = {rl['advantage']!r}: {error}"
   decides = rl["filter_reward"]
-  if decides:
-    try:
-      names = list(compose.weights(reward["terms"]))
-    except ValueError:
-      return
-    if decides not in names:
+  if decides and names and decides not in names:
+    yield (
+      f"config.rl.filter_reward is {decides!r}; name one of the terms of "
+      f'config.reward.terms, {names}, or "" for their weighted sum'
+      f"{user_errors.nearest(decides, names)}"
+    )
+
+
+def _by_task(config: Mapping[str, Any]) -> Iterator[str]:
+  """Finds weighted sums of tasks and data sets that there are not."""
+  sets = mixture.parse(config["data"]["mix"])
+  known = [*prompts.TASKS, *(one.name for one in sets)]
+  for name in config["reward"]["by_task"]:
+    if name not in known:
       yield (
-        f"config.rl.filter_reward is {decides!r}; name one of the terms of "
-        f'config.reward.terms, {names}, or "" for their weighted sum'
-        f"{user_errors.nearest(decides, names)}"
+        f"config.reward.by_task holds {name!r}; name a kind of task or a data "
+        f"set of config.data.mix: {', '.join(known)}"
+        f"{user_errors.nearest(name, known)}"
       )
 
 
@@ -733,7 +758,7 @@ def _stages(
 
 def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
   data = config["data"]
-  files = ("path", "math_path", "responses_path")
+  files = ("path", "math_path", "responses_path", "mix")
   if data["kind"] == "storyworld":
     for name in files:
       if data[name]:
@@ -742,12 +767,26 @@ def _data(config: Mapping[str, Any], stages: set[str]) -> Iterator[str]:
           'config.data.kind="storyworld", which reads no file; set '
           'config.data.kind="jsonl", or leave the file out'
         )
-  elif not data["path"] and not data["math_path"]:
+  elif not data["path"] and not data["math_path"] and not data["mix"]:
     yield (
       "config.data.path and config.data.math_path are both empty with "
       'config.data.kind="jsonl"; name a file of tasks with '
       "--config.data.path=FILE"
     )
+  if data["mix"] and data["path"]:
+    yield (
+      f"config.data.path is {data['path']!r} beside config.data.mix, which "
+      "takes its place; move it into the mix with a weight"
+    )
+  if data["mix"] and data["math_path"]:
+    sources = [one.source for one in mixture.parse(data["mix"])]
+    if data["math_path"] not in sources:
+      yield (
+        f"config.data.math_path is {data['math_path']!r}, which is not in "
+        f"config.data.mix {sources}; add it there with a weight, since it is "
+        "the set of the mix that is read with config.data.math_fields"
+        f"{user_errors.nearest(data['math_path'], sources)}"
+      )
   wrong = {n for n in data["task_map"].values() if n not in prompts.TASKS}
   if wrong:
     yield (
@@ -968,7 +1007,8 @@ def _adapts(stage: str) -> Callable[[Mapping[str, Any], set[str]], bool]:
 
 def _opera(config: Mapping[str, Any], stages: set[str]) -> bool:
   """Whether evaluation or OPERA's own term uses the reward's settings."""
-  names = compose.weights(config["reward"]["terms"])
+  reward = config["reward"]
+  names = compose.Sums.parse(reward["terms"], reward["by_task"]).names()
   return "opera" in names or "evaluate" in stages
 
 
@@ -1066,6 +1106,10 @@ READ: dict[str, Read] = {
     3, _rl(lambda rl: rl["max_logprob_diff"]),
     "config.rl.max_logprob_diff is above 0",
   ),
+  "rl.sampling_floor": Read(
+    0.05, _rl(lambda rl: rl["sampling"] == "pass_rate"),
+    "config.rl.sampling is 'pass_rate'",
+  ),
   "rl.filter_reward": Read(
     "", _rl(lambda rl: rl["max_resamples"]), "config.rl.max_resamples is above "
     "0"
@@ -1133,7 +1177,12 @@ READ: dict[str, Read] = {
     )
     for name in ("prompt_words", "excerpt_words")
   },
-  "data.default_task": Read("", _file("path"), "config.data.path names a file"),
+  "data.default_task": Read(
+    "", lambda config, stages: bool(
+      config["data"]["path"] or config["data"]["mix"]
+    ),
+    "config.data.path or config.data.mix names a file",
+  ),
   **{
     f"data.{name}": Read(
       default, _file("math_path"), "config.data.math_path names a file"

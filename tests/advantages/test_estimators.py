@@ -103,6 +103,31 @@ def test_gdpo_normalises_each_term_in_its_group_then_the_sum(make, batch):
     _estimator("gdpo")(epsilon=0.0)
 
 
+def test_gdpo_weighs_each_prompt_by_its_own_sum(make):
+  """As three runs of one prompt each, before the step's normalisation."""
+  rng = np.random.default_rng(1)
+  weight = {"correct": [2.0, 0.0, 1.0], "length": [0.0, 0.25, -3.0]}
+  value = {n: rng.normal(size=(3, 4)).astype(np.float32) for n in weight}
+  estimator = _estimator("gdpo")(batch=False)
+  case = make(np.zeros((3, 4)))
+  terms = {
+    n: (np.asarray(weight[n], np.float32)[:, None], value[n]) for n in weight
+  }
+  got = [
+    a[0]
+    for a in estimator.advantages(
+      dataclasses.replace(case, terms=terms)
+    ).advantage
+  ]
+  for b in range(3):
+    alone = {n: (weight[n][b], value[n]) for n in weight}
+    want = estimator.advantages(dataclasses.replace(case, terms=alone))
+    rows = slice(4 * b, 4 * b + 4)
+    np.testing.assert_allclose(
+      got[rows], [a[0] for a in want.advantage[rows]], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_the_penalty_is_subtracted_from_the_reward(make):
   case = make(REWARD)
   penalty = [np.full(len(p), 0.1, np.float32) for p in case.penalty]

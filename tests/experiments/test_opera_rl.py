@@ -17,7 +17,9 @@ from conftest import ROOT
 from opera_jax import config_file
 from opera_jax.clock_metrics import depends_on_clock
 from opera_jax.configs import tiny
+from opera_jax.data import prompts, storyworld, sums
 from opera_jax.experiments import opera_rl
+from opera_jax.rl import rollout_files
 from opera_jax.stages import stage_times
 from opera_jax.train import metrics
 
@@ -320,6 +322,71 @@ def test_mean_reward_rises_over_rl(tmp_path):
   rng = np.random.default_rng(0)
   by_chance = [steps @ rng.permutation(reward) for _ in range(10_000)]
   assert np.mean(np.asarray(by_chance) >= slope) < 0.005
+
+
+# Two data sets with a reward of their own each, drawn by pass rate.
+_MIXED = """
+from opera_jax.configs import tiny
+def get_config():
+  config = tiny.get_config("smoke").copy_and_resolve_references().unlock()
+  config.stages = "rl"
+  config.rl.init = {init!r}
+  config.rl.steps = 4
+  config.rl.sampling = "pass_rate"
+  config.rl.max_resamples = 1
+  config.data.kind = "jsonl"
+  config.data.documents = config.data.synthesis = 0
+  config.data.mix = (({tales!r}, 1.0), ({sums!r}, 3.0))
+  config.reward.terms = "opera"
+  config.reward.by_task = {{"sums": "0.5*entropy + 2*verifiable"}}
+  return config.lock()
+"""
+
+
+def test_a_killed_run_of_several_sets_by_pass_rate_is_a_straight_one(
+  straight, tmp_path
+):
+  places = {name: str(tmp_path / f"{name}.jsonl") for name in ("tales", "sums")}
+  for name, made in (
+    ("tales", storyworld.prompts(60, 5)),
+    ("sums", sums.prompts(30, 5)),
+  ):
+    prompts.write(places[name], [prompts.row(p) for p in made])
+  config = tmp_path / "mixed.py"
+  config.write_text(_MIXED.format(init=f"{straight[0]}/sft", **places))
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  _finish(_start(whole, config=config))
+  log = killed / "rl" / "metrics.jsonl"
+  _kill_when(
+    _start(killed, config=config),
+    lambda: len(_checkpoints(killed / "rl" / "checkpoints")) > 1,
+    signal.SIGKILL,
+  )
+  assert len(metrics.read(log)) < 4
+  assert "resuming after step" in _finish(_start(killed, config=config))
+  want = _lines(whole / "rl" / "metrics.jsonl")
+  assert _lines(log) == want and len(want) == 4
+  assert all("reward_by_set/sums" in line for line in want)
+  results = [
+    json.loads((folder / "rl" / "DONE.json").read_text())["model"]
+    for folder in (whole, killed)
+  ]
+  assert results[0] == results[1]
+  # One tale and three sums in every sampled batch; each paid by its own sum.
+  for path in rollout_files.steps(whole / "rl" / "rollouts").values():
+    records = list(rollout_files.read(path))
+    sets = [r["set"] for r in records if r["sample"] == 0]
+    assert sets.count("sums") == 3 * sets.count("tales") > 0
+    for record in records:
+      assert record["prompt_id"].startswith(record["set"] + "/")
+      terms = record["terms"]
+      paid = {
+        "tales": terms["opera"],
+        "sums": 0.5 * terms["entropy"] + 2 * terms["verifiable"],
+      }
+      np.testing.assert_allclose(
+        record["reward"], paid[record["set"]], rtol=1e-5, atol=1e-6
+      )
 
 
 # A run that dies between a new best model and the checkpoint that names it.

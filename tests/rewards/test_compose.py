@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from opera_jax import structs
 from opera_jax.rewards import compose, length, sar
 
 TERMS = {
@@ -31,6 +32,42 @@ def test_weights_are_read_from_one_line():
 def test_what_is_no_sum_is_refused(text):
   with pytest.raises(ValueError, match="no term of a weighted sum"):
     compose.weights(text)
+
+
+def test_a_prompt_takes_the_sum_of_its_set_or_task():
+  """Against one weighted sum per prompt."""
+  sums = compose.Sums.parse(
+    "verifiable + 0.5*sar",
+    {"math": "2*verifiable", "gsm": "a.b:c + 0*sar", "open_ended": "-1*sar"},
+  )
+  assert sums.names() == ["verifiable", "sar", "a.b:c"]
+  prompts = [
+    structs.Prompt("", "math", "", ""),
+    structs.Prompt("", "math", "", "", set="gsm"),
+    structs.Prompt("", "open_ended", "", "", set="other"),
+  ]
+  rng = np.random.default_rng(0)
+  rewards = {
+    name: {"total": rng.normal(size=(3, 4)).astype(np.float32)}
+    for name in sums.names()
+  }
+  weight = sums.weights(prompts)
+  total, terms = compose.weighted_sum(rewards, weight)
+  own = [{"verifiable": 2.0}, {"a.b:c": 1.0}, {"sar": -1.0}]
+  for b, weights in enumerate(own):
+    want = sum(w * rewards[n]["total"][b] for n, w in weights.items())
+    np.testing.assert_allclose(total[b], want, rtol=1e-6)
+  assert total.dtype == np.float32 and set(terms) == set(rewards)
+  # Without sums of their own all prompts have the default's numbers.
+  plain = compose.Sums.parse("verifiable + 0.5*sar", {})
+  assert plain.weights(prompts) == {"verifiable": 1.0, "sar": 0.5}
+  only = compose.Sums.parse("sar", {"gsm": "verifiable"})
+  assert only.of(prompts[0]) == {"sar": 1.0}
+
+
+def test_a_broken_sum_of_a_task_is_named():
+  with pytest.raises(ValueError, match="by_task.math: 'sar,' in 'sar,'"):
+    compose.Sums.parse("sar", {"math": "sar,"})
 
 
 def test_totals_add_up_and_parts_are_kept():

@@ -1,5 +1,7 @@
 """The reward equals its slow definition: one forward pass per prefix."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -278,6 +280,49 @@ def test_maths_rows_get_zero_or_one(world):
   for part in ("r_self", "r_ppl", "count"):
     np.testing.assert_array_equal(got.terms[part][0], [0, 0])
   np.testing.assert_array_equal(got.terms["correct"], [[1, 0], [0, 0]])
+
+
+def test_prompts_are_paid_by_the_sum_of_their_task_or_set(world):
+  """Terms are computed once and equal those of one sum; totals differ."""
+  words, _, params, logprob_scorer = world
+  tasks = [
+    structs.Prompt("m", "math", "What is 2 + 2?", "4"),
+    *storyworld.prompts(2, 3),
+  ]
+  tasks[2] = dataclasses.replace(tasks[2], set="tales")
+  texts = [
+    "<think>\nWait, 5.\n</think>\n\nThe answer is 4.<|im_end|>",
+    "<think>\nWait, 4.\n</think>\n\nIt is 5.<|im_end|>",
+  ]
+  samples = [
+    [
+      structs.Sample(t, np.zeros(len(t), np.float32), True)
+      for t in (_tokens(words, text) for text in texts)
+    ]
+    for _ in tasks
+  ]
+  ids = [words.chat_prompt(t.prompt) for t in tasks]
+  plain = score.RewardScorer(
+    logprob_scorer, words, terms="opera + verifiable + entropy"
+  ).score(params, tasks, ids, samples)
+  by_task = {"math": "3*verifiable + 0.5*entropy", "tales": "-2*entropy"}
+  got = score.RewardScorer(
+    logprob_scorer, words, terms="opera", by_task=by_task
+  ).score(params, tasks, ids, samples)
+  assert set(got.terms) == set(plain.terms)
+  for name, value in plain.terms.items():
+    np.testing.assert_array_equal(got.terms[name], value)
+  terms = plain.terms
+  want = [
+    3 * terms["verifiable"][0] + 0.5 * terms["entropy"][0],
+    terms["opera"][1],
+    -2 * terms["entropy"][2],
+  ]
+  np.testing.assert_allclose(got.total_BN, want, rtol=1e-6)
+  # The weights follow their prompts into another batch.
+  joined = score.join([(got, [2]), (dataclasses.replace(got), [0, 1])])
+  for name, weight in got.weights.items():
+    np.testing.assert_array_equal(joined.weights[name], weight[[2, 0, 1]])
 
 
 def test_empty_reference_and_single_sample_are_refused(world):

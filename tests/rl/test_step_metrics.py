@@ -35,7 +35,8 @@ def test_lengths_clipping_and_groups_of_equal_rewards():
         "<think>a</think>b</think>",
         "\n</think>b",
         "<think>a",
-      ]
+      ],
+      prompts=[types.SimpleNamespace(set=name) for name in ("", "sums")],
     ),
   )
   line = step_metrics.rl_step(
@@ -57,6 +58,8 @@ def test_lengths_clipping_and_groups_of_equal_rewards():
   )
   assert line["reward_by_task/open_ended"] == 0.5
   assert line["reward_by_task/math"] == 0.25
+  by_set = {n: v for n, v in line.items() if n.startswith("reward_by_set/")}
+  assert by_set == {"reward_by_set/sums": 0.25}
   assert line["completions/stray_think_close"] == 0.5
   assert line["frac_reward_zero_std"] == 0.5
   assert line["sampler_trainer/logprob_diff"] == 0.25

@@ -95,6 +95,75 @@ def test_no_document_knows_a_held_out_prompt(tmp_path):
   assert again == loaded
 
 
+def test_a_mix_of_sets_keeps_ids_apart_and_duplicates_together(tmp_path):
+  """The shared prompt and the near duplicate are on one side, in both sets."""
+  first, second = _rows(60), _rows(75)[60:]
+  long = "Tell me in five calm words why the harbor is so very quiet today"
+  first[0]["prompt"] = second[0]["prompt"] = "Say the same."
+  first[1]["prompt"], second[1]["prompt"] = long, long + " please"
+  for new, row in enumerate(second):
+    row["id"] = f"t{new}"  # as in the first set
+  sources = [
+    _write(tmp_path / "a.jsonl", first),
+    _write(tmp_path / "b.jsonl", second),
+    _write(tmp_path / "m.jsonl", _maths(30)),
+  ]
+  mix = list(zip(sources, (2.0, 1.0, 1.0), ("large", "small", "sums")))
+  sides = set()
+  for held_out in range(4, 30, 2):
+    loaded = _load(
+      mix=mix,
+      math_path=sources[2],
+      near_duplicate=0.7,
+      held_out=held_out,
+      documents=0,
+    )
+    every = [*loaded.rl, *loaded.held_out]
+    # Each set gives what it has of 100 tasks, the rest by weight.
+    assert len({p.id for p in every}) == len(every)
+    assert {p.id.partition("/")[0] for p in every} == {"large", "small", "sums"}
+    assert all(p.id.startswith(f"{p.set}/") for p in every)
+    assert {p.set for p in every if p.task == "math"} == {"sums"}
+    held = {p.id for p in loaded.held_out}
+    for one in ("t0", "t1"):
+      assert (f"large/{one}" in held) == (f"small/{one}" in held)
+      sides.add(f"large/{one}" in held)
+  assert sides == {True, False}
+  assert loaded.weights == {"large": 2.0, "small": 1.0, "sums": 1.0}
+  assert set(loaded.digests) == {f"data.mix/{name}" for name in loaded.weights}
+  few = _load(mix=mix, math_path=sources[2], rl=20, documents=0)
+  counts = {name: 0 for name in few.weights}
+  for prompt in few.rl:
+    counts[prompt.set] += 1
+  assert counts == {"large": 10, "small": 5, "sums": 5}
+  assert [p.set for p in few.rl[:10]] != ["large"] * 10  # shuffled
+
+
+def test_a_set_with_too_few_tasks_for_its_share_is_refused(tmp_path):
+  first = _write(tmp_path / "a.jsonl", _rows(60))
+  second = _write(tmp_path / "b.jsonl", _rows(63)[60:])
+  config = common.get_config()
+  config.rl.prompts = 8
+  loaded = _load(mix=[(first, 5.0), (second, 1.0)], held_out=0, documents=0)
+  opera_rl.check_enough_prompts(config, loaded)
+  loaded = dataclasses.replace(loaded, weights={"a": 1.0, "b": 1.0})
+  with pytest.raises(ValueError, match="Set 'b' .* has 3 prompts .* up to 4"):
+    opera_rl.check_enough_prompts(config, loaded)
+
+
+def test_bad_rows_of_all_sets_are_in_one_error(tmp_path):
+  first, second = _rows(4), _rows(4)
+  first[1]["prompt"] = ""
+  second[2]["task"] = "dance"
+  sources = [
+    _write(tmp_path / "a.jsonl", first),
+    _write(tmp_path / "b.jsonl", second),
+  ]
+  with pytest.raises(ValueError) as error:
+    _load(mix=[(source, 1.0) for source in sources])
+  assert "a.jsonl:2:" in str(error.value) and "b.jsonl:3:" in str(error.value)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_no_embedded_task_or_document_says_what_a_held_out_one_does(share):
   """There are but 624 distinct sums: without care a third of them leaks."""
@@ -399,7 +468,9 @@ def test_parts_of_one_task_are_averaged_over_that_task_alone():
       None,
       np.asarray(opened),
       separate_tokens=20,
-      rollouts=types.SimpleNamespace(texts=["yes"] * 4),
+      rollouts=types.SimpleNamespace(
+        texts=["yes"] * 4, prompts=[types.SimpleNamespace(set="")] * 2
+      ),
     )
     clock = {"time/start": 0.0, "time/reward": 1.0}
     return step_metrics.rl_step(

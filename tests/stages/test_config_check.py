@@ -28,6 +28,17 @@ HOSTILE = [
   ("rl.moment_dtype", "float16", "'bfloat16'"),
   ("rl.tasks", ("open_end",), "did you mean 'open_ended'"),
   ("rl.tasks", (), "at least 1"),
+  ("rl.sampling", "pass_rates", "did you mean 'pass_rate'"),
+  ("rl.sampling_floor", 0.0, "above 0"),
+  ("rl.sampling_floor", 0.1, "config.rl.sampling is 'pass_rate'"),
+  ("data.mix", "a.jsonl", "it must be a tuple"),
+  ("data.mix", ("a.jsonl", 2.0), "needs a comma"),
+  ("data.mix", (("a.jsonl", -1.0),), "above 0"),
+  ("data.mix", (("a.jsonl", 1.0),), 'config.data.kind="jsonl"'),
+  ("reward.by_task", {"maths": "opera"}, "did you mean 'math'"),
+  ("reward.by_task", {"math": "oprea"}, "did you mean 'opera'"),
+  ("reward.by_task", {"math": "opera+sar"}, "by_task.math"),
+  ("reward.by_task", {"math": 1}, "it must be text"),
   ("rl.tasks", "math", "tuple"),
   ("rl.teacher", "stf", "no model of that name"),
   ("rl.filter_reward", "verifable", "did you mean 'verifiable'"),
@@ -224,6 +235,22 @@ def test_a_hostile_value_is_refused(field, value, said):
 
 # More than one value, so that the fault is in how they go together.
 TOGETHER = [
+  (
+    {"data.kind": "jsonl", "data.path": "a", "data.mix": (("b", 1.0),)},
+    "beside config.data.mix",
+  ),
+  (
+    {"data.kind": "jsonl", "data.mix": (("b", 1),), "data.math_path": "bb"},
+    "which is not in config.data.mix ['b']",
+  ),
+  (
+    {
+      "data.kind": "jsonl",
+      "data.mix": (("books.jsonl", 1.0),),
+      "reward.by_task": {"book": "opera"},
+    },
+    "did you mean 'books'",
+  ),
   ({"rl.loss": "dpo", "rl.kl_coef": 0.5}, "config.rl.kl_coef is 0.5"),
   ({"rl.loss": "dpo", "rl.kl_estimator": "k2"}, "config.rl.kl_estimator"),
   ({"rl.loss": "dpo", "rl.clip_low": 0.1}, "config.rl.clip_low"),
