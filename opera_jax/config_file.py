@@ -26,6 +26,7 @@ TABLES = (
   "data.fields",
   "data.task_map",
   "data.math_fields",
+  "reward.by_task",
   "reward.options",
   "rl.advantage_options",
 )

@@ -121,7 +121,7 @@ def of_run(
 def _add(workdir: pathlib.Path, start: Mapping[str, Any]) -> None:
   path = workdir / FILE
   with file_lock.claim(workdir / "run.lock", wait=lambda: None):
-    starts = []
+    starts: Any = []
     if os.path.lexists(path):
       remedy = "delete it: the starts are listed anew"
       starts = workdir_lib.read(path, remedy).get("starts")

@@ -462,7 +462,7 @@ def _table(
 ) -> list[table.Row]:
   """The table: open-ended measures over open-ended prompts, the rest over
   all."""
-  general = GENERAL
+  general: tuple[table.Measure, ...] = GENERAL
   for measure in (FACTS, REWARD):
     if all(measure.key in measured for measured in values.values()):
       general = (measure, *general)
