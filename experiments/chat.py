@@ -40,7 +40,7 @@ def main(_) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax logs every file
   config = _CONFIG.value
   workdir.existing(_WORKDIR.value)
-  run = setup.from_config(_WORKDIR.value, config)
+  run = setup.of_workdir(_WORKDIR.value, config, _STAGE.value)
   params = run.for_rollout(run.load(_STAGE.value))
   settings = run.sampling(**config.rollout.to_dict())
   for turn, prompt in enumerate(_prompts()):

@@ -50,7 +50,7 @@ def main(_) -> None:
   config = _CONFIG.value
   workdir.existing(_WORKDIR.value)
   runtime.start(**config.runtime, folder=_WORKDIR.value)
-  run = setup.from_config(_WORKDIR.value, config)
+  run = setup.of_workdir(_WORKDIR.value, config, _STAGE.value)
   if _ADAPTER.value:
     export_adapter(run, config)
     return

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from opera_jax.models import decoder, grow_embedding, hf_config, presets
+from opera_jax.models import decoder, grow_embedding, hf_config, presets, rope
 
 # The sizes of a model that is trained from nothing, where config.model is None.
 SMALL = {
@@ -127,3 +127,21 @@ def check_context(config: decoder.Config, tokens: int) -> None:
       "config.model.rope_factors='long', which then holds for every length, or "
       "lower one of them."
     )
+
+
+def restore(recorded: Mapping[str, Any]) -> decoder.Config:
+  """A model's config from what a stage has recorded of it.
+
+  Args:
+    recorded: JSON values of `dataclasses.asdict`, without LoRA.
+  """
+  values = dict(recorded)
+  scaling = values.get("rope_scaling")
+  if scaling is not None:
+    values["rope_scaling"] = rope.Scaling(
+      **{
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in scaling.items()
+      }
+    )
+  return decoder.Config(**values)

@@ -19,7 +19,8 @@ from opera_jax.rewards import compose
 from opera_jax.rl import score as score_lib
 from opera_jax.rollout import engine as engine_lib
 from opera_jax.rollout import sampling as sampling_lib
-from opera_jax.run import initial_model, model_config, sizes
+from opera_jax.run import initial_model, model_config
+from opera_jax.run import sizes as sizes_lib
 from opera_jax.run import tasks as tasks_lib
 from opera_jax.run import workdir as workdir_lib
 from opera_jax.scoring import logprob_scorer as scorer_lib
@@ -388,7 +389,7 @@ def from_config(
   Raises:
     ValueError: see `setup`.
   """
-  config = sizes.derive(config)
+  config = sizes_lib.derive(config)
   return setup(
     workdir,
     temperature=config["rollout"]["temperature"],
@@ -501,9 +502,6 @@ def setup(
       flush=True,
     )
   settings["model"] = dataclasses.asdict(config)
-  graphdef, shapes = decoder.abstract(config)
-  axes = decoder.logical_axes(shapes)
-  layout.check(shapes, axes, device_mesh, rules.TRAIN)
   kept: dict[str, Any] = {}
   dropped: dict[str, int] = {}
   for name in ("synthesis", "rl", "held_out"):
@@ -527,6 +525,101 @@ def setup(
         f"{max_reference_tokens} reference tokens)",
         flush=True,
       )
+  return _build(
+    workdir,
+    config,
+    device_mesh,
+    loaded_tokenizer,
+    temperature=temperature,
+    engine=engine,
+    scoring=scoring,
+    reward=reward,
+    seed=seed,
+    tasks=dataclasses.replace(tasks, **kept),
+    dropped=dropped,
+    trained_ids=trained_ids,
+    settings=settings,
+    tokenizer_digest=tokenizer_digest,
+    log=trackers.parse(log),
+    redo=dropped_stages,
+    recorded=recorded,
+  )
+
+
+def of_workdir(
+  workdir: str | os.PathLike, config: Mapping[str, Any], stage: str
+) -> Run:
+  """The run of a folder, for its models alone; see `from_config`.
+
+  Model and tokenizer are those that the folder has recorded: data and
+  checkpoint may be gone. The run has no tasks, and changes nothing.
+
+  Args:
+    workdir: folder of the run.
+    config: nested values, as in configs/common.py.
+    stage: whose model will be loaded.
+
+  Raises:
+    FileNotFoundError: the stage has not begun, or the tokenizer is missing.
+  """
+  workdir, config = pathlib.Path(workdir), sizes_lib.derive(config)
+  found = workdir_lib.nested(workdir_lib.settings(workdir, stage))
+  if "model" not in found:
+    raise FileNotFoundError(
+      f"Stage {stage!r} has not begun in {workdir}. Run it first: add {stage} "
+      "to config.stages; or name another stage with --stage."
+    )
+  return _build(
+    workdir,
+    model_config.restore(found["model"]),
+    mesh_lib.create(dict(config["mesh"])),
+    tokenizer_lib.Tokenizer.load(workdir / "tokenizer"),
+    temperature=config["rollout"]["temperature"],
+    engine=config["engine"],
+    scoring=config["scoring"],
+    # A reward of the user's own may be gone, too.
+    reward=_plain(config["reward"])
+    | {"terms": EVAL_TERMS, "options": {}, "by_task": {}},
+    seed=config["seed"],
+    tasks=tasks_lib.Tasks([], [], [], []),
+    dropped={},
+    trained_ids=None,
+    settings={},
+    tokenizer_digest=("", ""),
+    log=(),
+    redo=(),
+    recorded=lambda: None,
+  )
+
+
+def _build(
+  workdir: pathlib.Path,
+  config: decoder.Config,
+  device_mesh: jax.sharding.Mesh,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  temperature: float,
+  engine: Mapping[str, Any],
+  scoring: Mapping[str, Any],
+  reward: Mapping[str, Any],
+  **fields: Any,
+) -> Run:
+  """Builds the engine and the scorers of a run.
+
+  Args:
+    workdir: folder of the run.
+    config: of the model.
+    device_mesh: the mesh.
+    tokenizer: of the run.
+    temperature: sampling temperature of the policy.
+    engine: arguments of `rollout.engine.Engine`.
+    scoring: arguments of `scoring.logprob_scorer.LogprobScorer`.
+    reward: arguments of `score.RewardScorer`.
+    **fields: the other fields of `Run`.
+  """
+  graphdef, shapes = decoder.abstract(config)
+  axes = decoder.logical_axes(shapes)
+  layout.check(shapes, axes, device_mesh, rules.TRAIN)
   reward, automata = _plain(reward), str(workdir / "automata")
   sizes = {"vocab_size": config.vocab_size, **scoring}
 
@@ -559,11 +652,11 @@ def setup(
       "logprob_scorer": logprob_scorer,
       "policy_logprob_scorer": policy_logprob_scorer,
       "reward_scorer": score_lib.RewardScorer(
-        logprob_scorer, loaded_tokenizer, cache_dir=automata, **reward
+        logprob_scorer, tokenizer, cache_dir=automata, **reward
       ),
       "eval_scorer": score_lib.RewardScorer(
         logprob_scorer,
-        loaded_tokenizer,
+        tokenizer,
         cache_dir=automata,
         **reward | eval_reward,
       ),
@@ -571,25 +664,17 @@ def setup(
 
   return Run(
     workdir=workdir,
-    seed=seed,
     mesh=device_mesh,
-    trained_ids=trained_ids,
-    tokenizer=loaded_tokenizer,
+    tokenizer=tokenizer,
     model=config,
     graphdef=graphdef,
     axes=axes,
-    tasks=dataclasses.replace(tasks, **kept),
-    dropped=dropped,
     build_engine=build_engine,
     build_scorers=build_scorers,
     engine=engine_lib.Engine(graphdef, config, mesh=device_mesh, **engine),
-    settings=settings,
-    tokenizer_digest=tokenizer_digest,
-    log=trackers.parse(log),
-    redo=dropped_stages,
-    recorded=recorded,
     reward=reward,
     **build_scorers(graphdef),
+    **fields,
   )
 
 

@@ -35,7 +35,8 @@ def run(tmp_path_factory):
     reward=config.reward,
     temperature=config.rollout.temperature,
   )
-  run.save("sft", jax.tree.map(lambda x: x * 1.5, run.initial()))
+  params = jax.tree.map(lambda x: x * 1.5, run.initial())
+  run.stage("sft").finish({"model": run.save("sft", params)})
   return run
 
 
@@ -89,4 +90,4 @@ def test_transformers_loads_the_exported_run(run, tmp_path):
 def test_a_stage_without_a_model_is_named(run, tmp_path):
   done = _export(run, "--stage=rl", f"--output={tmp_path}")
   assert done.returncode != 0
-  assert "'rl' has saved no model" in done.stderr
+  assert "'rl' has not begun" in done.stderr

@@ -184,3 +184,26 @@ def test_a_model_that_has_lost_its_files_is_named(first, tmp_path):
   (lost / "sft" / "SETTINGS.json").unlink()
   with pytest.raises(ValueError, match=r"has lost its stage's SETTINGS\.json"):
     setup.from_config(tmp_path / "third", config)
+
+
+def test_a_folder_is_enough_to_load_its_models(first):
+  """Without the data set, checkpoint and reward that it was made with."""
+  run, params = first
+  gone = _config(
+    **{
+      "data.kind": "jsonl",
+      "data.path": "gone.jsonl",
+      "checkpoint": "gone",
+      "reward.terms": "gone_module:reward",
+    }
+  )
+  before = sorted(run.workdir.rglob("*"))
+  again = setup.of_workdir(run.workdir, gone, "sft")
+  assert again.model == run.model
+  _same(again.load("sft"), params)
+  assert again.tokenizer.encode("A fox.").tolist() == (
+    run.tokenizer.encode("A fox.").tolist()
+  )
+  assert sorted(run.workdir.rglob("*")) == before
+  with pytest.raises(FileNotFoundError, match="'rl' has not begun.*--stage"):
+    setup.of_workdir(run.workdir, gone, "rl")

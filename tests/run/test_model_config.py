@@ -7,6 +7,7 @@ import pytest
 from opera_jax.configs import common
 from opera_jax.models import decoder, hf_checkpoint, presets, rope
 from opera_jax.run import model_config
+from opera_jax.run import workdir as workdir_lib
 
 UNSET = common.get_config().model.to_dict()
 SIZES = {
@@ -115,3 +116,14 @@ def test_short_factors_of_longrope_are_for_short_sequences():
     model_config.check_context(config, 65)
   long = dataclasses.replace(config, rope_factors="long")
   model_config.check_context(long, 65)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_what_a_stage_recorded_is_the_model_again(name, tmp_path):
+  config = presets.PRESETS[name]
+  stage = workdir_lib.Stage(
+    tmp_path, "sft", {"model": dataclasses.asdict(config)}
+  )
+  stage.begin()
+  found = workdir_lib.nested(workdir_lib.settings(tmp_path, "sft"))["model"]
+  assert model_config.restore(found) == config
