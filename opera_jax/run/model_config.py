@@ -136,12 +136,10 @@ def restore(recorded: Mapping[str, Any]) -> decoder.Config:
     recorded: JSON values of `dataclasses.asdict`, without LoRA.
   """
   values = dict(recorded)
-  scaling = values.get("rope_scaling")
-  if scaling is not None:
-    values["rope_scaling"] = rope.Scaling(
-      **{
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in scaling.items()
-      }
-    )
+  if values.get("rope_scaling") is not None:
+    scaling: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in values["rope_scaling"].items()
+    }
+    values["rope_scaling"] = rope.Scaling(**scaling)
   return decoder.Config(**values)
