@@ -8,6 +8,7 @@ Shape key: B rows, T tokens, S continuations, G tokens of a continuation.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -44,6 +45,7 @@ def layer_flops(config: decoder.Config) -> float:
   return _frozen_flops(config) + adapter_flops(config)
 
 
+@functools.cache  # it traces the model
 def adapter_flops(config: decoder.Config) -> float:
   """Forward FLOPs of all LoRA adapters, per token; 0 without LoRA."""
   if config.lora is None:
