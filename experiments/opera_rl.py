@@ -466,9 +466,9 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       seconds["time/rollout"] = seconds["time/start"] + sampled.rollout_seconds
       seconds["time/reward"] = seconds["time/rollout"] + sampled.reward_seconds
 
-      progress.phase("scoring the reference policy")
       # Log-probabilities under the policy before the updates, and under the
       # reference policy of KL.
+      progress.phase("scoring the reference policy")
       old = ref = scored.logprobs
       tokens = scored.rollouts.tokens()
       if run.policy_logprob_scorer is not run.logprob_scorer:
@@ -498,10 +498,10 @@ def train(run: "setup.Run", stage: "workdir.Stage", rl, rollout, preemption):
       # Update: passes over the completions, in mini-batches of prompts.
       progress.phase("updating")
       updates = []
-      sizes = np.reshape(scored.completion_sizes(), (rl.prompts, rl.samples))
+      length_BN = scored.rollouts.lengths()
       for arranged in rl_data.passes(
         rows,
-        sizes.sum(axis=1).tolist(),
+        length_BN.sum(axis=1).tolist(),
         updates_per_step,
         epochs=rl.epochs_per_batch,
         balance=rl.balance_tokens,
