@@ -10,7 +10,7 @@ import pytest
 
 from opera_jax.configs import qwen3_8b, tiny
 from opera_jax.plan import analyse, hardware, programs, whole
-from opera_jax.run import model_config
+from opera_jax.run import model_config, sizes
 from opera_jax.sharding import mesh as mesh_lib
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -46,6 +46,7 @@ def _config(**changes):
 
 
 def _sections(config, names=whole.SECTIONS):
+  config = sizes.derive(config)
   model = model_config.resolve(config.model, config.checkpoint, offline=True)
   return {name: config[name] for name in names} | {"model": vars(model)}
 
