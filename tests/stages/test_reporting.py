@@ -61,11 +61,11 @@ def _page(run) -> str:
   "content",
   [
     b"no gzip",
-    gzip.compress(b"{}\n" * 99)[:-9],
-    gzip.compress(b"[" * 100_000),
-    gzip.compress(b'{"a": 1}\n'),
+    gzip.compress(b"{}\n" * 99, mtime=0)[:-9],
+    gzip.compress(b"[" * 100_000, mtime=0),
+    gzip.compress(b'{"a": 1}\n', mtime=0),
     *(
-      gzip.compress(json.dumps({**RECORD, name: value}).encode())
+      gzip.compress(json.dumps({**RECORD, name: value}).encode(), mtime=0)
       for name, value in (
         ("step", "1"),
         ("terms", [1]),
