@@ -35,32 +35,12 @@ def line_chart(chart: views.Chart) -> str:
   y_ticks = ticks(min(y for _, y in known), max(y for _, y in known), 4)
   # The x axis ends with the data, the y axis with its ticks.
   x_range = (min(x for x, _ in known), max(x for x, _ in known))
-  y_range = (y_ticks[0], y_ticks[-1])
-
-  def to_x(x: float) -> float:
-    return _place(x, *x_range, _LEFT, _WIDTH - _RIGHT)
-
-  def to_y(y: float) -> float:
-    return _place(y, *y_range, _HEIGHT - _BOTTOM, _TOP)
-
-  parts = [
-    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-    f'aria-label="{html.escape(chart.title)}">'
-  ]
-  for tick in y_ticks:
-    y = to_y(tick)
-    parts.append(
-      f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
-      f'y2="{y:.1f}"/><text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" '
-      f'text-anchor="end">{_number(tick, y_ticks)}</text>'
-    )
-  for tick in x_ticks:
-    if x_range[0] <= tick <= x_range[1]:
-      parts.append(
-        f'<text class="tick" x="{to_x(tick):.1f}" '
-        f'y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
-        f"{_number(tick, x_ticks)}</text>"
-      )
+  parts, to_x, to_y = _axes(
+    chart.title,
+    x_range,
+    x_ticks,
+    {tick: _number(tick, y_ticks) for tick in y_ticks},
+  )
   parts.append(
     f'<text class="tick" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" '
     f'y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(chart.x_label)}'
@@ -94,30 +74,12 @@ def histogram(chart: views.Histogram, bins: int = 20) -> str:
   x_ticks = ticks(edges[0], edges[-1], 5)
   y_ticks = ticks(0.0, max(float(share.max()) for share in shares.values()), 4)
 
-  def to_x(x: float) -> float:
-    return _place(x, edges[0], edges[-1], _LEFT, _WIDTH - _RIGHT)
-
-  def to_y(y: float) -> float:
-    return _place(y, y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
-
-  parts = [
-    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-    f'aria-label="{html.escape(chart.title)}">'
-  ]
-  for tick in y_ticks:
-    y = to_y(tick)
-    parts.append(
-      f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
-      f'y2="{y:.1f}"/><text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" '
-      f'text-anchor="end">{tick:.0%}</text>'
-    )
-  for tick in x_ticks:
-    if edges[0] <= tick <= edges[-1]:
-      parts.append(
-        f'<text class="tick" x="{to_x(tick):.1f}" '
-        f'y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
-        f"{_number(tick, x_ticks)}</text>"
-      )
+  parts, to_x, to_y = _axes(
+    chart.title,
+    (edges[0], edges[-1]),
+    x_ticks,
+    {tick: f"{tick:.0%}" for tick in y_ticks},
+  )
   for index, share in enumerate(shares.values()):
     colour = index % COLOURS
     points = [(to_x(edges[0]), to_y(0.0))]
@@ -135,6 +97,52 @@ def histogram(chart: views.Histogram, bins: int = 20) -> str:
     for label, values in kept.items()
   ]
   return _figure(chart.title, chart.unit, chart.note, "".join(parts), labels)
+
+
+def _axes(
+  title: str,
+  x_range: tuple[float, float],
+  x_ticks: Sequence[float],
+  y_labels: Mapping[float, str],
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float]]:
+  """Opens a drawing with its grid and ticks.
+
+  Args:
+    title: for screen readers.
+    x_range: values at the left and the right end of the x axis.
+    x_ticks: of which those within the range are drawn.
+    y_labels: label by tick, ascending; the y axis ends with its ticks.
+
+  Returns:
+    The parts so far, and the functions from a value to its place in x and y.
+  """
+  y_ticks = list(y_labels)
+
+  def to_x(x: float) -> float:
+    return _place(x, *x_range, _LEFT, _WIDTH - _RIGHT)
+
+  def to_y(y: float) -> float:
+    return _place(y, y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
+
+  parts = [
+    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+    f'aria-label="{html.escape(title)}">'
+  ]
+  for tick, label in y_labels.items():
+    y = to_y(tick)
+    parts.append(
+      f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" '
+      f'y2="{y:.1f}"/><text class="tick" x="{_LEFT - 6}" y="{y + 3.5:.1f}" '
+      f'text-anchor="end">{label}</text>'
+    )
+  for tick in x_ticks:
+    if x_range[0] <= tick <= x_range[1]:
+      parts.append(
+        f'<text class="tick" x="{to_x(tick):.1f}" '
+        f'y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
+        f"{_number(tick, x_ticks)}</text>"
+      )
+  return parts, to_x, to_y
 
 
 def bin_edges(values: np.ndarray, bins: int) -> np.ndarray:
