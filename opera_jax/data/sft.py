@@ -109,7 +109,6 @@ def build(
   seed: int,
   pad_id: int,
   packed: bool,
-  fill: bool = False,
 ) -> Batches:
   """Builds SFT batches from (prompt, completion) pairs.
 
@@ -124,7 +123,6 @@ def build(
     pad_id: fills rows.
     packed: True puts several pairs in a row, separated by segment ids; False
       puts one pair in a row.
-    fill: whether a single batch may be filled up with padding rows.
 
   Raises:
     ValueError: an empty prompt or completion, no pair that fits into a row, or

@@ -210,7 +210,7 @@ def _train(
   if held:
     validate = _validation(
       run,
-      build(held, epochs=1, fill=True),
+      build(held, epochs=1),
       step_lib.make_validation_loss(
         packed_rows.logprob_fn(run.graphdef), join=join
       ),

@@ -58,6 +58,7 @@ class Progress:
     self._total, self._first, self._done = total, done, done
     self._tokens = 0
     self._phase, self._values = "", ""
+    self._said_end = False  # the line of the last unit is printed
     self._start = self._printed = time.monotonic()
     self._every, self._silence = seconds_between_lines, seconds_of_silence
     self._lock, self._closed = threading.Lock(), threading.Event()
@@ -102,7 +103,8 @@ class Progress:
     if self._watch.is_alive():
       self._watch.join()
     if self._bar.disable:
-      self._print()
+      if not self._said_end:
+        self._print()
     else:
       self._bar.set_postfix_str(self._postfix(), False)
       self._bar.close()
@@ -133,6 +135,7 @@ class Progress:
     if not self._shows:
       return
     self._printed = time.monotonic()
+    self._said_end = self._done >= self._total
     spent = self._printed - self._start
     fresh = self._done - self._first
     words = [f"{self._description}: {self._done}/{self._total} {self._unit}s"]

@@ -98,6 +98,7 @@ def test_fewer_rows_than_a_batch_fill_it_with_padding(count):
   for step in range(2):
     batch = few[step]
     assert batch.tokens.shape[0] == 4
+    assert batch.segments.any(axis=1).sum() == count
     assert not batch.segments[count:].any()
     assert not batch.loss_mask[count:].any()
     assert batch.loss_mask.sum() == few.counts["target_tokens"]
@@ -132,10 +133,3 @@ def test_a_share_of_the_pairs_is_held_out():
   assert sft.split(every, 0.0, seed=3) == (every, [])
   with pytest.raises(ValueError, match="0.01 holds out none of 20"):
     sft.split(every, 0.01, seed=3)
-
-
-def test_less_than_a_batch_is_filled_up_when_asked():
-  made = data(pairs(3), batch_size=8, epochs=1, fill=True)
-  (batch,) = made.start_at(0)
-  assert (batch.segments.any(axis=1)).sum() == 3
-  assert batch.loss_mask.sum() == made.counts["target_tokens"]

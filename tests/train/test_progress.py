@@ -26,6 +26,7 @@ def test_without_a_terminal_there_are_lines():
     progress.show({"reward": "0.41", "KL": "0.002"})
     progress.update(2, tokens=100)
   lines = file.getvalue().splitlines()
+  assert len(lines) == 2  # the end is said once
   assert lines[0].startswith("RL: 2/4 steps, ")
   for word in ("tokens/s", "steps/s", "< 1 min left"):
     assert word in lines[0]
