@@ -73,12 +73,13 @@ def histogram(chart: views.Histogram, bins: int = 20) -> str:
   }
   x_ticks = ticks(edges[0], edges[-1], 5)
   y_ticks = ticks(0.0, max(float(share.max()) for share in shares.values()), 4)
+  percent = [100 * tick for tick in y_ticks]
 
   parts, to_x, to_y = _axes(
     chart.title,
     (edges[0], edges[-1]),
     x_ticks,
-    {tick: f"{tick:.0%}" for tick in y_ticks},
+    {tick: f"{_number(100 * tick, percent)}%" for tick in y_ticks},
   )
   for index, share in enumerate(shares.values()):
     colour = index % COLOURS
